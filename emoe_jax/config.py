@@ -1,0 +1,130 @@
+"""The frozen description of one MoE decoder, whatever its family.
+
+Axis letters, used in annotations, einsums and comments of the whole project:
+`B` sequences, `T` new tokens, `S` cache positions, `D` model, `N` query heads, `K` kv heads, `H` head dim,
+`E` experts, `C` slab slots, `F` expert hidden, `L` layers, `M` MoE layers, `V` vocabulary,
+`R` rows (= B * T flattened).
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from emoe_jax.errors import CheckpointError, ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding: base, and the scaling rule of `rope_parameters` / `rope_scaling`."""
+
+    theta: float = 10000.0
+    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
+    factor: float = 1.0
+    original_max_position: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    truncate: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Everything that shapes the computation. Built by a family file from `config.json`; variants by `replace`."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int
+    num_experts: int
+    top_k: int
+    expert_hidden: int
+    moe_layers: tuple[int, ...]
+    norm_eps: float = 1e-6
+    rope: RopeConfig = RopeConfig()
+    attention_scale: float = 1.0
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: Literal["none", "head", "full"] = "none"
+    clip_qkv: float | None = None
+    sliding_windows: tuple[int | None, ...] = ()
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    ffn: Literal["glu", "double_glu"] = "glu"
+    dense_hidden: int = 0
+    shared_expert_hidden: int = 0
+    extra_ffn: bool = False
+    norm_topk_prob: bool = True
+    router_capacity_factor: float | None = None
+    router_min_capacity: int = 4
+    tie_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    prepend_bos_id: int | None = None
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if not self.moe_layers:
+            raise ConfigError("the model has no MoE layer; this project serves Mixture-of-Experts models")
+        if self.moe_layers[-1] >= self.num_layers:
+            raise ConfigError(f"MoE layer {self.moe_layers[-1]} lies beyond the model's {self.num_layers} layers")
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ConfigError(f"top-k of {self.top_k} does not fit {self.num_experts} experts")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(f"{self.num_heads} query heads are not a multiple of {self.num_kv_heads} kv heads")
+        if self.sliding_windows and len(self.sliding_windows) != self.num_layers:
+            raise ConfigError(f"{len(self.sliding_windows)} sliding windows given for {self.num_layers} layers")
+
+    @property
+    def ffn_in_factor(self) -> int:
+        """Rows of an FFN's input projection per hidden unit: gate and up, or OpenMoE's double gate and up."""
+        return 3 if self.ffn == "double_glu" else 2
+
+    @property
+    def expert_in_shape(self) -> tuple[int, int]:
+        return (self.ffn_in_factor * self.expert_hidden, self.hidden_size)
+
+    @property
+    def expert_out_shape(self) -> tuple[int, int]:
+        return (self.hidden_size, self.expert_hidden)
+
+    @property
+    def expert_params(self) -> int:
+        return math.prod(self.expert_in_shape) + math.prod(self.expert_out_shape)
+
+    def is_moe(self, layer: int) -> bool:
+        return layer in self.moe_layers
+
+    def sliding_window(self, layer: int) -> int | None:
+        return self.sliding_windows[layer] if self.sliding_windows else None
+
+    def replace(self, **changes: Any) -> "ModelConfig":
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def from_hf(cls, raw: dict[str, Any]) -> "ModelConfig":
+        """Translate a Hugging Face `config.json`. Raises `ConfigError` naming any option that is not supported."""
+        from emoe_jax.models import family_of  # the families import this module
+
+        return family_of(raw).config(raw)
+
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> "ModelConfig":
+        """Read `config.json` of a checkpoint directory. Raises `CheckpointError` when it is missing or not JSON."""
+        path = Path(directory) / "config.json"
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing; expected a Hugging Face checkpoint directory") from None
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+        if not isinstance(raw, dict):
+            raise CheckpointError(f"{path} holds a {type(raw).__name__}; expected a JSON object")
+        return cls.from_hf(raw)

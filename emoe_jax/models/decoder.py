@@ -1,0 +1,239 @@
+"""The one decoder of all families: Flax NNX modules for everything but the experts, which come in as arguments.
+
+The engine splits the state of a `Decoder` once and jits pure functions that merge it back while tracing, so no NNX
+machinery runs per step. Layers expose the pieces of a step (`attention`, `moe_input`, `moe_output`, `dense`) because
+the `exact` contract stops between a layer's router and its experts; `Decoder.forward` composes them without a cache.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from emoe_jax.config import ModelConfig
+from emoe_jax.experts.weights import ExpertWeights
+from emoe_jax.models.attention import attend, attention_mask
+from emoe_jax.models.rope import inverse_frequencies, rotate
+from emoe_jax.models.routing import Routing, route
+
+MoEFunction = Callable[[Array, Array, Array, ExpertWeights], Array]
+"""`(rows [R, D], ids [R, k], weights [R, k], experts of the layer) -> [R, D]`."""
+
+AttendFunction = Callable[[Array, Array, Array], tuple[Array, Any]]
+"""`(q [B, T, N, H], k, v [B, T, K, H]) -> (attended [B, T, N, H], cache)`; owns masking and the KV cache."""
+
+_INIT_STDDEV = 0.02
+
+
+def activation_function(config: ModelConfig) -> Callable[[Array], Array]:
+    return {
+        "silu": jax.nn.silu,
+        "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+        "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+        "relu": jax.nn.relu,
+    }[config.activation]
+
+
+def gate(hidden: Float[Array, "... Fi"], config: ModelConfig) -> Float[Array, "... F"]:
+    """The nonlinearity between an FFN's two projections: `act(gate) * up`, or OpenMoE's `gate1 * act(gate2) * up`."""
+    act = activation_function(config)
+    if config.ffn == "double_glu":
+        first, second, up = jnp.split(hidden, 3, axis=-1)
+        return first * act(second) * up
+    gate_rows, up = jnp.split(hidden, 2, axis=-1)
+    return act(gate_rows) * up
+
+
+class Linear(nnx.Module):
+    """`y = x W^T (+ b)` with the weight stored `[out, in]`, as checkpoints have it."""
+
+    def __init__(self, in_features: int, out_features: int, *, rngs: nnx.Rngs, bias: bool = False):
+        self.weight = nnx.Param(jax.random.normal(rngs.params(), (out_features, in_features)) * _INIT_STDDEV)
+        self.bias = nnx.Param(jnp.zeros((out_features,))) if bias else None
+
+    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        y = jnp.einsum("...i,oi->...o", x, self.weight[...])
+        return y if self.bias is None else y + self.bias[...]
+
+
+class RMSNorm(nnx.Module):
+    """Statistics in float32, cast back, then the weight: the order checkpoints were trained with."""
+
+    def __init__(self, size: int, eps: float):
+        self.weight = nnx.Param(jnp.ones((size,)))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return self.weight[...] * x32.astype(x.dtype)
+
+
+class FeedForward(nnx.Module):
+    """A dense FFN: ordinary layers between MoE layers, the shared expert, OpenMoE's extra FFN."""
+
+    def __init__(self, config: ModelConfig, hidden: int, *, rngs: nnx.Rngs):
+        self.config = config
+        self.w_in = Linear(config.hidden_size, config.ffn_in_factor * hidden, rngs=rngs)
+        self.w_out = Linear(hidden, config.hidden_size, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        return self.w_out(gate(self.w_in(x), self.config))
+
+
+class Attention(nnx.Module):
+    """Projections, q/k norms and rotary positions; the attending itself belongs to whoever owns the cache."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
+        self.qkv = Linear(config.hidden_size, (N + 2 * K) * H, rngs=rngs, bias=config.qkv_bias)
+        self.out = Linear(N * H, config.hidden_size, rngs=rngs, bias=config.output_bias)
+        if config.qk_norm != "none":
+            q_size, k_size = (H, H) if config.qk_norm == "head" else (N * H, K * H)
+            self.q_norm = RMSNorm(q_size, config.norm_eps)
+            self.k_norm = RMSNorm(k_size, config.norm_eps)
+
+    def project(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """Queries and keys rotated to their positions, and values."""
+        config = self.config
+        B, T, _ = x.shape
+        N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
+        q, k, v = jnp.split(self.qkv(x), [N * H, (N + K) * H], axis=-1)
+        if config.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if config.clip_qkv is not None:
+            q, k, v = (jnp.clip(z, -config.clip_qkv, config.clip_qkv) for z in (q, k, v))
+        q, k, v = q.reshape(B, T, N, H), k.reshape(B, T, K, H), v.reshape(B, T, K, H)
+        if config.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        frequencies = inverse_frequencies(config.rope, H)
+        factor = config.rope.attention_factor
+        return rotate(q, positions, frequencies, factor), rotate(k, positions, frequencies, factor), v
+
+
+class Layer(nnx.Module):
+    """One decoder layer. MoE layers have a router (and a shared or extra FFN); the others a dense FFN."""
+
+    def __init__(self, config: ModelConfig, index: int, *, rngs: nnx.Rngs):
+        self.config = config
+        D = config.hidden_size
+        self.input_norm = RMSNorm(D, config.norm_eps)
+        self.self_attention = Attention(config, rngs=rngs)
+        self.ffn_norm = RMSNorm(D, config.norm_eps)
+        if not config.is_moe(index):
+            self.mlp = FeedForward(config, config.dense_hidden, rngs=rngs)
+            return
+        self.router = Linear(D, config.num_experts, rngs=rngs)
+        if config.shared_expert_hidden:
+            self.shared_expert = FeedForward(config, config.shared_expert_hidden, rngs=rngs)
+            self.shared_expert_gate = Linear(D, 1, rngs=rngs)
+        if config.extra_ffn:
+            self.extra_norm = RMSNorm(D, config.norm_eps)
+            self.extra_mlp = FeedForward(config, config.dense_hidden, rngs=rngs)
+
+    def attention(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], attend_fn: AttendFunction
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """The attention sub-block with its residual, and the cache that `attend_fn` returned."""
+        attended, cache = attend_fn(*self.self_attention.project(self.input_norm(x), positions))
+        return x + self.self_attention.out(attended.reshape(*x.shape[:2], -1)), cache
+
+    def dense(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The feed-forward sub-block of a layer without experts."""
+        return x + self.mlp(self.ffn_norm(x))
+
+    def moe_input(
+        self,
+        x: Float[Array, "B T D"],
+        allowed: Bool[Array, "R E"] | None = None,
+        valid: Bool[Array, " R"] | None = None,
+    ) -> tuple[Float[Array, "R D"], Routing]:
+        """Normed rows for the experts and the router's choice among those `allowed` (router in float32)."""
+        rows = self.ffn_norm(x).reshape(-1, x.shape[-1])
+        logits = rows.astype(jnp.float32) @ self.router.weight[...].astype(jnp.float32).T
+        return rows, route(logits, self.config, allowed, valid)
+
+    def moe_output(
+        self, x: Float[Array, "B T D"], rows: Float[Array, "R D"], experts_out: Float[Array, "R D"]
+    ) -> Float[Array, "B T D"]:
+        """Close the MoE sub-block: shared expert, residual, and OpenMoE's sequential extra FFN."""
+        if self.config.shared_expert_hidden:
+            experts_out = experts_out + jax.nn.sigmoid(self.shared_expert_gate(rows)) * self.shared_expert(rows)
+        x = x + experts_out.reshape(x.shape)
+        if self.config.extra_ffn:
+            x = x + self.extra_mlp(self.extra_norm(x))
+        return x
+
+
+class Decoder(nnx.Module):
+    """Embedding, layers, final norm and head. Holds all weights except the experts."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        shape = (config.vocab_size, config.hidden_size)
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), shape) * _INIT_STDDEV)
+        self.layers = nnx.List([Layer(config, index, rngs=rngs) for index in range(config.num_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        if not config.tie_embeddings:
+            self.head = nnx.Param(jax.random.normal(rngs.params(), shape) * _INIT_STDDEV)
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return self.embedding[...][tokens]
+
+    def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Final norm and head, in float32."""
+        table = self.embedding if self.config.tie_embeddings else self.head
+        return jnp.einsum("...d,vd->...v", self.norm(x), table[...], preferred_element_type=jnp.float32)
+
+    def forward(
+        self,
+        tokens: Int[Array, "B T"],
+        experts: Sequence[ExpertWeights],
+        moe: MoEFunction,
+        allowed: Sequence[Bool[Array, " E"]] | None = None,
+        valid: Bool[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T V"], list[Routing]]:
+        """One uncached causal forward; `experts`, `allowed` and the routings are per MoE layer, in order."""
+        B, T = tokens.shape
+        positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None, :], (B, T))
+        rows_valid = None if valid is None else valid.reshape(-1)
+        x = self.embed(tokens)
+        routings: list[Routing] = []
+        for index, layer in enumerate(self.layers):
+            x, _ = layer.attention(x, positions, causal_attend(self.config, index, positions))
+            if not self.config.is_moe(index):
+                x = layer.dense(x)
+                continue
+            m = len(routings)
+            layer_allowed = None if allowed is None else jnp.broadcast_to(allowed[m][None, :], (B * T, len(allowed[m])))
+            rows, routing = layer.moe_input(x, layer_allowed, rows_valid)
+            out = moe(rows, routing.ids, routing.weights.astype(rows.dtype), experts[m])
+            x = layer.moe_output(x, rows, out)
+            routings.append(routing)
+        return self.logits(x), routings
+
+
+def causal_attend(config: ModelConfig, layer: int, positions: Int[Array, "B T"]) -> AttendFunction:
+    """Attention of a sequence to itself, without a cache."""
+    mask = attention_mask(positions, positions[0], config.sliding_window(layer))
+    return lambda q, k, v: (attend(q, k, v, mask, config.attention_scale), None)
+
+
+def init_experts(config: ModelConfig, key: Array) -> tuple[ExpertWeights, ...]:
+    """Random experts for training from scratch: all `E` of every MoE layer, float32."""
+    experts = []
+    for layer_key in jax.random.split(key, len(config.moe_layers)):
+        key_in, key_out = jax.random.split(layer_key)
+        experts.append(
+            ExpertWeights(
+                jax.random.normal(key_in, (config.num_experts, *config.expert_in_shape)) * _INIT_STDDEV,
+                jax.random.normal(key_out, (config.num_experts, *config.expert_out_shape)) * _INIT_STDDEV,
+            )
+        )
+    return tuple(experts)

@@ -1,0 +1,73 @@
+"""The router: who is chosen, with what weight, when only some experts are resident."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from emoe_jax.config import ModelConfig
+
+
+class Routing(NamedTuple):
+    """Choices of one MoE layer for `R` rows. An id of `E` (one past the last expert) means no assignment."""
+
+    logits: Float[Array, "R E"]
+    ids: Int[Array, "R k"]
+    weights: Float[Array, "R k"]
+    wish_ids: Int[Array, "R k"]
+    wish_probs: Float[Array, "R k"]
+
+
+def route(
+    logits: Float[Array, "R E"],
+    config: ModelConfig,
+    allowed: Bool[Array, "R E"] | None = None,
+    valid: Bool[Array, " R"] | None = None,
+) -> Routing:
+    """Softmax over all experts, then the `k` most probable of those `allowed`, weighted as the family does.
+
+    An expert that is not allowed is replaced by the next best that is (eMoE section 1.4). Weights are the chosen
+    experts' probabilities under the full softmax, renormalised over the chosen where the family renormalises; so a
+    family that does not gives a substitute its own, smaller, weight. `wish_*` are the unfiltered choices, best first.
+    Rows where `valid` is false get no assignment.
+
+    Worked example, k = 2, probabilities [.5, .3, .2], expert 1 not allowed: wishes [0, 1], ids [0, 2],
+    weights [.5, .2] raw or [.714, .286] renormalised.
+    """
+    probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    wish_probs, wish_ids = jax.lax.top_k(probs, config.top_k)
+    weights, ids = wish_probs, wish_ids
+    if allowed is not None:
+        weights, ids = jax.lax.top_k(jnp.where(allowed, probs, -1.0), config.top_k)
+    if config.norm_topk_prob:
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    if valid is not None:
+        ids = jnp.where(valid[:, None], ids, config.num_experts)
+    if config.router_capacity_factor is not None:
+        ids = _drop_over_capacity(ids, config, valid)
+    return Routing(logits, ids, weights, wish_ids, wish_probs)
+
+
+def _drop_over_capacity(ids: Int[Array, "R k"], config: ModelConfig, valid: Bool[Array, " R"] | None) -> Array:
+    """OpenMoE's token dropping: all first choices in row order take slots of their expert, then all second ones.
+
+    Capacity is `floor(k * factor * rows / E)`, made even, at least the minimum; an assignment past it becomes `E`.
+    Rows that are not valid neither count nor take slots.
+    """
+    rows, k = ids.shape
+    present = jnp.float32(rows) if valid is None else jnp.sum(valid).astype(jnp.float32)
+    capacity = jnp.floor(k * config.router_capacity_factor * present / config.num_experts).astype(jnp.int32)  # pyright: ignore
+    capacity = jnp.maximum(capacity + capacity % 2, config.router_min_capacity)
+    in_order = ids.T.reshape(-1)  # first choices of every row, then second choices
+    chosen = jax.nn.one_hot(in_order, config.num_experts, dtype=jnp.int32)
+    place = jnp.sum((jnp.cumsum(chosen, axis=0) - chosen) * chosen, axis=-1)
+    kept = (place < capacity).reshape(k, rows).T
+    return jnp.where(kept, ids, config.num_experts)
+
+
+def substituted(routing: Routing, num_experts: int) -> Int[Array, " R"]:
+    """How many of a row's `k` wishes were not served because another expert stood in."""
+    served = jnp.any(routing.wish_ids[:, :, None] == routing.ids[:, None, :], axis=-1)
+    assigned = routing.ids[:, 0] < num_experts
+    return jnp.where(assigned, jnp.sum(~served, axis=-1), 0)
