@@ -1,0 +1,1 @@
+"""The engine: requests in, scheduled steps over the slab, tokens out."""

@@ -1,0 +1,146 @@
+"""What a caller asks for and what it gets back. No tensor library here."""
+
+import dataclasses
+import math
+from typing import Literal
+
+from emoe_jax.errors import RequestError
+
+RoutingContract = Literal["resident", "exact"]
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+MAX_LOGPROBS = 20
+MAX_N = 64
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 256
+
+
+def _check_number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
+    valid = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not valid or not low <= value <= high or (open_low and value == low):  # pyright: ignore[reportOperatorIssue]
+        bracket = "(" if open_low else "["
+        raise RequestError(f"{name} is {value!r}; expected a number in {bracket}{low:g}, {high:g}]", param=name)
+
+
+def _check_integer(name: str, value: object, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise RequestError(f"{name} is {value!r}; expected an integer in [{low}, {high}]", param=name)
+
+
+@dataclasses.dataclass(frozen=True)
+class SLO:
+    """Service-level objective of one request, milliseconds from arrival; None leaves it open."""
+
+    ttft_ms: float | None = None
+    latency_ms: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("ttft_ms", "latency_ms"):
+            if (value := getattr(self, name)) is not None:
+                _check_number(name, value, 0, 1e9, open_low=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens. Names, defaults and meaning are vLLM's; `temperature=0` is greedy.
+
+    Raises `RequestError` naming the field for anything out of range.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        _check_integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _check_number("temperature", self.temperature, 0, 100)
+        _check_number("top_p", self.top_p, 0, 1, open_low=True)
+        _check_integer("top_k", self.top_k, -1, 2**31 - 1)
+        _check_number("min_p", self.min_p, 0, 1)
+        _check_integer("n", self.n, 1, MAX_N)
+        if self.seed is not None:
+            _check_integer("seed", self.seed, -(2**63), 2**63 - 1)
+        if self.logprobs is not None:
+            _check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise RequestError(f"stop has {len(self.stop)} strings; at most {MAX_STOP_STRINGS} are allowed", "stop")
+        for string in self.stop:
+            if not isinstance(string, str) or not 0 < len(string) <= MAX_STOP_LENGTH:
+                raise RequestError(f"stop strings must have 1 to {MAX_STOP_LENGTH} characters", param="stop")
+        if len(self.stop_token_ids) > MAX_STOP_STRINGS:
+            raise RequestError(f"stop_token_ids has {len(self.stop_token_ids)} ids; at most {MAX_STOP_STRINGS}", "stop")
+        for token in self.stop_token_ids:
+            _check_integer("stop_token_ids", token, 0, 2**31 - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprob:
+    """Natural-log probability of a sampled token under the raw distribution, and of the best alternatives."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Delta:
+    """What one engine step added to one completion of a request. `text` may be empty (held back for a stop string)."""
+
+    request_id: str
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+@dataclasses.dataclass
+class Completion:
+    """One of the `n` answers to a request."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+
+
+@dataclasses.dataclass
+class RequestOutput:
+    """A finished (or running) request. `text`, `token_ids`, `logprobs` are those of the first completion."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    completions: list[Completion]
+    task: str | None
+    routing: RoutingContract
+    substituted: float = 0.0
+    """Share of expert assignments (prompt and answer) where another expert stood in; 0.0 under `exact`."""
+
+    @property
+    def text(self) -> str:
+        return self.completions[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.completions[0].token_ids
+
+    @property
+    def logprobs(self) -> list[TokenLogprob] | None:
+        return self.completions[0].logprobs
+
+    @property
+    def finished(self) -> bool:
+        return all(completion.finish_reason is not None for completion in self.completions)
