@@ -206,7 +206,9 @@ class Decoder(nnx.Module):
         x = self.embed(tokens)
         routings: list[Routing] = []
         for index, layer in enumerate(self.layers):
-            x, _ = layer.attention(x, positions, causal_attend(self.config, index, positions))
+            x, _ = layer.attention(
+                x, positions, causal_attend(self.config, self.config.sliding_window(index), positions)
+            )
             if not self.config.is_moe(index):
                 x = layer.dense(x)
                 continue
@@ -219,9 +221,9 @@ class Decoder(nnx.Module):
         return self.logits(x), routings
 
 
-def causal_attend(config: ModelConfig, layer: int, positions: Int[Array, "B T"]) -> AttendFunction:
-    """Attention of a sequence to itself, without a cache."""
-    mask = attention_mask(positions, positions[0], config.sliding_window(layer))
+def causal_attend(config: ModelConfig, window: int | None, positions: Int[Array, "B T"]) -> AttendFunction:
+    """Attention of sequences to themselves, without a cache."""
+    mask = attention_mask(positions, positions[0], window)
     return lambda q, k, v: (attend(q, k, v, mask, config.attention_scale), None)
 
 
