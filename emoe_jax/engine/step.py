@@ -1,0 +1,231 @@
+"""The jitted functions of a step, pure over the weights, the slab and the KV cache.
+
+`resident_step` is the whole step in one call. The `exact` contract stops between each layer's router and its experts
+so that the host can load what is missing: `embed`, then per layer `attend_and_route`, `expert_wave` (once per wave)
+and `close_moe` (or `dense_layer`), then `choose_tokens`. Without a cache the same pieces make an uncached forward.
+"""
+
+import dataclasses
+from collections.abc import Hashable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from emoe_jax.config import ModelConfig
+from emoe_jax.engine.kv_cache import KVCache, KVView, LayerKV, paged_attend
+from emoe_jax.engine.sampling import Sampled, SamplingArrays, sample
+from emoe_jax.experts.weights import ExpertWeights
+from emoe_jax.models.decoder import AttendFunction, Decoder, Layer, causal_attend
+from emoe_jax.models.routing import Routing, substituted
+from emoe_jax.moe import moe_ffn
+
+
+@dataclasses.dataclass(frozen=True)
+class Skeleton:
+    """A module without its weights: what a jitted function needs, statically, to put the leaves back into it."""
+
+    graph: Hashable
+    tree: Hashable
+
+    @classmethod
+    def split(cls, module: nnx.Module) -> tuple["Skeleton", tuple[Array, ...]]:
+        """The skeleton of a module and its weights as a flat tuple, the cheapest argument there is to dispatch."""
+        graph, state = nnx.split(module)
+        leaves, tree = jax.tree.flatten(state)
+        return cls(graph, tree), tuple(leaves)
+
+    def join(self, leaves: Sequence[Array]) -> Any:
+        return nnx.merge(self.graph, jax.tree.unflatten(self.tree, leaves))  # pyright: ignore[reportArgumentType]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepInputs:
+    """A padded batch: `lengths` new tokens of each sequence, the first at position `starts`. Built on the host."""
+
+    tokens: Int[Array | np.ndarray, "B T"]
+    starts: Int[Array | np.ndarray, " B"]
+    lengths: Int[Array | np.ndarray, " B"]
+    block_tables: Int[Array | np.ndarray, "B pages_per_sequence"]
+
+    def view(self) -> KVView:
+        offsets = jnp.arange(self.tokens.shape[1], dtype=jnp.int32)[None, :]
+        return KVView(
+            self.starts[:, None] + offsets,
+            offsets < self.lengths[:, None],
+            jnp.asarray(self.block_tables),
+        )
+
+
+class StepOutputs(NamedTuple):
+    """What the host reads back after a step."""
+
+    sampled: Sampled
+    wish_counts: Int[Array, "M E"]
+    substituted: Int[Array, " B"]
+
+
+class Routed(NamedTuple):
+    """A layer stopped between router and experts. `wish_counts` says which experts the rows need."""
+
+    x: Float[Array, "B T D"]
+    rows: Float[Array, "R D"]
+    ids: Int[Array, "R k"]
+    weights: Float[Array, "R k"]
+    wish_counts: Int[Array, " E"]
+
+
+def _wish_counts(routing: Routing, valid: Bool[Array, " R"], num_experts: int) -> Int[Array, " E"]:
+    wishes = jnp.where(valid[:, None], routing.wish_ids, num_experts)
+    return jnp.zeros((num_experts,), jnp.int32).at[wishes.reshape(-1)].add(1, mode="drop")
+
+
+def _attend_function(config: ModelConfig, window: int | None, cache: LayerKV | None, view: KVView) -> AttendFunction:
+    if cache is None:
+        return causal_attend(config, window, view.positions)
+    return paged_attend(config, window, cache, view)
+
+
+def _last_hidden(x: Float[Array, "B T D"], lengths: Int[Array, " B"]) -> Float[Array, "B D"]:
+    last = jnp.maximum(lengths - 1, 0)
+    return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+
+
+@partial(jax.jit, static_argnames=("skeleton", "config"), donate_argnames=("cache",))
+def resident_step(
+    leaves: tuple[Array, ...],
+    experts: tuple[ExpertWeights, ...],
+    slots: Int[Array, "M E"],
+    cache: KVCache,
+    inputs: StepInputs,
+    sampling: SamplingArrays,
+    want_logprobs: Bool[Array, ""],
+    *,
+    skeleton: Skeleton,
+    config: ModelConfig,
+) -> tuple[KVCache, StepOutputs]:
+    """One step under the `resident` contract: routers choose among resident experts only. Donates `cache`."""
+    model: Decoder = skeleton.join(leaves)
+    view = inputs.view()
+    B, T = inputs.tokens.shape
+    valid = view.valid.reshape(-1)
+    x = model.embed(jnp.asarray(inputs.tokens))
+    new_cache: list[LayerKV] = []
+    counts: list[Array] = []
+    replaced = jnp.zeros((B,), jnp.int32)
+    for index, layer in enumerate(model.layers):
+        attend_fn = paged_attend(config, config.sliding_window(index), cache[index], view)
+        x, layer_cache = layer.attention(x, view.positions, attend_fn)
+        new_cache.append(layer_cache)
+        if not config.is_moe(index):
+            x = layer.dense(x)
+            continue
+        m = len(counts)
+        allowed = None
+        if experts[m].capacity < config.num_experts:
+            allowed = jnp.broadcast_to((slots[m] < experts[m].capacity)[None, :], (B * T, config.num_experts))
+        rows, routing = layer.moe_input(x, allowed, valid)
+        out = moe_ffn(rows, routing.ids, routing.weights, slots[m], experts[m], config)
+        x = layer.moe_output(x, rows, out)
+        counts.append(_wish_counts(routing, valid, config.num_experts))
+        replaced += jnp.sum(substituted(routing, config.num_experts).reshape(B, T), axis=1, dtype=jnp.int32)
+    logits = model.logits(_last_hidden(x, jnp.asarray(inputs.lengths)))
+    outputs = StepOutputs(sample(logits, sampling, want_logprobs), jnp.stack(counts), replaced)
+    return tuple(new_cache), outputs
+
+
+@partial(jax.jit, static_argnames=("skeleton",))
+def embed(leaves: tuple[Array, ...], tokens: Int[Array, "B T"], *, skeleton: Skeleton) -> Float[Array, "B T D"]:
+    return skeleton.join(leaves).embed(jnp.asarray(tokens))
+
+
+@partial(jax.jit, static_argnames=("skeleton", "config", "window", "restricted"), donate_argnames=("cache",))
+def attend_and_route(
+    leaves: tuple[Array, ...],
+    x: Float[Array, "B T D"],
+    cache: LayerKV | None,
+    inputs: StepInputs,
+    resident: Bool[Array, " E"],
+    *,
+    skeleton: Skeleton,
+    config: ModelConfig,
+    window: int | None,
+    restricted: bool,
+) -> tuple[LayerKV | None, Routed]:
+    """A MoE layer up to its router's choice: among the `resident` experts when `restricted`, else among all.
+
+    Donates `cache`; with `cache=None` the sequences attend to themselves only.
+    """
+    layer: Layer = skeleton.join(leaves)
+    view = inputs.view()
+    x, cache = layer.attention(x, view.positions, _attend_function(config, window, cache, view))
+    valid = view.valid.reshape(-1)
+    allowed = jnp.broadcast_to(resident[None, :], (valid.shape[0], config.num_experts)) if restricted else None
+    rows, routing = layer.moe_input(x, allowed, valid)
+    counts = _wish_counts(routing, valid, config.num_experts)
+    return cache, Routed(x, rows, routing.ids, routing.weights, counts)
+
+
+@partial(jax.jit, static_argnames=("config",), donate_argnames=("accumulator",))
+def expert_wave(
+    routed: Routed,
+    slots: Int[Array, " E"],
+    experts: ExpertWeights,
+    accumulator: Float[Array, "R D"],
+    *,
+    config: ModelConfig,
+) -> Float[Array, "R D"]:
+    """Add what the experts in `slots` contribute. Experts of other waves have slot `C`. Donates `accumulator`."""
+    return moe_ffn(routed.rows, routed.ids, routed.weights, slots, experts, config, accumulator=accumulator)
+
+
+@partial(jax.jit, static_argnames=("skeleton",))
+def close_moe(
+    leaves: tuple[Array, ...], routed: Routed, experts_out: Float[Array, "R D"], *, skeleton: Skeleton
+) -> Float[Array, "B T D"]:
+    """The rest of a MoE layer after all waves."""
+    return skeleton.join(leaves).moe_output(routed.x, routed.rows, experts_out)
+
+
+@partial(jax.jit, static_argnames=("skeleton", "config", "window"), donate_argnames=("cache",))
+def dense_layer(
+    leaves: tuple[Array, ...],
+    x: Float[Array, "B T D"],
+    cache: LayerKV | None,
+    inputs: StepInputs,
+    *,
+    skeleton: Skeleton,
+    config: ModelConfig,
+    window: int | None,
+) -> tuple[LayerKV | None, Float[Array, "B T D"]]:
+    """A whole layer without experts. Donates `cache`."""
+    layer: Layer = skeleton.join(leaves)
+    view = inputs.view()
+    x, cache = layer.attention(x, view.positions, _attend_function(config, window, cache, view))
+    return cache, layer.dense(x)
+
+
+@partial(jax.jit, static_argnames=("skeleton",))
+def choose_tokens(
+    leaves: tuple[Array, ...],
+    x: Float[Array, "B T D"],
+    lengths: Int[Array, " B"],
+    sampling: SamplingArrays,
+    want_logprobs: Bool[Array, ""],
+    *,
+    skeleton: Skeleton,
+) -> Sampled:
+    """Head and sampler for the last token of each sequence."""
+    logits = skeleton.join(leaves).logits(_last_hidden(x, jnp.asarray(lengths)))
+    return sample(logits, sampling, want_logprobs)
+
+
+@partial(jax.jit, static_argnames=("skeleton",))
+def all_logits(leaves: tuple[Array, ...], x: Float[Array, "B T D"], *, skeleton: Skeleton) -> Float[Array, "B T V"]:
+    """Float32 logits of every position."""
+    return skeleton.join(leaves).logits(x)
