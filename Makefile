@@ -1,0 +1,41 @@
+# Every target sets up what it needs in its own virtual environment; nothing is installed elsewhere.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: serve test parity lint format clean
+
+serve: $(VENV)/.base  ## Serve the bundled demo model on http://127.0.0.1:8000 (more flags: make serve ARGS="--port 9000")
+	$(BIN)/python -m serve.main $(ARGS)
+
+test: $(VENV)/.test  ## The whole test suite, without a GPU
+	$(BIN)/python -m pytest $(ARGS)
+
+parity: $(VENV)/.parity  ## The same, and live comparison against transformers (installs torch)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev  ## Formatting, linting and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(VENV)/.venv:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	touch $@
+
+$(VENV)/.base: $(VENV)/.venv pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.%: $(VENV)/.venv pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	touch $@
+
+clean:
+	rm -rf $(VENV)
