@@ -1,0 +1,295 @@
+"""What the next step computes: continuous batching with chunked prefill under a token budget. Pure Python.
+
+    plan = scheduler.schedule(now)
+    result = runner.run(plan)
+    finished = scheduler.update(plan, result)
+
+Every running sequence that decodes is in every plan; what is left of the token budget goes to prompts, oldest first,
+at most `prefill_chunk` tokens each, so that a long prompt neither stalls decoding nor blocks the prompts behind it.
+The oldest running sequence always advances (the pool holds at least one sequence of full length and only later ones
+are preempted), so every sequence finishes.
+"""
+
+import dataclasses
+from bisect import insort
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+from emoe_jax.engine.pages import PagePool
+from emoe_jax.engine.request import FinishReason
+from emoe_jax.engine.sequence import Sequence, SequenceStatus
+from emoe_jax.errors import CapacityError, ConfigError, RequestError
+
+
+class PrefillChunk(NamedTuple):
+    """Positions `start .. start + length - 1` of a sequence; the last chunk samples the next token."""
+
+    sequence: Sequence
+    start: int
+    length: int
+    is_last: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPlan:
+    """One step's work. A sequence appears once, and its pages cover the positions that the step writes."""
+
+    decodes: tuple[Sequence, ...] = ()
+    prefills: tuple[PrefillChunk, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.decodes) + sum(chunk.length for chunk in self.prefills)
+
+    def __bool__(self) -> bool:
+        return bool(self.decodes or self.prefills)
+
+
+class SampledToken(NamedTuple):
+    """A token, its log probability under the raw distribution and the best alternatives (empty when not asked)."""
+
+    token_id: int
+    logprob: float = 0.0
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """What the runner brings back: a token for every decode and every last prefill chunk of the plan."""
+
+    sampled: Mapping[Sequence, SampledToken]
+
+
+class Scheduler:
+    """Owns all sequences from `add` to their end, and their pages. First come, first served; latest preempted first.
+
+    A preempted sequence goes back to the front of the queue with its tokens kept and is prefilled again.
+
+    Raises `ConfigError` when the step's token budget cannot hold a token of every running sequence, and
+    `CapacityError` when the pool cannot hold one sequence of `max_model_len` tokens.
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        prefill_chunk: int,
+        eos_token_ids: Collection[int] = (),
+    ):
+        for name, value in (("max_num_seqs", max_num_seqs), ("prefill_chunk", prefill_chunk)):
+            if value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
+        if max_model_len < 2:
+            raise ConfigError(f"max_model_len is {max_model_len}; a prompt and an answer need at least 2 tokens")
+        if max_num_batched_tokens < max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens ({max_num_batched_tokens}) is below max_num_seqs ({max_num_seqs}); "
+                "a step must have room for one token of every running sequence"
+            )
+        if pool.num_usable < pool.pages_for(max_model_len):
+            raise CapacityError(
+                f"the KV cache has {pool.num_usable} pages of {pool.page_size} tokens; one sequence of "
+                f"max_model_len {max_model_len} needs {pool.pages_for(max_model_len)}"
+            )
+        self.pool = pool
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.prefill_chunk = prefill_chunk
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.num_preemptions = 0
+        self._next_order = 0
+        self._waiting: OrderedDict[Sequence, None] = OrderedDict()  # a queue from which any member leaves in O(1)
+        self._running: list[Sequence] = []  # by order of arrival
+        self._requests: dict[str, list[Sequence]] = {}
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    @property
+    def running(self) -> tuple[Sequence, ...]:
+        """Admitted sequences, oldest first."""
+        return tuple(self._running)
+
+    @property
+    def waiting(self) -> tuple[Sequence, ...]:
+        """Queued sequences, next first."""
+        return tuple(self._waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence. Raises `RequestError` for an empty prompt or one that leaves no room for an answer."""
+        length = len(sequence.prompt_token_ids)
+        if length == 0:
+            raise RequestError("the prompt is empty; at least one token is needed", param="prompt")
+        if length >= self.max_model_len:
+            raise RequestError(
+                f"the prompt has {length} tokens; at most {self.max_model_len - 1} leave room for an answer within "
+                f"the maximum length of {self.max_model_len}",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        if sequence.order != -1:
+            raise ValueError(f"sequence {sequence.request_id}/{sequence.index} was added before")
+        sequence.order = self._next_order
+        self._next_order += 1
+        self._waiting[sequence] = None
+        self._requests.setdefault(sequence.request_id, []).append(sequence)
+
+    def abort(self, request_id: str) -> list[Sequence]:
+        """End all sequences of a request at once; returns those that were still alive (none for an unknown id).
+
+        Allowed while a plan is in flight: its tokens for them are dropped by `update`.
+        """
+        sequences = list(self._requests.get(request_id, ()))
+        for sequence in sequences:
+            self.finish(sequence, "abort")
+        return sequences
+
+    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        """End a sequence from outside (a stop string, an abort, an error) and free its pages.
+
+        On a sequence that has just finished by itself only the reason changes: a stop string may end where the
+        length limit strikes too.
+        """
+        if not sequence.finished:
+            if sequence.status is SequenceStatus.RUNNING:
+                self._running.remove(sequence)
+            else:
+                del self._waiting[sequence]
+            self._release(sequence)
+        sequence.finish_reason = reason
+
+    def schedule(self, now: float) -> StepPlan:
+        """Plan one step at time `now` (seconds): allocates the pages it writes; preempts and admits as needed."""
+        decodes: list[Sequence] = []
+        prefills: list[PrefillChunk] = []
+        running, pool = self._running, self.pool
+        page_size = pool.page_size
+        prefill_budget = self.max_num_batched_tokens - sum(1 for sequence in running if sequence.decodes)
+        preempted = False
+        index = 0
+        while index < len(running):  # oldest first; preemption shortens the list from its end
+            sequence = running[index]
+            index += 1
+            start, total = sequence.num_computed, sequence.num_tokens
+            is_decode = sequence.decodes
+            length = 1 if is_decode else min(total - start, self.prefill_chunk, prefill_budget)
+            if length == 0:
+                continue
+            missing = -(-(start + length) // page_size) - len(sequence.pages)
+            if missing > 0:
+                while not pool.can_allocate(missing) and len(running) >= index:
+                    self._preempt(running[-1])
+                    preempted = True
+                if len(running) < index:  # it was the latest itself
+                    break
+                sequence.pages += pool.allocate(missing)
+            if is_decode:
+                decodes.append(sequence)
+            else:
+                prefill_budget -= length
+                prefills.append(PrefillChunk(sequence, start, length, start + length == total))
+        if not preempted and self._waiting:
+            self._admit(prefills, prefill_budget, now)
+        return StepPlan(tuple(decodes), tuple(prefills))
+
+    def update(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
+        """Book a step: append its tokens, free the pages of sequences that ended, and return these.
+
+        Token conditions end a sequence here: "stop" for an end-of-sequence or stop token (kept as the last token),
+        "length" for `max_tokens` and `max_model_len`. Sequences that ended while the plan was in flight are skipped.
+        """
+        finished: list[Sequence] = []
+        sampled = result.sampled
+        for sequence in plan.decodes:
+            if sequence.status is SequenceStatus.RUNNING:
+                sequence.num_computed += 1
+                self._append(sequence, sampled[sequence].token_id, finished)
+        for chunk in plan.prefills:
+            sequence = chunk.sequence
+            if sequence.status is SequenceStatus.RUNNING:
+                sequence.num_computed += chunk.length
+                if chunk.is_last:
+                    self._append(sequence, sampled[sequence].token_id, finished)
+        if finished:
+            self._running = [sequence for sequence in self._running if not sequence.finished]
+        return finished
+
+    def _candidate(self, now: float) -> Sequence | None:
+        """The admission policy: which waiting sequence should run next. Here the first in the queue."""
+        return next(iter(self._waiting), None)
+
+    def _admit(self, prefills: list[PrefillChunk], budget: int, now: float) -> None:
+        """Start waiting sequences with what the step has left of tokens, places and pages."""
+        pool, chunk = self.pool, self.prefill_chunk
+        # Pages are taken chunk by chunk, but promised whole: what running prompts still need, and one page of growth
+        # for every running sequence. Without the promise an admission would soon be preempted again.
+        promised = len(self._running) + sum(
+            max(0, pool.pages_for(sequence.num_tokens) - len(sequence.pages)) for sequence in self._running
+        )
+        while budget > 0 and len(self._running) < self.max_num_seqs:
+            sequence = self._candidate(now)
+            if sequence is None:
+                break
+            total = sequence.num_tokens
+            if not pool.can_allocate(promised + pool.pages_for(total)):
+                break
+            length = min(total, chunk, budget)
+            pages = pool.pages_for(length)
+            del self._waiting[sequence]
+            sequence.pages = pool.allocate(pages)
+            sequence.status = SequenceStatus.RUNNING
+            insort(self._running, sequence, key=_order)
+            promised += 1 + pool.pages_for(total) - pages
+            budget -= length
+            prefills.append(PrefillChunk(sequence, 0, length, length == total))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take a running sequence's pages away; it will be prefilled again, its own tokens included."""
+        self._running.remove(sequence)
+        self.pool.free(sequence.pages)
+        sequence.pages = []
+        sequence.num_computed = 0
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        sequence.status = SequenceStatus.WAITING
+        self._waiting[sequence] = None
+        self._waiting.move_to_end(sequence, last=False)
+
+    def _append(self, sequence: Sequence, token: int, finished: list[Sequence]) -> None:
+        sequence.generated.append(token)
+        params = sequence.params
+        if (token in self.eos_token_ids and not params.ignore_eos) or token in params.stop_token_ids:
+            sequence.finish_reason = "stop"
+        elif len(sequence.generated) >= params.max_tokens or sequence.num_tokens >= self.max_model_len:
+            sequence.finish_reason = "length"
+        else:
+            return
+        self._release(sequence)
+        finished.append(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        """Forget a sequence that ended; the caller takes it out of its queue."""
+        self.pool.free(sequence.pages)
+        sequence.pages = []
+        sequence.status = SequenceStatus.FINISHED
+        siblings = self._requests[sequence.request_id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._requests[sequence.request_id]
+
+
+def _order(sequence: Sequence) -> int:
+    return sequence.order

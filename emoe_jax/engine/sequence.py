@@ -1,0 +1,73 @@
+"""One completion in flight. A request with `n > 1` is `n` sequences that share an id."""
+
+import dataclasses
+import enum
+
+from emoe_jax.engine.request import SLO, FinishReason, RoutingContract, SamplingParams
+
+
+class SequenceStatus(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Sequence:
+    """State of one completion, mutated by the scheduler only (the counters: by the step's owner).
+
+    Positions `0 .. num_computed - 1` have their keys and values in `pages`. A sequence whose only position left is its
+    newest token decodes; one with more left is prefilling, its own tokens included after a preemption.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
+    index: int = 0
+    routing: RoutingContract = "resident"
+    task: str | None = None
+    slo: SLO = dataclasses.field(default_factory=SLO)
+    arrival: float = 0.0
+    """Seconds on the engine's clock."""
+    seed: int = 0
+    """What the sampler uses: the request's seed, or a number that the engine drew."""
+
+    generated: list[int] = dataclasses.field(default_factory=list)
+    pages: list[int] = dataclasses.field(default_factory=list)
+    num_computed: int = 0
+    status: SequenceStatus = SequenceStatus.WAITING
+    finish_reason: FinishReason | None = None
+    order: int = -1
+    """Rank of arrival among all sequences of the scheduler; it decides who is preempted."""
+    num_preemptions: int = 0
+    substituted: int = 0
+    """Expert assignments of this sequence where another expert stood in."""
+    assigned: int = 0
+    """All its expert assignments so far; recomputed tokens count again."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.generated)
+
+    @property
+    def last_token(self) -> int:
+        return self.generated[-1] if self.generated else self.prompt_token_ids[-1]
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the next step feeds just the token sampled last."""
+        return len(self.generated) > 0 and self.num_computed == self.num_tokens - 1
+
+    @property
+    def finished(self) -> bool:
+        return self.status is SequenceStatus.FINISHED
+
+    @property
+    def substituted_share(self) -> float:
+        return self.substituted / self.assigned if self.assigned else 0.0
+
+    def tokens(self, start: int, length: int) -> list[int]:
+        """Tokens at positions `start .. start + length - 1`, prompt and answer read as one."""
+        end = start + length
+        split = len(self.prompt_token_ids)
+        return self.prompt_token_ids[start:end] + self.generated[max(0, start - split) : max(0, end - split)]
