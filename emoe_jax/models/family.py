@@ -46,37 +46,64 @@ _ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh", "relu"]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class ExpertPart:
-    """A tensor that holds some rows of one expert. `index` selects an expert of a fused `[E, ...]` tensor."""
+class Part:
+    """A run of rows of one of our arrays as a checkpoint stores it.
+
+    `shape` is that of the tensor on disk; `index` selects one expert of a fused `[E, ...]` tensor, and `transposed`
+    means that what is selected is stored `[in, out]`.
+    """
 
     name: str
+    shape: tuple[int, ...]
     index: int | None = None
     transposed: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Rows that this part fills of the array it belongs to."""
+        selected = self.shape if self.index is None else self.shape[1:]
+        return selected[-1] if self.transposed else selected[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpertSource:
     """One on-disk layout of one expert: `w_in` is its parts concatenated along rows."""
 
-    w_in: tuple[ExpertPart, ...]
-    w_out: ExpertPart
+    w_in: tuple[Part, ...]
+    w_out: Part
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return (*self.w_in, self.w_out)
+
+
+DenseTensors = dict[str, tuple[Part, ...]]
+"""Parameter path of `Decoder` (`layers.0.self_attention.qkv.weight`) -> the parts whose rows in sequence it is."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
     """Everything that differs between architectures.
 
-    `dense_tensors(config)` maps a parameter path of `Decoder` (`layers.0.self_attention.qkv.weight`) to the checkpoint
-    tensors whose concatenation along axis 0 it is. `expert_sources(config, layer, expert)` lists the layouts that are
-    understood, the one to prefer first; `layer` is the decoder's layer index.
+    `dense_tensors(config)` covers all weights but the experts. `expert_sources(config, layer, expert)` lists the
+    layouts that are understood, one tensor per expert or fused; `layer` is the decoder's layer index. `aliases` maps
+    the ending of a tensor name that some checkpoints use to the ending that `dense_tensors` uses.
     """
 
     name: str
     model_types: tuple[str, ...]
     architectures: tuple[str, ...]
     config: Callable[[Mapping[str, Any]], ModelConfig]
-    dense_tensors: Callable[[ModelConfig], dict[str, tuple[str, ...]]]
+    dense_tensors: Callable[[ModelConfig], DenseTensors]
     expert_sources: Callable[[ModelConfig, int, int], tuple[ExpertSource, ...]]
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def canonical(self, name: str) -> str:
+        """The name under which `dense_tensors` knows the checkpoint tensor `name`."""
+        for ending, replacement in self.aliases.items():
+            if name.endswith(ending):
+                return name.removesuffix(ending) + replacement
+        return name
 
 
 class HfConfig:
@@ -227,30 +254,67 @@ def _yarn_attention_factor(factor: float, raw: dict[str, Any]) -> float:
     return term(mscale) / term(mscale_all) if mscale and mscale_all else term(1.0)
 
 
-def attention_tensors(layer: int, *, qkv_bias: bool = False, output_bias: bool = False, qk_norm: bool = False) -> dict:
-    """The attention names that Llama-like checkpoints share."""
+def attention_tensors(config: ModelConfig, layer: int) -> DenseTensors:
+    """The attention names and norms that Llama-like checkpoints share."""
+    D, H = config.hidden_size, config.head_dim
+    widths = {"q": config.num_heads * H, "k": config.num_kv_heads * H, "v": config.num_kv_heads * H}
     hub, ours = f"model.layers.{layer}", f"layers.{layer}"
-    tensors = {
-        f"{ours}.input_norm.weight": (f"{hub}.input_layernorm.weight",),
-        f"{ours}.ffn_norm.weight": (f"{hub}.post_attention_layernorm.weight",),
-        f"{ours}.self_attention.qkv.weight": tuple(f"{hub}.self_attn.{p}_proj.weight" for p in "qkv"),
-        f"{ours}.self_attention.out.weight": (f"{hub}.self_attn.o_proj.weight",),
+    tensors: DenseTensors = {
+        f"{ours}.input_norm.weight": (Part(f"{hub}.input_layernorm.weight", (D,)),),
+        f"{ours}.ffn_norm.weight": (Part(f"{hub}.post_attention_layernorm.weight", (D,)),),
+        f"{ours}.self_attention.qkv.weight": tuple(
+            Part(f"{hub}.self_attn.{p}_proj.weight", (width, D)) for p, width in widths.items()
+        ),
+        f"{ours}.self_attention.out.weight": (Part(f"{hub}.self_attn.o_proj.weight", (D, widths["q"])),),
     }
-    if qkv_bias:
-        tensors[f"{ours}.self_attention.qkv.bias"] = tuple(f"{hub}.self_attn.{p}_proj.bias" for p in "qkv")
-    if output_bias:
-        tensors[f"{ours}.self_attention.out.bias"] = (f"{hub}.self_attn.o_proj.bias",)
-    if qk_norm:
-        tensors |= {f"{ours}.self_attention.{p}_norm.weight": (f"{hub}.self_attn.{p}_norm.weight",) for p in "qk"}
+    if config.qkv_bias:
+        tensors[f"{ours}.self_attention.qkv.bias"] = tuple(
+            Part(f"{hub}.self_attn.{p}_proj.bias", (width,)) for p, width in widths.items()
+        )
+    if config.output_bias:
+        tensors[f"{ours}.self_attention.out.bias"] = (Part(f"{hub}.self_attn.o_proj.bias", (D,)),)
+    if config.qk_norm != "none":
+        for p in "qk":
+            size = H if config.qk_norm == "head" else widths[p]
+            tensors[f"{ours}.self_attention.{p}_norm.weight"] = (Part(f"{hub}.self_attn.{p}_norm.weight", (size,)),)
     return tensors
 
 
-def outer_tensors(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+def ffn_tensors(config: ModelConfig, ours: str, hub: str, hidden: int) -> DenseTensors:
+    """A dense FFN under the names `gate_proj`, `up_proj`, `down_proj`; the gate is twice as wide in a double GLU."""
+    D, gate_rows = config.hidden_size, (config.ffn_in_factor - 1) * hidden
+    return {
+        f"{ours}.w_in.weight": (
+            Part(f"{hub}.gate_proj.weight", (gate_rows, D)),
+            Part(f"{hub}.up_proj.weight", (hidden, D)),
+        ),
+        f"{ours}.w_out.weight": (Part(f"{hub}.down_proj.weight", (D, hidden)),),
+    }
+
+
+def outer_tensors(config: ModelConfig) -> DenseTensors:
     """Embedding, final norm and head."""
-    tensors: dict[str, tuple[str, ...]] = {
-        "embedding": ("model.embed_tokens.weight",),
-        "norm.weight": ("model.norm.weight",),
+    V, D = config.vocab_size, config.hidden_size
+    tensors: DenseTensors = {
+        "embedding": (Part("model.embed_tokens.weight", (V, D)),),
+        "norm.weight": (Part("model.norm.weight", (D,)),),
     }
     if not config.tie_embeddings:
-        tensors["head"] = ("lm_head.weight",)
+        tensors["head"] = (Part("lm_head.weight", (V, D)),)
     return tensors
+
+
+def per_expert_source(config: ModelConfig, hub: str, names: tuple[str, str, str]) -> ExpertSource:
+    """One tensor per projection of the expert at `hub`; `names` are its gate, up and down projections."""
+    D, F = config.hidden_size, config.expert_hidden
+    gate, up, down = (f"{hub}.{name}.weight" for name in names)
+    return ExpertSource((Part(gate, ((config.ffn_in_factor - 1) * F, D)), Part(up, (F, D))), Part(down, (D, F)))
+
+
+def fused_source(config: ModelConfig, hub: str, expert: int) -> ExpertSource:
+    """The stacks `gate_up_proj` and `down_proj` that transformers 5 keeps in memory and can save."""
+    E = config.num_experts
+    return ExpertSource(
+        (Part(f"{hub}.gate_up_proj", (E, *config.expert_in_shape), expert),),
+        Part(f"{hub}.down_proj", (E, *config.expert_out_shape), expert),
+    )

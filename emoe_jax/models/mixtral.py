@@ -4,7 +4,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from emoe_jax.config import ModelConfig
-from emoe_jax.models.family import ExpertPart, ExpertSource, Family, HfConfig, attention_tensors, outer_tensors
+from emoe_jax.models.family import (
+    DenseTensors,
+    ExpertSource,
+    Family,
+    HfConfig,
+    Part,
+    attention_tensors,
+    fused_source,
+    outer_tensors,
+    per_expert_source,
+)
 
 
 def _config(raw: Mapping[str, Any]) -> ModelConfig:
@@ -43,20 +53,21 @@ def _config(raw: Mapping[str, Any]) -> ModelConfig:
     return config
 
 
-def _dense_tensors(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+def _dense_tensors(config: ModelConfig) -> DenseTensors:
     tensors = outer_tensors(config)
+    router_shape = (config.num_experts, config.hidden_size)
     for layer in range(config.num_layers):
-        tensors |= attention_tensors(layer)
-        tensors[f"layers.{layer}.router.weight"] = (f"model.layers.{layer}.block_sparse_moe.gate.weight",)
+        tensors |= attention_tensors(config, layer)
+        router = f"model.layers.{layer}.block_sparse_moe.gate.weight"
+        tensors[f"layers.{layer}.router.weight"] = (Part(router, router_shape),)
     return tensors
 
 
 def _expert_sources(config: ModelConfig, layer: int, expert: int) -> tuple[ExpertSource, ...]:
-    one = f"model.layers.{layer}.block_sparse_moe.experts.{expert}"
-    fused = f"model.layers.{layer}.mlp.experts"
+    hub = f"model.layers.{layer}"
     return (
-        ExpertSource((ExpertPart(f"{one}.w1.weight"), ExpertPart(f"{one}.w3.weight")), ExpertPart(f"{one}.w2.weight")),
-        ExpertSource((ExpertPart(f"{fused}.gate_up_proj", expert),), ExpertPart(f"{fused}.down_proj", expert)),
+        per_expert_source(config, f"{hub}.block_sparse_moe.experts.{expert}", ("w1", "w3", "w2")),
+        fused_source(config, f"{hub}.mlp.experts", expert),
     )
 
 
@@ -67,4 +78,5 @@ MIXTRAL = Family(
     config=_config,
     dense_tensors=_dense_tensors,
     expert_sources=_expert_sources,
+    aliases={".mlp.gate.weight": ".block_sparse_moe.gate.weight"},  # transformers 5, saved unconverted
 )

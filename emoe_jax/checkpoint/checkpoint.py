@@ -1,0 +1,174 @@
+"""A checkpoint on disk: its configuration, its weights by the decoder's names, its experts one at a time."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from emoe_jax.checkpoint.files import CONFIG, locate, open_weights, read_json
+from emoe_jax.checkpoint.safetensors import WEIGHT_DTYPES, SafetensorsFile
+from emoe_jax.config import ModelConfig
+from emoe_jax.errors import CheckpointError
+from emoe_jax.experts.weights import ExpertLayout
+from emoe_jax.models import family_of
+from emoe_jax.models.decoder import Decoder
+from emoe_jax.models.family import ExpertSource, Family, Part
+
+# Tensors that some tools save although they follow from the configuration.
+_DERIVED_SUFFIXES = (".rotary_emb.inv_freq",)
+
+Progress = Callable[[int, int], None]
+"""Called with `(bytes read, bytes to read)`."""
+
+
+class Checkpoint:
+    """Opened and checked: every tensor that the model needs is there with the right shape, and nothing else is.
+
+    Only headers have been read. `read_expert` may be called from several threads.
+    """
+
+    def __init__(self, directory: Path, config: ModelConfig, raw_config: dict[str, Any]):
+        self.directory = directory
+        self.config = config
+        self.raw_config = raw_config
+        self.family: Family = family_of(raw_config)
+        files = open_weights(directory)
+        self._names = {self.family.canonical(name): name for name in files}
+        self._files = {canonical: files[name] for canonical, name in self._names.items()}
+        self._dense = self.family.dense_tensors(config)
+        self._sources = [
+            [self._pick_source(layer, expert) for expert in range(config.num_experts)] for layer in config.moe_layers
+        ]
+        for parts in self._dense.values():
+            self._check(parts)
+        self._refuse_unknown()
+
+    @classmethod
+    def open(
+        cls, source: str | Path, revision: str | None = None, router_capacity_factor: float | None = None
+    ) -> "Checkpoint":
+        """Open a Hugging Face checkpoint directory, or a hub id (downloading safetensors, JSON and tokenizer files).
+
+        Code that a checkpoint brings along (`auto_map`) is never run. `router_capacity_factor` switches on OpenMoE's
+        token dropping (published value: 2.0). Raises `CheckpointError` for files that are missing, malformed or do not
+        fit the configuration, `ConfigError` for options that are not supported.
+        """
+        directory = locate(source, revision)
+        config = ModelConfig.from_directory(directory)
+        raw_config = read_json(directory / CONFIG)
+        changes: dict[str, Any] = {}
+        if router_capacity_factor is not None:
+            changes["router_capacity_factor"] = router_capacity_factor
+        generation = directory / "generation_config.json"
+        if generation.exists():
+            changes |= _generation_changes(read_json(generation))
+        return cls(directory, config.replace(**changes), raw_config)
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """All tensors of the checkpoint, as it spells them."""
+        return tuple(self._names.values())
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes on disk of everything but the experts."""
+        return sum(self._bytes(part) for parts in self._dense.values() for part in parts)
+
+    def expert_source(self, layer: int, expert: int) -> ExpertSource:
+        """The on-disk layout of an expert of decoder layer `layer`."""
+        return self._sources[self.config.moe_layers.index(layer)][expert]
+
+    def read_expert(self, moe_index: int, expert: int, record: np.ndarray, layout: ExpertLayout) -> None:
+        """Fill one contiguous record (`ExpertLayout`) with expert `expert` of the `moe_index`-th MoE layer.
+
+        One copy where the dtypes match; no pages of the file stay in the process.
+        """
+        source = self._sources[moe_index][expert]
+        w_in, w_out = layout.views(record)
+        self._read(source.w_in, w_in)
+        self._read((source.w_out,), w_out)
+
+    def load_dense(self, dtype: str | np.dtype, progress: Progress | None = None) -> tuple[nnx.GraphDef, nnx.State]:
+        """Everything but the experts on the default device, as the split of a `Decoder` (`nnx.merge` joins it).
+
+        Reads one tensor at a time, so host memory holds at most the largest of them.
+        """
+        abstract = nnx.eval_shape(lambda: Decoder(self.config, rngs=nnx.Rngs(0)))
+        graphdef, state = nnx.split(abstract)
+        total, done = self.dense_bytes, 0
+        flat = []
+        for path, variable in nnx.to_flat_state(state):
+            parts = self._dense[".".join(map(str, path))]
+            host = np.empty(variable.shape, np.dtype(dtype))
+            self._read(parts, host)
+            flat.append((path, variable.replace(jax.block_until_ready(jax.device_put(host)))))
+            done += sum(self._bytes(part) for part in parts)
+            if progress is not None:
+                progress(done, total)
+        return graphdef, nnx.from_flat_state(flat)
+
+    def _read(self, parts: tuple[Part, ...], out: np.ndarray) -> None:
+        row = 0
+        for part in parts:
+            target = out[row : row + part.rows]
+            self._files[part.name].read_into(self._names[part.name], target, part.index, part.transposed)
+            row += part.rows
+
+    def _bytes(self, part: Part) -> int:
+        info = self._files[part.name].tensors[self._names[part.name]]
+        return info.stop - info.start
+
+    def _pick_source(self, layer: int, expert: int) -> ExpertSource:
+        """The first layout of which all tensors exist, its shapes checked."""
+        sources = self.family.expert_sources(self.config, layer, expert)
+        for source in sources:
+            if all(part.name in self._files for part in source.parts):
+                self._check(source.parts)
+                return source
+        missing = next(part.name for part in sources[0].parts if part.name not in self._files)
+        raise CheckpointError(f"{self.directory}: tensor {missing} is missing (expert {expert} of layer {layer})")
+
+    def _check(self, parts: tuple[Part, ...]) -> None:
+        for part in parts:
+            if part.name not in self._files:
+                raise CheckpointError(f"{self.directory}: tensor {part.name} is missing")
+            file, name = self._files[part.name], self._names[part.name]
+            info = file.tensors[name]
+            if info.shape != part.shape:
+                raise CheckpointError(f"{file.path}: tensor {name} has shape {info.shape}; expected {part.shape}")
+            if info.dtype not in WEIGHT_DTYPES:
+                known = ", ".join(WEIGHT_DTYPES)
+                raise CheckpointError(f"{file.path}: tensor {name} is {info.dtype}; weights must be one of {known}")
+
+    def _refuse_unknown(self) -> None:
+        """A tensor that nothing reads means that the model on disk is not the one that would be computed."""
+        used = {part.name for parts in self._dense.values() for part in parts}
+        used |= {part.name for layer in self._sources for source in layer for part in source.parts}
+        for canonical, name in self._names.items():
+            if canonical in used or name.endswith(_DERIVED_SUFFIXES):
+                continue
+            if name == "lm_head.weight" and self.config.tie_embeddings:
+                self._check_tied(self._files[canonical], name)
+                continue
+            raise CheckpointError(f"{self._files[canonical].path}: tensor {name} is not part of {self.family.name}")
+
+    def _check_tied(self, file: SafetensorsFile, head: str) -> None:
+        embedding = "model.embed_tokens.weight"
+        if not file.equal(head, self._files[embedding], embedding):
+            raise CheckpointError(
+                f"{file.path}: {head} differs from {embedding}, though config.json says tie_word_embeddings"
+            )
+
+
+def _generation_changes(raw: dict[str, Any]) -> dict[str, Any]:
+    """End-of-text ids of `generation_config.json`, which take precedence over those of `config.json`."""
+    ids = raw.get("eos_token_id")
+    if ids is None:
+        return {}
+    ids = ids if isinstance(ids, list) else [ids]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise CheckpointError(f"generation_config.json: eos_token_id is {raw['eos_token_id']!r}; expected token ids")
+    return {"eos_token_ids": tuple(ids)}

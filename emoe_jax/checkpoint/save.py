@@ -1,0 +1,193 @@
+"""Writing a checkpoint of any family: the inverse of what `Checkpoint` reads."""
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from flax import nnx
+
+from emoe_jax.checkpoint.files import CONFIG, INDEX, SINGLE
+from emoe_jax.checkpoint.safetensors import WEIGHT_DTYPES
+from emoe_jax.config import ModelConfig
+from emoe_jax.experts.weights import ExpertWeights
+from emoe_jax.models import family_of
+from emoe_jax.models.family import Part
+
+Layout = Literal["per_expert", "fused"]
+
+_DTYPE_NAMES = {dtype: name for name, dtype in WEIGHT_DTYPES.items()}
+
+
+@dataclasses.dataclass
+class _Tensor:
+    """A tensor to write: its shape, and its bytes as pieces that are made when their turn comes."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    pieces: list[Callable[[], np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+def save_checkpoint(
+    directory: str | Path,
+    raw_config: Mapping[str, Any],
+    decoder_state: nnx.State,
+    experts: Sequence[ExpertWeights],
+    layout: Layout = "per_expert",
+    max_shard_bytes: int = 2 << 30,
+) -> None:
+    """Write `config.json` and safetensors (sharded with an index above `max_shard_bytes`) in the arrays' own dtypes.
+
+    `experts` holds all `E` experts of each MoE layer; it may be a lazy sequence, of which one layer at a time is held.
+    `"fused"` writes `[E, ...]` stacks, the layout that transformers 5 saves unconverted (OpenMoE: that of the hub).
+    Files are written beside their place and moved into it, `config.json` last: a directory that has it is complete.
+    A checkpoint that was there before is replaced; its tokenizer files stay.
+    """
+    config = ModelConfig.from_hf(dict(raw_config))
+    tensors = _dense_tensors(config, raw_config, decoder_state) | _expert_tensors(config, raw_config, experts, layout)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
+    try:
+        _write_weights(staging, tensors, max_shard_bytes)
+        _write_json(staging / CONFIG, raw_config)
+        _move_into_place(staging, directory)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _dense_tensors(config: ModelConfig, raw: Mapping[str, Any], state: nnx.State) -> dict[str, _Tensor]:
+    values = {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
+    tensors = {}
+    for path, parts in family_of(raw).dense_tensors(config).items():
+        array = values[path].get_value()
+        row = 0
+        for part in parts:
+            piece = _rows(lambda a=array: np.asarray(a), row, part)
+            tensors[part.name] = _Tensor(part.shape, np.dtype(array.dtype), [piece])
+            row += part.rows
+    return tensors
+
+
+def _expert_tensors(
+    config: ModelConfig, raw: Mapping[str, Any], experts: Sequence[ExpertWeights], layout: Layout
+) -> dict[str, _Tensor]:
+    if len(experts) != len(config.moe_layers):
+        raise ValueError(f"experts of {len(experts)} layers given; the model has {len(config.moe_layers)} MoE layers")
+    fetch = _LayerCache(experts)
+    dtype = np.dtype(experts[0].w_in.dtype)
+    family = family_of(raw)
+    tensors: dict[str, _Tensor] = {}
+    for m, layer in enumerate(config.moe_layers):
+        for expert in range(config.num_experts):
+            sources = family.expert_sources(config, layer, expert)
+            fused = [s for s in sources if s.w_out.index is not None]
+            separate = [s for s in sources if s.w_out.index is None]
+            source = (separate if layout == "per_expert" else fused)[0]
+            row = 0
+            for part in source.w_in:
+                piece = _rows(lambda m=m, e=expert: fetch(m)[0][e], row, part)
+                tensors.setdefault(part.name, _Tensor(part.shape, dtype, [])).pieces.append(piece)
+                row += part.rows
+            piece = _rows(lambda m=m, e=expert: fetch(m)[1][e], 0, source.w_out)
+            tensors.setdefault(source.w_out.name, _Tensor(source.w_out.shape, dtype, [])).pieces.append(piece)
+    return tensors
+
+
+class _LayerCache:
+    """The layer being written, as NumPy arrays; tensors are written layer by layer."""
+
+    def __init__(self, experts: Sequence[ExpertWeights]):
+        self._experts = experts
+        self._index = -1
+        self._arrays: tuple[np.ndarray, np.ndarray] = (np.empty(0), np.empty(0))
+
+    def __call__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        if index != self._index:
+            layer = self._experts[index]
+            self._arrays = (np.asarray(layer.w_in), np.asarray(layer.w_out))
+            self._index = index
+        return self._arrays
+
+
+def _rows(array: Callable[[], np.ndarray], row: int, part: Part) -> Callable[[], np.ndarray]:
+    """The rows of `array()` that `part` stores, in the orientation in which it stores them."""
+
+    def piece() -> np.ndarray:
+        rows = array()[row : row + part.rows]
+        return rows.T if part.transposed else rows
+
+    return piece
+
+
+def _write_weights(directory: Path, tensors: dict[str, _Tensor], max_shard_bytes: int) -> None:
+    shards = list(_shards(tensors, max_shard_bytes))
+    if len(shards) == 1:
+        _write_file(directory / SINGLE, tensors)
+        return
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_file(directory / name, {n: tensors[n] for n in names})
+        weight_map |= dict.fromkeys(names, name)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _shards(tensors: dict[str, _Tensor], max_shard_bytes: int) -> Iterator[list[str]]:
+    names: list[str] = []
+    size = 0
+    for name, tensor in tensors.items():
+        if names and size + tensor.nbytes > max_shard_bytes:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += tensor.nbytes
+    yield names
+
+
+def _write_file(path: Path, tensors: Mapping[str, _Tensor]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files that do not say so
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.nbytes
+        dtype = _DTYPE_NAMES[tensor.dtype]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-(8 + len(encoded)) % 64)  # data starts aligned
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name, tensor in tensors.items():
+            start = file.tell()
+            for piece in tensor.pieces:
+                file.write(piece().tobytes())
+            written = file.tell() - start
+            if written != tensor.nbytes:
+                raise ValueError(f"{name}: wrote {written} bytes; its shape {tensor.shape} takes {tensor.nbytes}")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _move_into_place(staging: Path, directory: Path) -> None:
+    new = {path.name for path in staging.iterdir()}
+    (directory / CONFIG).unlink(missing_ok=True)  # from here on the directory is no checkpoint until all has moved
+    for old in [*directory.glob("model*.safetensors"), directory / INDEX]:
+        if old.name not in new:
+            old.unlink(missing_ok=True)
+    for name in sorted(new - {CONFIG}):
+        os.replace(staging / name, directory / name)
+    os.replace(staging / CONFIG, directory / CONFIG)
