@@ -1,0 +1,102 @@
+"""Training batches as a function of the step number: rows packed with whole conversations, never two to a sequence mask.
+
+Nothing is kept between steps, so a run that resumes at step `s` sees exactly what an uninterrupted run would have seen.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from tokenizers import Tokenizer
+
+from train.demo import mixture
+from train.demo.tokenizer import ASSISTANT, BOS, EOS, PAD, SYSTEM, USER
+
+ANSWER_WEIGHTS = {"qa": 3.0, "comp": 4.0, "clsfy": 2.0, "sum": 1.0, "conv": 0.5}
+PROMPT_WEIGHT = 0.15
+_ROLE_TOKENS = {"user": USER, "assistant": ASSISTANT, "system": SYSTEM}
+
+
+class Batch(NamedTuple):
+    """`B` packed rows of `T` tokens, and the `P` positions (of the B * T flattened) whose next token is learned."""
+
+    tokens: Int[np.ndarray, "B T"]
+    positions: Int[np.ndarray, "B T"]
+    documents: Int[np.ndarray, "B T"]  # number of the conversation within its row, from 1; 0 is padding
+    loss_at: Int[np.ndarray, " P"]
+    targets: Int[np.ndarray, " P"]
+    weights: Float[np.ndarray, " P"]
+
+
+class Encoder:
+    """Turns chat messages into token ids exactly as the chat template does, and marks what the assistant says."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.special = {token: tokenizer.token_to_id(token) for token in (BOS, EOS, PAD, USER, ASSISTANT, SYSTEM)}
+
+    def text(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def conversation(self, messages: list[dict[str, str]], task: str) -> tuple[list[int], list[float]]:
+        """Token ids, and per token the loss weight of predicting it."""
+        ids, weights = [self.special[BOS]], [0.0]
+        for message in messages:
+            body = self.text(message["content"])
+            spoken = message["role"] == "assistant"
+            body += [self.special[EOS]] if spoken else []
+            ids += [self.special[_ROLE_TOKENS[message["role"]]], *body]
+            weights += [0.0, *[ANSWER_WEIGHTS[task] if spoken else PROMPT_WEIGHT] * len(body)]
+        return ids, weights
+
+
+def make(encoder: Encoder, seed: int, step: int, rows: int, length: int, loss_positions: int) -> Batch:
+    """The batch of a step. Conversations longer than a row are left out; positions of prompts are thinned to fit."""
+    packed: list[list[tuple[list[int], list[float]]]] = [[] for _ in range(rows)]
+    room = [length] * rows
+    misses = 0
+    number = 0
+    while misses < 8:
+        key = f"{step}/{number}"
+        number += 1
+        example = mixture.draw(seed, key)
+        messages = mixture.messages(example, random.Random(f"system/{seed}/{key}"))
+        ids, weights = encoder.conversation(messages, example.task)
+        row = next((row for row in range(rows) if room[row] >= len(ids)), None)
+        if row is None:
+            misses += 1
+            continue
+        packed[row].append((ids, weights))
+        room[row] -= len(ids)
+    tokens = np.full((rows, length), encoder.special[PAD], np.int32)
+    positions = np.zeros((rows, length), np.int32)
+    documents = np.zeros((rows, length), np.int32)
+    weight_of_next = np.zeros((rows, length), np.float32)
+    for row, conversations in enumerate(packed):
+        start = 0
+        for document, (ids, weights) in enumerate(conversations, start=1):
+            end = start + len(ids)
+            tokens[row, start:end] = ids
+            positions[row, start:end] = np.arange(len(ids))
+            documents[row, start:end] = document
+            weight_of_next[row, start : end - 1] = weights[1:]
+            start = end
+    return Batch(tokens, positions, documents, *_loss_positions(tokens, weight_of_next, loss_positions, seed, step))
+
+
+def _loss_positions(
+    tokens: Int[np.ndarray, "B T"], weight_of_next: Float[np.ndarray, "B T"], count: int, seed: int, step: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All answer positions and as many random prompt positions as there is room for, padded with weight 0."""
+    flat = weight_of_next.reshape(-1)
+    rng = np.random.default_rng((seed, step))
+    answers = np.flatnonzero(flat > PROMPT_WEIGHT)
+    prompts = np.flatnonzero((flat > 0) & (flat <= PROMPT_WEIGHT))
+    chosen = np.concatenate([rng.permutation(answers), rng.permutation(prompts)])[:count].astype(np.int32)
+    padding = np.zeros(count - len(chosen), np.int32)
+    loss_at = np.concatenate([chosen, padding])
+    weights = np.concatenate([flat[chosen], padding.astype(np.float32)])
+    return loss_at, np.roll(tokens.reshape(-1), -1)[loss_at], weights

@@ -1,0 +1,135 @@
+"""The training loop: AdamW with warm-up and cosine decay, Orbax checkpoints, resuming where a killed run stopped."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from orbax.checkpoint import v1 as ocp
+from tokenizers import Tokenizer
+
+from emoe_jax.config import ModelConfig
+from train.demo import batches, objective
+from train.demo.batches import Batch, Encoder
+from train.demo.objective import Metrics, Parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything that decides the outcome of a run. `rows` sequences of `length` tokens per step."""
+
+    steps: int
+    seed: int = 0
+    rows: int = 32
+    length: int = 128
+    loss_positions: int = 1536
+    peak_rate: float = 2e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.05
+    checkpoint_every: int = 200
+
+
+class TrainState(NamedTuple):
+    """What a checkpoint holds: steps done, parameters, optimizer state."""
+
+    step: jax.Array
+    parameters: Parameters
+    optimizer: Any
+
+
+def optimizer(plan: Plan) -> optax.GradientTransformation:
+    warmup = min(plan.warmup_steps, plan.steps // 2)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, plan.peak_rate, warmup, plan.steps, plan.peak_rate * 0.02)
+    decayed = lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree)  # noqa: E731
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(schedule, b1=0.9, b2=0.98, weight_decay=plan.weight_decay, mask=decayed),
+    )
+
+
+def start(config: ModelConfig, plan: Plan) -> TrainState:
+    parameters = objective.init(config, plan.seed)
+    return TrainState(jnp.int32(0), parameters, optimizer(plan).init(parameters))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "plan"), donate_argnames="state")
+def train_step(state: TrainState, batch: Batch, config: ModelConfig, plan: Plan) -> tuple[TrainState, Metrics]:
+    """One update. Donates `state`."""
+    (_, metrics), gradients = jax.value_and_grad(objective.loss, has_aux=True)(state.parameters, batch, config)
+    updates, moments = optimizer(plan).update(gradients, state.optimizer, state.parameters)
+    return TrainState(state.step + 1, optax.apply_updates(state.parameters, updates), moments), metrics
+
+
+class Checkpoints:
+    """The newest checkpoints of a run in a directory, one folder per step."""
+
+    def __init__(self, directory: Path, keep: int = 2) -> None:
+        self.directory = directory.absolute()
+        self.keep = keep
+
+    def steps(self) -> list[int]:
+        """Steps that have a complete checkpoint, ascending: Orbax renames a folder into place when it is whole."""
+        return sorted(int(path.name) for path in self.directory.glob("*") if path.name.isdigit())
+
+    def save(self, state: TrainState) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        ocp.save(self.directory / str(int(state.step)), _named(state), overwrite=True)
+        for step in self.steps()[: -self.keep]:
+            shutil.rmtree(self.directory / str(step))
+
+    def restore(self, fresh: TrainState) -> TrainState:
+        """The newest checkpoint, or `fresh` itself where there is none."""
+        steps = self.steps()
+        if not steps:
+            return fresh
+        loaded = ocp.load(self.directory / str(steps[-1]), _named(jax.eval_shape(lambda: fresh)))
+        return jax.tree.unflatten(jax.tree.structure(fresh), [loaded[name] for name in _named(fresh)])
+
+
+def _named(state: TrainState) -> dict[str, Any]:
+    """The state's arrays under their paths, in the tree's order."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree.leaves_with_path(state)
+    }
+
+
+def run(
+    config: ModelConfig,
+    plan: Plan,
+    tokenizer: Tokenizer,
+    checkpoints: Checkpoints | None,
+    report: Callable[[int, Metrics], None],
+    stop_after: int | None = None,
+) -> TrainState:
+    """Train up to `plan.steps`, from the newest checkpoint if there is one; `report` gets every step's metrics.
+
+    `stop_after` ends the run early without changing the schedule, as a kill would. The next batch is made while a step runs.
+    """
+    state = start(config, plan)
+    state = checkpoints.restore(state) if checkpoints else state
+    encoder = Encoder(tokenizer)
+    first, last = int(state.step), min(plan.steps, stop_after or plan.steps)
+
+    def batch_of(step: int) -> Batch:
+        return batches.make(encoder, plan.seed, step, plan.rows, plan.length, plan.loss_positions)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as worker:
+        coming = worker.submit(batch_of, first)
+        for step in range(first, last):
+            batch = coming.result()
+            if step + 1 < last:
+                coming = worker.submit(batch_of, step + 1)
+            state, metrics = train_step(state, batch, config, plan)
+            report(step + 1, metrics)
+            if checkpoints and ((step + 1) % plan.checkpoint_every == 0 or step + 1 == last):
+                checkpoints.save(state)
+    return state

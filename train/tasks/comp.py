@@ -1,0 +1,51 @@
+"""Comparing two headlines: do they report the same story? Answers `yes` or `no`.
+
+The pairs that are not the same are of three sorts: two unrelated stories, the same kind of event happening to somebody
+else, and another event about the same party. The latter two cannot be told by the topic or by the names alone.
+"""
+
+from __future__ import annotations
+
+from train.tasks import stories
+from train.tasks.draw import Draw
+from train.tasks.example import Example, Split
+
+_ASKS = ("Are these two headlines", "Are the following headlines", "Are both headlines", "Are the two headlines below", "Compare the headlines. Are they")
+_ABOUT = ("about the same story", "about the same event", "similar", "reporting the same thing", "on the same news")
+_HOW = ("?", "? Answer yes or no.", "? Yes or no?", "? Reply with yes or no.")
+_LAYOUTS = (
+    "{instruction}\n1. {first}\n2. {second}",
+    "{instruction}\nHeadline 1: {first}\nHeadline 2: {second}",
+    "First headline: {first}\nSecond headline: {second}\n{instruction}",
+    "{instruction}\n- {first}\n- {second}",
+)
+
+
+def example(split: Split, key: str) -> Example:
+    draw = Draw(f"comp/{split}/{key}", split)
+    story = stories.story(draw)
+    same = draw.chance(0.5)
+    if same:
+        first, second = story.headlines(draw)
+    else:
+        first, second = story.headline(draw), _other(draw, story).headline(draw)
+        if draw.chance(0.5):
+            first, second = second, first
+    ask, about, how = draw.phrase(_ASKS, _ABOUT, _HOW)
+    prompt = draw.one(_LAYOUTS).format(instruction=f"{ask} {about}{how}", first=first, second=second)
+    return Example(prompt, "yes" if same else "no", "comp")
+
+
+def _other(draw: Draw, story: stories.Story) -> stories.Story:
+    """Another story: somebody else's, of the same kind; or the same party's, of another kind; or unrelated."""
+    sort = draw.rng.random()
+    while True:
+        if sort < 0.35:
+            other = stories.story(draw, kind=story.kind)
+        elif sort < 0.65:
+            kinds = [kind for kind in stories.KINDS if kind.a == story.kind.a and kind != story.kind]
+            other = stories.story(draw, kind=kinds[draw.rng.randrange(len(kinds))], a=story.slots["a"])
+        else:
+            other = stories.story(draw)
+        if other.kind != story.kind or other.slots["a"] != story.slots["a"]:
+            return other
