@@ -1,0 +1,319 @@
+"""What moves experts into the slab: staged by worker threads, committed by the owner of the step."""
+
+import contextlib
+import dataclasses
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Bool
+
+from emoe_jax.errors import CapacityError
+from emoe_jax.experts.slab import ExpertSlab
+from emoe_jax.experts.store import ExpertStore
+from emoe_jax.experts.table import SlotTable
+from emoe_jax.experts.tickets import LoadState, LoadTicket, TicketQueue
+
+
+@dataclasses.dataclass(frozen=True)
+class LoaderStats:
+    """Totals since the loader was made. `busy_seconds`: time with at least one worker staging."""
+
+    loads: int = 0
+    loaded_bytes: int = 0
+    staged_bytes: int = 0
+    busy_seconds: float = 0.0
+    commit_seconds: float = 0.0
+    retries: int = 0
+    failures: int = 0
+    cancelled: int = 0
+    wasted: int = 0
+    deferred: int = 0
+
+    @property
+    def bandwidth(self) -> float | None:
+        """Measured bytes/s from the store to the device while staging; None before the first load."""
+        return self.staged_bytes / self.busy_seconds if self.busy_seconds else None
+
+
+class ExpertLoader:
+    """`request` -> worker threads stage -> `commit` between steps; `load_now` where someone waits.
+
+    `commit`, `load_now` and `fill` change the slab and its table and belong to the owner of the step alone; the other
+    methods may be called from any thread. A failing read is tried `retries` more times, `backoff` seconds later and
+    twice that each further time, and never ends a worker. At most `window` experts are held between store and slab
+    (twice that while `load_now` runs).
+    """
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        slab: ExpertSlab,
+        table: SlotTable,
+        *,
+        workers: int = 1,
+        bandwidth: float | None = None,
+        window: int = 4,
+        retries: int = 2,
+        backoff: float = 0.05,
+    ):
+        self._store = store
+        self._slab = slab
+        self._table = table
+        self._window = window
+        self._retries = retries
+        self._backoff = backoff
+        self._queue = TicketQueue(store.layout.nbytes, window, bandwidth)
+        self._lock = threading.Lock()  # guards the three fields below
+        self._stats = LoaderStats()
+        self._staging = 0
+        self._busy_since = 0.0
+        self._threads = [
+            threading.Thread(target=self._work, name=f"expert-loader-{index}", daemon=True) for index in range(workers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def stats(self) -> LoaderStats:
+        with self._lock:
+            return self._stats
+
+    def request(self, layer: int, expert: int, priority: float = 0.0, *, evict: int | None = None) -> LoadTicket:
+        """Ask for an expert, in place of resident expert `evict` or in an empty slot. Higher priorities come first.
+
+        A second request for the same expert returns the first one's ticket, with the higher of the priorities.
+        """
+        self._check_expert(layer, expert)
+        if evict is not None:
+            self._check_expert(layer, evict)
+        if evict == expert:
+            raise ValueError(f"expert {expert} of layer {layer} cannot replace itself")
+        return self._queue.request(layer, expert, priority, evict)
+
+    def cancel(self, ticket: LoadTicket) -> bool:
+        """Give up a request. False when it is over already, or `load_now` is waiting for it."""
+        cancelled = self._queue.cancel(ticket)
+        self._count(cancelled=int(cancelled))
+        return cancelled
+
+    def cancel_all(self) -> int:
+        cancelled = self._queue.cancel_all()
+        self._count(cancelled=cancelled)
+        return cancelled
+
+    def in_flight(self) -> Bool[np.ndarray, "M E"]:
+        """Experts on their way in, and those they are to replace: not to be asked for again."""
+        return self._queue.in_flight(self._table.num_layers, self._table.num_experts)
+
+    def wait_idle(self, timeout: float | None = None) -> bool:
+        """Wait until nothing more can be staged before the next `commit`; False when `timeout` seconds ran out."""
+        return self._queue.wait_idle(timeout)
+
+    def commit(self, limit: int | None = None) -> list[LoadTicket]:
+        """Bring up to `limit` staged experts into slab and table, by priority; never waits. The committed tickets.
+
+        A ticket whose slot is pinned by the running step stays ready for a later commit. One whose expert arrived by
+        other means, or whose place is gone, ends as `STALE`.
+        """
+        began = time.perf_counter()
+        kept = []
+        with self._writes() as writes:
+            for ticket in self._queue.take_ready():
+                if limit is not None and len(writes.tickets) >= limit:
+                    kept.append(ticket)
+                elif (slot := self._slot_for(ticket)) is None:
+                    self._queue.finish(ticket, LoadState.STALE)
+                    self._count(wasted=1)
+                elif self._table.is_pinned(ticket.layer, slot):
+                    kept.append(ticket)
+                    self._count(deferred=1)
+                else:
+                    writes.add(ticket, slot)
+            self._queue.put_back(kept)
+        self._count(commit_seconds=time.perf_counter() - began)
+        return writes.tickets
+
+    def load_now(self, layer: int, experts: Iterable[int], evictable: Iterable[int] = ()) -> int:
+        """Make `experts` of a layer resident before returning; how many had to be loaded.
+
+        They go to empty slots, then to those of `evictable` experts in the order given; wanted and pinned ones are
+        passed over. Raises `CapacityError` (nothing loaded) when that is not enough, and what the store raised when a
+        read keeps failing (experts that came before it are resident, the table is right).
+        """
+        wanted = sorted(set(map(int, experts)))
+        for expert in wanted:
+            self._check_expert(layer, expert)
+        missing = [expert for expert in wanted if not self._table.is_resident(layer, expert)]
+        if not missing:
+            return 0
+        slots = [slot for slot in self._table.empty_slots(layer) if not self._table.is_pinned(layer, slot)]
+        for expert in dict.fromkeys(evictable):
+            if expert not in wanted and self._table.is_resident(layer, expert):
+                slot = self._table.slot(layer, expert)
+                if not self._table.is_pinned(layer, slot):
+                    slots.append(slot)
+        if len(slots) < len(missing):
+            raise CapacityError(
+                f"layer {layer} must load {len(missing)} experts, but only {len(slots)} of its "
+                f"{self._table.capacities[layer]} slots are empty or may be replaced"
+            )
+        self._load([(layer, expert, slot) for expert, slot in zip(missing, slots, strict=False)])
+        return len(missing)
+
+    def fill(self, experts: Sequence[Iterable[int]], on_progress: Callable[[int, int], None] | None = None) -> None:
+        """Load experts of every layer into empty slots, in the order of the files. For the start of an engine.
+
+        `on_progress(done, total)` is called after every commit. Raises like `load_now`.
+        """
+        wanted = []
+        for layer, chosen in enumerate(experts):
+            missing = [e for e in sorted(set(map(int, chosen))) if not self._table.is_resident(layer, e)]
+            empty = self._table.empty_slots(layer)
+            if len(missing) > len(empty):
+                raise CapacityError(f"layer {layer} has {len(empty)} empty slots for {len(missing)} experts")
+            wanted += [(layer, expert, slot) for expert, slot in zip(missing, empty, strict=False)]
+        self._load(wanted, on_progress)
+
+    def close(self) -> None:
+        """Cancel what is under way and join the workers."""
+        self._queue.close()
+        for thread in self._threads:
+            thread.join()
+
+    def __enter__(self) -> "ExpertLoader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _load(
+        self, wanted: Sequence[tuple[int, int, int]], on_progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Bring `(layer, expert, slot)`s in, staging up to `window` ahead of the commits."""
+        waiting: dict[LoadTicket, int] = {}
+        remaining = iter(wanted)
+        done = 0
+        error: Exception | None = None
+        while True:
+            while error is None and len(waiting) < self._window and (item := next(remaining, None)) is not None:
+                layer, expert, slot = item
+                waiting[self._queue.request(layer, expert, np.inf, urgent=True)] = slot
+            if not waiting:
+                break
+            over = self._queue.wait_any(waiting)
+            began = time.perf_counter()
+            staged = [ticket for ticket in over if ticket.state is LoadState.COMMITTING]
+            with self._writes() as writes:
+                for ticket in staged:
+                    writes.add(ticket, waiting[ticket])
+            # Waiting here, while workers stage the next ones, bounds the host memory that unfinished copies hold.
+            for layer in {ticket.layer for ticket in staged}:
+                self._slab.block_until_ready(layer)
+            self._count(commit_seconds=time.perf_counter() - began)
+            for ticket in over:
+                del waiting[ticket]
+                if ticket not in staged:
+                    error = error or ticket.error or RuntimeError("the expert loader was closed while loading")
+            done += len(staged)
+            if on_progress is not None and staged:
+                on_progress(done, len(wanted))
+        if error is not None:
+            raise error
+
+    def _slot_for(self, ticket: LoadTicket) -> int | None:
+        """Where a staged expert goes now, or None when there is no place or no need for it."""
+        if self._table.is_resident(ticket.layer, ticket.expert):
+            return None
+        if ticket.evict is not None and self._table.is_resident(ticket.layer, ticket.evict):
+            return self._table.slot(ticket.layer, ticket.evict)
+        return next(iter(self._table.empty_slots(ticket.layer)), None)
+
+    @contextlib.contextmanager
+    def _writes(self) -> "Iterator[_Writes]":
+        """Collect the writes of one commit; at the end they are in slab and table, or given up if anything failed."""
+        writes = _Writes(self._table)
+        state = LoadState.FAILED
+        try:
+            yield writes
+            writes.flush(self._slab)
+            state = LoadState.COMMITTED
+            self._count(loads=len(writes.tickets), loaded_bytes=len(writes.tickets) * self._store.layout.nbytes)
+        finally:
+            writes.abandon()
+            for ticket in writes.tickets:
+                self._queue.finish(ticket, state)
+
+    def _work(self) -> None:
+        while (ticket := self._queue.next()) is not None:
+            try:
+                with self._busy():
+                    staged = jax.block_until_ready(self._slab.stage(self._store.read(ticket.layer, ticket.expert)))
+            except Exception as error:
+                again = ticket.attempts <= self._retries
+                self._count(retries=int(again), failures=int(not again))
+                self._queue.set_failed(ticket, error, self._backoff * 2 ** (ticket.attempts - 1) if again else None)
+            else:
+                kept = self._queue.set_ready(ticket, staged)
+                self._count(staged_bytes=self._store.layout.nbytes, wasted=int(not kept))
+            # The last references: a worker that waits for its next ticket holds no expert.
+            staged = ticket = None
+
+    @contextlib.contextmanager
+    def _busy(self) -> Iterator[None]:
+        with self._lock:
+            if not self._staging:
+                self._busy_since = time.perf_counter()
+            self._staging += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._staging -= 1
+                if not self._staging:
+                    self._add(busy_seconds=time.perf_counter() - self._busy_since)
+
+    def _count(self, **increments: float) -> None:
+        with self._lock:
+            self._add(**increments)
+
+    def _add(self, **increments: float) -> None:
+        changed = {name: getattr(self._stats, name) + value for name, value in increments.items()}
+        self._stats = dataclasses.replace(self._stats, **changed)
+
+    def _check_expert(self, layer: int, expert: int) -> None:
+        if not (0 <= layer < self._table.num_layers and 0 <= expert < self._table.num_experts):
+            raise IndexError(
+                f"no expert {expert} in layer {layer}: the model has {self._table.num_layers} MoE layers "
+                f"of {self._table.num_experts} experts"
+            )
+
+
+class _Writes:
+    """Assignments of one commit: the table at once, so that the next choice sees them, the slab in one go per layer."""
+
+    def __init__(self, table: SlotTable):
+        self.tickets: list[LoadTicket] = []
+        self._table = table
+        self._pending: dict[int, dict[int, jax.Array]] = defaultdict(dict)  # layer -> slot -> record
+
+    def add(self, ticket: LoadTicket, slot: int) -> None:
+        assert ticket.staged is not None
+        self._table.assign(ticket.layer, slot, ticket.expert)
+        self.tickets.append(ticket)
+        self._pending[ticket.layer][slot] = ticket.staged  # replaces an expert that was evicted again right away
+
+    def flush(self, slab: ExpertSlab) -> None:
+        for layer in list(self._pending):
+            slots = self._pending[layer]
+            slab.commit(layer, list(slots.values()), list(slots))
+            del self._pending[layer]
+
+    def abandon(self) -> None:
+        """Empty the slots whose weights were not written."""
+        for layer, slots in self._pending.items():
+            for slot in slots:
+                self._table.release(layer, slot)

@@ -1,0 +1,102 @@
+"""The fixed-capacity home of the resident experts on the device. `P` is the numbers in one expert's record."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from emoe_jax.experts.store import HostRecord, aligned_record
+from emoe_jax.experts.weights import ExpertLayout, ExpertWeights
+
+# One compiled commit per size. A batch is cut into these, largest first, because a padded entry would cost a full copy.
+COMMIT_SIZES = (8, 4, 2, 1)
+
+
+@functools.partial(jax.jit, donate_argnames=("weights",))
+def commit_experts(
+    weights: ExpertWeights, staged: tuple[Float[Array, "P"], ...], slots: Int32[Array, "n"]
+) -> ExpertWeights:
+    """Write `n` staged records into slots of one layer, in place. Donates `weights`.
+
+    Records are taken whole and cut here, so that staging is one transfer per expert and this is one copy. A slot of C
+    is skipped.
+    """
+    w_in, w_out = weights.w_in, weights.w_out
+    in_shape, out_shape = w_in.shape[1:], w_out.shape[1:]
+    split = in_shape[0] * in_shape[1]
+    for index, record in enumerate(staged):
+        w_in = w_in.at[slots[index]].set(record[:split].reshape(in_shape), mode="drop")
+        w_out = w_out.at[slots[index]].set(record[split:].reshape(out_shape), mode="drop")
+    return ExpertWeights(w_in, w_out)
+
+
+class ExpertSlab:
+    """Device weights of every MoE layer's slots, zero until committed to.
+
+    `weights` is what a step reads. A commit donates the layer's arrays: take `weights` afresh for every step and keep
+    no reference across a commit. Arrays are committed to the device (in JAX's sense) from the start, because a step
+    compiled for uncommitted arrays would compile again after the first load.
+    """
+
+    def __init__(
+        self, layout: ExpertLayout, capacities: Sequence[int], sharding: jax.sharding.SingleDeviceSharding | None = None
+    ):
+        self.layout = layout
+        self.capacities = tuple(capacities)
+        self.sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        self._weights = [jax.device_put(layout.empty_weights(capacity), self.sharding) for capacity in capacities]
+        self._compile_commits()
+
+    @property
+    def weights(self) -> tuple[ExpertWeights, ...]:
+        return tuple(self._weights)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.capacities) * self.layout.nbytes
+
+    def stage(self, record: HostRecord) -> Float[Array, "P"]:
+        """Start the transfer of one record to the device. Any thread may call it.
+
+        On CPU the result aliases an aligned numpy record: the record must never be written again.
+        """
+        return jax.device_put(record, self.sharding)
+
+    def commit(self, layer: int, staged: Sequence[Float[Array, "P"]], slots: Sequence[int]) -> None:
+        """Write staged records into slots of a layer, in place and without waiting for the device.
+
+        Only the owner of the step may call it, between steps. Replaces `weights[layer]`. Raises `ValueError` for
+        duplicate slots and `IndexError` out of range, before anything is written.
+        """
+        if len(staged) != len(slots):
+            raise ValueError(f"{len(staged)} records for {len(slots)} slots")
+        if len(set(slots)) != len(slots):
+            raise ValueError(f"slots {list(slots)} of layer {layer} are not distinct")
+        for slot in slots:
+            if not 0 <= slot < self.capacities[layer]:
+                raise IndexError(f"slot {slot} of layer {layer} is not one of {self.capacities[layer]}")
+        done = 0
+        for size in COMMIT_SIZES:
+            while len(slots) - done >= size:
+                part = slice(done, done + size)
+                self._weights[layer] = commit_experts(
+                    self._weights[layer], tuple(staged[part]), np.asarray(slots[part], np.int32)
+                )
+                done += size
+
+    def block_until_ready(self, layer: int) -> None:
+        """Wait for the commits to a layer; the staged records are free afterwards."""
+        jax.block_until_ready(self._weights[layer])
+
+    def _compile_commits(self) -> None:
+        """Run every commit size once, while zeros over zeros change nothing."""
+        record = aligned_record(self.layout)
+        record[:] = 0
+        staged = self.stage(record)
+        for layer in {capacity: layer for layer, capacity in enumerate(self.capacities)}.values():
+            for size in COMMIT_SIZES:
+                skipped = np.full(size, self.capacities[layer], np.int32)
+                self._weights[layer] = commit_experts(self._weights[layer], (staged,) * size, skipped)
+            self.block_until_ready(layer)

@@ -1,0 +1,149 @@
+"""Which expert is in which slot: the host's truth about the slab."""
+
+from collections.abc import Iterable, Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Int32, Int64
+
+EMPTY = -1
+
+
+class SlotInUseError(RuntimeError):
+    """A slot that the running step may read was asked to change."""
+
+
+class SlotTable:
+    """Slots of every MoE layer. Only the owner of the step changes it, and only together with the slab.
+
+    `slot_of_expert[m, e]` is the slot of expert `e` in layer `m`, or that layer's capacity when it is absent, so that
+    gathers and scatters with `mode="drop"` skip it (an index of -1 would wrap).
+    """
+
+    def __init__(self, capacities: Sequence[int], num_experts: int, *, sharding: jax.sharding.Sharding | None = None):
+        if any(not 1 <= capacity <= num_experts for capacity in capacities):
+            raise ValueError(
+                f"capacities {list(capacities)} must lie between 1 and the {num_experts} experts of a layer"
+            )
+        self.capacities = tuple(int(capacity) for capacity in capacities)
+        self.num_experts = num_experts
+        self._sharding = sharding
+        self._absent = np.asarray(self.capacities, np.int32)[:, None]  # [M, 1]
+        self._slot_of_expert = np.repeat(self._absent, num_experts, axis=1)  # [M, E]
+        self._expert_of_slot = [np.full(capacity, EMPTY, np.int32) for capacity in self.capacities]
+        self._generation = [np.zeros(capacity, np.int64) for capacity in self.capacities]
+        self._pins = [np.zeros(capacity, np.int32) for capacity in self.capacities]
+        self._on_device: Array | None = None
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.capacities)
+
+    @property
+    def slot_of_expert(self) -> Int32[np.ndarray, "M E"]:
+        """A read-only view that follows later changes."""
+        return _read_only(self._slot_of_expert)
+
+    @property
+    def resident_mask(self) -> Bool[np.ndarray, "M E"]:
+        return self._slot_of_expert < self._absent
+
+    def expert_of_slot(self, layer: int) -> Int32[np.ndarray, "C"]:
+        """Expert in each slot of the layer, -1 where empty. A read-only view that follows later changes."""
+        return _read_only(self._expert_of_slot[layer])
+
+    def generation(self, layer: int) -> Int64[np.ndarray, "C"]:
+        """How often each slot of the layer was written. A read-only view that follows later changes."""
+        return _read_only(self._generation[layer])
+
+    def resident(self, layer: int) -> Int32[np.ndarray, "n"]:
+        """Experts in the layer's slots, ascending."""
+        experts = self._expert_of_slot[layer]
+        return np.sort(experts[experts != EMPTY])
+
+    def is_resident(self, layer: int, expert: int) -> bool:
+        return self.slot(layer, expert) < self.capacities[layer]
+
+    def slot(self, layer: int, expert: int) -> int:
+        """The expert's slot, or the layer's capacity when it is absent."""
+        if not 0 <= expert < self.num_experts:
+            raise IndexError(f"expert {expert} is not one of {self.num_experts}")
+        return int(self._slot_of_expert[layer, expert])
+
+    def empty_slots(self, layer: int) -> list[int]:
+        return np.flatnonzero(self._expert_of_slot[layer] == EMPTY).tolist()
+
+    def pin(self, layer: int, slots: Iterable[int]) -> None:
+        """Protect slots that a step reads from being reassigned. Pins nest: each needs its `unpin`."""
+        for slot in slots:
+            self._check_slot(layer, slot)
+            self._pins[layer][slot] += 1
+
+    def unpin(self, layer: int, slots: Iterable[int]) -> None:
+        for slot in slots:
+            self._check_slot(layer, slot)
+            if not self._pins[layer][slot]:
+                raise ValueError(f"slot {slot} of layer {layer} is not pinned")
+            self._pins[layer][slot] -= 1
+
+    def is_pinned(self, layer: int, slot: int) -> bool:
+        self._check_slot(layer, slot)
+        return bool(self._pins[layer][slot])
+
+    def check_assign(self, layer: int, slot: int, expert: int) -> None:
+        """Raise what `assign` would raise, and change nothing."""
+        self._check_slot(layer, slot)
+        if self.is_resident(layer, expert):
+            raise ValueError(
+                f"expert {expert} of layer {layer} is already in slot {self.slot(layer, expert)}; "
+                f"slot {slot} would hold a duplicate"
+            )
+        if self._pins[layer][slot]:
+            raise SlotInUseError(
+                f"slot {slot} of layer {layer} is in use by the running step and cannot take expert {expert}"
+            )
+
+    def assign(self, layer: int, slot: int, expert: int) -> int | None:
+        """Record that `slot` now holds `expert`; returns the expert that was there, or None.
+
+        Raises `SlotInUseError` for a pinned slot, `ValueError` for a resident expert, `IndexError` out of range.
+        """
+        self.check_assign(layer, slot, expert)
+        evicted = int(self._expert_of_slot[layer][slot])
+        if evicted != EMPTY:
+            self._slot_of_expert[layer, evicted] = self.capacities[layer]
+        self._expert_of_slot[layer][slot] = expert
+        self._slot_of_expert[layer, expert] = slot
+        self._generation[layer][slot] += 1
+        self._on_device = None
+        return None if evicted == EMPTY else evicted
+
+    def release(self, layer: int, slot: int) -> None:
+        """Forget the slot's expert, when its weights can no longer be trusted."""
+        self._check_slot(layer, slot)
+        if self._pins[layer][slot]:
+            raise SlotInUseError(f"slot {slot} of layer {layer} is in use by the running step and cannot be released")
+        expert = int(self._expert_of_slot[layer][slot])
+        if expert != EMPTY:
+            self._slot_of_expert[layer, expert] = self.capacities[layer]
+            self._expert_of_slot[layer][slot] = EMPTY
+            self._generation[layer][slot] += 1
+            self._on_device = None
+
+    def device_table(self) -> Int32[Array, "M E"]:
+        """`slot_of_expert` on the device; transferred only after a change, the same array otherwise."""
+        table = self._on_device
+        if table is None:
+            # A copy, because device_put on CPU may alias the source and this table goes on changing.
+            table = self._on_device = jax.device_put(self._slot_of_expert.copy(), self._sharding)
+        return table
+
+    def _check_slot(self, layer: int, slot: int) -> None:
+        if not 0 <= slot < self.capacities[layer]:
+            raise IndexError(f"slot {slot} of layer {layer} is not one of {self.capacities[layer]}")
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    view = array.view()
+    view.flags.writeable = False
+    return view

@@ -1,0 +1,259 @@
+"""Requests for experts, and the queue in which they wait for a worker, a retry or the next commit."""
+
+import enum
+import heapq
+import itertools
+import math
+import threading
+import time
+from collections.abc import Iterable
+
+import jax
+import numpy as np
+from jaxtyping import Bool
+
+from emoe_jax.errors import ConfigError
+
+
+class LoadState(enum.Enum):
+    QUEUED = "queued"
+    STAGING = "staging"
+    READY = "ready"
+    COMMITTING = "committing"
+    COMMITTED = "committed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    STALE = "stale"
+    """Staged, but at commit time the expert was resident already or the one to replace was gone."""
+
+
+_CANCELLABLE = (LoadState.QUEUED, LoadState.STAGING, LoadState.READY)
+
+
+class LoadTicket:
+    """One expert on its way to the slab. Callers read it; only the queue and the loader change it."""
+
+    def __init__(self, layer: int, expert: int, priority: float, evict: int | None):
+        self.layer = layer
+        self.expert = expert
+        self.priority = priority
+        self.evict = evict
+        self.state = LoadState.QUEUED
+        self.attempts = 0
+        self.error: Exception | None = None
+        self.staged: jax.Array | None = None
+        self.urgent = False
+        self.delayed = False
+        self.entry = 0
+
+    def __repr__(self) -> str:
+        return f"LoadTicket(layer={self.layer}, expert={self.expert}, priority={self.priority}, {self.state.value})"
+
+
+class TicketQueue:
+    """Thread-safe. At most one active ticket per expert; highest priority first, then first come.
+
+    Ordinary tickets start only while fewer than `window` experts are staged or staging, and no faster than
+    `bandwidth` bytes/s (`None`: unlimited). Urgent ones, which someone is waiting for, bypass both.
+    """
+
+    def __init__(self, record_bytes: int, window: int, bandwidth: float | None):
+        if bandwidth is not None and not bandwidth > 0:
+            raise ConfigError(f"link bandwidth of {bandwidth:g} bytes/s must be positive")
+        if window < 1:
+            raise ValueError(f"a window of {window} staged experts lets nothing through; it must be at least 1")
+        self._seconds_per_record = 0.0 if bandwidth is None else record_bytes / bandwidth
+        self._window = window
+        self._changed = threading.Condition()
+        self._entries = itertools.count(1)
+        self._tickets: dict[tuple[int, int], LoadTicket] = {}  # active ones
+        # Heaps of (rank, entry, ticket). A ticket that moved on leaves its old entry behind, see `_first`.
+        self._waiting: list[tuple[float, int, LoadTicket]] = []  # for a worker, by -priority
+        self._delayed: list[tuple[float, int, LoadTicket]] = []  # for their next attempt, by time
+        self._ready: list[LoadTicket] = []
+        self._staging = 0
+        self._link_free_at = 0.0
+        self._closed = False
+
+    def request(
+        self, layer: int, expert: int, priority: float, evict: int | None = None, *, urgent: bool = False
+    ) -> LoadTicket:
+        """A new ticket, or the expert's active one with the higher priority and the newer `evict`."""
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("the expert loader is closed")
+            ticket = self._tickets.get((layer, expert))
+            if ticket is None:
+                ticket = self._tickets[layer, expert] = LoadTicket(layer, expert, priority, evict)
+                self._push(ticket)
+            ticket.evict = evict if evict is not None else ticket.evict
+            if priority > ticket.priority or (urgent and not ticket.urgent):
+                ticket.priority = max(ticket.priority, priority)
+                ticket.urgent |= urgent
+                # A read that waits to be tried again keeps its distance, unless someone waits for it.
+                if ticket.state is LoadState.QUEUED and (urgent or not ticket.delayed):
+                    self._push(ticket)
+            return ticket
+
+    def next(self) -> LoadTicket | None:
+        """Block until a ticket may be staged; None once the queue is closed. For worker threads."""
+        with self._changed:
+            while not self._closed:
+                now = time.monotonic()
+                while (retry := _first(self._delayed)) is not None and self._delayed[0][0] <= now:
+                    heapq.heappop(self._delayed)
+                    self._push(retry)
+                wait_until = self._delayed[0][0] if self._delayed else math.inf
+                ticket = _first(self._waiting)
+                if ticket is not None:
+                    if ticket.urgent or (self._has_room() and now >= self._link_free_at):
+                        return self._start(ticket, now)
+                    if self._has_room():
+                        wait_until = min(wait_until, self._link_free_at)
+                self._changed.wait(None if wait_until == math.inf else max(0.0, wait_until - now))
+            return None
+
+    def set_ready(self, ticket: LoadTicket, staged: jax.Array) -> bool:
+        """The worker has staged it. False when it was cancelled in the meantime and the work is lost."""
+        with self._changed:
+            self._staging -= 1
+            kept = ticket.state is LoadState.STAGING
+            if kept:
+                ticket.state, ticket.staged = LoadState.READY, staged
+                self._ready.append(ticket)
+            self._changed.notify_all()
+            return kept
+
+    def set_failed(self, ticket: LoadTicket, error: Exception, retry_after: float | None) -> None:
+        """The worker could not stage it: queue it again in `retry_after` seconds, or give up on None."""
+        with self._changed:
+            self._staging -= 1
+            ticket.error = error
+            if ticket.state is LoadState.STAGING:
+                if retry_after is None:
+                    self._finish(ticket, LoadState.FAILED)
+                else:
+                    ticket.state, ticket.entry, ticket.delayed = LoadState.QUEUED, next(self._entries), True
+                    heapq.heappush(self._delayed, (time.monotonic() + retry_after, ticket.entry, ticket))
+            self._changed.notify_all()
+
+    def take_ready(self) -> list[LoadTicket]:
+        """Everything staged and not urgent, most urgent first. Return each by `finish` or `put_back`."""
+        with self._changed:
+            taken = sorted((ticket for ticket in self._ready if not ticket.urgent), key=_order)
+            self._ready = [ticket for ticket in self._ready if ticket.urgent]
+            return self._taken(taken)
+
+    def put_back(self, tickets: Iterable[LoadTicket]) -> None:
+        """Keep taken tickets ready for a later commit."""
+        with self._changed:
+            for ticket in tickets:
+                ticket.state = LoadState.READY
+                self._ready.append(ticket)
+            self._changed.notify_all()
+
+    def finish(self, ticket: LoadTicket, state: LoadState) -> None:
+        with self._changed:
+            self._finish(ticket, state)
+            self._changed.notify_all()
+
+    def wait_any(self, tickets: Iterable[LoadTicket]) -> list[LoadTicket]:
+        """Block until at least one of the urgent tickets is staged or over; those, with the staged ones taken."""
+        tickets = list(tickets)
+        waiting = (LoadState.QUEUED, LoadState.STAGING)
+        with self._changed:
+            self._changed.wait_for(lambda: any(ticket.state not in waiting for ticket in tickets))
+            done = [ticket for ticket in tickets if ticket.state not in waiting]
+            self._ready = [ticket for ticket in self._ready if ticket not in done]
+            return self._taken(done)
+
+    def cancel(self, ticket: LoadTicket) -> bool:
+        """False when it is over already or someone is waiting for it."""
+        with self._changed:
+            return self._cancel(ticket)
+
+    def cancel_all(self) -> int:
+        """Cancel every active ticket that no one is waiting for; how many."""
+        with self._changed:
+            return sum([self._cancel(ticket) for ticket in list(self._tickets.values())])
+
+    def wait_idle(self, timeout: float | None) -> bool:
+        """Wait until workers can do nothing more before the next commit; False when `timeout` seconds ran out."""
+
+        def is_idle() -> bool:
+            waiting = _first(self._waiting) or _first(self._delayed)
+            return not self._staging and not (waiting and self._has_room())
+
+        with self._changed:
+            return self._changed.wait_for(is_idle, timeout)
+
+    def in_flight(self, num_layers: int, num_experts: int) -> Bool[np.ndarray, "M E"]:
+        """Experts on their way in, and those they are to replace."""
+        mask = np.zeros((num_layers, num_experts), bool)
+        with self._changed:
+            for ticket in self._tickets.values():
+                mask[ticket.layer, ticket.expert] = True
+                if ticket.evict is not None:
+                    mask[ticket.layer, ticket.evict] = True
+        return mask
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            for ticket in list(self._tickets.values()):
+                if ticket.state is not LoadState.COMMITTING:
+                    self._finish(ticket, LoadState.CANCELLED)
+            self._ready.clear()
+            self._changed.notify_all()
+
+    def _push(self, ticket: LoadTicket) -> None:
+        ticket.entry, ticket.delayed = next(self._entries), False
+        heapq.heappush(self._waiting, (-math.inf if ticket.urgent else -ticket.priority, ticket.entry, ticket))
+        self._changed.notify_all()
+
+    def _taken(self, tickets: list[LoadTicket]) -> list[LoadTicket]:
+        """From here on only the owner of the step decides about the staged ones: they cannot be cancelled."""
+        for ticket in tickets:
+            if ticket.state is LoadState.READY:
+                ticket.state = LoadState.COMMITTING
+        return tickets
+
+    def _has_room(self) -> bool:
+        return self._staging + len(self._ready) < self._window
+
+    def _start(self, ticket: LoadTicket, now: float) -> LoadTicket:
+        heapq.heappop(self._waiting)
+        ticket.state = LoadState.STAGING
+        ticket.attempts += 1
+        self._staging += 1
+        if not ticket.urgent:
+            self._link_free_at = max(now, self._link_free_at) + self._seconds_per_record
+        return ticket
+
+    def _cancel(self, ticket: LoadTicket) -> bool:
+        if ticket.state not in _CANCELLABLE or ticket.urgent:
+            return False
+        if ticket.state is LoadState.READY:
+            self._ready.remove(ticket)
+        self._finish(ticket, LoadState.CANCELLED)
+        self._changed.notify_all()
+        return True
+
+    def _finish(self, ticket: LoadTicket, state: LoadState) -> None:
+        ticket.state, ticket.staged = state, None
+        if self._tickets.get((ticket.layer, ticket.expert)) is ticket:
+            del self._tickets[ticket.layer, ticket.expert]
+
+
+def _first(heap: list[tuple[float, int, LoadTicket]]) -> LoadTicket | None:
+    """The heap's first ticket, after dropping entries of tickets that were cancelled, started or moved elsewhere."""
+    while heap:
+        _, entry, ticket = heap[0]
+        if ticket.state is LoadState.QUEUED and ticket.entry == entry:
+            return ticket
+        heapq.heappop(heap)
+    return None
+
+
+def _order(ticket: LoadTicket) -> tuple[float, int]:
+    return (-ticket.priority, ticket.entry)
