@@ -6,8 +6,12 @@ from typing import Any
 from emoe_jax.errors import ConfigError
 from emoe_jax.models.family import Family
 from emoe_jax.models.mixtral import MIXTRAL
+from emoe_jax.models.olmoe import OLMOE
+from emoe_jax.models.openmoe import OPENMOE
+from emoe_jax.models.qwen2_moe import QWEN2_MOE
+from emoe_jax.models.qwen3_moe import QWEN3_MOE
 
-FAMILIES: tuple[Family, ...] = (MIXTRAL,)
+FAMILIES: tuple[Family, ...] = (MIXTRAL, OPENMOE, OLMOE, QWEN2_MOE, QWEN3_MOE)
 
 
 def family_of(raw: Mapping[str, Any]) -> Family:
@@ -16,6 +20,8 @@ def family_of(raw: Mapping[str, Any]) -> Family:
     Raises `ConfigError` naming the architecture when none fits.
     """
     architectures = raw.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise ConfigError(f"config.json: architectures is {architectures!r}; expected a list of names")
     for family in FAMILIES:
         if any(name in family.architectures for name in architectures):
             return family

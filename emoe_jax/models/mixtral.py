@@ -8,46 +8,33 @@ from emoe_jax.models.family import (
     DenseTensors,
     ExpertSource,
     Family,
-    HfConfig,
     Part,
     attention_tensors,
     fused_source,
     outer_tensors,
     per_expert_source,
 )
+from emoe_jax.models.hf_config import HfConfig
 
 
 def _config(raw: Mapping[str, Any]) -> ModelConfig:
-    hf = HfConfig("mixtral", raw)
-    layers, heads, hidden = hf.size("num_hidden_layers"), hf.size("num_attention_heads"), hf.size("hidden_size")
-    max_position = hf.size("max_position_embeddings", 4096 * 32)
-    head_dim = hf.size("head_dim", hidden // heads)
-    window = hf.get("sliding_window", int)
+    hf = HfConfig("mixtral", raw, aliases={"num_experts": "num_local_experts"})
+    decoder = hf.decoder(norm_eps=1e-5, max_position=4096 * 32, theta=1e6)
+    layers = decoder["num_layers"]
+    window = None if hf.get("sliding_window", int) is None else hf.size("sliding_window")
     hf.ignore("router_jitter_noise")  # training only
     config = ModelConfig(
-        family="mixtral",
-        vocab_size=hf.size("vocab_size"),
-        hidden_size=hidden,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=hf.size("num_key_value_heads", heads),
-        head_dim=head_dim,
-        max_position=max_position,
+        **decoder,
+        num_kv_heads=hf.kv_heads(decoder["num_heads"], default=8),
         num_experts=hf.size("num_local_experts", 8),
         top_k=hf.size("num_experts_per_tok", 2),
         expert_hidden=hf.size("intermediate_size"),
         moe_layers=tuple(range(layers)),
-        norm_eps=hf.number("rms_norm_eps", 1e-5),
-        rope=hf.rope(max_position, default_theta=1e6),
-        attention_scale=head_dim**-0.5,
         sliding_windows=(window,) * layers,
-        activation=hf.activation(),
         norm_topk_prob=True,
-        tie_embeddings=hf.get("tie_word_embeddings", bool, False),
-        bos_token_id=hf.token_id("bos_token_id"),
-        eos_token_ids=hf.token_ids("eos_token_id"),
+        bos_token_id=hf.token_id("bos_token_id", 1),
+        eos_token_ids=hf.token_ids("eos_token_id", 2),
         pad_token_id=hf.token_id("pad_token_id"),
-        dtype=hf.dtype,
     )
     hf.finish()
     return config

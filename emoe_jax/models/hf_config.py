@@ -1,0 +1,315 @@
+"""The strict reader of `config.json` that all family files use: what nobody reads is refused."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from emoe_jax.config import RopeConfig
+from emoe_jax.errors import ConfigError
+
+# Keys that describe training, provenance or defaults of other tools and cannot change what a forward computes.
+_IRRELEVANT = frozenset(
+    [
+        "_attn_implementation_autoset",
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "auto_map",
+        "chunk_size_feed_forward",
+        "dtype",
+        "finetuning_task",
+        "id2label",
+        "initializer_range",
+        "is_decoder",
+        "label2id",
+        "model_type",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "prefix",
+        "problem_type",
+        "return_dict",
+        "router_aux_loss_coef",
+        "sep_token_id",
+        "task_specific_params",
+        "tf_legacy_loss",
+        "tokenizer_class",
+        "torch_dtype",
+        "torchscript",
+        "transformers_version",
+        "use_bfloat16",
+        "use_cache",
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "decoder_start_token_id",
+        "diversity_penalty",
+        "do_sample",
+        "early_stopping",
+        "encoder_no_repeat_ngram_size",
+        "exponential_decay_length_penalty",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "length_penalty",
+        "max_length",
+        "min_length",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_return_sequences",
+        "output_scores",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "return_dict_in_generate",
+        "suppress_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+    ]
+)
+
+# Options of transformers' base class and their one value that leaves a decoder as it is.
+_NEUTRAL: dict[str, Any] = {
+    "add_cross_attention": False,
+    "is_encoder_decoder": False,
+    "partial_rotary_factor": 1.0,
+    "pretraining_tp": 1,
+    "pruned_heads": {},
+    "tie_encoder_decoder": False,
+}
+
+_ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh", "relu"]] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+
+_DTYPES = ("float32", "float16", "bfloat16")
+
+# Options of each scaling rule; a rule's required ones are marked True.
+_ROPE_OPTIONS: dict[str, dict[str, bool]] = {
+    "default": {},
+    "linear": {"factor": True},
+    "llama3": {
+        "factor": True,
+        "low_freq_factor": True,
+        "high_freq_factor": True,
+        "original_max_position_embeddings": False,
+    },
+    "yarn": {
+        "factor": False,
+        "original_max_position_embeddings": False,
+        "beta_fast": False,
+        "beta_slow": False,
+        "attention_factor": False,
+        "mscale": False,
+        "mscale_all_dim": False,
+        "truncate": False,
+    },
+}
+
+
+class HfConfig:
+    """Reads a `config.json` key by key and, in `finish`, refuses what nobody read."""
+
+    def __init__(self, family: str, raw: Mapping[str, Any], aliases: Mapping[str, str] | None = None):
+        """`aliases` maps an older name of a key to the name under which it is read."""
+        self._family = family
+        self._raw: dict[str, Any] = {}
+        self._read: set[str] = set()
+        for key, value in raw.items():
+            name = (aliases or {}).get(key, key)
+            if name in self._raw and self._raw[name] != value:
+                raise ConfigError(f"config.json: {key} = {value!r} contradicts {name} = {self._raw[name]!r}")
+            self._raw[name] = value
+
+    def get(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
+        """The value of `key`, or `default` when absent or null. Raises `ConfigError` on another type."""
+        self._read.add(key)
+        value = self._raw.get(key)
+        if value is None:
+            return default
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            names = " or ".join(k.__name__ for k in kinds)
+            raise ConfigError(f"config.json: {key} is {value!r}; expected {names}")
+        return value
+
+    def size(self, key: str, default: int | None = None) -> int:
+        """A positive integer; required when there is no default."""
+        value = self.get(key, int, default)
+        if value is None:
+            raise ConfigError(f"config.json: {key} is missing; {self._family} needs it")
+        if not 0 < value < 2**31:
+            raise ConfigError(f"config.json: {key} is {value}; expected a positive size")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        return _finite(key, self.get(key, (int, float), default))
+
+    def positive(self, key: str, default: float) -> float:
+        value = self.number(key, default)
+        if value <= 0:
+            raise ConfigError(f"config.json: {key} is {value}; expected a positive number")
+        return value
+
+    def must_be(self, key: str, *allowed: Any) -> None:
+        """Refuse any value but those allowed (null and absence are allowed)."""
+        self._read.add(key)
+        value = self._raw.get(key)
+        if value is not None and value not in allowed:
+            wanted = " or ".join(repr(a) for a in allowed) or "null"
+            raise ConfigError(f"config.json: {key} = {value!r} is not supported by {self._family}; supported: {wanted}")
+
+    def ignore(self, *keys: str) -> None:
+        """Keys of this family that cannot change a forward."""
+        self._read.update(keys)
+
+    def activation(self, default: str = "silu") -> Literal["silu", "gelu", "gelu_tanh", "relu"]:
+        name = self.get("hidden_act", str, default)
+        if name not in _ACTIVATIONS:
+            known = ", ".join(sorted(_ACTIVATIONS))
+            raise ConfigError(f"config.json: hidden_act = {name!r} is not supported; supported: {known}")
+        return _ACTIVATIONS[name]
+
+    def kv_heads(self, heads: int, default: int | None = None) -> int:
+        """`num_key_value_heads`: null means one per query head, absence the family's default."""
+        absent = "num_key_value_heads" not in self._raw
+        return self.size("num_key_value_heads", default if absent and default is not None else heads)
+
+    def token_ids(self, key: str, default: int | None = None) -> tuple[int, ...]:
+        """Token ids of `key`: none when null, `default` when absent."""
+        if key not in self._raw and default is not None:
+            return (default,)
+        value = self.get(key, (int, list))
+        ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
+        if not all(type(i) is int for i in ids):
+            raise ConfigError(f"config.json: {key} is {value!r}; expected token ids")
+        return ids
+
+    def token_id(self, key: str, default: int | None = None) -> int | None:
+        ids = self.token_ids(key, default)
+        return ids[0] if ids else None
+
+    def indices(self, key: str, stop: int) -> tuple[int, ...]:
+        """A list of layer indices below `stop`, empty when absent."""
+        value = self.get(key, list, [])
+        if not all(type(i) is int and 0 <= i < stop for i in value):
+            raise ConfigError(f"config.json: {key} is {value!r}; expected layer indices below {stop}")
+        return tuple(value)
+
+    @property
+    def dtype(self) -> str:
+        value = self._raw.get("dtype") or self._raw.get("torch_dtype") or "float32"
+        name = str(value).removeprefix("torch.")
+        if name not in _DTYPES:
+            raise ConfigError(f"config.json: dtype = {value!r} is not supported; supported: {', '.join(_DTYPES)}")
+        return name
+
+    def decoder(self, norm_eps: float, max_position: int, theta: float = 10000.0) -> dict[str, Any]:
+        """The fields of `ModelConfig` that all Llama-like families spell alike; arguments are a family's defaults."""
+        heads, hidden = self.size("num_attention_heads"), self.size("hidden_size")
+        max_position = self.size("max_position_embeddings", max_position)
+        head_dim = self.size("head_dim", max(1, hidden // heads))
+        return {
+            "family": self._family,
+            "vocab_size": self.size("vocab_size"),
+            "hidden_size": hidden,
+            "num_layers": self.size("num_hidden_layers"),
+            "num_heads": heads,
+            "head_dim": head_dim,
+            "max_position": max_position,
+            "norm_eps": self.positive("rms_norm_eps", norm_eps),
+            "rope": self.rope(max_position, theta),
+            "attention_scale": head_dim**-0.5,
+            "activation": self.activation(),
+            "tie_embeddings": self.get("tie_word_embeddings", bool, False),
+            "dtype": self.dtype,
+        }
+
+    def rope(self, max_position: int, default_theta: float = 10000.0) -> RopeConfig:
+        """`rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (before; takes precedence)."""
+        theta = self.positive("rope_theta", default_theta)
+        parameters, scaling = self.get("rope_parameters", dict), self.get("rope_scaling", dict)
+        raw = {key: value for key, value in (scaling or parameters or {}).items() if value is not None}
+        theta = _finite("rope theta", raw.pop("rope_theta", theta))
+        kind = raw.pop("rope_type", raw.get("type", "default"))
+        raw.pop("type", None)
+        if raw.pop("partial_rotary_factor", 1.0) != 1.0:
+            raise ConfigError(f"config.json: partial_rotary_factor is not supported by {self._family}; supported: 1.0")
+        if kind not in ("default", "linear", "llama3", "yarn"):
+            known = ", ".join(_ROPE_OPTIONS)
+            raise ConfigError(f"config.json: rope scaling {kind!r} is not supported; supported: {known}")
+        return _rope(kind, theta, raw, max_position)
+
+    def finish(self) -> None:
+        """Raise `ConfigError` for any key that was neither read nor known to be irrelevant."""
+        for key, value in _NEUTRAL.items():
+            self.must_be(key, value)
+        unknown = sorted(
+            key
+            for key, value in self._raw.items()
+            if key not in self._read and key not in _IRRELEVANT and value is not None
+        )
+        if unknown:
+            raise ConfigError(
+                f"config.json: option {unknown[0]!r} is not supported by {self._family}"
+                + (f" (nor {', '.join(unknown[1:])})" if unknown[1:] else "")
+            )
+
+
+def _finite(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"config.json: {key} is {value!r}; expected a finite number")
+    return float(value)
+
+
+def _rope(
+    kind: Literal["default", "linear", "llama3", "yarn"], theta: float, raw: dict[str, Any], max_position: int
+) -> RopeConfig:
+    """Check a scaling rule's own options; every option that is not understood is refused."""
+    options = _ROPE_OPTIONS[kind]
+    for key in sorted(set(raw) - set(options)):
+        raise ConfigError(f"config.json: rope option {key!r} is not supported for {kind!r} scaling")
+    for key, required in options.items():
+        if required and key not in raw:
+            raise ConfigError(f"config.json: rope option {key!r} is missing; {kind!r} scaling needs it")
+    truncate = raw.pop("truncate", True)
+    if not isinstance(truncate, bool):
+        raise ConfigError(f"config.json: rope option 'truncate' is {truncate!r}; expected bool")
+    numbers = {key: _finite(f"rope option {key!r}", value) for key, value in raw.items()}
+    if any(value <= 0 for value in (theta, *numbers.values())):
+        raise ConfigError(f"config.json: rope theta {theta} and options {raw} must be positive")
+    original = numbers.get("original_max_position_embeddings", max_position)
+    factor = numbers.get("factor", max_position / original)
+    if factor < 1.0:
+        raise ConfigError(f"config.json: rope factor is {factor}; expected at least 1")
+    attention_factor = 1.0
+    if kind == "yarn":
+        attention_factor = numbers.get("attention_factor", _yarn_attention_factor(factor, numbers))
+    return RopeConfig(
+        theta=theta,
+        kind=kind,
+        factor=factor,
+        original_max_position=int(original),
+        low_freq_factor=numbers.get("low_freq_factor", 1.0),
+        high_freq_factor=numbers.get("high_freq_factor", 4.0),
+        beta_fast=numbers.get("beta_fast", 32.0),
+        beta_slow=numbers.get("beta_slow", 1.0),
+        attention_factor=attention_factor,
+        truncate=truncate,
+    )
+
+
+def _yarn_attention_factor(factor: float, options: Mapping[str, float]) -> float:
+    """YaRN's temperature: `0.1 ln(factor) + 1`, or the ratio of two such terms with `mscale` factors."""
+
+    def term(scale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+    if "mscale" in options and "mscale_all_dim" in options:
+        return term(options["mscale"]) / term(options["mscale_all_dim"])
+    return term(1.0)

@@ -1,0 +1,71 @@
+"""OLMoE: every layer has experts, whole-width q/k norms before the heads are split, raw top-k probabilities."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from emoe_jax.config import ModelConfig
+from emoe_jax.models.family import (
+    DenseTensors,
+    ExpertSource,
+    Family,
+    Part,
+    attention_tensors,
+    fused_source,
+    outer_tensors,
+    per_expert_source,
+)
+from emoe_jax.models.hf_config import HfConfig
+
+
+def _config(raw: Mapping[str, Any]) -> ModelConfig:
+    hf = HfConfig("olmoe", raw, aliases={"num_local_experts": "num_experts"})
+    decoder = hf.decoder(norm_eps=1e-5, max_position=4096)
+    # The norms over all heads are sized by this quotient, so no other head size exists.
+    hf.must_be("head_dim", decoder["hidden_size"] // decoder["num_heads"])
+    bias = hf.get("attention_bias", bool, False)
+    clip = hf.get("clip_qkv", (int, float))
+    config = ModelConfig(
+        **decoder,
+        num_kv_heads=hf.kv_heads(decoder["num_heads"]),
+        num_experts=hf.size("num_experts", 64),
+        top_k=hf.size("num_experts_per_tok", 8),
+        expert_hidden=hf.size("intermediate_size"),
+        moe_layers=tuple(range(decoder["num_layers"])),
+        qkv_bias=bias,
+        output_bias=bias,
+        qk_norm="full",
+        clip_qkv=None if clip is None else hf.positive("clip_qkv", 1.0),
+        norm_topk_prob=hf.get("norm_topk_prob", bool, False),
+        bos_token_id=hf.token_id("bos_token_id"),
+        eos_token_ids=hf.token_ids("eos_token_id", 50279),
+        pad_token_id=hf.token_id("pad_token_id", 1),
+    )
+    hf.finish()
+    return config
+
+
+def _dense_tensors(config: ModelConfig) -> DenseTensors:
+    tensors = outer_tensors(config)
+    router_shape = (config.num_experts, config.hidden_size)
+    for layer in range(config.num_layers):
+        tensors |= attention_tensors(config, layer)
+        tensors[f"layers.{layer}.router.weight"] = (Part(f"model.layers.{layer}.mlp.gate.weight", router_shape),)
+    return tensors
+
+
+def _expert_sources(config: ModelConfig, layer: int, expert: int) -> tuple[ExpertSource, ...]:
+    hub = f"model.layers.{layer}.mlp.experts"
+    return (
+        per_expert_source(config, f"{hub}.{expert}", ("gate_proj", "up_proj", "down_proj")),
+        fused_source(config, hub, expert),
+    )
+
+
+OLMOE = Family(
+    name="olmoe",
+    model_types=("olmoe",),
+    architectures=("OlmoeForCausalLM",),
+    config=_config,
+    dense_tensors=_dense_tensors,
+    expert_sources=_expert_sources,
+)

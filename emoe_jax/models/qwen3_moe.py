@@ -1,0 +1,99 @@
+"""Qwen3-MoE: norms on each q and k head, dense layers in between, optional sliding window on every layer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from emoe_jax.config import ModelConfig
+from emoe_jax.errors import ConfigError
+from emoe_jax.models.family import (
+    DenseTensors,
+    ExpertSource,
+    Family,
+    Part,
+    attention_tensors,
+    ffn_tensors,
+    fused_source,
+    outer_tensors,
+    per_expert_source,
+)
+from emoe_jax.models.hf_config import HfConfig
+
+
+def _config(raw: Mapping[str, Any]) -> ModelConfig:
+    hf = HfConfig("qwen3_moe", raw, aliases={"num_local_experts": "num_experts"})  # transformers 5 saves the former
+    decoder = hf.decoder(norm_eps=1e-6, max_position=32768)
+    layers = decoder["num_layers"]
+    bias = hf.get("attention_bias", bool, False)
+    window = sliding_window(hf)
+    hf.ignore("max_window_layers")  # written by transformers 4, which did not read it either
+    config = ModelConfig(
+        **decoder,
+        num_kv_heads=hf.kv_heads(decoder["num_heads"], default=4),
+        num_experts=hf.size("num_experts", 128),
+        top_k=hf.size("num_experts_per_tok", 8),
+        expert_hidden=hf.size("moe_intermediate_size", 768),
+        dense_hidden=hf.size("intermediate_size", 6144),
+        moe_layers=sparse_layers(hf, layers),
+        qkv_bias=bias,
+        output_bias=bias,
+        qk_norm="head",
+        sliding_windows=(window,) * layers,
+        norm_topk_prob=hf.get("norm_topk_prob", bool, False),
+        bos_token_id=hf.token_id("bos_token_id"),
+        eos_token_ids=hf.token_ids("eos_token_id"),
+        pad_token_id=hf.token_id("pad_token_id"),
+    )
+    hf.finish()
+    return config
+
+
+def sparse_layers(hf: HfConfig, layers: int) -> tuple[int, ...]:
+    """Layers with experts: every `decoder_sparse_step`-th, except those of `mlp_only_layers`."""
+    step = hf.size("decoder_sparse_step", 1)
+    dense = hf.indices("mlp_only_layers", layers)
+    return tuple(layer for layer in range(layers) if (layer + 1) % step == 0 and layer not in dense)
+
+
+def sliding_window(hf: HfConfig) -> int | None:
+    """`sliding_window`, which counts only with `use_sliding_window`; configs keep a value that is switched off."""
+    window = hf.get("sliding_window", int, 4096)
+    if not hf.get("use_sliding_window", bool, False):
+        return None
+    if window <= 0:
+        raise ConfigError(f"config.json: sliding_window is {window}; expected a positive size with use_sliding_window")
+    return window
+
+
+def qwen_dense_tensors(config: ModelConfig) -> DenseTensors:
+    """Names of both Qwen families; Qwen2's shared expert where the configuration has one."""
+    tensors = outer_tensors(config)
+    D, E = config.hidden_size, config.num_experts
+    for layer in range(config.num_layers):
+        tensors |= attention_tensors(config, layer)
+        ours, hub = f"layers.{layer}", f"model.layers.{layer}.mlp"
+        if not config.is_moe(layer):
+            tensors |= ffn_tensors(config, f"{ours}.mlp", hub, config.dense_hidden)
+            continue
+        tensors[f"{ours}.router.weight"] = (Part(f"{hub}.gate.weight", (E, D)),)
+        if config.shared_expert_hidden:
+            tensors |= ffn_tensors(config, f"{ours}.shared_expert", f"{hub}.shared_expert", config.shared_expert_hidden)
+            tensors[f"{ours}.shared_expert_gate.weight"] = (Part(f"{hub}.shared_expert_gate.weight", (1, D)),)
+    return tensors
+
+
+def qwen_expert_sources(config: ModelConfig, layer: int, expert: int) -> tuple[ExpertSource, ...]:
+    hub = f"model.layers.{layer}.mlp.experts"
+    return (
+        per_expert_source(config, f"{hub}.{expert}", ("gate_proj", "up_proj", "down_proj")),
+        fused_source(config, hub, expert),
+    )
+
+
+QWEN3_MOE = Family(
+    name="qwen3_moe",
+    model_types=("qwen3_moe",),
+    architectures=("Qwen3MoeForCausalLM",),
+    config=_config,
+    dense_tensors=qwen_dense_tensors,
+    expert_sources=qwen_expert_sources,
+)
