@@ -9,7 +9,7 @@ from emoe_jax.errors import ConfigError
 
 # Keys that describe training, provenance or defaults of other tools and cannot change what a forward computes.
 _IRRELEVANT = frozenset(
-    [
+    {
         "_attn_implementation_autoset",
         "_name_or_path",
         "architectures",
@@ -65,7 +65,7 @@ _IRRELEVANT = frozenset(
         "top_k",
         "top_p",
         "typical_p",
-    ]
+    }
 )
 
 # Options of transformers' base class and their one value that leaves a decoder as it is.
