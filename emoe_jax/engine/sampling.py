@@ -113,20 +113,38 @@ def sample(
 
 def _draw(logits: Float[Array, "B V"], sampling: SamplingArrays, is_random: Bool[Array, " B"]) -> Int32[Array, " B"]:
     """Gumbel-argmax over the tokens that the filters keep. Rows that are not random get a meaningless token."""
-    V = logits.shape[-1]
     temperature = jnp.where(is_random, sampling.temperature, 1.0)[:, None]
-    scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature  # best token at 0: nothing overflows
-    top_k = jnp.where(is_random & (sampling.top_k > 0), jnp.minimum(sampling.top_k, V), V)
-    top_p = jnp.where(is_random, sampling.top_p, 1.0)
+    scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
+    off = ~is_random  # a greedy row switches no filter on
+    keep = kept(
+        scaled,
+        jnp.where(off, 0, sampling.top_k),
+        jnp.where(off, 1.0, sampling.top_p),
+        jnp.where(off, 0.0, sampling.min_p),
+    )
+    noise = jax.vmap(_noise, in_axes=(0, 0, None))(
+        jnp.asarray(sampling.seed), jnp.asarray(sampling.step), logits.shape[-1]
+    )
+    return _argmax(jnp.where(keep, scaled + noise, -jnp.inf))
+
+
+def kept(
+    scaled: Float[Array, "B V"], top_k: Int32[Array, " B"], top_p: Float[Array, " B"], min_p: Float[Array, " B"]
+) -> Bool[Array, "B V"]:
+    """Which tokens the filters leave. `scaled`: logits over temperature, shifted so that each row's best is 0.
+
+    Worked example, probabilities [.5, .2, .2, .1]: top-k 2 keeps tokens 0 and 1 (of equals the lower id); top-p 0.6 and
+    0.7 the same two, 0.75 also token 2; min-p 0.3 keeps those above .15, the first three.
+    """
+    V = scaled.shape[-1]
+    top_k = jnp.where(top_k > 0, jnp.minimum(top_k, V), V)
     keep = jax.lax.cond(
         jnp.any(top_k < V),
         lambda: _least(_distance(scaled), jnp.ones(scaled.shape, jnp.int32), top_k) | (top_k == V)[:, None],
         lambda: jnp.ones(scaled.shape, jnp.bool_),
     )
     keep = jax.lax.cond(jnp.any(top_p < 1.0), lambda: _top_p(scaled, keep, top_p), lambda: keep)
-    keep &= scaled >= jnp.log(jnp.asarray(sampling.min_p))[:, None]
-    noise = jax.vmap(_noise, in_axes=(0, 0, None))(jnp.asarray(sampling.seed), jnp.asarray(sampling.step), V)
-    return _argmax(jnp.where(keep, scaled + noise, -jnp.inf))
+    return keep & (scaled >= jnp.log(min_p)[:, None])
 
 
 def _top_p(scaled: Float[Array, "B V"], keep: Bool[Array, "B V"], top_p: Float[Array, " B"]) -> Bool[Array, "B V"]:

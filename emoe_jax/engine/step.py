@@ -6,7 +6,7 @@ and `close_moe` (or `dense_layer`), then `choose_tokens`. Without a cache the sa
 """
 
 import dataclasses
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,8 +29,8 @@ from emoe_jax.moe import moe_ffn
 class Skeleton:
     """A module without its weights: what a jitted function needs, statically, to put the leaves back into it."""
 
-    graph: Hashable
-    tree: Hashable
+    graph: nnx.GraphDef
+    tree: Any
 
     @classmethod
     def split(cls, module: nnx.Module) -> tuple["Skeleton", tuple[Array, ...]]:
@@ -40,7 +40,7 @@ class Skeleton:
         return cls(graph, tree), tuple(leaves)
 
     def join(self, leaves: Sequence[Array]) -> Any:
-        return nnx.merge(self.graph, jax.tree.unflatten(self.tree, leaves))  # pyright: ignore[reportArgumentType]
+        return nnx.merge(self.graph, jax.tree.unflatten(self.tree, leaves))
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +56,7 @@ class StepInputs:
     def view(self) -> KVView:
         offsets = jnp.arange(self.tokens.shape[1], dtype=jnp.int32)[None, :]
         return KVView(
-            self.starts[:, None] + offsets,
+            jnp.asarray(self.starts)[:, None] + offsets,
             offsets < self.lengths[:, None],
             jnp.asarray(self.block_tables),
         )
@@ -66,12 +66,12 @@ class StepOutputs(NamedTuple):
     """What the host reads back after a step."""
 
     sampled: Sampled
-    wish_counts: Int[Array, "M E"]
-    substituted: Int[Array, " B"]
+    wish_counts: Int[Array | np.ndarray, "M E"]
+    substituted: Int[Array | np.ndarray, " B"]
 
 
 class Routed(NamedTuple):
-    """A layer stopped between router and experts. `wish_counts` says which experts the rows need."""
+    """A layer stopped between router and experts. `wish_counts` says which experts the rows ask for."""
 
     x: Float[Array, "B T D"]
     rows: Float[Array, "R D"]
@@ -104,7 +104,7 @@ def resident_step(
     cache: KVCache,
     inputs: StepInputs,
     sampling: SamplingArrays,
-    want_logprobs: Bool[Array, ""],
+    want_logprobs: Bool[Array | np.ndarray, ""],
     *,
     skeleton: Skeleton,
     config: ModelConfig,
@@ -135,12 +135,14 @@ def resident_step(
         counts.append(_wish_counts(routing, valid, config.num_experts))
         replaced += jnp.sum(substituted(routing, config.num_experts).reshape(B, T), axis=1, dtype=jnp.int32)
     logits = model.logits(_last_hidden(x, jnp.asarray(inputs.lengths)))
-    outputs = StepOutputs(sample(logits, sampling, want_logprobs), jnp.stack(counts), replaced)
+    outputs = StepOutputs(sample(logits, sampling, jnp.asarray(want_logprobs)), jnp.stack(counts), replaced)
     return tuple(new_cache), outputs
 
 
 @partial(jax.jit, static_argnames=("skeleton",))
-def embed(leaves: tuple[Array, ...], tokens: Int[Array, "B T"], *, skeleton: Skeleton) -> Float[Array, "B T D"]:
+def embed(
+    leaves: tuple[Array, ...], tokens: Int[Array | np.ndarray, "B T"], *, skeleton: Skeleton
+) -> Float[Array, "B T D"]:
     return skeleton.join(leaves).embed(jnp.asarray(tokens))
 
 
@@ -150,16 +152,17 @@ def attend_and_route(
     x: Float[Array, "B T D"],
     cache: LayerKV | None,
     inputs: StepInputs,
-    resident: Bool[Array, " E"],
+    resident: Bool[Array | np.ndarray, " E"],
     *,
     skeleton: Skeleton,
     config: ModelConfig,
     window: int | None,
     restricted: bool,
-) -> tuple[LayerKV | None, Routed]:
+) -> tuple[LayerKV | None, Routed, Float[Array, "R D"]]:
     """A MoE layer up to its router's choice: among the `resident` experts when `restricted`, else among all.
 
-    Donates `cache`; with `cache=None` the sequences attend to themselves only.
+    Donates `cache`; with `cache=None` the sequences attend to themselves only. Also returns the zeros from which the
+    first `expert_wave` accumulates: made here, they are placed like the result of a wave and nothing compiles twice.
     """
     layer: Layer = skeleton.join(leaves)
     view = inputs.view()
@@ -168,13 +171,13 @@ def attend_and_route(
     allowed = jnp.broadcast_to(resident[None, :], (valid.shape[0], config.num_experts)) if restricted else None
     rows, routing = layer.moe_input(x, allowed, valid)
     counts = _wish_counts(routing, valid, config.num_experts)
-    return cache, Routed(x, rows, routing.ids, routing.weights, counts)
+    return cache, Routed(x, rows, routing.ids, routing.weights, counts), jnp.zeros_like(rows)
 
 
 @partial(jax.jit, static_argnames=("config",), donate_argnames=("accumulator",))
 def expert_wave(
     routed: Routed,
-    slots: Int[Array, " E"],
+    slots: Int[Array | np.ndarray, " E"],
     experts: ExpertWeights,
     accumulator: Float[Array, "R D"],
     *,
@@ -214,15 +217,15 @@ def dense_layer(
 def choose_tokens(
     leaves: tuple[Array, ...],
     x: Float[Array, "B T D"],
-    lengths: Int[Array, " B"],
+    lengths: Int[Array | np.ndarray, " B"],
     sampling: SamplingArrays,
-    want_logprobs: Bool[Array, ""],
+    want_logprobs: Bool[Array | np.ndarray, ""],
     *,
     skeleton: Skeleton,
 ) -> Sampled:
     """Head and sampler for the last token of each sequence."""
     logits = skeleton.join(leaves).logits(_last_hidden(x, jnp.asarray(lengths)))
-    return sample(logits, sampling, want_logprobs)
+    return sample(logits, sampling, jnp.asarray(want_logprobs))
 
 
 @partial(jax.jit, static_argnames=("skeleton",))

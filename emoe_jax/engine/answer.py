@@ -1,0 +1,47 @@
+"""A request from its arrival to its last token, as the caller sees it."""
+
+from emoe_jax.engine.request import Delta, FinishReason, RequestOutput, TokenLogprob
+from emoe_jax.engine.scheduler import SampledToken
+from emoe_jax.engine.sequence import Sequence
+from emoe_jax.engine.text import TextStream
+
+
+class Answer:
+    """Collects the sequences of one request into its `RequestOutput`."""
+
+    def __init__(self, output: RequestOutput, sequences: list[Sequence], streams: list[TextStream]):
+        self._output = output
+        self._sequences = sequences
+        self._streams = streams
+
+    @property
+    def output(self) -> RequestOutput:
+        """The request so far."""
+        assigned = sum(sequence.assigned for sequence in self._sequences)
+        replaced = sum(sequence.substituted for sequence in self._sequences)
+        self._output.substituted = replaced / assigned if assigned else 0.0
+        return self._output
+
+    def add(self, sequence: Sequence, sampled: SampledToken) -> tuple[Delta, bool]:
+        """Book a token. Returns what it added, and whether a stop string ended the completion here."""
+        completion, stream = self._output.completions[sequence.index], self._streams[sequence.index]
+        # The token that ends a text (end of sequence, stop token) is counted but not shown.
+        ends_text = sequence.finish_reason == "stop"
+        text, stopped = ("", False) if ends_text else stream.add(sampled.token_id)
+        reason: FinishReason | None = "stop" if stopped else sequence.finish_reason
+        if reason is not None and not stopped:
+            text += stream.flush()
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if completion.logprobs is not None:
+            logprobs = (TokenLogprob(sampled.token_id, sampled.logprob, sampled.top),)
+            completion.logprobs.extend(logprobs)
+        completion.text += text
+        completion.token_ids.append(sampled.token_id)
+        completion.finish_reason = reason
+        return Delta(sequence.request_id, sequence.index, text, (sampled.token_id,), logprobs, reason), stopped
+
+    def end(self, sequence: Sequence, reason: FinishReason) -> None:
+        """End a completion without a token."""
+        completion = self._output.completions[sequence.index]
+        if completion.finish_reason is None:
+            completion.finish_reason = reason

@@ -1,0 +1,368 @@
+"""The programmatic interface: load a checkpoint under an expert-memory budget, generate, stream, look inside."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Rows
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Float
+
+from emoe_jax.checkpoint import Checkpoint, Tokenizer
+from emoe_jax.config import ModelConfig
+from emoe_jax.engine.answer import Answer
+from emoe_jax.engine.kv_cache import PAGE_SIZE, new_cache
+from emoe_jax.engine.memory import MemoryPlan, device_memory
+from emoe_jax.engine.pages import PagePool
+from emoe_jax.engine.request import SLO, Completion, Delta, RequestOutput, RoutingContract, SamplingParams
+from emoe_jax.engine.runner import Buckets, Runner
+from emoe_jax.engine.scheduler import Scheduler
+from emoe_jax.engine.sequence import Sequence
+from emoe_jax.engine.text import TextStream
+from emoe_jax.errors import ConfigError, RequestError
+from emoe_jax.experts.residency import Residency
+from emoe_jax.experts.weights import ExpertLayout
+
+Progress = Callable[[str, int, int], None]
+"""Called with `(stage, done, total)`."""
+
+Prompt = str | Rows[int]
+
+
+class Engine:
+    """Generates from a Mixture-of-Experts checkpoint with a fixed number of experts per layer on the device.
+
+    Use `Engine.load`. One thread owns an engine: nothing here locks. Each `step` commits experts that have been
+    staged, runs one scheduled batch and returns what it added to the requests. A context manager; `close` joins the
+    loader's threads.
+
+        with Engine.load("checkpoints/demo", expert_memory="40%") as engine:
+            print(engine.generate("Summarize: ...", SamplingParams(max_tokens=64))[0].text)
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        tokenizer: Tokenizer | None,
+        runner: Runner,
+        scheduler: Scheduler,
+        residency: Residency,
+        memory: MemoryPlan,
+        routing: RoutingContract,
+        seed: int,
+    ):
+        self.model_name = model_name
+        self.tokenizer = tokenizer
+        self.routing: RoutingContract = routing
+        self.config: ModelConfig = runner.config
+        self.memory = memory
+        self._runner = runner
+        self._scheduler = scheduler
+        self._residency = residency
+        self._answers: dict[str, Answer] = {}
+        self._seeds = np.random.default_rng(seed)
+        self._next_id = 0
+        self._steps = 0
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        expert_memory: str | int = "40%",
+        routing: RoutingContract = "resident",
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 16,
+        max_num_batched_tokens: int = 512,
+        policy: str = "lru",
+        host_memory: str | int = 0,
+        kv_memory: str | int | None = None,
+        router_capacity_factor: float | None = None,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> "Engine":
+        """Open a checkpoint directory (or hub id) and make `expert_memory` of its experts resident.
+
+        `expert_memory` is a share ("40%"), bytes ("6GiB") or slots per layer ("8 slots"). `dtype="auto"` is the
+        checkpoint's on an accelerator and float32 on CPU, where half-precision matrix products are slow. `host_memory`
+        and `kv_memory` are bytes ("2GiB"). Raises `CheckpointError`, `ConfigError` or `CapacityError` with one line
+        that names what is wrong; nothing stays allocated then.
+        """
+        if routing not in ("resident", "exact"):
+            raise ConfigError(f"routing is {routing!r}; expected 'resident' or 'exact'")
+        checkpoint = Checkpoint.open(path, router_capacity_factor=router_capacity_factor)
+        config = checkpoint.config
+        device = jax.devices()[0]
+        memory = MemoryPlan.of(
+            config,
+            platform=device.platform,
+            device_bytes=device_memory(),
+            dtype=dtype,
+            expert_memory=expert_memory,
+            host_memory=host_memory,
+            kv_memory=kv_memory,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+        )
+        scheduler = Scheduler(
+            PagePool(memory.num_pages, PAGE_SIZE),
+            max_num_seqs,
+            max_num_batched_tokens,
+            memory.max_model_len,
+            max_num_batched_tokens,
+            config.eos_token_ids,
+        )
+        tokenizer = Tokenizer.load(checkpoint.directory)
+
+        def report(stage: str) -> Callable[[int, int], None] | None:
+            return None if progress is None else functools.partial(progress, stage)
+
+        model = nnx.merge(*checkpoint.load_dense(memory.dtype, report("weights")))
+        layout = ExpertLayout.of(config, memory.dtype)
+        residency = Residency(
+            config,
+            layout,
+            memory.capacities,
+            _CheckpointReader(checkpoint, layout),
+            policy,
+            host_bytes=memory.host_bytes,
+            memory_kind=None if device.platform == "cpu" else "pinned_host",
+        )
+        try:
+            residency.fill(report("experts"))
+            cache = new_cache(config, memory.num_pages, memory.dtype)
+            buckets = Buckets.of(max_num_seqs, max_num_batched_tokens, memory.max_model_len)
+            runner = Runner(model, residency, cache, buckets)
+        except BaseException:
+            residency.close()
+            raise
+        return cls(Path(path).name, tokenizer, runner, scheduler, residency, memory, routing, seed)
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return self._scheduler.max_model_len
+
+    def warm_up(self, progress: Progress | None = None) -> None:
+        """Compile all step shapes now, so that no request waits for the compiler."""
+        self._runner.warm_up(None if progress is None else functools.partial(progress, "compile"))
+
+    def generate(
+        self,
+        prompts: Prompt | Rows[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        task: str | None = None,
+        routing: RoutingContract | None = None,
+        slo: SLO | None = None,
+    ) -> list[RequestOutput]:
+        """Answers to all prompts (strings, or lists of token ids), in order. Raises `RequestError` before starting."""
+        ids = []
+        try:
+            for prompt in _as_prompts(prompts):
+                ids.append(self._new_id())
+                self.add_request(ids[-1], prompt, params or SamplingParams(), task=task, routing=routing, slo=slo)
+            while not all(self.output(request_id).finished for request_id in ids):
+                self.step()
+            return [self.output(request_id) for request_id in ids]
+        finally:
+            for request_id in ids:
+                self.abort(request_id)
+                self._answers.pop(request_id, None)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        task: str | None = None,
+        routing: RoutingContract | None = None,
+        slo: SLO | None = None,
+    ) -> Iterator[Delta]:
+        """The answer to one prompt piece by piece. Closing the iterator aborts the request."""
+        request_id = self._new_id()
+        self.add_request(request_id, prompt, params or SamplingParams(), task=task, routing=routing, slo=slo)
+        try:
+            while not self.output(request_id).finished:
+                yield from (delta for delta in self.step() if delta.request_id == request_id)
+        finally:
+            self.abort(request_id)
+            self._answers.pop(request_id, None)
+
+    def logits(self, token_ids: Rows[int], routing: RoutingContract | None = None) -> Float[np.ndarray, "T V"]:
+        """Float32 logits of one uncached forward under the routing contract."""
+        self._check_tokens(token_ids)
+        return self._runner.logits(token_ids, routing or self.routing)
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        task: str | None = None,
+        routing: RoutingContract | None = None,
+        slo: SLO | None = None,
+    ) -> list[int]:
+        """Queue a request and return its prompt's token ids. Raises `RequestError`, queueing nothing."""
+        if request_id in self._answers:
+            raise RequestError(f"request id {request_id!r} is in use", param="request_id")
+        if routing not in (None, "resident", "exact"):
+            raise RequestError(f"routing is {routing!r}; expected 'resident' or 'exact'", param="routing")
+        token_ids = self._tokenize(prompt)
+        if params.stop and self.tokenizer is None:
+            raise RequestError("the model has no tokenizer, so stop strings cannot be found", param="stop")
+        seed = params.seed if params.seed is not None else int(self._seeds.integers(2**63))
+        contract = routing or self.routing
+        sequences = [
+            Sequence(
+                request_id,
+                token_ids,
+                params,
+                index=index,
+                routing=contract,
+                task=task,
+                slo=slo or SLO(),
+                arrival=time.monotonic(),
+                seed=seed,
+            )
+            for index in range(params.n)
+        ]
+        for sequence in sequences:
+            self._scheduler.add(sequence)
+        completions = [Completion(index, logprobs=None if params.logprobs is None else []) for index in range(params.n)]
+        output = RequestOutput(request_id, token_ids, completions, task, contract)
+        self._answers[request_id] = Answer(output, sequences, [self._text_stream(params) for _ in sequences])
+        return token_ids
+
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    def step(self) -> list[Delta]:
+        """Commit staged experts, run one scheduled batch, and return what it added; `[]` when there is no work.
+
+        An exception of the device or of the expert store ends the requests of the batch with `error` and is raised
+        after that; other requests go on with the next step.
+        """
+        self._residency.commit()
+        plan = self._scheduler.schedule(time.monotonic())
+        if not plan:
+            return []
+        try:
+            result = self._runner.run(plan)
+        except Exception:
+            for sequence in plan.sequences:
+                self._scheduler.finish(sequence, "error")
+                self._answers[sequence.request_id].end(sequence, "error")
+            raise
+        self._steps += 1
+        self._scheduler.update(plan, result)
+        self._residency.observe(result.wish_counts)
+        deltas = []
+        for sequence, sampled in result.sampled.items():
+            delta, stopped = self._answers[sequence.request_id].add(sequence, sampled)
+            if stopped:
+                self._scheduler.finish(sequence, "stop")
+            deltas.append(delta)
+        return deltas
+
+    def abort(self, request_id: str) -> None:
+        """End a request and free its pages. Unknown and finished ids are fine."""
+        for sequence in self._scheduler.abort(request_id):
+            self._answers[request_id].end(sequence, "abort")
+
+    def output(self, request_id: str) -> RequestOutput:
+        """The request so far. Raises `KeyError` for an unknown id."""
+        return self._answers[request_id].output
+
+    def pop(self, request_id: str) -> RequestOutput:
+        """The request's output, forgetting (and aborting) the request."""
+        self.abort(request_id)
+        output = self.output(request_id)
+        del self._answers[request_id]
+        return output
+
+    def state(self) -> dict[str, Any]:
+        """What the engine is doing, as JSON-able values."""
+        scheduler = self._scheduler
+        return {
+            "model": self.model_name,
+            "family": self.config.family,
+            "routing": self.routing,
+            "steps": self._steps,
+            "residency": self._residency.state(),
+            "scheduler": {
+                "waiting": scheduler.num_waiting,
+                "running": scheduler.num_running,
+                "preemptions": scheduler.num_preemptions,
+                "pages_used": scheduler.pool.num_used,
+                "pages": scheduler.pool.num_usable,
+            },
+            "memory": self.memory.report(),
+        }
+
+    def memory_report(self) -> dict[str, int]:
+        """Bytes on the device by purpose, and of the host tier."""
+        return self.memory.report()
+
+    def close(self) -> None:
+        """Stop the loader's threads. The engine cannot step afterwards."""
+        self._residency.close()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _new_id(self) -> str:
+        self._next_id += 1
+        return f"engine-{self._next_id}"
+
+    def _tokenize(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise RequestError("the model has no tokenizer; give the prompt as a list of token ids", param="prompt")
+            return self.tokenizer.encode(prompt)
+        token_ids = list(prompt)
+        self._check_tokens(token_ids)
+        return token_ids
+
+    def _check_tokens(self, token_ids: Rows[int]) -> None:
+        for token in token_ids:
+            if isinstance(token, bool) or not isinstance(token, int | np.integer):
+                raise RequestError(f"token id {token!r} is not an integer", param="prompt")
+            if not 0 <= token < self.config.vocab_size:
+                raise RequestError(
+                    f"token id {token} is outside the vocabulary of {self.config.vocab_size}", param="prompt"
+                )
+
+    def _text_stream(self, params: SamplingParams) -> TextStream:
+        return TextStream(None if self.tokenizer is None else self.tokenizer.stream(), params.stop)
+
+
+@dataclasses.dataclass(frozen=True)
+class _CheckpointReader:
+    """A checkpoint as the expert store's source."""
+
+    checkpoint: Checkpoint
+    layout: ExpertLayout
+
+    def read(self, layer: int, expert: int, record: np.ndarray) -> None:
+        self.checkpoint.read_expert(layer, expert, record, self.layout)
+
+
+def _as_prompts(prompts: Prompt | Rows[Prompt]) -> list[Prompt]:
+    """One prompt, or several, as a list."""
+    if isinstance(prompts, str):
+        return [prompts]
+    items = list(prompts)
+    if items and all(isinstance(item, int | np.integer) for item in items):
+        return [items]  # pyright: ignore[reportReturnType]
+    return items  # pyright: ignore[reportReturnType]
