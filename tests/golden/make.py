@@ -22,9 +22,10 @@ def load_transformers(directory: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
+    model, info = loaded
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(problem):
             raise ValueError(f"{directory}: transformers reports {problem}: {info[problem]}")
@@ -56,9 +57,7 @@ def main() -> None:
         tokens = prompts(raw)
         logits = transformers_logits(model, tokens)
         greedy, lead = transformers_greedy(model, tokens[0])
-        np.savez_compressed(
-            HERE / f"{name}.npz", config=json.dumps(raw), tokens=tokens, logits=logits, greedy=greedy
-        )
+        np.savez_compressed(HERE / f"{name}.npz", config=json.dumps(raw), tokens=tokens, logits=logits, greedy=greedy)
         print(f"{name:20} logit std {logits.std():.2f}  smallest greedy lead {lead:.3f}  distinct {len(set(greedy))}")
 
 

@@ -1,0 +1,137 @@
+"""Text to token ids and back with the tokenizer and chat template that a checkpoint brings along."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from emoe_jax.checkpoint.files import CONFIG
+from emoe_jax.config import ModelConfig
+from emoe_jax.errors import CheckpointError, RequestError
+
+_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+_INCOMPLETE = "\ufffd"
+
+
+class Tokenizer:
+    """A transformers tokenizer, without any code from the checkpoint. Encoding and decoding are thread-safe."""
+
+    def __init__(self, tokenizer: Any, prepend_bos_id: int | None = None):
+        """`prepend_bos_id` replaces the special tokens that the tokenizer would add by this one, in front."""
+        self._tokenizer = tokenizer
+        self._prepend_bos_id = prepend_bos_id
+        vocabulary = tokenizer.get_vocab()
+        self._size = max(vocabulary.values()) + 1
+        self._byte_ids = frozenset(i for token, i in vocabulary.items() if _BYTE_TOKEN.fullmatch(token))
+        self._anchor = self.encode("a", add_special_tokens=False)[-1:]
+        self._anchor_text = self.decode(self._anchor)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "Tokenizer | None":
+        """The tokenizer of a checkpoint directory, or None when it has no tokenizer files.
+
+        Raises `CheckpointError` when there are files that cannot be loaded.
+        """
+        directory = Path(directory)
+        if not any((directory / name).exists() for name in _FILES):
+            return None
+        config = ModelConfig.from_directory(directory) if (directory / CONFIG).exists() else None
+        prepend_bos_id = None if config is None else config.prepend_bos_id
+        from transformers import AutoTokenizer, T5Tokenizer  # seconds to import
+
+        # OpenMoE names a tokenizer class of its own, in a file that is not to be run; it is T5's but for the BOS id.
+        loader = T5Tokenizer if config is not None and config.family == "openmoe" else AutoTokenizer
+        try:
+            return cls(loader.from_pretrained(str(directory), trust_remote_code=False), prepend_bos_id)
+        except Exception as error:  # transformers raises anything from KeyError to pyo3's own
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"{directory}: the tokenizer cannot be loaded: {reason}") from None
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._tokenizer.chat_template is not None
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokenizer's own end-of-text id, if it has one; the model's are in `ModelConfig`."""
+        eos = self._tokenizer.eos_token_id
+        return () if eos is None else (eos,)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids; special tokens are those that the checkpoint's tokenizer adds to a prompt."""
+        if self._prepend_bos_id is not None:
+            ids = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+            return [self._prepend_bos_id, *ids] if add_special_tokens else ids
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of the ids; those beyond the tokenizer's vocabulary (padding of the embedding table) have none."""
+        known = [i for i in ids if i < self._size]
+        return self._tokenizer.decode(
+            known, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+
+    def token_text(self, token_id: int) -> str:
+        """The text that one token adds in the middle of a sequence (with its leading blank, special tokens by name)."""
+        return self.decode([*self._anchor, token_id], skip_special_tokens=False)[len(self._anchor_text) :]
+
+    def chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+        """Token ids of a conversation under the checkpoint's template, which runs in a sandbox.
+
+        Raises `RequestError` when there is no template, or when it refuses the messages.
+        """
+        if not self.has_chat_template:
+            raise RequestError("this model has no chat template", param="messages")
+        try:
+            text = self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # whatever a foreign template may raise
+            reason = " ".join(str(error).split())
+            raise RequestError(f"the chat template refused the messages: {reason}", param="messages") from None
+        ids = self.encode(text, add_special_tokens=False)
+        return ids if self._prepend_bos_id is None else [self._prepend_bos_id, *ids]
+
+    def stream(self) -> "TokenStream":
+        """An incremental decoder of one sequence."""
+        return TokenStream(self)
+
+    def ends_in_bytes(self, token_id: int) -> bool:
+        """Whether the token is a single byte whose meaning depends on the bytes that follow."""
+        return token_id in self._byte_ids
+
+
+class TokenStream:
+    """Decodes one sequence token by token: the pieces and the final `flush` concatenate to `decode` of all tokens.
+
+    A piece is what a short window of tokens decodes to beyond what its older half decodes to, because decoders treat
+    the first token of a text differently. Nothing is emitted while the text ends in an incomplete character.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._window: list[int] = []  # tokens of the last piece, then tokens that have given none yet
+        self._emitted = 0  # of the window, how many tokens have given a piece
+        self._emitted_text = ""
+
+    def add(self, token_id: int) -> str:
+        """Text that has become certain with this token."""
+        self._window.append(token_id)
+        if self._tokenizer.ends_in_bytes(token_id):
+            return ""
+        text = self._tokenizer.decode(self._window)
+        if text.endswith(_INCOMPLETE) or len(text) <= len(self._emitted_text):
+            return ""
+        return self._emit(text)
+
+    def flush(self) -> str:
+        """What is left at the end of the sequence; incomplete characters become U+FFFD, as in `decode`."""
+        return self._emit(self._tokenizer.decode(self._window))
+
+    def _emit(self, text: str) -> str:
+        piece = text[len(self._emitted_text) :]
+        self._window = self._window[self._emitted :]
+        self._emitted = len(self._window)
+        self._emitted_text = self._tokenizer.decode(self._window)
+        return piece
