@@ -39,6 +39,11 @@ class StepPlan:
     prefills: tuple[PrefillChunk, ...] = ()
 
     @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        """All sequences that the step advances."""
+        return (*self.decodes, *(chunk.sequence for chunk in self.prefills))
+
+    @property
     def num_tokens(self) -> int:
         return len(self.decodes) + sum(chunk.length for chunk in self.prefills)
 

@@ -9,6 +9,8 @@ class Detokenizer(Protocol):
 
     def add(self, token_id: int) -> str: ...
 
+    def flush(self) -> str: ...
+
 
 class _StopString:
     """Knuth-Morris-Pratt: how much of one stop string the text so far ends with, one character at a time."""
@@ -54,11 +56,10 @@ class TextStream:
         return self._emit(self._detokenizer.add(token_id)), self.stopped
 
     def flush(self) -> str:
-        """The rest, when the completion ended for another reason. The detokeniser is flushed too, if it can be."""
-        if self.stopped:
+        """The rest, when the completion ended for another reason; a stop string may turn up even here (`stopped`)."""
+        if self.stopped or self._detokenizer is None:
             return ""
-        finish = getattr(self._detokenizer, "flush", None)
-        text = self._emit(finish()) if finish is not None else ""
+        text = self._emit(self._detokenizer.flush())
         if not self.stopped:
             text, self._held = text + self._held, ""
         return text

@@ -50,6 +50,7 @@ class FakeRunner:
         work = [(s, s.num_tokens - 1, 1, True) for s in plan.decodes]
         work += [(c.sequence, c.start, c.length, c.is_last) for c in plan.prefills]
         assert len({id(s) for s, *_ in work}) == len(work), "a sequence is in the plan twice"
+        assert plan.sequences == tuple(s for s, *_ in work)
         assert plan.num_tokens == sum(length for _, _, length, _ in work) <= scheduler.max_num_batched_tokens
         assert len(work) <= scheduler.num_running <= scheduler.max_num_seqs
         assert all(chunk.length <= scheduler.prefill_chunk for chunk in plan.prefills)
