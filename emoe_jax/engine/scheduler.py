@@ -47,10 +47,6 @@ class StepPlan:
     def num_tokens(self) -> int:
         return len(self.decodes) + sum(chunk.length for chunk in self.prefills)
 
-    @property
-    def sequences(self) -> tuple[Sequence, ...]:
-        return (*self.decodes, *(chunk.sequence for chunk in self.prefills))
-
     def __bool__(self) -> bool:
         return bool(self.decodes or self.prefills)
 
