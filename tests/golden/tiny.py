@@ -73,7 +73,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     # One kv head per query head, tied embeddings, scaled rotary frequencies, another activation.
     "mixtral_llama3": _MIXTRAL
     | {
-        "num_key_value_heads": None,
+        "num_key_value_heads": 4,
         "num_experts_per_tok": 3,
         "tie_word_embeddings": True,
         "rope_parameters": _LLAMA3,
@@ -83,6 +83,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mixtral_yarn": _MIXTRAL
     | {
         "num_key_value_heads": 1,
+        "head_dim": 10,
         "rope_theta": 1000.0,
         "rope_scaling": {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16, "beta_fast": 4.0},
         "sliding_window": None,
