@@ -1,0 +1,1 @@
+"""OpenAI-compatible HTTP server over one engine. Start it with `python -m serve.main`."""

@@ -1,0 +1,45 @@
+"""The FastAPI application: routes, error shapes, guard and the worker's lifetime."""
+
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+
+from serve.chat import chat_routes
+from serve.completions import completion_routes
+from serve.errors import ErrorResponse, install_error_handlers
+from serve.guard import Guard
+from serve.models import model_routes
+from serve.service import ClientGone, Service
+
+DESCRIPTION = "Mixture-of-Experts inference with a fixed number of experts on the device, behind OpenAI's API."
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorResponse, "description": "The request is at fault; `param` names the field."},
+    "5XX": {"model": ErrorResponse, "description": "Overloaded (503, with Retry-After) or failed."},
+}
+
+
+def create_app(service: Service, api_keys: Sequence[str] = ()) -> FastAPI:
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.worker.start()
+        try:
+            yield
+        finally:
+            service.worker.stop()
+            service.text.close()
+
+    app = FastAPI(title="eMoE-JAX", description=DESCRIPTION, version="1", lifespan=lifespan, responses=ERRORS)
+    app.include_router(completion_routes(service))
+    app.include_router(chat_routes(service))
+    app.include_router(model_routes(service))
+    install_error_handlers(app)
+
+    @app.exception_handler(ClientGone)
+    async def on_client_gone(_: Request, __: Exception) -> Response:
+        return Response(status_code=499)  # nobody is there to read it
+
+    app.add_middleware(Guard, api_keys=api_keys)
+    return app

@@ -1,0 +1,111 @@
+"""POST /v1/chat/completions."""
+
+import dataclasses
+import time
+import uuid
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from emoe_jax.engine.request import RequestOutput
+from serve.answers import AssistantMessage, ChatChoice, ChatChunk, ChatChunkChoice, ChatDelta, ChatResponse
+from serve.body import JsonRoute
+from serve.logprobs import chat_logprobs
+from serve.schema import ChatRequest
+from serve.service import Service, emoe_of, until_disconnect, usage_of
+from serve.stream import EventStream
+from serve.worker import Progress
+
+
+def chat_routes(service: Service) -> APIRouter:
+    router = APIRouter(route_class=JsonRoute, tags=["generation"])
+
+    @router.post("/v1/chat/completions", response_model=ChatResponse)
+    async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
+        """Answer a conversation. With `stream`, server-sent `chat.completion.chunk` events and a final `[DONE]`."""
+        service.check_model(body.model)
+        messages = [message.to_template() for message in body.messages]
+        prompt = await service.text.chat(messages, body.add_generation_prompt)
+        if body.max_completion_tokens is not None:
+            asked, asked_param = body.max_completion_tokens, "max_completion_tokens"
+        else:
+            asked, asked_param = body.max_tokens, "max_tokens"
+        max_tokens = service.token_budget(prompt, "messages", asked, asked_param)
+        params = body.to_params(max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
+        writer = ChatWriter(service, body, prompt)
+        generation = await service.begin([prompt], [params], body.emoe)
+        if body.stream:
+            return EventStream(generation, writer, body.include_usage)
+        try:
+            outputs = await until_disconnect(request, generation.outputs())
+        finally:
+            generation.abort()
+        return Response(writer.whole(outputs[0]).model_dump_json(), media_type="application/json")
+
+    return router
+
+
+@dataclasses.dataclass
+class ChatWriter:
+    """Builds the answer to one request, whole or in chunks."""
+
+    service: Service
+    request: ChatRequest
+    prompt: list[int]
+    id: str = dataclasses.field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+    created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+    begun: set[int] = dataclasses.field(default_factory=set)
+    """Choices that have got their first chunk."""
+
+    def whole(self, output: RequestOutput) -> ChatResponse:
+        choices = []
+        for completion in output.completions:
+            choice = ChatChoice(
+                index=completion.index,
+                message=AssistantMessage(content=completion.text),
+                finish_reason=completion.finish_reason,
+            )
+            if completion.logprobs is not None:
+                choice.logprobs = chat_logprobs(completion.logprobs, self.service.text.token_text)
+            if self.request.return_token_ids:
+                choice.token_ids = completion.token_ids
+            choices.append(choice)
+        return ChatResponse(
+            id=self.id,
+            created=self.created,
+            model=self.service.names[0],
+            choices=choices,
+            usage=usage_of([output]),
+            emoe=emoe_of([output]),
+            prompt_token_ids=self.prompt if self.request.return_token_ids else None,
+        )
+
+    def chunks(self, progress: Progress) -> list[ChatChunk]:
+        delta = progress.delta
+        result = []
+        if delta.index not in self.begun:
+            opening = self._chunk(ChatChunkChoice(index=delta.index, delta=ChatDelta(role="assistant", content="")))
+            if self.request.return_token_ids and not self.begun:
+                opening.prompt_token_ids = self.prompt
+            result.append(opening)
+            self.begun.add(delta.index)
+        choice = ChatChunkChoice(
+            index=delta.index,
+            delta=ChatDelta(content=delta.text or None),
+            finish_reason=delta.finish_reason,
+        )
+        if delta.logprobs:
+            choice.logprobs = chat_logprobs(delta.logprobs, self.service.text.token_text)
+        if self.request.return_token_ids:
+            choice.token_ids = list(delta.token_ids)
+        if choice.delta.content or choice.finish_reason or choice.logprobs or choice.token_ids:
+            result.append(self._chunk(choice))
+        return result
+
+    def empty(self) -> ChatChunk:
+        return ChatChunk(id=self.id, created=self.created, model=self.service.names[0], choices=[])
+
+    def _chunk(self, choice: ChatChunkChoice) -> ChatChunk:
+        chunk = self.empty()
+        chunk.choices.append(choice)
+        return chunk

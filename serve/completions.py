@@ -1,0 +1,112 @@
+"""POST /v1/completions."""
+
+import dataclasses
+import time
+import uuid
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from emoe_jax.engine.request import RequestOutput
+from serve.answers import CompletionChoice, CompletionResponse
+from serve.body import JsonRoute
+from serve.logprobs import completion_logprobs
+from serve.schema import DEFAULT_COMPLETION_TOKENS, CompletionRequest
+from serve.service import Service, emoe_of, until_disconnect, usage_of
+from serve.stream import EventStream
+from serve.worker import Progress
+
+
+def completion_routes(service: Service) -> APIRouter:
+    router = APIRouter(route_class=JsonRoute, tags=["generation"])
+
+    @router.post("/v1/completions", response_model=CompletionResponse)
+    async def create_completion(body: CompletionRequest, request: Request) -> Response:
+        """Continue a prompt. With `stream`, server-sent events of the same shape and a final `[DONE]`."""
+        service.check_model(body.model)
+        prompts = [
+            await service.text.encode(prompt, body.add_special_tokens) if isinstance(prompt, str) else prompt
+            for prompt in body.prompt
+        ]
+        params = []
+        for prompt in prompts:
+            budget = service.token_budget(prompt, "prompt", body.max_tokens, "max_tokens")
+            params.append(body.to_params(body.max_tokens or min(budget, DEFAULT_COMPLETION_TOKENS), body.logprobs))
+        writer = CompletionWriter(service, body, prompts, await _echoes(service, body))
+        generation = await service.begin(prompts, params, body.emoe)
+        if body.stream:
+            return EventStream(generation, writer, body.include_usage)
+        try:
+            outputs = await until_disconnect(request, generation.outputs())
+        finally:
+            generation.abort()
+        return Response(writer.whole(outputs).model_dump_json(), media_type="application/json")
+
+    return router
+
+
+async def _echoes(service: Service, body: CompletionRequest) -> list[str]:
+    """What goes before each answer: the prompt when `echo` is set, else nothing."""
+    if not body.echo:
+        return [""] * len(body.prompt)
+    return [prompt if isinstance(prompt, str) else await service.text.decode(prompt) for prompt in body.prompt]
+
+
+@dataclasses.dataclass
+class CompletionWriter:
+    """Builds the answer to one request, whole or in chunks."""
+
+    service: Service
+    request: CompletionRequest
+    prompts: list[list[int]]
+    echoes: list[str]
+    id: str = dataclasses.field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
+    created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+    offsets: dict[int, int] = dataclasses.field(default_factory=dict)
+    """Characters of logprob tokens sent so far, by choice; a choice is absent until its first chunk."""
+
+    def whole(self, outputs: list[RequestOutput]) -> CompletionResponse:
+        answer = self.empty()
+        for position, output in enumerate(outputs):
+            for completion in output.completions:
+                choice = CompletionChoice(
+                    index=self._choice(position, completion.index),
+                    text=self.echoes[position] + completion.text,
+                    finish_reason=completion.finish_reason,
+                )
+                if completion.logprobs is not None:
+                    choice.logprobs = completion_logprobs(completion.logprobs, self.service.text.token_text, 0)
+                if self.request.return_token_ids:
+                    choice.prompt_token_ids = self.prompts[position]
+                    choice.token_ids = completion.token_ids
+                answer.choices.append(choice)
+        answer.usage = usage_of(outputs)
+        answer.emoe = emoe_of(outputs)
+        return answer
+
+    def chunks(self, progress: Progress) -> list[CompletionResponse]:
+        delta = progress.delta
+        index = self._choice(progress.position, delta.index)
+        first = index not in self.offsets
+        choice = CompletionChoice(index=index, text=delta.text, finish_reason=delta.finish_reason)
+        if first:
+            self.offsets[index] = 0
+            choice.text = self.echoes[progress.position] + delta.text
+        if delta.logprobs:
+            choice.logprobs = completion_logprobs(delta.logprobs, self.service.text.token_text, self.offsets[index])
+            self.offsets[index] += sum(map(len, choice.logprobs.tokens))
+        if self.request.return_token_ids:
+            choice.token_ids = list(delta.token_ids)
+            if first:
+                choice.prompt_token_ids = self.prompts[progress.position]
+        if not (choice.text or choice.finish_reason or choice.logprobs or choice.token_ids):
+            return []
+        answer = self.empty()
+        answer.choices.append(choice)
+        return [answer]
+
+    def empty(self) -> CompletionResponse:
+        return CompletionResponse(id=self.id, created=self.created, model=self.service.names[0], choices=[])
+
+    def _choice(self, position: int, index: int) -> int:
+        return position * (self.request.n or 1) + index

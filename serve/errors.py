@@ -1,0 +1,118 @@
+"""Every answer that is not a success, in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from emoe_jax.errors import RequestError
+from serve.worker import EngineFailure, QueueFull, Unavailable
+
+log = logging.getLogger("serve")
+
+RETRY_AFTER_SECONDS = 1
+
+
+class ErrorBody(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorResponse(BaseModel):
+    """The body of every 4xx and 5xx answer."""
+
+    error: ErrorBody
+
+
+class ApiError(HTTPException):
+    """An HTTP error raised on purpose. Being an `HTTPException` it passes through FastAPI's body parsing unchanged."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
+        super().__init__(status_code=status, detail=message, headers=headers)
+        self.param = param
+        self.code = code
+
+
+def describe(error: Exception) -> tuple[int, ErrorBody, Mapping[str, str] | None]:
+    """Status, body and headers for any exception; unknown ones become a 500 that says nothing about their content."""
+    match error:
+        case ApiError():
+            kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
+            body = ErrorBody(message=error.detail, type=kind, param=error.param, code=error.code)
+            return error.status_code, body, error.headers
+        case RequestError():
+            body = ErrorBody(message=str(error), type="invalid_request_error", param=error.param, code=error.code)
+            return 400, body, None
+        case RequestValidationError():
+            message, param = describe_validation(error.errors())
+            return 400, ErrorBody(message=message, type="invalid_request_error", param=param), None
+        case QueueFull():
+            body = ErrorBody(message=str(error), type="server_error", code="queue_full")
+            return 503, body, {"retry-after": str(RETRY_AFTER_SECONDS)}
+        case Unavailable():
+            body = ErrorBody(message=str(error), type="server_error", code="unavailable")
+            return 503, body, {"retry-after": str(RETRY_AFTER_SECONDS)}
+        case EngineFailure():
+            return 500, ErrorBody(message=str(error), type="server_error", code="internal_error"), None
+        case _:
+            body = ErrorBody(message="internal server error", type="server_error", code="internal_error")
+            return 500, body, None
+
+
+def describe_validation(errors: Sequence[Any]) -> tuple[str, str | None]:
+    """Message and field of pydantic's first complaint. The offending value is not repeated: it may be a prompt."""
+    first = errors[0]
+    param = field_path(first["loc"])
+    if first["type"] == "missing" and param is None:
+        return "the request body is empty; expected a JSON object", None
+    reason = first["msg"].removeprefix("Value error, ")
+    return (f"{param}: {reason}" if param else reason), param
+
+
+def field_path(location: Sequence[str | int]) -> str | None:
+    """("body", "messages", 0, "content") -> "messages[0].content"; None for the body itself."""
+    path = ""
+    for part in location[1:]:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return path.removeprefix(".") or None
+
+
+def error_response(error: Exception) -> Response:
+    status, body, headers = describe(error)
+    return JSONResponse(ErrorResponse(error=body).model_dump(), status_code=status, headers=headers)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    def on_known(_: Request, error: Exception) -> Response:
+        return error_response(error)
+
+    def on_http(request: Request, error: Exception) -> Response:
+        if isinstance(error, ApiError):
+            return error_response(error)
+        error = cast(StarletteHTTPException, error)
+        messages = {
+            404: "no such path",
+            405: f"{request.method} is not allowed on this path",
+        }
+        message = messages.get(error.status_code, str(error.detail))
+        headers = dict(error.headers) if error.headers else None
+        return error_response(ApiError(error.status_code, message, headers=headers))
+
+    for kind in (RequestError, RequestValidationError, QueueFull, Unavailable, EngineFailure, Exception):
+        app.add_exception_handler(kind, on_known)
+    app.add_exception_handler(StarletteHTTPException, on_http)

@@ -1,0 +1,60 @@
+"""ASGI middleware in front of every route: API keys and request ids."""
+
+import hashlib
+import hmac
+import re
+import uuid
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.errors import ApiError, error_response
+
+OPEN_PATHS = frozenset({"/health"})
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+class Guard:
+    """Answers 401 without a valid key (when keys are set) and echoes `x-request-id`, or makes one up."""
+
+    def __init__(self, app: ASGIApp, api_keys: Sequence[str]):
+        self.app = app
+        self._digests = [_digest(key.encode()) for key in api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        request_id = headers.get("x-request-id", "")
+        refusal = None
+        if request_id and not REQUEST_ID.fullmatch(request_id):
+            request_id = ""
+            refusal = ApiError(400, "x-request-id must be 1 to 128 of A-Z a-z 0-9 . _ : -", param="x-request-id")
+        if self._digests and scope["path"] not in OPEN_PATHS and not self._authorized(headers):
+            refusal = ApiError(
+                401,
+                "a valid API key is needed: Authorization: Bearer KEY",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
+        request_id = request_id or uuid.uuid4().hex
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        await (error_response(refusal) if refusal else self.app)(scope, receive, send_with_id)
+
+    def _authorized(self, headers: Headers) -> bool:
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        given = _digest(key.strip().encode("latin-1"))
+        # Compare with every key, each in constant time: neither the content nor the position of a key leaks.
+        matches = [hmac.compare_digest(given, digest) for digest in self._digests]
+        return scheme.lower() == "bearer" and any(matches)
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()

@@ -1,0 +1,142 @@
+"""Command line and configuration file of the server."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from emoe_jax.engine.request import RoutingContract
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DEMO_MODEL = REPOSITORY / "checkpoints" / "demo"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """One field per flag."""
+
+    model: str
+    served_model_name: list[str] | None
+    host: str
+    port: int
+    dtype: str
+    max_model_len: int | None
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_num_queued_reqs: int
+    expert_memory: str
+    host_memory: str
+    routing: RoutingContract
+    policy: str
+    api_key: list[str]
+    seed: int
+    shutdown_timeout: float
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake in one line, without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def parse_options(arguments: Sequence[str]) -> Options:
+    """Flags win over the file given with `--config`. Exits with status 2 and one line on any mistake."""
+    parser = _build_parser()
+    given, _ = parser.parse_known_args(arguments)
+    if given.config is not None:
+        arguments = [*_config_arguments(parser, Path(given.config)), *arguments]
+    values = vars(parser.parse_args(arguments))
+    del values["config"]
+    if values["model"] is None:
+        if not (DEMO_MODEL / "config.json").is_file():
+            parser.error(f"there is no bundled demo model at {DEMO_MODEL}; name one with --model")
+        values["model"] = str(DEMO_MODEL)
+    return Options(**values)
+
+
+def _build_parser() -> _Parser:
+    parser = _Parser(
+        prog="python -m serve.main",
+        description="Serve a Mixture-of-Experts model over an OpenAI-compatible HTTP API.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--model", help="checkpoint directory or hub id (the bundled demo model)")
+    add("--served-model-name", nargs="+", metavar="NAME", help="names clients may use; the first is in answers")
+    add("--host", default="127.0.0.1", help="address to listen on")
+    add("--port", type=_integer(0, 65535), default=8000, help="port to listen on; 0 picks a free one")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="dtype of weights and slab")
+    add("--max-model-len", type=_integer(1), help="context length (the model's own)")
+    add("--max-num-seqs", type=_integer(1), default=16, help="sequences computed together")
+    add("--max-num-batched-tokens", type=_integer(1), default=512, help="tokens computed in one step")
+    add("--max-num-queued-reqs", type=_integer(0), default=256, help="prompts that may wait; more are refused with 503")
+    add("--expert-memory", default="40%", metavar="SIZE", help="memory for experts: 40%%, 6GiB or '8 slots' per layer")
+    add("--host-memory", default="0B", metavar="SIZE", help="host memory that may hold experts off the device")
+    add("--routing", choices=("resident", "exact"), default="resident", help="routing of requests that name none")
+    add("--policy", choices=("lru", "static"), default="lru", help="which experts are kept on the device")
+    add("--api-key", nargs="+", default=[], metavar="KEY", help="keys of which a client must send one")
+    add("--seed", type=_integer(0, 2**63 - 1), default=0, help="seed of requests that name none")
+    add("--shutdown-timeout", type=_seconds, default=30.0, help="seconds that running requests get after SIGTERM")
+    add("--config", metavar="FILE", help="YAML file with any of these options, by the same names")
+    return parser
+
+
+def _integer(low: int, high: int | None = None) -> Callable[[str], int]:
+    bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or value < low or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not an integer {bounds}")
+        return value
+
+    return convert
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 86400:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number of seconds between 0 and 86400")
+    return value
+
+
+def _config_arguments(parser: _Parser, path: Path) -> list[str]:
+    """The file as command-line arguments, so that both are checked by the same rules."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(f"--config {path}: {getattr(error, 'strerror', None) or 'not a UTF-8 text file'}")
+    except yaml.YAMLError as error:
+        parser.error(f"--config {path}: not valid YAML: {' '.join(str(error).split())}")
+    if content is None:
+        return []
+    if not isinstance(content, dict):
+        parser.error(f"--config {path}: expected a mapping of options, found {type(content).__name__}")
+    known = {field.name for field in dataclasses.fields(Options)}
+    arguments: list[str] = []
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            parser.error(f"--config {path}: unknown option {str(key)!r}")
+        if value is not None:
+            arguments += _as_arguments("--" + name.replace("_", "-"), value)
+    return arguments
+
+
+def _as_arguments(flag: str, value: Any) -> list[str]:
+    if isinstance(value, list):
+        return [flag, *map(str, value)]
+    return [f"{flag}={value}"]

@@ -1,0 +1,288 @@
+"""Request bodies. Names, defaults and meaning are OpenAI's, with vLLM's additions; `emoe` is ours."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from typing_extensions import TypedDict
+
+from emoe_jax.engine.request import (
+    MAX_LOGPROBS,
+    MAX_N,
+    MAX_STOP_LENGTH,
+    MAX_STOP_STRINGS,
+    SLO,
+    RoutingContract,
+    SamplingParams,
+)
+from emoe_jax.errors import RequestError
+
+MAX_INT32 = 2**31 - 1
+MAX_PROMPTS = 256
+MAX_PROMPT_TOKENS = 2**20
+MAX_MESSAGES = 4096
+DEFAULT_COMPLETION_TOKENS = 16
+
+TokenId = Annotated[int, Field(ge=0, le=MAX_INT32)]
+Prompt = str | list[int]
+Positive = Annotated[float, Field(gt=0, le=1e9)]
+
+
+def _is_token_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(token) is int and 0 <= token <= MAX_INT32 for token in value)
+
+
+def _prompt_list(value: Any) -> list[Prompt]:
+    """Any of OpenAI's four shapes of `prompt` as a list of strings or of token-id lists."""
+    if isinstance(value, list) and len(value) > MAX_PROMPT_TOKENS:
+        raise ValueError(f"has {len(value)} elements; at most {MAX_PROMPT_TOKENS} are read")
+    if isinstance(value, str) or (_is_token_ids(value) and value):
+        value = [value]
+    if not isinstance(value, list) or not value:
+        raise ValueError("must be a non-empty string, list of token ids, list of strings or list of lists of token ids")
+    if len(value) > MAX_PROMPTS:
+        raise ValueError(f"has {len(value)} elements, not all token ids; at most {MAX_PROMPTS} prompts are taken")
+    for position, prompt in enumerate(value):
+        if not (isinstance(prompt, str) or _is_token_ids(prompt)):
+            raise ValueError(f"element {position} is neither a string nor a list of token ids")
+        if not prompt:
+            raise ValueError("is empty" if len(value) == 1 else f"element {position} is empty")
+    return value
+
+
+def _stop_list(value: Any) -> list[str] | None:
+    if value is None:
+        return None
+    strings = [value] if isinstance(value, str) else value
+    if not isinstance(strings, list) or len(strings) > MAX_STOP_STRINGS:
+        raise ValueError(f"must be a string or a list of at most {MAX_STOP_STRINGS} strings")
+    if not all(isinstance(string, str) and 0 < len(string) <= MAX_STOP_LENGTH for string in strings):
+        raise ValueError(f"strings must have 1 to {MAX_STOP_LENGTH} characters")
+    return strings
+
+
+def _joined_content(value: Any) -> str:
+    """A message's content as one string; a list of text parts is joined by newlines, as vLLM does."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ValueError("must be a string or a list of text parts")
+    for part in value:
+        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+            raise ValueError('supports only parts of the form {"type": "text", "text": "..."}')
+    return "\n".join(part["text"] for part in value)
+
+
+class StrictModel(BaseModel):
+    """No coercion ("5" is not 5, true is not 1), no NaN or infinity, unknown fields ignored as vLLM does."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore")
+
+
+class SloRequest(StrictModel):
+    """Deadlines of one request, milliseconds from its arrival."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    ttft_ms: Positive | None = None
+    latency_ms: Positive | None = None
+
+    def to_slo(self) -> SLO:
+        return SLO(ttft_ms=self.ttft_ms, latency_ms=self.latency_ms)
+
+
+class EmoeRequest(StrictModel):
+    """The request extension: task type, routing contract, deadlines. Here unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    task: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    routing: RoutingContract | None = None
+    slo: SloRequest | None = None
+
+
+class StreamOptions(StrictModel):
+    include_usage: bool | None = None
+    continuous_usage_stats: Literal[False] | None = None
+
+
+class SamplingRequest(StrictModel):
+    """What `/v1/completions` and `/v1/chat/completions` have in common."""
+
+    refused: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "allowed_token_ids": (),
+        "bad_words": ([],),
+        "frequency_penalty": (0,),
+        "guided_choice": (),
+        "guided_grammar": (),
+        "guided_json": (),
+        "guided_regex": (),
+        "include_stop_str_in_output": (False,),
+        "length_penalty": (1,),
+        "logit_bias": ({},),
+        "logits_processors": ([],),
+        "min_tokens": (0,),
+        "presence_penalty": (0,),
+        "priority": (0,),
+        "prompt_logprobs": (),
+        "repetition_penalty": (1,),
+        "response_format": ({"type": "text"},),
+        "skip_special_tokens": (True,),
+        "spaces_between_special_tokens": (True,),
+        "structured_outputs": (),
+        "truncate_prompt_tokens": (),
+        "use_beam_search": (False,),
+    }
+    """Parameters that exist elsewhere but not here, and the values (besides null) that ask for nothing."""
+
+    model: str | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_INT32)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_INT32)] | None = None
+    stop: Annotated[list[str] | None, BeforeValidator(_stop_list, json_schema_input_type=str | list[str] | None)] = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)] | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+    emoe: EmoeRequest | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for name, neutral in cls.refused.items():
+                value = data.get(name)
+                if value is not None and value not in neutral:
+                    raise RequestError(f"{name} is not supported by this server", name, code="unsupported_parameter")
+        return data
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> "SamplingRequest":
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options needs stream to be true", param="stream_options")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def to_params(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
+        given = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
+        return SamplingParams(
+            max_tokens=max_tokens,
+            seed=self.seed,
+            n=self.n or 1,
+            stop=tuple(self.stop or ()),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=bool(self.ignore_eos),
+            logprobs=logprobs,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+
+
+class CompletionRequest(SamplingRequest):
+    """Body of `/v1/completions`."""
+
+    refused = {**SamplingRequest.refused, "best_of": (1,), "prompt_embeds": (), "suffix": ("",)}
+
+    prompt: Annotated[
+        list[str] | list[list[int]],
+        BeforeValidator(_prompt_list, json_schema_input_type=str | list[TokenId] | list[str] | list[list[TokenId]]),
+    ]
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    echo: bool | None = None
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _check_echo(self) -> "CompletionRequest":
+        if self.echo and self.logprobs is not None:
+            raise RequestError("echo together with logprobs is not supported by this server", param="echo")
+        return self
+
+
+class TextPart(TypedDict):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(StrictModel):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str, BeforeValidator(_joined_content, json_schema_input_type=str | list[TextPart] | None)] = ""
+    name: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_tool_calls(cls, data: Any) -> Any:
+        if isinstance(data, dict) and (data.get("tool_calls") or data.get("function_call")):
+            raise ValueError("tool calls are not supported by this server")
+        return data
+
+    def to_template(self) -> dict[str, str]:
+        """The message as a chat template reads it."""
+        return self.model_dump(exclude_none=True)
+
+
+class ChatRequest(SamplingRequest):
+    """Body of `/v1/chat/completions`."""
+
+    refused = {
+        **SamplingRequest.refused,
+        "add_special_tokens": (False,),
+        "audio": (),
+        "chat_template": (),
+        "chat_template_kwargs": ({},),
+        "continue_final_message": (False,),
+        "documents": ([],),
+        "echo": (False,),
+        "function_call": ("none", "auto"),
+        "functions": ([],),
+        "modalities": (["text"],),
+        "prediction": (),
+        "reasoning_effort": ("none",),
+        "tool_choice": ("none", "auto"),
+        "tools": ([],),
+        "web_search_options": (),
+    }
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_INT32)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    add_generation_prompt: bool = True
+
+    @model_validator(mode="after")
+    def _check_top_logprobs(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
+        return self
+
+
+class TokenizeRequest(StrictModel):
+    """Body of `/tokenize`: exactly one of `prompt` and `messages`."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_one_input(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise RequestError("give exactly one of prompt and messages", param="prompt")
+        return self
+
+
+class DetokenizeRequest(StrictModel):
+    """Body of `/detokenize`."""
+
+    model: str | None = None
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_PROMPT_TOKENS, fail_fast=True)]

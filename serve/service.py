@@ -1,0 +1,129 @@
+"""What every route shares: the served model's names, its text codec and the worker."""
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
+
+from fastapi import Request
+
+from emoe_jax.engine.request import RequestOutput, SamplingParams
+from emoe_jax.errors import RequestError
+from serve.answers import EmoeAnswer, Usage
+from serve.errors import ApiError
+from serve.schema import EmoeRequest
+from serve.text import TextCodec
+from serve.worker import EngineWorker, Generation, Submission
+
+Result = TypeVar("Result")
+
+
+class ClientGone(Exception):
+    """The client closed the connection; nobody reads the answer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Service:
+    """One served model. `names[0]` is the name in answers, the others are aliases."""
+
+    names: tuple[str, ...]
+    text: TextCodec
+    worker: EngineWorker
+    created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+
+    @property
+    def max_model_len(self) -> int:
+        return self.text.max_model_len
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name not in self.names:
+            raise ApiError(
+                404,
+                f"the model {name[:100]!r} does not exist; this server has {', '.join(self.names)}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def token_budget(self, prompt: Sequence[int], param: str, asked: int | None, asked_param: str) -> int:
+        """How many tokens may follow the prompt: what was asked for, or all that the context still holds."""
+        room = self.max_model_len - len(prompt)
+        if room < 1:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens; the context length is {self.max_model_len} tokens, "
+                f"one of them for the answer",
+                param=param,
+                code="context_length_exceeded",
+            )
+        if asked is not None and asked > room:
+            raise RequestError(
+                f"{len(prompt)} prompt tokens and {asked_param} = {asked} exceed the context length of "
+                f"{self.max_model_len} tokens",
+                param=asked_param,
+                code="context_length_exceeded",
+            )
+        return room if asked is None else asked
+
+    async def begin(
+        self, prompts: Sequence[list[int]], params: Sequence[SamplingParams], emoe: EmoeRequest | None
+    ) -> Generation:
+        """Hand the prompts to the engine and wait until it has taken them."""
+        if len(prompts) > self.worker.max_unfinished:
+            raise RequestError(
+                f"{len(prompts)} prompts in one request; at most {self.worker.max_unfinished} are taken", param="prompt"
+            )
+        emoe = emoe or EmoeRequest()
+        slo = emoe.slo.to_slo() if emoe.slo else None
+        generation = self.worker.submit(
+            [
+                Submission(prompt, sampling, task=emoe.task, routing=emoe.routing, slo=slo)
+                for prompt, sampling in zip(prompts, params, strict=True)
+            ]
+        )
+        try:
+            await generation.accepted()
+        except asyncio.CancelledError:
+            generation.abort()
+            raise
+        return generation
+
+
+async def until_disconnect(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of `work`. When the client leaves first, `work` is cancelled and `ClientGone` raised."""
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        task.cancel()
+        watcher.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def usage_of(outputs: Sequence[RequestOutput]) -> Usage:
+    prompt = sum(len(output.prompt_token_ids) for output in outputs)
+    completion = sum(_completion_tokens(output) for output in outputs)
+    return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+
+
+def emoe_of(outputs: Sequence[RequestOutput]) -> EmoeAnswer:
+    """One extension for the whole answer: prompts weigh in by their tokens; a task only when all share it."""
+    tokens = [len(output.prompt_token_ids) + _completion_tokens(output) for output in outputs]
+    substituted = sum(output.substituted * count for output, count in zip(outputs, tokens, strict=True))
+    tasks = {output.task for output in outputs}
+    return EmoeAnswer(
+        task=tasks.pop() if len(tasks) == 1 else None,
+        routing=outputs[0].routing,
+        substituted=substituted / max(1, sum(tokens)),
+    )
+
+
+def _completion_tokens(output: RequestOutput) -> int:
+    return sum(len(completion.token_ids) for completion in output.completions)

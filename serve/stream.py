@@ -1,0 +1,95 @@
+"""Server-sent events of a running generation."""
+
+import logging
+from collections.abc import AsyncIterator
+from typing import Any, Protocol, TypeVar
+
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from emoe_jax.engine.request import RequestOutput
+from serve.answers import EmoeAnswer, Usage
+from serve.errors import ErrorResponse, describe
+from serve.service import emoe_of, usage_of
+from serve.worker import Generation, Progress
+
+log = logging.getLogger("serve")
+
+DONE = b"data: [DONE]\n\n"
+
+
+class Chunk(Protocol):
+    """A pydantic model with the fields that close a stream."""
+
+    usage: Usage | None
+    emoe: EmoeAnswer | None
+
+    def model_dump_json(self) -> str: ...
+
+
+ChunkType = TypeVar("ChunkType", bound=Chunk)
+
+
+class ChunkWriter(Protocol[ChunkType]):
+    """Turns progress into the chunks of one endpoint."""
+
+    def chunks(self, progress: Progress) -> list[ChunkType]:
+        """What to send for one delta; nothing when it carries no visible text. A finishing delta gives at least one."""
+        ...
+
+    def empty(self) -> ChunkType:
+        """A chunk without choices, for the usage."""
+        ...
+
+
+def sse(json: str) -> bytes:
+    return b"data: " + json.encode() + b"\n\n"
+
+
+class EventStream(StreamingResponse):
+    """Sends a generation as events; frees the engine's side however the stream ends."""
+
+    def __init__(self, generation: Generation, writer: ChunkWriter[Any], include_usage: bool):
+        self._generation = generation
+        super().__init__(
+            _events(generation, writer, include_usage),
+            media_type="text/event-stream",
+            headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._generation.abort()
+
+
+async def _events(generation: Generation, writer: ChunkWriter[Any], include_usage: bool) -> AsyncIterator[bytes]:
+    outputs: dict[int, RequestOutput] = {}
+    try:
+        async for progress in generation:
+            chunks = writer.chunks(progress)
+            if progress.output is not None:
+                outputs[progress.position] = progress.output
+                if len(outputs) == len(generation.request_ids):
+                    chunks = _closed(chunks, writer, list(outputs.values()), include_usage)
+            if chunks:
+                yield b"".join(sse(chunk.model_dump_json()) for chunk in chunks)
+    except Exception as error:
+        # The status line is long gone; the error goes out as an event, which is what OpenAI's clients expect.
+        status, body, _ = describe(error)
+        if status == 500:
+            log.error("a stream failed", exc_info=error)
+        yield sse(ErrorResponse(error=body).model_dump_json())
+    yield DONE
+
+
+def _closed(
+    chunks: list[ChunkType], writer: ChunkWriter[ChunkType], outputs: list[RequestOutput], include_usage: bool
+) -> list[ChunkType]:
+    """The last chunks, `emoe` on the very last. Only who asked for usage gets a chunk without choices."""
+    if include_usage:
+        chunks = [*chunks, writer.empty()]
+        chunks[-1].usage = usage_of(outputs)
+    chunks[-1].emoe = emoe_of(outputs)
+    return chunks

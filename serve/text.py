@@ -1,0 +1,90 @@
+"""Text to token ids and back for the HTTP layer, off the event loop."""
+
+import asyncio
+import concurrent.futures
+import math
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+import jinja2
+
+from emoe_jax.errors import RequestError
+
+Result = TypeVar("Result")
+
+TOKEN_CHARS_FLOOR = 64
+"""Least assumed length of the longest token: an unknown word can become one token."""
+
+
+class ServedTokenizer(Protocol):
+    """What the server needs of the checkpoint's tokenizer."""
+
+    @property
+    def has_chat_template(self) -> bool: ...
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+    def decode(self, ids: list[int]) -> str: ...
+    def chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> list[int]: ...
+    def token_text(self, token_id: int) -> str: ...
+
+
+class TextCodec:
+    """The tokenizer behind one thread, so that a long prompt stalls neither other requests nor the engine.
+
+    `tokenizer` is None for a checkpoint without tokenizer files: such a model takes and returns token ids only.
+    """
+
+    def __init__(self, tokenizer: ServedTokenizer | None, vocab_size: int, max_model_len: int):
+        self._tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.max_model_len = max_model_len
+        self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        self._max_chars = math.inf
+        if tokenizer is not None:
+            longest = max(len(tokenizer.token_text(token)) for token in range(vocab_size))
+            self._max_chars = max_model_len * max(longest, TOKEN_CHARS_FLOOR)
+
+    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        tokenizer = self._required("prompt")
+        self._check_length(len(text), "prompt")
+        return await self._run(lambda: tokenizer.encode(text, add_special_tokens))
+
+    async def chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> list[int]:
+        """Token ids of a conversation under the checkpoint's chat template."""
+        tokenizer = self._required("messages")
+        if not tokenizer.has_chat_template:
+            raise RequestError("this model has no chat template; use /v1/completions", param="messages")
+        self._check_length(sum(len(message["content"]) for message in messages), "messages")
+        try:
+            return await self._run(lambda: tokenizer.chat(messages, add_generation_prompt))
+        except jinja2.TemplateError as error:
+            raise RequestError(f"the chat template refused the messages: {error}", param="messages") from None
+
+    async def decode(self, ids: list[int]) -> str:
+        tokenizer = self._required("tokens")
+        if any(token >= self.vocab_size for token in ids):
+            raise RequestError(f"token ids must be below the vocabulary size of {self.vocab_size}", param="tokens")
+        return await self._run(lambda: tokenizer.decode(ids))
+
+    def token_text(self, token_id: int) -> str:
+        """The text of one token, or vLLM's `token_id:N` where there is no tokenizer."""
+        return f"token_id:{token_id}" if self._tokenizer is None else self._tokenizer.token_text(token_id)
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _required(self, param: str) -> ServedTokenizer:
+        if self._tokenizer is None:
+            raise RequestError("this model has no tokenizer; send token ids", param=param)
+        return self._tokenizer
+
+    def _check_length(self, chars: int, param: str) -> None:
+        """Refuse what cannot fit without tokenizing it: that takes seconds for megabytes of text."""
+        if chars > self._max_chars:
+            raise RequestError(
+                f"the prompt has {chars} characters; the context length of {self.max_model_len} tokens holds far fewer",
+                param=param,
+                code="context_length_exceeded",
+            )
+
+    async def _run(self, function: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, function)

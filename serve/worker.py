@@ -1,0 +1,333 @@
+"""The one thread that owns the engine, and the asyncio side's handle on it.
+
+    HTTP handler --submit/abort--> commands --> [thread: admit, step, step, ...] --one batch per step--> event loop
+
+The engine is not thread-safe: everything that touches it runs here, between steps.
+"""
+
+import asyncio
+import concurrent.futures
+import dataclasses
+import itertools
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+from emoe_jax.engine.request import SLO, Delta, RequestOutput, RoutingContract, SamplingParams
+from emoe_jax.errors import RequestError
+
+log = logging.getLogger("serve")
+
+UNHEALTHY_AFTER_FAILED_STEPS = 3
+
+Result = TypeVar("Result")
+
+
+class ServedEngine(Protocol):
+    """What the worker needs of `emoe_jax.Engine`."""
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: str | list[int],
+        params: SamplingParams,
+        *,
+        task: str | None = None,
+        routing: RoutingContract | None = None,
+        slo: SLO | None = None,
+    ) -> list[int]: ...
+    def step(self) -> list[Delta]: ...
+    def has_work(self) -> bool: ...
+    def output(self, request_id: str) -> RequestOutput: ...
+    def pop(self, request_id: str) -> RequestOutput:
+        """The request's output; aborts and forgets the request."""
+        ...
+
+    def state(self) -> dict[str, Any]: ...
+
+
+class QueueFull(Exception):
+    """Too many requests are waiting; try again later."""
+
+
+class Unavailable(Exception):
+    """The server is shutting down or the engine's thread has ended."""
+
+
+class EngineFailure(Exception):
+    """The engine raised while computing; the message is fit for a client, the cause is in the log."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Submission:
+    """One prompt for the engine."""
+
+    prompt: list[int]
+    params: SamplingParams
+    task: str | None = None
+    routing: RoutingContract | None = None
+    slo: SLO | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Progress:
+    """A delta of the prompt at `position`; `output` is set on the delta that finishes that prompt."""
+
+    position: int
+    delta: Delta
+    output: RequestOutput | None
+
+
+class Generation:
+    """What one HTTP request has running in the engine: one or more prompts. Lives on the event loop."""
+
+    def __init__(self, worker: "EngineWorker", request_ids: list[str]):
+        self._worker = worker
+        self.request_ids = request_ids
+        self.unfinished = len(request_ids)
+        self._events: asyncio.Queue[Progress | Exception | None] = asyncio.Queue()
+
+    async def accepted(self) -> None:
+        """Wait until the engine took every prompt. Raises `RequestError` when it refused one."""
+        event = await self._events.get()
+        if isinstance(event, Exception):
+            raise event
+
+    async def __aiter__(self) -> AsyncIterator[Progress]:
+        """Deltas in the order the engine made them. Raises when the engine failed or the server stopped."""
+        remaining = len(self.request_ids)
+        while remaining:
+            event = await self._events.get()
+            if isinstance(event, Exception):
+                raise event
+            assert event is not None
+            remaining -= event.output is not None
+            yield event
+
+    async def outputs(self) -> list[RequestOutput]:
+        """All finished prompts, in the order they were submitted."""
+        outputs = {event.position: event.output async for event in self if event.output is not None}
+        return [outputs[position] for position in sorted(outputs)]
+
+    def abort(self) -> None:
+        """Free what is left in the engine; nothing happens when all is finished."""
+        self._worker.abort(self)
+
+    def deliver(self, event: Progress | Exception | None) -> None:
+        self._events.put_nowait(event)
+
+
+@dataclasses.dataclass(slots=True)
+class _Running:
+    """A prompt in the engine; `unfinished` of its `n` answers still miss their last delta."""
+
+    generation: Generation
+    position: int
+    unfinished: int
+
+
+class EngineWorker:
+    """Runs `engine` on a thread of its own. `max_unfinished` bounds the prompts running and waiting together.
+
+    All public methods are for the event loop's thread.
+    """
+
+    def __init__(self, engine: ServedEngine, max_unfinished: int):
+        self._engine = engine
+        self.max_unfinished = max_unfinished
+        # shared between the threads, guarded by _wake
+        self._wake = threading.Condition()
+        self._commands: list[Callable[[], None]] = []
+        self._stopping = False
+        # owned by the engine's thread
+        self._running: dict[str, _Running] = {}
+        self._outbox: list[tuple[Generation, Progress | Exception | None]] = []
+        # owned by the event loop
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._live: set[Generation] = set()
+        self._calls: set[concurrent.futures.Future[Any]] = set()
+        self._draining = False
+        self._numbers = itertools.count()
+        self._failed_steps = 0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the engine's thread lives and its last steps did not all fail."""
+        return self._thread.is_alive() and self._failed_steps < UNHEALTHY_AFTER_FAILED_STEPS
+
+    @property
+    def unfinished(self) -> int:
+        return sum(generation.unfinished for generation in self._live)
+
+    def submit(self, submissions: Sequence[Submission]) -> Generation:
+        """Queue all prompts or none. Raises `QueueFull` or `Unavailable`."""
+        if self._draining or not self._thread.is_alive():
+            raise Unavailable("the server is shutting down" if self._draining else "the engine has stopped")
+        if self.unfinished + len(submissions) > self.max_unfinished:
+            raise QueueFull(f"{self.unfinished} prompts run or wait; at most {self.max_unfinished} are taken")
+        generation = Generation(self, [f"r{next(self._numbers)}" for _ in submissions])
+        self._live.add(generation)
+        self._command(lambda: self._admit(generation, submissions))
+        return generation
+
+    def abort(self, generation: Generation) -> None:
+        if generation in self._live:
+            self._live.discard(generation)
+            self._command(lambda: self._abort(generation))
+
+    async def call(self, function: Callable[[ServedEngine], Result]) -> Result:
+        """Run `function(engine)` between two steps."""
+        if not self._thread.is_alive():
+            raise Unavailable("the engine has stopped")
+        future: concurrent.futures.Future[Result] = concurrent.futures.Future()
+
+        def command() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(function(self._engine))
+            except Exception as error:
+                future.set_exception(error)
+
+        self._calls.add(future)
+        try:
+            self._command(command)
+            return await asyncio.wrap_future(future)
+        finally:
+            self._calls.discard(future)
+
+    async def drain(self, timeout: float) -> None:
+        """Refuse new work and wait for the old; after `timeout` seconds fail what is left."""
+        self._draining = True
+        deadline = asyncio.get_running_loop().time() + timeout
+        while self._live and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.02)
+        self._fail_everything(Unavailable("the server is shutting down"))
+
+    def stop(self, timeout: float = 3.0) -> bool:
+        """End the thread after its current step; False when it did not end in time. May be called again."""
+        self._draining = True
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _command(self, command: Callable[[], None]) -> None:
+        with self._wake:
+            self._commands.append(command)
+            self._wake.notify()
+
+    def _fail_everything(self, error: Exception) -> None:
+        for generation in list(self._live):
+            generation.deliver(error)
+            self.abort(generation)
+        for future in list(self._calls):
+            future.cancel()
+
+    def _deliver(self, batch: list[tuple[Generation, Progress | Exception | None]]) -> None:
+        for generation, event in batch:
+            if generation not in self._live:
+                continue
+            generation.deliver(event)
+            if isinstance(event, Progress) and event.output is not None:
+                generation.unfinished -= 1
+            if isinstance(event, Exception) or not generation.unfinished:
+                self._live.discard(generation)
+
+    # From here on: the engine's thread.
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._post()
+                if self._engine.has_work():
+                    self._step()
+                    self._post()
+        except BaseException:
+            log.exception("the engine's thread ended")
+            self._on_loop(lambda: self._fail_everything(EngineFailure("the engine has stopped")))
+
+    def _wait_for_work(self) -> bool:
+        """Run the commands that came in; sleep when there is nothing to do. False when asked to stop."""
+        with self._wake:
+            while not (self._commands or self._stopping or self._engine.has_work()):
+                self._wake.wait()
+            commands, self._commands = self._commands, []
+            stopping = self._stopping
+        for command in commands:
+            command()
+        return not stopping
+
+    def _admit(self, generation: Generation, submissions: Sequence[Submission]) -> None:
+        added: list[str] = []
+        try:
+            for request_id, item in zip(generation.request_ids, submissions, strict=True):
+                self._engine.add_request(
+                    request_id, item.prompt, item.params, task=item.task, routing=item.routing, slo=item.slo
+                )
+                added.append(request_id)
+        except Exception as error:
+            for request_id in added:
+                self._engine.pop(request_id)
+            self._outbox.append((generation, error if isinstance(error, RequestError) else self._failure(error)))
+            return
+        for position, (request_id, item) in enumerate(zip(added, submissions, strict=True)):
+            self._running[request_id] = _Running(generation, position, item.params.n)
+        self._outbox.append((generation, None))
+
+    def _abort(self, generation: Generation) -> None:
+        for request_id in generation.request_ids:
+            if self._running.pop(request_id, None):
+                self._engine.pop(request_id)
+
+    def _step(self) -> None:
+        try:
+            for delta in self._engine.step():
+                self._record(delta)
+            self._failed_steps = 0
+        except Exception as error:
+            self._failed_steps += 1
+            failure = self._failure(error)
+            ended = [request_id for request_id in self._running if self._has_ended(request_id)]
+            # An error outside the batch ends nothing by itself; then nobody can tell whose it is.
+            for generation in {self._running[request_id].generation for request_id in ended or self._running}:
+                self._abort(generation)
+                self._outbox.append((generation, failure))
+
+    def _has_ended(self, request_id: str) -> bool:
+        return any(completion.finish_reason == "error" for completion in self._engine.output(request_id).completions)
+
+    def _record(self, delta: Delta) -> None:
+        running = self._running.get(delta.request_id)
+        if running is None:
+            return  # the last word of a request that was aborted
+        running.unfinished -= delta.finish_reason is not None
+        output = None
+        if not running.unfinished:
+            output = self._engine.pop(delta.request_id)
+            del self._running[delta.request_id]
+        self._outbox.append((running.generation, Progress(running.position, delta, output)))
+
+    def _failure(self, error: Exception) -> EngineFailure:
+        log.error("the engine failed", exc_info=error)
+        return EngineFailure(f"the engine failed on this request ({type(error).__name__})")
+
+    def _post(self) -> None:
+        if self._outbox:
+            batch, self._outbox = self._outbox, []
+            self._on_loop(lambda: self._deliver(batch))
+
+    def _on_loop(self, callback: Callable[[], None]) -> None:
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(callback)
+        except RuntimeError:
+            log.debug("the event loop closed before the engine's thread did")

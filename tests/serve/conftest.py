@@ -1,0 +1,54 @@
+"""A real uvicorn server on a free port over a fake engine, in a thread of the test process."""
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+
+import httpx
+import pytest
+import uvicorn
+
+from serve.app import create_app
+from serve.server import bind, url_of
+from serve.service import Service
+from serve.text import TextCodec
+from serve.worker import EngineWorker
+from tests.serve.fake import MAX_MODEL_LEN, VOCAB_SIZE, FakeEngine, FakeTokenizer
+
+StartServer = Callable[..., AbstractContextManager[httpx.Client]]
+
+
+@contextlib.contextmanager
+def running_server(
+    engine: FakeEngine, *, max_unfinished: int = 1000, api_keys: Sequence[str] = ()
+) -> Iterator[httpx.Client]:
+    worker = EngineWorker(engine, max_unfinished)
+    service = Service(("fake", "alias"), TextCodec(engine.tokenizer, VOCAB_SIZE, MAX_MODEL_LEN), worker)
+    server = uvicorn.Server(uvicorn.Config(create_app(service, api_keys), log_level="critical", ws="none"))
+    listener = bind("127.0.0.1", 0)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.005)
+        with httpx.Client(base_url=url_of(listener), timeout=10) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
+@pytest.fixture(scope="session")
+def client() -> Iterator[httpx.Client]:
+    """For tests that leave the engine as it was."""
+    with running_server(FakeEngine(FakeTokenizer())) as client:
+        yield client
+
+
+@pytest.fixture
+def start_server() -> StartServer:
+    return running_server

@@ -1,0 +1,137 @@
+"""An engine and a tokenizer that need no model: one token per character, answers that count through the alphabet."""
+
+import dataclasses
+import threading
+import time
+from typing import Any
+
+import jinja2
+
+from emoe_jax.engine.request import (
+    SLO,
+    Completion,
+    Delta,
+    RequestOutput,
+    RoutingContract,
+    SamplingParams,
+    TokenLogprob,
+)
+from emoe_jax.engine.text import TextStream
+from emoe_jax.errors import RequestError
+
+MAX_MODEL_LEN = 100
+VOCAB_SIZE = 128
+EOS = 0
+
+
+class FakeTokenizer:
+    """Token id = code point. The chat template writes `role:content;` and ends with `assistant:`."""
+
+    has_chat_template = True
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [1] * add_special_tokens + [min(ord(character), VOCAB_SIZE - 1) for character in text]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(map(chr, ids))
+
+    def chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> list[int]:
+        if messages[0]["role"] == "tool":
+            raise jinja2.TemplateError("conversations start with the user")
+        text = "".join(f"{message['role']}:{message['content']};" for message in messages)
+        return self.encode(text + "assistant:" * add_generation_prompt, add_special_tokens=False)
+
+    def token_text(self, token_id: int) -> str:
+        return chr(token_id)
+
+    def add(self, token_id: int) -> str:
+        return chr(token_id)
+
+    def flush(self) -> str:
+        return ""
+
+
+@dataclasses.dataclass
+class Running:
+    output: RequestOutput
+    params: SamplingParams
+    streams: list[TextStream]
+
+
+class FakeEngine:
+    """The n-th token of every answer is the n-th letter; `params.seed` shifts the alphabet."""
+
+    def __init__(self, tokenizer: FakeTokenizer | None = None, step_seconds: float = 0.0):
+        self.tokenizer = tokenizer
+        self.step_seconds = step_seconds
+        self.running: dict[str, Running] = {}
+        self.requests: list[dict[str, Any]] = []
+        self.failures: list[Exception] = []
+        self.failing_ids: set[str] = set()
+        self.gate = threading.Event()
+        """Cleared: steps make no progress."""
+        self.gate.set()
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: str | list[int],
+        params: SamplingParams,
+        *,
+        task: str | None = None,
+        routing: RoutingContract | None = None,
+        slo: SLO | None = None,
+    ) -> list[int]:
+        assert isinstance(prompt, list)
+        if any(token >= VOCAB_SIZE for token in prompt):
+            raise RequestError("token id outside the vocabulary", param="prompt")
+        completions = [Completion(index, logprobs=None if params.logprobs is None else []) for index in range(params.n)]
+        output = RequestOutput(request_id, prompt, completions, task or "conv", routing or "resident", 0.25)
+        streams = [TextStream(self.tokenizer, params.stop) for _ in range(params.n)]
+        self.running[request_id] = Running(output, params, streams)
+        self.requests.append({"prompt": prompt, "params": params, "task": task, "routing": routing, "slo": slo})
+        return prompt
+
+    def has_work(self) -> bool:
+        return any(not running.output.finished for running in self.running.values())
+
+    def step(self) -> list[Delta]:
+        time.sleep(self.step_seconds)
+        if not self.gate.wait(0.005):
+            return []
+        if self.failures:
+            for request_id in self.failing_ids & self.running.keys():
+                self.running[request_id].output.completions[0].finish_reason = "error"
+            raise self.failures.pop()
+        deltas = []
+        for running in self.running.values():
+            for completion, stream in zip(running.output.completions, running.streams, strict=True):
+                if completion.finish_reason is None:
+                    deltas.append(self._advance(running, completion, stream))
+        return deltas
+
+    def _advance(self, running: Running, completion: Completion, stream: TextStream) -> Delta:
+        token = ord("a") + (len(completion.token_ids) + (running.params.seed or 0)) % 26
+        completion.token_ids.append(token)
+        text, stopped = stream.add(token)
+        if stopped:
+            completion.finish_reason = "stop"
+        elif len(completion.token_ids) == running.params.max_tokens:
+            completion.finish_reason = "length"
+            text += stream.flush()
+        completion.text += text
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if completion.logprobs is not None:
+            top = tuple((ord("A") + rank, -1.0 - rank) for rank in range(running.params.logprobs or 0))
+            logprobs = (TokenLogprob(token, -0.5 if top else float("-inf"), top),)
+            completion.logprobs.extend(logprobs)
+        return Delta(running.output.request_id, completion.index, text, (token,), logprobs, completion.finish_reason)
+
+    def output(self, request_id: str) -> RequestOutput:
+        return self.running[request_id].output
+
+    def pop(self, request_id: str) -> RequestOutput:
+        return self.running.pop(request_id).output
+
+    def state(self) -> dict[str, Any]:
+        return {"model": "fake", "residency": {"experts": [[0, 1]]}, "running": len(self.running)}

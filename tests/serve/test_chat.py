@@ -1,0 +1,94 @@
+from typing import Any
+
+import httpx
+
+from serve.answers import ChatChunk, ChatResponse
+from tests.serve.conftest import StartServer
+from tests.serve.events import events_of
+from tests.serve.fake import MAX_MODEL_LEN, FakeEngine, FakeTokenizer
+
+HELLO = [{"role": "user", "content": "hello"}]
+PROMPT = "user:hello;assistant:"
+
+
+def chat(client: httpx.Client, **body: Any) -> dict[str, Any]:
+    response = client.post("/v1/chat/completions", json={"messages": HELLO, "max_tokens": 4, **body})
+    assert response.status_code == 200, response.text
+    ChatResponse.model_validate_json(response.text)
+    return response.json()
+
+
+def test_answers_with_usage_and_extension(client: httpx.Client) -> None:
+    answer = chat(client, model="alias")
+    assert answer["object"] == "chat.completion"
+    assert answer["id"].startswith("chatcmpl-")
+    (choice,) = answer["choices"]
+    assert choice["message"] == {"role": "assistant", "content": "abcd", "refusal": None}
+    assert choice["finish_reason"] == "length"
+    assert choice["logprobs"] is None
+    assert answer["usage"] == {"prompt_tokens": len(PROMPT), "completion_tokens": 4, "total_tokens": len(PROMPT) + 4}
+    assert answer["emoe"] == {"task": "conv", "routing": "resident", "substituted": 0.25}
+
+
+def test_defaults_are_vllms(start_server: StartServer) -> None:
+    engine = FakeEngine(FakeTokenizer())
+    with start_server(engine) as client:
+        answer = chat(client, max_tokens=None)
+    assert answer["usage"]["total_tokens"] == MAX_MODEL_LEN
+    assert engine.requests[0]["params"].temperature == 1.0
+
+
+def test_max_completion_tokens_wins(client: httpx.Client) -> None:
+    assert chat(client, max_tokens=9, max_completion_tokens=2)["usage"]["completion_tokens"] == 2
+
+
+def test_text_parts_are_joined(client: httpx.Client) -> None:
+    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+    messages = [{"role": "system", "content": None}, {"role": "user", "content": parts}]
+    answer = chat(client, messages=messages, return_token_ids=True)
+    assert FakeTokenizer().decode(answer["prompt_token_ids"]) == "system:;user:hel\nlo;assistant:"
+
+
+def test_streams(client: httpx.Client) -> None:
+    events = events_of(client, "/v1/chat/completions", messages=HELLO, max_tokens=3, n=2, stream=True)
+    for event in events:
+        assert event["object"] == "chat.completion.chunk"
+        ChatChunk.model_validate(event)
+    for index in (0, 1):
+        choices = [event["choices"][0] for event in events if event["choices"][0]["index"] == index]
+        assert choices[0]["delta"] == {"role": "assistant", "content": ""}
+        assert "".join(choice["delta"].get("content", "") for choice in choices) == "abc"
+        assert [choice["finish_reason"] for choice in choices] == [None, None, None, "length"]
+    assert events[-1]["emoe"]["task"] == "conv"
+    assert all("emoe" not in event and "usage" not in event for event in events[:-1])
+
+
+def test_streams_usage(client: httpx.Client) -> None:
+    options = {"include_usage": True}
+    body = {"messages": HELLO, "max_completion_tokens": 3, "stream": True, "stream_options": options}
+    events = events_of(client, "/v1/chat/completions", **body)
+    assert events[-1]["choices"] == []
+    assert events[-1]["usage"]["completion_tokens"] == 3
+    assert events[-1]["emoe"]["substituted"] == 0.25
+
+
+def test_logprobs(client: httpx.Client) -> None:
+    (first,) = chat(client, logprobs=True, top_logprobs=1, max_tokens=1)["choices"][0]["logprobs"]["content"]
+    assert first == {
+        "token": "a",
+        "bytes": [97],
+        "logprob": -0.5,
+        "top_logprobs": [{"token": "A", "bytes": [65], "logprob": -1.0}],
+    }
+    (plain,) = chat(client, logprobs=True, max_tokens=1)["choices"][0]["logprobs"]["content"]
+    assert plain["top_logprobs"] == []
+    events = events_of(client, "/v1/chat/completions", messages=HELLO, logprobs=True, max_tokens=2, stream=True)
+    tokens = [event["choices"][0]["logprobs"]["content"][0]["token"] for event in events[1:]]
+    assert tokens == ["a", "b"]
+
+
+def test_a_template_that_refuses_is_the_clients_fault(client: httpx.Client) -> None:
+    body = {"messages": [{"role": "tool", "content": "42"}]}
+    response = client.post("/v1/chat/completions", json=body)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "messages"
