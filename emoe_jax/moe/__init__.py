@@ -1,0 +1,46 @@
+"""The MoE op: the chosen experts' FFNs of a batch of rows, computed from a slab of slots."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from emoe_jax.config import ModelConfig
+from emoe_jax.experts.weights import ExpertWeights
+from emoe_jax.moe.registry import BACKENDS, Backend, MoEBackend
+
+__all__ = ["BACKENDS", "Backend", "MoEBackend", "moe_ffn"]
+
+_LOOP_ROWS_PER_EXPERT = 4
+"""Mean rows per expert up to which, on CPU, `loop` beats `blocks` (measured: `benchmarks.peers`)."""
+
+
+def moe_ffn(
+    rows: Float[Array, "R D"],
+    ids: Int[Array, "R k"],
+    weights: Float[Array, "R k"],
+    slot_of_expert: Int[Array, " E"],
+    experts: ExpertWeights,
+    config: ModelConfig,
+    *,
+    backend: str = "auto",
+    accumulator: Float[Array, "R D"] | None = None,
+) -> Float[Array, "R D"]:
+    """`accumulator` (default zero) plus, per row, the weighted FFN outputs of its `k` experts, in the rows' dtype.
+
+    An id of `E` is no assignment; an expert whose slot is the capacity is absent and contributes nothing. Each row's
+    contributions are added in ascending expert id, whatever the slots are. So with a wave-exact backend (`BACKENDS`),
+    calling once per chunk of the experts in ascending id, each call adding to the one before, gives bit for bit the
+    result of one call with all experts resident, for the same number of rows. Sums are float32, rounded to the rows'
+    dtype after each expert. No backend but the oracles copies expert weights.
+
+    `auto` is wave-exact. On CPU it is `loop` while experts have few rows on average, else `blocks` (measured).
+    """
+    if accumulator is None:
+        accumulator = jnp.zeros_like(rows)
+    name = _cpu_choice(*ids.shape, config) if backend == "auto" else backend
+    if name not in BACKENDS:
+        raise ValueError(f"unknown MoE backend {backend!r}; choose auto or one of {', '.join(BACKENDS)}")
+    return BACKENDS[name].run(rows, ids, weights, slot_of_expert, experts, config, accumulator)
+
+
+def _cpu_choice(R: int, k: int, config: ModelConfig) -> str:
+    return "loop" if R * k <= _LOOP_ROWS_PER_EXPERT * config.num_experts else "blocks"

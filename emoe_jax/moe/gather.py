@@ -1,0 +1,28 @@
+"""Gather each assignment's expert, then a batched einsum: the oracle that is easiest to trust after the reference."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from emoe_jax.config import ModelConfig
+from emoe_jax.experts.weights import ExpertWeights
+from emoe_jax.models.decoder import gate
+from emoe_jax.moe.dispatch import combine, dispatch
+
+
+def gather(
+    rows: Float[Array, "R D"],
+    ids: Int[Array, "R k"],
+    weights: Float[Array, "R k"],
+    slot_of_expert: Int[Array, " E"],
+    experts: ExpertWeights,
+    config: ModelConfig,
+    accumulator: Float[Array, "R D"],
+) -> Float[Array, "R D"]:
+    """Copies one expert per assignment, `R * k` of them: not for large shapes."""
+    groups = dispatch(ids, slot_of_expert, experts.capacity)
+    slot = jnp.minimum(groups.slot, experts.capacity - 1)  # an absent expert's product is never read
+    x = rows[groups.row]
+    hidden = jnp.einsum("AD,AFD->AF", x, experts.w_in[slot], preferred_element_type=jnp.float32)
+    gated = gate(hidden, config).astype(rows.dtype)
+    products = jnp.einsum("AF,ADF->AD", gated, experts.w_out[slot], preferred_element_type=jnp.float32)
+    return combine(products, groups, weights, accumulator)

@@ -1,0 +1,38 @@
+"""`jax.lax.ragged_dot` over assignments sorted by slot.
+
+Kept as an oracle and for hardware where XLA lowers it well: on CPU, and on CUDA up to jaxlib 0.10.2, it is dense over
+the groups.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from emoe_jax.config import ModelConfig
+from emoe_jax.experts.weights import ExpertWeights
+from emoe_jax.models.decoder import gate
+from emoe_jax.moe.dispatch import combine, dispatch
+
+
+def ragged(
+    rows: Float[Array, "R D"],
+    ids: Int[Array, "R k"],
+    weights: Float[Array, "R k"],
+    slot_of_expert: Int[Array, " E"],
+    experts: ExpertWeights,
+    config: ModelConfig,
+    accumulator: Float[Array, "R D"],
+) -> Float[Array, "R D"]:
+    """Groups follow the slots, so an assignment's place, and maybe its last bits, depend on the slab's placement."""
+    groups = dispatch(ids, slot_of_expert, experts.capacity)
+    by_slot = jnp.argsort(groups.slot, stable=True).astype(jnp.int32)  # absent ones last, outside every group
+    slots = jnp.arange(experts.capacity, dtype=jnp.int32)
+    sizes = jnp.sum(groups.slot[:, None] == slots[None, :], axis=0, dtype=jnp.int32)
+    x = rows[groups.row[by_slot]]
+    hidden = _ragged_dot(x, experts.w_in, sizes)
+    products = _ragged_dot(gate(hidden, config).astype(rows.dtype), experts.w_out, sizes)
+    return combine(products[jnp.argsort(by_slot)], groups, weights, accumulator)
+
+
+def _ragged_dot(x: Float[Array, "A I"], w: Float[Array, "C O I"], sizes: Int[Array, " C"]) -> Float[Array, "A O"]:
+    return jax.lax.ragged_dot(x, jnp.swapaxes(w, 1, 2), sizes, preferred_element_type=jnp.float32)

@@ -1,0 +1,30 @@
+"""The definition: every slot's FFN for every row, weighted by a one-hot table of the router's choices."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from emoe_jax.config import ModelConfig
+from emoe_jax.experts.weights import ExpertWeights
+from emoe_jax.models.decoder import gate
+from emoe_jax.moe.dispatch import slots_of
+
+
+def reference(
+    rows: Float[Array, "R D"],
+    ids: Int[Array, "R k"],
+    weights: Float[Array, "R k"],
+    slot_of_expert: Int[Array, " E"],
+    experts: ExpertWeights,
+    config: ModelConfig,
+    accumulator: Float[Array, "R D"],
+) -> Float[Array, "R D"]:
+    """Costs `C` experts per row and `R * C * Fi` numbers: for tests and tiny models."""
+    slots = slots_of(ids, slot_of_expert, experts.capacity)
+    one_hot = jax.nn.one_hot(slots, experts.capacity, dtype=jnp.float32)  # a slot of C is all zeros
+    weight_of_slot = jnp.einsum("Rk,RkC->RC", weights.astype(jnp.float32), one_hot)
+    hidden = jnp.einsum("RD,CFD->RCF", rows, experts.w_in, preferred_element_type=jnp.float32)
+    gated = gate(hidden, config).astype(rows.dtype)
+    products = jnp.einsum("RCF,CDF->RCD", gated, experts.w_out, preferred_element_type=jnp.float32)
+    out = accumulator.astype(jnp.float32) + jnp.einsum("RC,RCD->RD", weight_of_slot, products)
+    return out.astype(accumulator.dtype)

@@ -1,0 +1,46 @@
+"""The interchangeable backends of the MoE op, by name."""
+
+import dataclasses
+from typing import Protocol
+
+from jaxtyping import Array, Float, Int
+
+from emoe_jax.config import ModelConfig
+from emoe_jax.experts.weights import ExpertWeights
+from emoe_jax.moe.blocks import blocks
+from emoe_jax.moe.gather import gather
+from emoe_jax.moe.loop import loop
+from emoe_jax.moe.ragged import ragged
+from emoe_jax.moe.reference import reference
+
+
+class MoEBackend(Protocol):
+    """Adds the weighted products of all assignments with a resident expert to `accumulator`."""
+
+    def __call__(
+        self,
+        rows: Float[Array, "R D"],
+        ids: Int[Array, "R k"],
+        weights: Float[Array, "R k"],
+        slot_of_expert: Int[Array, " E"],
+        experts: ExpertWeights,
+        config: ModelConfig,
+        accumulator: Float[Array, "R D"],
+    ) -> Float[Array, "R D"]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """`wave_exact`: waves over any slab placement give, bit for bit, what one call with all experts resident gives."""
+
+    run: MoEBackend
+    wave_exact: bool
+
+
+BACKENDS: dict[str, Backend] = {
+    "loop": Backend(loop, wave_exact=True),
+    "blocks": Backend(blocks, wave_exact=True),
+    "ragged": Backend(ragged, wave_exact=False),
+    "gather": Backend(gather, wave_exact=True),
+    "reference": Backend(reference, wave_exact=False),
+}
