@@ -1,9 +1,10 @@
 """From token ids to text that may be shown: incremental detokenisation and stop strings."""
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
+@runtime_checkable  # for the type checks in tests
 class Detokenizer(Protocol):
     """Decodes one sequence token by token; text whose bytes are incomplete comes with a later token."""
 

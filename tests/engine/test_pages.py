@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -45,6 +45,7 @@ def test_double_free_raises():
 
 
 @given(st.lists(st.integers(0, 5), max_size=30))
+@settings(deadline=None)
 def test_pages_are_unique_and_all_come_back(sizes: list[int]):
     pool = PagePool(num_pages=64, page_size=16)
     held = [pool.allocate(size) for size in sizes if pool.can_allocate(size)]
@@ -86,3 +87,4 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPoolMachine = PoolMachine.TestCase
+TestPoolMachine.settings = settings(deadline=None, max_examples=50)

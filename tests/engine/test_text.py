@@ -1,7 +1,7 @@
 import time
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from emoe_jax.engine.text import TextStream
@@ -61,6 +61,7 @@ SMALL = st.text(alphabet="abé", max_size=6)
 @example(pieces=["abé"], stops=["abé", "b"], rest="")  # the shorter one completes first
 @example(pieces=["ab"], stops=["b", "ab"], rest="")  # both complete together: the longer one wins
 @example(pieces=["a"], stops=["ab"], rest="b")  # completed by the flush
+@settings(deadline=None)
 def test_text_is_cut_at_the_first_stop_string(pieces: list[str], stops: list[str], rest: str):
     whole = "".join(pieces) + rest
     shown, stopped = stream_text(pieces, stops, rest)
@@ -69,6 +70,7 @@ def test_text_is_cut_at_the_first_stop_string(pieces: list[str], stops: list[str
 
 
 @given(text=SMALL, stops=st.lists(st.text(alphabet="abé", min_size=1, max_size=5), max_size=4), data=st.data())
+@settings(deadline=None)
 def test_token_boundaries_do_not_matter(text: str, stops: list[str], data: st.DataObject):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=5)))
     pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
@@ -76,6 +78,7 @@ def test_token_boundaries_do_not_matter(text: str, stops: list[str], data: st.Da
 
 
 @given(pieces=st.lists(SMALL, max_size=12), stops=st.lists(st.text(alphabet="abé", min_size=1, max_size=5), max_size=4))
+@settings(deadline=None)
 def test_no_more_is_held_back_than_needed(pieces: list[str], stops: list[str]):
     stream, shown, whole = TextStream(Pieces(pieces), stops), "", ""
     for token, piece in enumerate(pieces):
