@@ -17,6 +17,8 @@ from emoe_jax.experts.store import ExpertStore
 from emoe_jax.experts.table import SlotTable
 from emoe_jax.experts.tickets import LoadState, LoadTicket, TicketQueue
 
+_WINDOW_BYTES = 64 << 20
+
 
 @dataclasses.dataclass(frozen=True)
 class LoaderStats:
@@ -44,8 +46,8 @@ class ExpertLoader:
 
     `commit`, `load_now` and `fill` change the slab and its table and belong to the owner of the step alone; the other
     methods may be called from any thread. A failing read is tried `retries` more times, `backoff` seconds later and
-    twice that each further time, and never ends a worker. At most `window` experts are held between store and slab
-    (twice that while `load_now` runs).
+    twice that each further time, and never ends a worker. At most `window` experts (by default as many as 64 MiB hold,
+    4 to 32) are held between store and slab, and as many again while `load_now` runs.
     """
 
     def __init__(
@@ -56,17 +58,18 @@ class ExpertLoader:
         *,
         workers: int = 1,
         bandwidth: float | None = None,
-        window: int = 4,
+        window: int | None = None,
         retries: int = 2,
         backoff: float = 0.05,
     ):
         self._store = store
         self._slab = slab
         self._table = table
-        self._window = window
+        nbytes = store.layout.nbytes
+        self._window = window or min(max(_WINDOW_BYTES // nbytes, 4), 32)
         self._retries = retries
         self._backoff = backoff
-        self._queue = TicketQueue(store.layout.nbytes, window, bandwidth)
+        self._queue = TicketQueue(nbytes, self._window, bandwidth)
         self._lock = threading.Lock()  # guards the three fields below
         self._stats = LoaderStats()
         self._staging = 0
@@ -193,26 +196,30 @@ class ExpertLoader:
     def _load(
         self, wanted: Sequence[tuple[int, int, int]], on_progress: Callable[[int, int], None] | None = None
     ) -> None:
-        """Bring `(layer, expert, slot)`s in, staging up to `window` ahead of the commits."""
+        """Bring `(layer, expert, slot)`s in. This thread stages too; one commit runs while the next is being staged."""
         waiting: dict[LoadTicket, int] = {}
         remaining = iter(wanted)
+        running: set[int] = set()  # layers whose commit may still run
+        ahead = max(1, self._window // 2)  # as many again are being copied by the commit that runs
         done = 0
         error: Exception | None = None
         while True:
-            while error is None and len(waiting) < self._window and (item := next(remaining, None)) is not None:
+            while error is None and len(waiting) < ahead and (item := next(remaining, None)) is not None:
                 layer, expert, slot = item
                 waiting[self._queue.request(layer, expert, np.inf, urgent=True)] = slot
             if not waiting:
                 break
+            while (ticket := self._queue.next_urgent()) is not None:
+                self._stage(ticket)
             over = self._queue.wait_any(waiting)
             began = time.perf_counter()
+            for layer in running:  # bounds the records that unfinished copies keep in host memory
+                self._slab.block_until_ready(layer)
             staged = [ticket for ticket in over if ticket.state is LoadState.COMMITTING]
             with self._writes() as writes:
                 for ticket in staged:
                     writes.add(ticket, waiting[ticket])
-            # Waiting here, while workers stage the next ones, bounds the host memory that unfinished copies hold.
-            for layer in {ticket.layer for ticket in staged}:
-                self._slab.block_until_ready(layer)
+            running = {ticket.layer for ticket in staged}
             self._count(commit_seconds=time.perf_counter() - began)
             for ticket in over:
                 del waiting[ticket]
@@ -249,18 +256,20 @@ class ExpertLoader:
 
     def _work(self) -> None:
         while (ticket := self._queue.next()) is not None:
-            try:
-                with self._busy():
-                    staged = jax.block_until_ready(self._slab.stage(self._store.read(ticket.layer, ticket.expert)))
-            except Exception as error:
-                again = ticket.attempts <= self._retries
-                self._count(retries=int(again), failures=int(not again))
-                self._queue.set_failed(ticket, error, self._backoff * 2 ** (ticket.attempts - 1) if again else None)
-            else:
-                kept = self._queue.set_ready(ticket, staged)
-                self._count(staged_bytes=self._store.layout.nbytes, wasted=int(not kept))
-            # The last references: a worker that waits for its next ticket holds no expert.
-            staged = ticket = None
+            self._stage(ticket)
+
+    def _stage(self, ticket: LoadTicket) -> None:
+        """Read an expert and bring it to the device; whatever goes wrong ends in the ticket."""
+        try:
+            with self._busy():
+                staged = jax.block_until_ready(self._slab.stage(self._store.read(ticket.layer, ticket.expert)))
+        except Exception as error:
+            again = ticket.attempts <= self._retries
+            self._count(retries=int(again), failures=int(not again))
+            self._queue.set_failed(ticket, error, self._backoff * 2 ** (ticket.attempts - 1) if again else None)
+        else:
+            kept = self._queue.set_ready(ticket, staged)
+            self._count(staged_bytes=self._store.layout.nbytes, wasted=int(not kept))
 
     @contextlib.contextmanager
     def _busy(self) -> Iterator[None]:

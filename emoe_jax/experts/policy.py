@@ -41,7 +41,7 @@ class ResidencyPolicy(abc.ABC):
         self.num_experts = num_experts
         self.frequencies = np.zeros((num_layers, num_experts)) if frequencies is None else np.asarray(frequencies)
 
-    def initial(self, capacities: Sequence[int]) -> list[Int[np.ndarray, "C"]]:
+    def initial(self, capacities: Sequence[int]) -> list[Int[np.ndarray, " C"]]:
         """Experts to start with per layer, ascending: the most frequent, or the first, which is what ties give."""
         order = np.argsort(-self.frequencies, axis=1, kind="stable")
         return [np.sort(order[layer, :capacity]) for layer, capacity in enumerate(capacities)]

@@ -16,19 +16,20 @@ COMMIT_SIZES = (8, 4, 2, 1)
 
 @functools.partial(jax.jit, donate_argnames=("weights",))
 def commit_experts(
-    weights: ExpertWeights, staged: tuple[Float[Array, "P"], ...], slots: Int32[Array, "n"]
+    weights: ExpertWeights, staged: tuple[Float[Array, " P"], ...], slots: Int32[Array, " n"]
 ) -> ExpertWeights:
     """Write `n` staged records into slots of one layer, in place. Donates `weights`.
 
-    Records are taken whole and cut here, so that staging is one transfer per expert and this is one copy. A slot of C
-    is skipped.
+    Records are taken whole and cut here, so that staging is one transfer per expert and this is one copy. Slots must be
+    below C: a scatter with `mode="drop"` would skip others, but reads the old weights of every slot it writes.
     """
     w_in, w_out = weights.w_in, weights.w_out
     in_shape, out_shape = w_in.shape[1:], w_out.shape[1:]
     split = in_shape[0] * in_shape[1]
     for index, record in enumerate(staged):
-        w_in = w_in.at[slots[index]].set(record[:split].reshape(in_shape), mode="drop")
-        w_out = w_out.at[slots[index]].set(record[split:].reshape(out_shape), mode="drop")
+        slot = slots[index]
+        w_in = jax.lax.dynamic_update_index_in_dim(w_in, record[:split].reshape(in_shape), slot, axis=0)
+        w_out = jax.lax.dynamic_update_index_in_dim(w_out, record[split:].reshape(out_shape), slot, axis=0)
     return ExpertWeights(w_in, w_out)
 
 
@@ -57,14 +58,14 @@ class ExpertSlab:
     def nbytes(self) -> int:
         return sum(self.capacities) * self.layout.nbytes
 
-    def stage(self, record: HostRecord) -> Float[Array, "P"]:
+    def stage(self, record: HostRecord) -> Float[Array, " P"]:
         """Start the transfer of one record to the device. Any thread may call it.
 
         On CPU the result aliases an aligned numpy record: the record must never be written again.
         """
         return jax.device_put(record, self.sharding)
 
-    def commit(self, layer: int, staged: Sequence[Float[Array, "P"]], slots: Sequence[int]) -> None:
+    def commit(self, layer: int, staged: Sequence[Float[Array, " P"]], slots: Sequence[int]) -> None:
         """Write staged records into slots of a layer, in place and without waiting for the device.
 
         Only the owner of the step may call it, between steps. Replaces `weights[layer]`. Raises `ValueError` for
@@ -97,6 +98,6 @@ class ExpertSlab:
         staged = self.stage(record)
         for layer in {capacity: layer for layer, capacity in enumerate(self.capacities)}.values():
             for size in COMMIT_SIZES:
-                skipped = np.full(size, self.capacities[layer], np.int32)
-                self._weights[layer] = commit_experts(self._weights[layer], (staged,) * size, skipped)
+                first = np.zeros(size, np.int32)
+                self._weights[layer] = commit_experts(self._weights[layer], (staged,) * size, first)
             self.block_until_ready(layer)

@@ -48,15 +48,15 @@ class SlotTable:
     def resident_mask(self) -> Bool[np.ndarray, "M E"]:
         return self._slot_of_expert < self._absent
 
-    def expert_of_slot(self, layer: int) -> Int32[np.ndarray, "C"]:
+    def expert_of_slot(self, layer: int) -> Int32[np.ndarray, " C"]:
         """Expert in each slot of the layer, -1 where empty. A read-only view that follows later changes."""
         return _read_only(self._expert_of_slot[layer])
 
-    def generation(self, layer: int) -> Int64[np.ndarray, "C"]:
+    def generation(self, layer: int) -> Int64[np.ndarray, " C"]:
         """How often each slot of the layer was written. A read-only view that follows later changes."""
         return _read_only(self._generation[layer])
 
-    def resident(self, layer: int) -> Int32[np.ndarray, "n"]:
+    def resident(self, layer: int) -> Int32[np.ndarray, " n"]:
         """Experts in the layer's slots, ascending."""
         experts = self._expert_of_slot[layer]
         return np.sort(experts[experts != EMPTY])

@@ -113,6 +113,12 @@ class TicketQueue:
                 self._changed.wait(None if wait_until == math.inf else max(0.0, wait_until - now))
             return None
 
+    def next_urgent(self) -> LoadTicket | None:
+        """An urgent ticket to be staged, if one waits; never blocks. For the thread that is waiting for it."""
+        with self._changed:
+            ticket = _first(self._waiting)
+            return self._start(ticket, 0.0) if ticket is not None and ticket.urgent else None
+
     def set_ready(self, ticket: LoadTicket, staged: jax.Array) -> bool:
         """The worker has staged it. False when it was cancelled in the meantime and the work is lost."""
         with self._changed:

@@ -1,0 +1,280 @@
+"""How fast experts get into the slab, and how much memory that takes: `python -m benchmarks.loading --json FILE`.
+
+- `stage_commit_fraction`: bytes/s of `ExpertLoader` from host memory into the slab, as a share of what `memcpy` reaches
+  on records of the same size, measured in turns.
+- `commit_scaling`: time to commit one expert in a slab of 128 slots over that in one of 16, measured in turns.
+- `peak_rss_fraction`: what loading a checkpoint adds to the peak resident memory of a process, beyond the slab and the
+  weights that are not experts, as a share of the expert bytes. Worst of loading half and all of the experts.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from emoe_jax.checkpoint import Checkpoint
+from emoe_jax.config import ModelConfig
+from emoe_jax.experts.budget import capacities, parse_expert_memory
+from emoe_jax.experts.loader import ExpertLoader
+from emoe_jax.experts.policy import StaticPolicy
+from emoe_jax.experts.slab import ExpertSlab
+from emoe_jax.experts.store import ExpertStore, aligned_record
+from emoe_jax.experts.table import SlotTable
+from emoe_jax.experts.weights import ExpertLayout
+from emoe_jax.models import family_of
+
+# A Mixtral of which one expert takes 25 MB in f32: the size at which large models move experts.
+MODEL = {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "vocab_size": 8192,
+    "hidden_size": 1024,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "num_local_experts": 16,
+    "num_experts_per_tok": 2,
+    "torch_dtype": "float32",
+}
+
+
+class CheckpointReader:
+    """Experts of a checkpoint, as the store asks for them."""
+
+    def __init__(self, checkpoint: Checkpoint, layout: ExpertLayout):
+        self._checkpoint = checkpoint
+        self._layout = layout
+
+    def read(self, layer: int, expert: int, record: np.ndarray) -> None:
+        self._checkpoint.read_expert(layer, expert, record, self._layout)
+
+
+def write_sparse_checkpoint(directory: Path, raw: dict[str, Any]) -> ModelConfig:
+    """A valid checkpoint whose tensors are holes in the file: zeros that take no disk but are read like any others."""
+    config = ModelConfig.from_hf(raw)
+    family = family_of(raw)
+    parts = [part for parts in family.dense_tensors(config).values() for part in parts]
+    for layer in config.moe_layers:
+        for expert in range(config.num_experts):
+            parts += family.expert_sources(config, layer, expert)[0].parts
+    dtype, itemsize = {"float32": ("F32", 4), "bfloat16": ("BF16", 2)}[raw["torch_dtype"]]
+    header: dict[str, Any] = {}
+    offset = 0
+    for part in parts:
+        end = offset + int(np.prod(part.shape, dtype=np.int64)) * itemsize
+        header[part.name] = {"dtype": dtype, "shape": part.shape, "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-(8 + len(encoded)) % 64)
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.truncate(8 + len(encoded) + offset)
+    (directory / "config.json").write_text(json.dumps(raw))
+    return config
+
+
+def measure_stage_commit(directory: Path, rounds: int) -> dict[str, float]:
+    """Bytes/s of memcpy and of the loader, from the host tier and from files in the page cache, in turns."""
+    config = write_sparse_checkpoint(directory, MODEL)
+    layout = ExpertLayout.of(config, "float32")
+    E, half = config.num_experts, config.num_experts // 2
+    reader = CheckpointReader(Checkpoint.open(directory), layout)
+    slab = ExpertSlab(layout, [half])
+    in_memory = ExpertStore(reader, layout, 1, E, E * layout.nbytes)
+    records = [np.asarray(in_memory.read(0, expert)) for expert in range(E)]
+    target = np.stack([aligned_record(layout) for _ in range(half)])
+    on_disk = ExpertStore(reader, layout, 1, E)
+    first, second = range(half), range(half, E)
+
+    def memcpy() -> None:
+        for slot, expert in enumerate(first):
+            np.copyto(target[slot], records[expert])
+
+    def replace(loader: ExpertLoader, old: range, new: range) -> None:
+        loaded = loader.load_now(0, new, old)
+        assert loaded == half, f"{loaded} experts were loaded where {half} were to be measured"
+        slab.block_until_ready(0)
+
+    table = SlotTable([half], E, sharding=slab.sharding)
+    with ExpertLoader(in_memory, slab, table) as warm, ExpertLoader(on_disk, slab, table) as cold:
+        warm.fill([second])
+        times = _in_turns(
+            rounds,
+            {
+                "memcpy": memcpy,
+                "host": lambda: replace(warm, second, first),
+                "memcpy again": memcpy,
+                "file": lambda: replace(cold, first, second),
+            },
+        )
+    moved = half * layout.nbytes
+    return {
+        "expert_bytes": layout.nbytes,
+        "memcpy_bytes_per_s": moved / statistics.median(times["memcpy"]),
+        "stage_commit_bytes_per_s": moved / statistics.median(times["host"]),
+        "stage_commit_fraction": _ratio(times["memcpy"], times["host"]),
+        "from_file_bytes_per_s": moved / statistics.median(times["file"]),
+        "from_file_fraction": _ratio(times["memcpy again"], times["file"]),
+    }
+
+
+def measure_commit_scaling(rounds: int, small: int = 16, large: int = 128) -> dict[str, float]:
+    """Seconds to commit one 6 MB expert in slabs of two sizes, in turns."""
+    layout = ExpertLayout((2048, 512), (512, 1024), np.dtype(np.float32))
+    record = aligned_record(layout)
+    record[:] = 1
+    slabs = {slots: ExpertSlab(layout, [slots]) for slots in (small, large)}
+    staged = slabs[small].stage(record)
+    turn = iter(range(10**9))
+
+    def commit(slots: int) -> Callable[[], None]:
+        def run() -> None:
+            slabs[slots].commit(0, [staged], [next(turn) % slots])
+            slabs[slots].block_until_ready(0)
+
+        return run
+
+    for slots in slabs:  # touch every page once
+        for _ in range(slots):
+            commit(slots)()
+    times = _in_turns(rounds, {str(slots): commit(slots) for slots in slabs})
+    return {
+        "commit_scaling": _ratio(times[str(large)], times[str(small)]),
+        f"commit_seconds_{small}_slots": statistics.median(times[str(small)]),
+        f"commit_seconds_{large}_slots": statistics.median(times[str(large)]),
+    }
+
+
+def measure_peak_rss(
+    directory: Path, raw: dict[str, Any], budgets: tuple[str, ...] = ("50%", "100%")
+) -> dict[str, Any]:
+    """Load a checkpoint in a process of its own for each budget; the worst fraction and all numbers."""
+    write_sparse_checkpoint(directory, raw)
+    probes = []
+    for budget in budgets:
+        command = [sys.executable, "-m", "benchmarks.loading", "--probe", str(directory), budget]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        probes.append({"budget": budget, **json.loads(output.splitlines()[-1])})
+    return {"peak_rss_fraction": max(probe["fraction"] for probe in probes), "peak_rss": probes}
+
+
+def probe_peak_rss(directory: Path, budget: str) -> dict[str, float]:
+    """Load dense weights and experts as the engine does; bytes of peak memory by what they are for."""
+    checkpoint = Checkpoint.open(directory)
+    config = checkpoint.config
+    layout = ExpertLayout.of(config, config.dtype)
+    jax.block_until_ready(jnp.zeros(8) + 1)
+    before = _memory("VmRSS")
+    slots = capacities(config, layout, parse_expert_memory(budget))
+    _, dense = checkpoint.load_dense(config.dtype)
+    slab = ExpertSlab(layout, slots)
+    table = SlotTable(slots, config.num_experts, sharding=slab.sharding)
+    store = ExpertStore(CheckpointReader(checkpoint, layout), layout, len(slots), config.num_experts)
+    began = time.perf_counter()
+    with ExpertLoader(store, slab, table) as loader:
+        loader.fill(StaticPolicy(len(slots), config.num_experts).initial(slots))
+    seconds = time.perf_counter() - began
+    dense_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(dense))
+    expert_bytes = len(slots) * config.num_experts * layout.nbytes
+    above = _memory("VmHWM") - before - slab.nbytes - dense_bytes
+    return {
+        "fraction": above / expert_bytes,
+        "above_bytes": above,
+        "process_bytes": before,
+        "slab_bytes": slab.nbytes,
+        "dense_bytes": dense_bytes,
+        "expert_bytes": expert_bytes,
+        "fill_seconds": seconds,
+    }
+
+
+def _in_turns(rounds: int, measured: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
+    """Seconds of each, run one after the other in every round so that a noisy machine is noisy for all."""
+    times: dict[str, list[float]] = {name: [] for name in measured}
+    for _ in range(rounds + 2):
+        for name, run in measured.items():
+            began = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - began)
+    return {name: seconds[2:] for name, seconds in times.items()}
+
+
+def _ratio(above: list[float], below: list[float]) -> float:
+    """Median of the rounds' ratios: both sides of each were measured within the same moment."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def _memory(field: str) -> int:
+    """Bytes of this process by `/proc/self/status`: `VmRSS` now, `VmHWM` at most.
+
+    Not `ru_maxrss`, which a child process inherits from the one that started it.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def _show(results: dict[str, Any]) -> None:
+    table = Table(title="Expert loading")
+    for column in ("measure", "value", "must be"):
+        table.add_column(column)
+
+    def rate(name: str) -> str:
+        return f"{results[name] / 1e9:.2f} GB/s"
+
+    table.add_row(f"memcpy of {results['expert_bytes'] / 1e6:.0f} MB records", rate("memcpy_bytes_per_s"), "")
+    table.add_row("stage + commit from host memory", rate("stage_commit_bytes_per_s"), "")
+    table.add_row("  as a share of memcpy", f"{results['stage_commit_fraction']:.3f}", ">= 0.80")
+    table.add_row("stage + commit from files (page cache)", rate("from_file_bytes_per_s"), "")
+    table.add_row("  as a share of memcpy", f"{results['from_file_fraction']:.3f}", "")
+    for slots in (16, 128):
+        milliseconds = results[f"commit_seconds_{slots}_slots"] * 1e3
+        table.add_row(f"commit of one 6 MB expert, {slots} slots", f"{milliseconds:.3f} ms", "")
+    table.add_row("  128 slots over 16", f"{results['commit_scaling']:.3f}", "0.80 to 1.20")
+    for probe in results["peak_rss"]:
+        table.add_row(
+            f"peak memory above slab and dense weights, {probe['budget']} of {probe['expert_bytes'] / 1e9:.2f} GB",
+            f"{probe['above_bytes'] / 1e6:.0f} MB",
+            "",
+        )
+    table.add_row("  as a share of the expert bytes", f"{results['peak_rss_fraction']:.3f}", "< 0.15")
+    Console().print(table)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.loading", description="Measure how experts are loaded.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
+    parser.add_argument("--rounds", type=int, default=21, help="rounds of each timing (default 21)")
+    parser.add_argument("--probe", nargs=2, metavar=("DIR", "BUDGET"), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.probe:
+        print(json.dumps(probe_peak_rss(Path(options.probe[0]), options.probe[1])))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        # 4 layers x 16 experts of 25 MB: 1.6 GB of experts.
+        results = measure_peak_rss(Path(temporary) / "gigabyte", MODEL | {"num_hidden_layers": 4})
+        results |= measure_stage_commit(Path(temporary) / "one_layer", options.rounds)
+        results |= measure_commit_scaling(10 * options.rounds)
+    _show(results)
+    if options.json is not None:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
