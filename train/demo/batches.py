@@ -1,11 +1,10 @@
-"""Training batches as a function of the step number: rows packed with whole conversations, never two to a sequence mask.
+"""Training batches as a function of the step number: rows packed with whole conversations that do not see each other.
 
 Nothing is kept between steps, so a run that resumes at step `s` sees exactly what an uninterrupted run would have seen.
 """
 
 from __future__ import annotations
 
-import random
 from typing import NamedTuple
 
 import numpy as np
@@ -53,24 +52,14 @@ class Encoder:
         return ids, weights
 
 
-def make(encoder: Encoder, seed: int, step: int, rows: int, length: int, loss_positions: int) -> Batch:
-    """The batch of a step. Conversations longer than a row are left out; positions of prompts are thinned to fit."""
-    packed: list[list[tuple[list[int], list[float]]]] = [[] for _ in range(rows)]
-    room = [length] * rows
-    misses = 0
-    number = 0
-    while misses < 8:
-        key = f"{step}/{number}"
-        number += 1
-        example = mixture.draw(seed, key)
-        messages = mixture.messages(example, random.Random(f"system/{seed}/{key}"))
-        ids, weights = encoder.conversation(messages, example.task)
-        row = next((row for row in range(rows) if room[row] >= len(ids)), None)
-        if row is None:
-            misses += 1
-            continue
-        packed[row].append((ids, weights))
-        room[row] -= len(ids)
+def make(
+    encoder: Encoder, seed: int, step: int, rows: int, length: int, loss_positions: int, joined: bool = False
+) -> Batch:
+    """The batch of a step. Conversations longer than a row are left out; positions of prompts are thinned to fit.
+
+    `joined` makes one conversation of each row, so that the model also sees long chats and positions up to `length`.
+    """
+    packed = _pack(encoder, seed, step, rows, length)
     tokens = np.full((rows, length), encoder.special[PAD], np.int32)
     positions = np.zeros((rows, length), np.int32)
     documents = np.zeros((rows, length), np.int32)
@@ -78,13 +67,34 @@ def make(encoder: Encoder, seed: int, step: int, rows: int, length: int, loss_po
     for row, conversations in enumerate(packed):
         start = 0
         for document, (ids, weights) in enumerate(conversations, start=1):
+            if joined and document > 1:
+                ids, weights = ids[1:], weights[1:]
             end = start + len(ids)
             tokens[row, start:end] = ids
-            positions[row, start:end] = np.arange(len(ids))
-            documents[row, start:end] = document
+            positions[row, start:end] = np.arange(start, end) if joined else np.arange(len(ids))
+            documents[row, start:end] = 1 if joined else document
             weight_of_next[row, start : end - 1] = weights[1:]
             start = end
     return Batch(tokens, positions, documents, *_loss_positions(tokens, weight_of_next, loss_positions, seed, step))
+
+
+def _pack(encoder: Encoder, seed: int, step: int, rows: int, length: int) -> list[list[tuple[list[int], list[float]]]]:
+    """Conversations for every row, first fit, until several in a row found no room."""
+    packed: list[list[tuple[list[int], list[float]]]] = [[] for _ in range(rows)]
+    room = [length] * rows
+    misses, number = 0, 0
+    while misses < 8:
+        key = f"{step}/{number}"
+        number += 1
+        example = mixture.draw(seed, key)
+        ids, weights = encoder.conversation(mixture.with_answer(example, f"{seed}/{key}"), example.task)
+        row = next((row for row in range(rows) if room[row] >= len(ids)), None)
+        if row is None:
+            misses += 1
+            continue
+        packed[row].append((ids, weights))
+        room[row] -= len(ids)
+    return packed
 
 
 def _loss_positions(

@@ -10,7 +10,7 @@ from train.tasks.example import Example
 SHARES = {"qa": 0.28, "comp": 0.28, "clsfy": 0.12, "sum": 0.16, "conv": 0.08, "chitchat": 0.08}
 _SYSTEM = ("You are a helpful assistant.", "You are a small and friendly assistant.", "Be brief and helpful.")
 _SYSTEM_RATE = 0.06
-_QA_TURNS = 4  # several questions about one context teach more per token than one
+_QA_TURNS = 3  # several questions about one context teach more per token than one
 
 
 def draw(seed: int, key: str) -> Example:
@@ -24,12 +24,8 @@ def draw(seed: int, key: str) -> Example:
     return GENERATORS[source]("train", f"{seed}/{key}")
 
 
-def conversation(seed: int, key: str) -> list[dict[str, str]]:
-    """The same example with its answer as chat messages, now and then after a system message."""
-    return messages(draw(seed, key), random.Random(f"system/{seed}/{key}"))
-
-
-def messages(example: Example, rng: random.Random) -> list[dict[str, str]]:
-    """All turns of an example, its answer included."""
+def with_answer(example: Example, key: str) -> list[dict[str, str]]:
+    """All turns of an example, its answer included, now and then after a system message."""
+    rng = random.Random(f"system/{key}")
     system = [{"role": "system", "content": rng.choice(_SYSTEM)}] if rng.random() < _SYSTEM_RATE else []
     return [*system, *example.messages, {"role": "assistant", "content": example.answer}]

@@ -10,12 +10,14 @@ from jaxtyping import Array, Float, Int
 
 from emoe_jax.experts.weights import ExpertWeights
 
-CAPACITY_FACTOR = 1.5  # rows an expert can take in training, as a multiple of an even share; what comes later is dropped
+CAPACITY_FACTOR = (
+    1.5  # rows an expert can take in training, as a multiple of an even share; what comes later is dropped
+)
 
 
-def capacity(rows: int, k: int, experts: int, factor: float = CAPACITY_FACTOR) -> int:
-    """Rows of one expert's buffer; a factor of `E / k` has room for everything."""
-    return min(rows, math.ceil(factor * rows * k / experts))
+def capacity(rows: int, k: int, experts: int) -> int:
+    """Rows of one expert's buffer."""
+    return min(rows, math.ceil(CAPACITY_FACTOR * rows * k / experts))
 
 
 def moe_buffers(
@@ -23,7 +25,6 @@ def moe_buffers(
     ids: Int[Array, "R k"],
     weights: Float[Array, "R k"],
     experts: ExpertWeights,
-    factor: float = CAPACITY_FACTOR,
 ) -> Float[Array, "R D"]:
     """Each row through its `k` experts (SwiGLU), weighted. An id of `E` means no assignment.
 
@@ -32,19 +33,12 @@ def moe_buffers(
     """
     R, k = ids.shape
     E, D = experts.capacity, x.shape[1]
-    source, place = _layout(ids, E, capacity(R, k, E, factor))
+    source, place = _layout(ids, E, capacity(R, k, E))
     buffers = _dispatch(x, source, place.reshape(R, k)).reshape(E, -1, D)
-    gate, up = jnp.split(jnp.einsum("ecd,efd->ecf", buffers, experts.w_in), 2, axis=-1)
+    gate, up = (jnp.einsum("ecd,efd->ecf", buffers, half) for half in jnp.split(experts.w_in, 2, axis=1))
     out = jnp.einsum("ecf,edf->ecd", jax.nn.silu(gate) * up, experts.w_out)
     collected = _collect(out.reshape(-1, D), source, place).reshape(R, k, D)
     return jnp.einsum("rkd,rk->rd", collected, weights)
-
-
-def moe_exact(
-    x: Float[Array, "R D"], ids: Int[Array, "R k"], weights: Float[Array, "R k"], experts: ExpertWeights
-) -> Float[Array, "R D"]:
-    """The same with buffers so large that no row is ever dropped; for evaluation."""
-    return moe_buffers(x, ids, weights, experts, experts.capacity / ids.shape[1])
 
 
 def dropped(ids: Int[Array, "R k"], experts: int) -> Float[Array, ""]:

@@ -11,9 +11,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.weights import ExpertWeights
-from emoe_jax.models.attention import attend
 from emoe_jax.models.decoder import Decoder, MoEFunction, init_experts
 from emoe_jax.models.routing import Routing
+from train.demo.attention import attend_packed, causal_within_documents
 from train.demo.batches import Batch
 from train.demo.moe import dropped, moe_buffers
 
@@ -29,14 +29,13 @@ class Parameters(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Of one step: weighted cross entropy, that of the answers alone, share of answer tokens right, balance (1 is even),
-    share of assignments dropped."""
+    """Of one step, all float32 scalars."""
 
-    loss: Float[Array, ""]
-    answer_loss: Float[Array, ""]
-    answer_accuracy: Float[Array, ""]
-    balance: Float[Array, ""]
-    dropped: Float[Array, ""]
+    loss: Float[Array, ""]  # weighted cross entropy, nats
+    answer_loss: Float[Array, ""]  # of the answers' tokens alone, unweighted
+    answer_accuracy: Float[Array, ""]  # share of the answers' tokens that are most probable
+    balance: Float[Array, ""]  # 1 when experts are used alike
+    dropped: Float[Array, ""]  # share of assignments
 
 
 def init(config: ModelConfig, seed: int) -> Parameters:
@@ -81,17 +80,14 @@ def packed_forward(
     x = model.embed(tokens)
     routings = []
     for layer, layer_experts in zip(model.layers, experts, strict=True):
-        x, _ = layer.attention(x, positions, lambda q, k, v: (attend(q, k, v, mask, config.attention_scale), None))
+        x, _ = layer.attention(
+            x, positions, lambda q, k, v: (attend_packed(q, k, v, mask, config.attention_scale), None)
+        )
         rows, routing = layer.moe_input(x, None, documents.reshape(-1) > 0)
         out = moe(rows, routing.ids, routing.weights, layer_experts)
         x = layer.moe_output(x, rows, out)
         routings.append(routing)
     return x, routings
-
-
-def causal_within_documents(documents: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
-    T = documents.shape[1]
-    return (documents[:, :, None] == documents[:, None, :]) & jnp.tril(jnp.ones((T, T), bool))
 
 
 def loss(parameters: Parameters, batch: Batch, config: ModelConfig) -> tuple[Float[Array, ""], Metrics]:
@@ -118,7 +114,7 @@ def loss(parameters: Parameters, batch: Batch, config: ModelConfig) -> tuple[Flo
 
 
 def balance_loss(routing: Routing, valid: Bool[Array, " R"]) -> Float[Array, ""]:
-    """`E * sum_e share_e * probability_e` over the batch (Switch Transformer, eq. 4): 1 when all experts are used alike.
+    """`E * sum_e share_e * probability_e` of a batch (Switch Transformer, eq. 4): 1 when all experts are used alike.
 
     The shares are of a whole batch, in which all tasks are mixed: experts may specialise by task at no cost.
     """

@@ -1,7 +1,7 @@
-"""The demo model's tokenizer: byte-level BPE trained on training text, saved as a Hugging Face tokenizer with a chat template.
+"""The demo model's tokenizer: byte-level BPE trained on training text, in Hugging Face form with a chat template.
 
-Every piece of text starts with a blank before it is cut (`add_prefix_space`) and decoding drops the blank again, so that
-a word is the same tokens at the start of an answer as in the middle of a context. That is what copying is made of.
+Every piece of text starts with a blank before it is cut (`add_prefix_space`) and decoding drops the blank again, so
+that a word is the same tokens at the start of an answer as in the middle of a context: copying needs that.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ CHAT_TEMPLATE = (
 def corpus(seed: int, examples: int) -> Iterator[str]:
     """Training text: the turns of `examples` examples of the training mixture."""
     for index in range(examples):
-        for message in mixture.conversation(seed, f"tokenizer/{index}"):
+        key = f"tokenizer/{index}"
+        for message in mixture.with_answer(mixture.draw(seed, key), key):
             yield message["content"]
 
 

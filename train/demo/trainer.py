@@ -24,15 +24,17 @@ from train.demo.objective import Metrics, Parameters
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Everything that decides the outcome of a run. `rows` sequences of `length` tokens per step."""
+    """Everything that decides the outcome of a run. A step takes `rows` sequences of `length` tokens; every
+    `long_every`-th takes fewer sequences, four times as long, of which each is one conversation."""
 
     steps: int
     seed: int = 0
     rows: int = 32
     length: int = 128
-    loss_positions: int = 1536
-    peak_rate: float = 2e-3
-    warmup_steps: int = 100
+    long_every: int = 10
+    loss_positions: int = 1024
+    peak_rate: float = 3e-3
+    warmup_steps: int = 150
     weight_decay: float = 0.05
     checkpoint_every: int = 200
 
@@ -97,8 +99,7 @@ class Checkpoints:
 def _named(state: TrainState) -> dict[str, Any]:
     """The state's arrays under their paths, in the tree's order."""
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree.leaves_with_path(state)
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(state)
     }
 
 
@@ -112,7 +113,7 @@ def run(
 ) -> TrainState:
     """Train up to `plan.steps`, from the newest checkpoint if there is one; `report` gets every step's metrics.
 
-    `stop_after` ends the run early without changing the schedule, as a kill would. The next batch is made while a step runs.
+    `stop_after` ends the run early without changing the schedule, as a kill would. A batch is made while a step runs.
     """
     state = start(config, plan)
     state = checkpoints.restore(state) if checkpoints else state
@@ -120,7 +121,9 @@ def run(
     first, last = int(state.step), min(plan.steps, stop_after or plan.steps)
 
     def batch_of(step: int) -> Batch:
-        return batches.make(encoder, plan.seed, step, plan.rows, plan.length, plan.loss_positions)
+        joined = step % plan.long_every == plan.long_every - 1
+        rows, length = (plan.rows // 4, plan.length * 4) if joined else (plan.rows, plan.length)
+        return batches.make(encoder, plan.seed, step, rows, length, plan.loss_positions, joined)
 
     with concurrent.futures.ThreadPoolExecutor(1) as worker:
         coming = worker.submit(batch_of, first)

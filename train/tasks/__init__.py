@@ -1,14 +1,14 @@
 """Data generators of the paper's five tasks, with held-out test splits.
 
-    >>> examples("clsfy", "test", seed=0, n=2)[0].answer in ("positive", "negative", "neutral")
-    True
+>>> examples("clsfy", "test", seed=0, n=2)[0].answer in ("positive", "negative", "neutral")
+True
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from train.tasks import clsfy, comp, conv, qa, sum  # noqa: A004  (the task is called sum)
+from train.tasks import clsfy, comp, conv, qa, sum
 from train.tasks.example import Example, Split
 
 GENERATORS: dict[str, Callable[[Split, str], Example]] = {

@@ -1,6 +1,6 @@
 """Real small talk for training: the Chit-Chat dataset (BYU PCC lab, MIT licence, PyPI `chitchat-dataset`), cleaned.
 
-Only the texts are taken, never senders or times. Chats with links, handles, addresses, numbers or coarse words are left out.
+Only texts are taken, never senders or times. What holds links, handles, long numbers or coarse words is left out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TURNS = 6  # user and assistant turns of one example together, at most
 
 @functools.cache
 def chats(split: Split) -> tuple[Example, ...]:
-    """Chats of two to six turns. One in five whole conversations is for testing. Raises ImportError without the package."""
+    """Chats of two to six turns; one in five conversations is for testing. Raises ImportError without the package."""
     try:
         import chitchat_dataset
     except ImportError:

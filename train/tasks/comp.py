@@ -10,7 +10,13 @@ from train.tasks import stories
 from train.tasks.draw import Draw
 from train.tasks.example import Example, Split
 
-_ASKS = ("Are these two headlines", "Are the following headlines", "Are both headlines", "Are the two headlines below", "Compare the headlines. Are they")
+_ASKS = (
+    "Are these two headlines",
+    "Are the following headlines",
+    "Are both headlines",
+    "Are the two headlines below",
+    "Compare the headlines. Are they",
+)
 _ABOUT = ("about the same story", "about the same event", "similar", "reporting the same thing", "on the same news")
 _HOW = ("?", "? Answer yes or no.", "? Yes or no?", "? Reply with yes or no.")
 _LAYOUTS = (

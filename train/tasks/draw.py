@@ -32,7 +32,7 @@ def split_of(text: str) -> Split:
 
 @functools.cache
 def combinations(parts: tuple[tuple[str, ...], ...], split: Split) -> tuple[tuple[str, ...], ...]:
-    """The combinations of one entry per part that a split may use: the fifth with the smallest checksums is for testing."""
+    """The combinations of one entry per part that a split may use: tests have the fifth with the smallest checksums."""
     ranked = sorted(set(itertools.product(*parts)), key=lambda entry: (checksum("|".join(entry)), entry))
     tested = set(ranked[: len(ranked) // TEST_SHARE])
     if not tested:

@@ -1,4 +1,4 @@
-"""Question answering: a short context of facts about a few people or companies, and a question that one of them answers."""
+"""Question answering: a short context of facts about people or companies, and a question that one of them answers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,17 @@ _LAYOUTS = (
     "{instruction}.\nPassage: {context}\nQuestion: {question}",
     "Read the passage. {context}\nQuestion: {question}\n{instruction}.",
 )
-_LEADS = ("", "", "", "These days ", "As far as we know, ", "According to the notes, ", "It is known that ", "Today ", "Of course, ")
+_LEADS = (
+    "",
+    "",
+    "",
+    "These days ",
+    "As far as we know, ",
+    "According to the notes, ",
+    "It is known that ",
+    "Today ",
+    "Of course, ",
+)
 _ASKS = ("", "", "", "Please tell me: ", "Do you know: ", "Tell me, ", "One thing: ", "I wonder: ")
 
 
@@ -46,23 +56,60 @@ def _from(nouns: tuple[str, ...]) -> Callable[[Draw], str]:
 PERSON = (
     Relation(
         _from(words.CITIES),
-        ("{s} lives in {v}", "{s} has a home in {v}", "{s} settled in {v}", "{v} is where {s} lives", "the home of {s} is in {v}"),
-        ("where does {s} live?", "in which city does {s} live?", "what city is the home of {s} in?", "which city is {s} living in?"),
+        (
+            "{s} lives in {v}",
+            "{s} has a home in {v}",
+            "{s} settled in {v}",
+            "{v} is where {s} lives",
+            "the home of {s} is in {v}",
+        ),
+        (
+            "where does {s} live?",
+            "in which city does {s} live?",
+            "what city is the home of {s} in?",
+            "which city is {s} living in?",
+        ),
     ),
     Relation(
         _from(words.PROFESSIONS),
-        ("{s} works as a {v}", "{s} earns money as a {v}", "the job of {s} is {v}", "{s} is employed as a {v}", "by trade {s} is a {v}"),
-        ("what is the job of {s}?", "what does {s} work as?", "what is {s} by trade?", "which profession does {s} have?"),
+        (
+            "{s} works as a {v}",
+            "{s} earns money as a {v}",
+            "the job of {s} is {v}",
+            "{s} is employed as a {v}",
+            "by trade {s} is a {v}",
+        ),
+        (
+            "what is the job of {s}?",
+            "what does {s} work as?",
+            "what is {s} by trade?",
+            "which profession does {s} have?",
+        ),
     ),
     Relation(
         _from(words.FOODS),
-        ("{s} loves to eat {v}", "the favourite food of {s} is {v}", "{s} eats {v} every day", "for lunch {s} always has {v}"),
-        ("what does {s} love to eat?", "what is the favourite food of {s}?", "which food does {s} like?", "what does {s} eat?"),
+        (
+            "{s} loves to eat {v}",
+            "the favourite food of {s} is {v}",
+            "{s} eats {v} every day",
+            "for lunch {s} always has {v}",
+        ),
+        (
+            "what does {s} love to eat?",
+            "what is the favourite food of {s}?",
+            "which food does {s} like?",
+            "what does {s} eat?",
+        ),
     ),
     Relation(
         _from(words.ANIMALS),
         ("{s} owns a {v}", "{s} has a {v} as a pet", "the pet of {s} is a {v}", "at home {s} keeps a {v}"),
-        ("which animal does {s} own?", "what pet does {s} have?", "what animal does {s} keep?", "what is the pet of {s}?"),
+        (
+            "which animal does {s} own?",
+            "what pet does {s} have?",
+            "what animal does {s} keep?",
+            "what is the pet of {s}?",
+        ),
     ),
     Relation(
         _from(words.INSTRUMENTS),
@@ -72,22 +119,42 @@ PERSON = (
     Relation(
         _from(words.LANGUAGES),
         ("{s} speaks {v}", "{s} is learning {v}", "the mother tongue of {s} is {v}", "{s} talks to friends in {v}"),
-        ("which language does {s} speak?", "what is the language of {s}?", "what does {s} speak?", "which language does {s} know?"),
+        (
+            "which language does {s} speak?",
+            "what is the language of {s}?",
+            "what does {s} speak?",
+            "which language does {s} know?",
+        ),
     ),
     Relation(
         _from(words.SUBJECTS),
         ("{s} studies {v}", "{s} has a degree in {v}", "at university {s} took {v}", "the field of {s} is {v}"),
-        ("what does {s} study?", "which subject does {s} study?", "what is the field of {s}?", "what is the degree of {s} in?"),
+        (
+            "what does {s} study?",
+            "which subject does {s} study?",
+            "what is the field of {s}?",
+            "what is the degree of {s} in?",
+        ),
     ),
     Relation(
         _from(words.SPORTS),
         ("{s} is a fan of {v}", "on weekends {s} does {v}", "the sport of {s} is {v}", "{s} spends the weekend on {v}"),
-        ("which sport does {s} do?", "what is the sport of {s}?", "what is {s} a fan of?", "what does {s} do on weekends?"),
+        (
+            "which sport does {s} do?",
+            "what is the sport of {s}?",
+            "what is {s} a fan of?",
+            "what does {s} do on weekends?",
+        ),
     ),
     Relation(
         lambda draw: f"{draw.one(words.COLOURS)} {draw.one(words.VEHICLES)}",
         ("{s} drives a {v}", "{s} goes to work in a {v}", "{s} bought a {v}", "{s} travels by {v}"),
-        ("what does {s} drive?", "which vehicle does {s} have?", "what does {s} travel by?", "how does {s} go to work?"),
+        (
+            "what does {s} drive?",
+            "which vehicle does {s} have?",
+            "what does {s} travel by?",
+            "how does {s} go to work?",
+        ),
     ),
     Relation(
         _from(words.MONTHS),
@@ -98,8 +165,18 @@ PERSON = (
 COMPANY = (
     Relation(
         _from(words.CITIES),
-        ("{s} is based in {v}", "{s} has its office in {v}", "the headquarters of {s} are in {v}", "{v} is home to {s}"),
-        ("where is {s} based?", "in which city is {s} based?", "where are the headquarters of {s}?", "which city is home to {s}?"),
+        (
+            "{s} is based in {v}",
+            "{s} has its office in {v}",
+            "the headquarters of {s} are in {v}",
+            "{v} is home to {s}",
+        ),
+        (
+            "where is {s} based?",
+            "in which city is {s} based?",
+            "where are the headquarters of {s}?",
+            "which city is home to {s}?",
+        ),
     ),
     Relation(
         lambda draw: draw.person(),
@@ -114,7 +191,12 @@ COMPANY = (
     Relation(
         lambda draw: str(draw.rng.randint(1850, 2020)),
         ("{s} was founded in {v}", "{s} started in {v}", "the year {s} began is {v}", "{s} opened its doors in {v}"),
-        ("when was {s} founded?", "in which year did {s} start?", "when did {s} begin?", "what year was {s} founded in?"),
+        (
+            "when was {s} founded?",
+            "in which year did {s} start?",
+            "when did {s} begin?",
+            "what year was {s} founded in?",
+        ),
     ),
     Relation(
         _from(words.WEEKDAYS),

@@ -1,0 +1,173 @@
+"""Training: batches, the differentiable MoE layer, learning, resuming, and the checkpoint that comes out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from emoe_jax.experts.weights import ExpertWeights
+from emoe_jax.models.attention import attend
+from train.demo import batches, evaluate, export, objective, report, shape, trainer
+from train.demo.attention import attend_packed, causal_within_documents
+from train.demo.batches import Encoder
+from train.demo.moe import dropped, moe_buffers
+from train.demo.trainer import Checkpoints, Plan
+
+TINY = {
+    "vocab_size": 600,
+    "hidden_size": 32,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "num_local_experts": 4,
+}
+PLAN = Plan(steps=12, rows=4, length=96, long_every=5, loss_positions=128, warmup_steps=2, checkpoint_every=5)
+
+
+@pytest.fixture(scope="module")
+def config():
+    return shape.model_config(**TINY)
+
+
+def test_batches_follow_from_the_step_alone(bpe):
+    encoder = Encoder(bpe)
+    first, again = (batches.make(encoder, 0, 7, 4, 128, 256) for _ in range(2))
+    for one, other in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert not np.array_equal(first.tokens, batches.make(encoder, 0, 8, 4, 128, 256).tokens)
+    assert not np.array_equal(first.tokens, batches.make(encoder, 1, 7, 4, 128, 256).tokens)
+
+
+def test_a_batch_teaches_next_tokens_within_documents(bpe):
+    batch = batches.make(Encoder(bpe), 0, 0, 4, 128, 256)
+    tokens, documents = batch.tokens.reshape(-1), batch.documents.reshape(-1)
+    learned = batch.loss_at[batch.weights > 0]
+    np.testing.assert_array_equal(tokens[learned + 1], batch.targets[batch.weights > 0])
+    np.testing.assert_array_equal(documents[learned + 1], documents[learned])
+    assert len(set(learned.tolist())) == len(learned)
+    starts = (batch.documents > 0) & (batch.positions == 0)
+    assert set(batch.tokens[starts]) == {0}
+
+
+def test_a_joined_row_is_one_conversation(bpe):
+    batch = batches.make(Encoder(bpe), 0, 0, 1, 512, 256, joined=True)
+    used = batch.documents[0] > 0
+    np.testing.assert_array_equal(batch.positions[0][used], np.arange(used.sum()))
+    assert (batch.tokens[0][used] == 0).sum() == 1
+
+
+def test_moe_buffers_equal_every_expert_on_every_row():
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jax.random.normal(keys[0], (40, 8))
+    weights, ids = jax.lax.top_k(jax.nn.softmax(jax.random.normal(keys[1], (40, 4))), 2)
+    ids = ids.at[-3:].set(4)  # rows without an assignment
+    experts = ExpertWeights(jax.random.normal(keys[2], (4, 12, 8)), jax.random.normal(keys[3], (4, 8, 6)))
+    assert float(dropped(ids, 4)) == 0.0
+
+    def dense(x, weights, experts):
+        gate, up = jnp.split(jnp.einsum("rd,efd->ref", x, experts.w_in), 2, axis=-1)
+        out = jnp.einsum("ref,edf->red", jax.nn.silu(gate) * up, experts.w_out)
+        share = jnp.sum(jax.nn.one_hot(ids, 4) * weights[..., None], axis=1)
+        return jnp.sum(jnp.einsum("red,re->rd", out, share) ** 2)
+
+    def buffered(x, weights, experts):
+        return jnp.sum(moe_buffers(x, ids, weights, experts) ** 2)
+
+    wanted, wanted_gradients = jax.value_and_grad(dense, argnums=(0, 1, 2))(x, weights, experts)
+    given, given_gradients = jax.value_and_grad(buffered, argnums=(0, 1, 2))(x, weights, experts)
+    np.testing.assert_allclose(given, wanted, rtol=1e-5)
+    for one, other in zip(jax.tree.leaves(given_gradients), jax.tree.leaves(wanted_gradients), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4 * float(jnp.abs(other).max()))
+
+
+def test_packed_attention_is_attention():
+    keys = jax.random.split(jax.random.key(1), 3)
+    q, k, v = (jax.random.normal(key, (2, 9, heads, 4)) for key, heads in zip(keys, (4, 2, 2), strict=True))
+    mask = causal_within_documents(jnp.array([[1, 1, 1, 2, 2, 2, 2, 0, 0], [1] * 9]))
+    np.testing.assert_allclose(attend_packed(q, k, v, mask, 0.5), attend(q, k, v, mask, 0.5), atol=1e-5)
+
+
+def test_documents_of_a_row_do_not_see_each_other(config):
+    """Packed, a conversation has the hidden states that it has alone."""
+    parameters = objective.init(config, 0)
+    model = objective.decoder(config, parameters.dense)
+    tokens = np.random.default_rng(0).integers(3, 600, (1, 24)).astype(np.int32)
+    positions = np.concatenate([np.arange(10), np.arange(14)])[None]
+    documents = np.repeat([1, 2], [10, 14])[None]
+    together, _ = objective.packed_forward(model, parameters.experts, tokens, positions, documents)
+    alone, _ = objective.packed_forward(model, parameters.experts, tokens[:, 10:], positions[:, 10:], documents[:, 10:])
+    np.testing.assert_allclose(together[:, 10:], alone, atol=1e-5)
+
+
+def test_training_learns_and_a_killed_run_resumes_exactly(bpe, config, tmp_path):
+    losses = {}
+
+    def note(step, metrics):
+        losses[step] = float(metrics.loss)
+
+    whole = trainer.run(config, PLAN, bpe, None, note)
+    assert losses[12] < 0.9 * losses[1]
+    checkpoints = Checkpoints(tmp_path)
+    trainer.run(config, PLAN, bpe, checkpoints, note, stop_after=5)
+    assert checkpoints.steps() == [5]
+    resumed_losses = {}
+    resumed = trainer.run(config, PLAN, bpe, checkpoints, lambda step, m: resumed_losses.update({step: float(m.loss)}))
+    assert sorted(resumed_losses) == list(range(6, 13))
+    assert checkpoints.steps() == [10, 12]
+    assert resumed_losses[12] == losses[12]
+    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_checkpoint_holds_the_rounded_weights(bpe, config, tmp_path):
+    parameters = objective.init(config, 0)
+    export.write(tmp_path, shape.hf_config(**TINY), parameters, bpe)
+    read_config, shipped, _ = export.read(tmp_path)
+    assert read_config == config.replace(dtype="bfloat16")
+    for one, other in zip(jax.tree.leaves(shipped), jax.tree.leaves(parameters), strict=True):
+        np.testing.assert_array_equal(one, other.astype(jnp.bfloat16).astype(jnp.float32))
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template
+    numbers = evaluate.evaluate(shipped, config, Encoder(bpe), seed=0, count=4, generated=1)
+    assert set(numbers["tasks"]) == {"sum", "clsfy", "qa", "comp", "conv"}
+    assert 0 <= numbers["mean_js_divergence_bits"] <= 1
+
+
+def test_exact_match_is_what_greedy_decoding_yields(bpe, config):
+    """The untrained model's own greedy answer counts as right, and that answer without its last token as wrong."""
+    from train.tasks.example import Example
+
+    parameters = objective.init(config, 0)
+    encoder = Encoder(bpe)
+    prompt = Example("Who?", "", "qa")
+    (answer,) = evaluate.generate(parameters, config, encoder, [prompt])
+    ids = bpe.encode(answer).ids
+    scores = evaluate.score(parameters, config, encoder, [Example("Who?", answer, "qa")])
+    assert scores.tokens[0] == len(ids) + 1
+    assert not scores.exact[0]  # the untrained model never ends its answer
+
+
+def test_rouge_and_divergence():
+    assert evaluate.rouge_l("the cat sat", "the cat sat") == 1.0
+    assert evaluate.rouge_l("the cat sat", "a dog") == 0.0
+    assert evaluate.rouge_l("a b c d", "a c") == pytest.approx(2 * 2 / 6)
+    even, first = np.full((1, 2), 0.5), np.array([[1.0, 0.0]])
+    assert evaluate.entropy_bits(even)[0] == 1.0
+    assert evaluate.divergence_bits(first, first)[0] == 0.0
+    assert evaluate.divergence_bits(first, np.array([[0.0, 1.0]]))[0] == 1.0
+
+
+def test_history_drops_what_came_after_the_checkpoint(tmp_path):
+    metrics = objective.Metrics(*(jnp.float32(value) for value in (2.0, 1.0, 0.5, 1.0, 0.0)))
+    history = report.History(tmp_path / "history.jsonl", 0)
+    for step in (1, 2, 3):
+        history.add(step, metrics)
+    history.close()
+    with history.path.open("a") as file:
+        file.write('{"step": 4, "lo')
+    report.History(history.path, 2).close()
+    assert [line["step"] for line in report.read(history.path)] == [1, 2]
+    report.plot_loss(report.read(history.path), tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").stat().st_size > 1000

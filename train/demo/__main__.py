@@ -1,0 +1,150 @@
+"""`python -m train.demo`: make the demo model's tokenizer, train the model, write its checkpoint, measure it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tokenizers import Tokenizer
+
+from emoe_jax.errors import EmoeError
+from train.demo import evaluate, export, report, shape, tokenizer
+from train.demo.batches import Encoder
+from train.demo.objective import Metrics
+from train.demo.trainer import Checkpoints, Plan, run
+
+STEPS = 2600
+_LOG_EVERY = 50
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m train.demo", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("checkpoints/demo"), help="where the finished checkpoint goes")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("runs/demo"),
+        help="training checkpoints and history; a killed run resumes from here",
+    )
+    parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps; they fix the learning rate schedule")
+    parser.add_argument("--seed", type=int, default=0, help="of the data, the initial weights and the test examples")
+    parser.add_argument("--rows", type=int, default=Plan.rows, help="sequences per step, a multiple of 4")
+    parser.add_argument("--length", type=int, default=Plan.length, help="tokens per sequence, at most 256")
+    parser.add_argument("--json", type=Path, help="write the numbers here")
+    parser.add_argument("--eval-only", action="store_true", help="measure the checkpoint in --out, train nothing")
+    parser.add_argument("--eval-examples", type=int, default=500, help="test examples per task")
+    parser.add_argument(
+        "--eval-generated", type=int, default=64, help="how many of them SUM and CONV answer for ROUGE-L"
+    )
+    options = parser.parse_args(argv)
+    for name, low, high in (
+        ("steps", 1, 10**7),
+        ("seed", 0, 2**31 - 1),
+        ("rows", 4, 4096),
+        ("length", 64, 256),
+        ("eval_examples", 1, 10**6),
+    ):
+        value = getattr(options, name)
+        if not low <= value <= high:
+            parser.error(f"--{name.replace('_', '-')} is {value}; it must be between {low} and {high}")
+    if options.rows % 4:
+        parser.error(f"--rows is {options.rows}; it must be a multiple of 4")
+    if not 1 <= options.eval_generated <= options.eval_examples:
+        parser.error(f"--eval-generated is {options.eval_generated}; it must be between 1 and --eval-examples")
+    if options.eval_only and not (options.out / "config.json").exists():
+        parser.error(f"--eval-only: {options.out} holds no checkpoint (config.json is missing)")
+    return options
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = arguments(argv)
+    console = Console()
+    try:
+        if not options.eval_only:
+            _train(options, console)
+        config, parameters, bpe = export.read(options.out)
+        console.print(f"measuring {options.out} on {options.eval_examples} test examples per task")
+        numbers = evaluate.evaluate(
+            parameters, config, Encoder(bpe), options.seed, options.eval_examples, options.eval_generated
+        )
+    except (EmoeError, ImportError, OSError) as error:
+        _fail(str(error))
+    report.print_table(numbers, console)
+    if options.json:
+        report.write_json(numbers, options.json)
+
+
+def _train(options: argparse.Namespace, console: Console) -> None:
+    plan = Plan(options.steps, options.seed, options.rows, options.length)
+    work: Path = options.work
+    _claim(work, plan)
+    bpe = _tokenizer(work, plan, console)
+    checkpoints = Checkpoints(work / "checkpoints")
+    first = max(checkpoints.steps(), default=0)
+    history = report.History(work / "history.jsonl", first)
+    columns = (
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    began = time.monotonic()
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("compiling", total=plan.steps, completed=first)
+
+        def show(step: int, metrics: Metrics) -> None:
+            history.add(step, metrics)
+            text = f"loss {metrics.loss:.3f}  answers {metrics.answer_accuracy:.1%}"
+            progress.update(bar, completed=step, description=text)
+            if not console.is_terminal and step % _LOG_EVERY == 0:
+                console.print(
+                    f"step {step}/{plan.steps}  {text}  balance {metrics.balance:.2f}  dropped {metrics.dropped:.1%}"
+                    f"  {time.monotonic() - began:.0f} s"
+                )
+
+        state = run(shape.model_config(), plan, bpe, checkpoints, show)
+    history.close()
+    export.write(options.out, shape.hf_config(), state.parameters, bpe)
+    report.plot_loss(report.read(history.path), options.out / "loss.png")
+    console.print(f"wrote {options.out} ({_megabytes(options.out):.1f} MB)")
+
+
+def _claim(work: Path, plan: Plan) -> None:
+    """Mark the directory as this plan's; refuse one that holds another plan's run."""
+    work.mkdir(parents=True, exist_ok=True)
+    (work / ".gitignore").write_text("*\n")
+    described, path = json.dumps(dataclasses.asdict(plan)), work / "plan.json"
+    if path.exists() and path.read_text() != described:
+        _fail(f"{work} holds a run of another plan, {path.read_text()}; choose another --work or remove it")
+    path.write_text(described)
+
+
+def _tokenizer(work: Path, plan: Plan, console: Console) -> Tokenizer:
+    """The run's tokenizer, trained once."""
+    path = work / "tokenizer.json"
+    if not path.exists():
+        console.print("training the tokenizer")
+        tokenizer.save(tokenizer.train(plan.seed, shape.VOCAB_SIZE), work, shape.MAX_LENGTH)
+    return Tokenizer.from_file(str(path))
+
+
+def _megabytes(directory: Path) -> float:
+    return sum(path.stat().st_size for path in directory.iterdir() if path.is_file()) / 1e6
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""What the trained model can do on the test splits, with every expert resident, through the op that serves it.
+
+Exact match needs no generation: greedy decoding yields the reference answer if and only if every token of it, the end
+included, is the most probable one after those before it, which one forward over prompt and answer shows.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from emoe_jax.config import ModelConfig
+from emoe_jax.experts.weights import ExpertWeights
+from emoe_jax.moe import moe_ffn
+from train.demo import objective
+from train.demo.batches import Encoder
+from train.demo.objective import Parameters
+from train.demo.tokenizer import ASSISTANT, EOS, PAD
+from train.tasks import TASKS, chitchat, examples
+from train.tasks.example import Example
+
+EXACT_TASKS = ("clsfy", "comp", "qa")
+_ROWS = 32  # sequences per forward
+_LENGTH = 192  # tokens; longer examples are cut off and count as wrong
+_NEW_TOKENS = 64
+
+
+class Scores(NamedTuple):
+    """Of `X` examples of one task: whether greedy decoding gives the answer, its nats, its tokens, and how often each
+    expert was chosen (`usage`, all tokens of prompt and answer)."""
+
+    exact: Bool[np.ndarray, " X"]
+    nats: Float[np.ndarray, " X"]
+    tokens: Int[np.ndarray, " X"]
+    usage: Float[np.ndarray, "L E"]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _forward(
+    parameters: Parameters, tokens: Int[Array, "B T"], used: Bool[Array, "B T"], config: ModelConfig
+) -> tuple[Int[Array, "B T"], Float[Array, "B T"], Float[Array, "L E"]]:
+    """The most probable next token everywhere, the nats of the actual next token, and the experts' use."""
+    model = objective.decoder(config, parameters.dense)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    slots = jnp.arange(config.num_experts)
+
+    def moe(rows: Array, ids: Array, weights: Array, experts: ExpertWeights) -> Array:
+        return moe_ffn(rows, ids, weights, slots, experts, config)
+
+    x, routings = objective.packed_forward(model, parameters.experts, tokens, positions, used.astype(int), moe)
+    logits = model.logits(x)
+    following = jnp.roll(tokens, -1, axis=1)
+    nats = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, following[..., None], axis=-1)[..., 0]
+    usage = jnp.stack([jnp.bincount(routing.ids.reshape(-1), length=config.num_experts) for routing in routings])
+    return jnp.argmax(logits, axis=-1), nats, usage.astype(jnp.float32)
+
+
+def score(parameters: Parameters, config: ModelConfig, encoder: Encoder, chosen: Sequence[Example]) -> Scores:
+    """Exact match, nats and routing of examples, with the reference answers given."""
+    exact, nats, counts = [], [], []
+    usage = np.zeros((config.num_layers, config.num_experts))
+    for group in _groups(chosen):
+        tokens = np.full((_ROWS, _LENGTH), encoder.special[PAD], np.int32)
+        answered = np.zeros((_ROWS, _LENGTH), bool)  # positions whose next token belongs to the answer
+        used = np.zeros((_ROWS, _LENGTH), bool)
+        for row, example in enumerate(group):
+            prompt = prompt_ids(encoder, example)
+            ids = (prompt + encoder.text(example.answer) + [encoder.special[EOS]])[:_LENGTH]
+            tokens[row, : len(ids)] = ids
+            used[row, : len(ids)] = True
+            answered[row, len(prompt) - 1 : len(ids) - 1] = True
+        best, surprise, use = (np.asarray(part) for part in _forward(parameters, tokens, used, config))
+        usage += use
+        right = (best == np.roll(tokens, -1, axis=1)) | ~answered
+        whole = answered.any(axis=1)
+        exact += list((right.all(axis=1) & whole)[: len(group)])
+        nats += list((surprise * answered).sum(axis=1)[: len(group)])
+        counts += list(answered.sum(axis=1)[: len(group)])
+    return Scores(np.array(exact), np.array(nats), np.array(counts), usage)
+
+
+def prompt_ids(encoder: Encoder, example: Example) -> list[int]:
+    """The chat up to where the assistant begins to answer."""
+    return [*encoder.conversation(example.messages, example.task)[0], encoder.special[ASSISTANT]]
+
+
+def generate(parameters: Parameters, config: ModelConfig, encoder: Encoder, chosen: Sequence[Example]) -> list[str]:
+    """Greedy answers, of at most 64 tokens. Without a cache: meant for some dozens of examples."""
+    answers = []
+    for group in _groups(chosen):
+        tokens = np.full((_ROWS, _LENGTH), encoder.special[PAD], np.int32)
+        ends = np.full(_ROWS, 1)
+        for row, example in enumerate(group):
+            ids = prompt_ids(encoder, example)[: _LENGTH - _NEW_TOKENS]
+            tokens[row, : len(ids)] = ids
+            ends[row] = len(ids)
+        starts = ends.copy()
+        growing = np.arange(_ROWS) < len(group)
+        while growing.any():
+            used = np.arange(_LENGTH)[None, :] < ends[:, None]
+            best, _, _ = _forward(parameters, tokens, used, config)
+            chosen_next = np.asarray(best)[np.arange(_ROWS), ends - 1]
+            growing &= (chosen_next != encoder.special[EOS]) & (ends - starts < _NEW_TOKENS) & (ends < _LENGTH)
+            tokens[growing, ends[growing]] = chosen_next[growing]
+            ends[growing] += 1
+        answers += [encoder.tokenizer.decode(tokens[row, starts[row] : ends[row]]) for row in range(len(group))]
+    return answers
+
+
+def rouge_l(reference: str, candidate: str) -> float:
+    """F1 of the longest common subsequence of words, lower-cased (Lin 2004)."""
+    wanted, given = reference.lower().split(), candidate.lower().split()
+    if not wanted or not given:
+        return 0.0
+    longest = [0] * (len(given) + 1)
+    for word in wanted:
+        before = 0
+        for index, other in enumerate(given, start=1):
+            above = longest[index]
+            longest[index] = before + 1 if word == other else max(above, longest[index - 1])
+            before = above
+    return 2 * longest[-1] / (len(wanted) + len(given))
+
+
+def evaluate(
+    parameters: Parameters, config: ModelConfig, encoder: Encoder, seed: int, count: int, generated: int
+) -> dict[str, Any]:
+    """Per task on `count` test examples, ROUGE-L on `generated` of them, routing per task and between tasks."""
+    tasks: dict[str, dict[str, Any]] = {}
+    usage = {}
+    for task in TASKS:
+        chosen = examples(task, "test", seed, count)
+        scores = score(parameters, config, encoder, chosen)
+        usage[task] = scores.usage / scores.usage.sum(axis=1, keepdims=True)
+        entropy = entropy_bits(usage[task]).mean()
+        tasks[task] = {"examples": count, "perplexity": perplexity(scores), "routing_entropy_bits": float(entropy)}
+        if task in EXACT_TASKS:
+            tasks[task]["exact_match"] = float(scores.exact.mean())
+        else:
+            some = chosen[:generated]
+            answers = generate(parameters, config, encoder, some)
+            pairs = zip(some, answers, strict=True)
+            tasks[task]["rouge_l"] = float(np.mean([rouge_l(example.answer, answer) for example, answer in pairs]))
+            tasks[task]["generated"] = generated
+            tasks[task]["samples"] = [
+                {"prompt": example.prompt, "reference": example.answer, "answer": answer}
+                for example, answer in itertools.islice(zip(some, answers, strict=True), 5)
+            ]
+    small_talk = [chitchat.example("test", f"{seed}/{index}") for index in range(count)]
+    divergence = {
+        f"{first}-{second}": divergence_bits(usage[first], usage[second]).tolist()
+        for first, second in itertools.combinations(TASKS, 2)
+    }
+    return {
+        "tasks": tasks,
+        "chitchat_perplexity": perplexity(score(parameters, config, encoder, small_talk)),
+        "js_divergence_bits_by_layer": divergence,
+        "mean_js_divergence_bits": float(np.mean(list(divergence.values()))),
+    }
+
+
+def perplexity(scores: Scores) -> float:
+    """Per token of the answers."""
+    return float(np.exp(scores.nats.sum() / scores.tokens.sum()))
+
+
+def entropy_bits(shares: Float[np.ndarray, "... E"]) -> Float[np.ndarray, ...]:
+    """Shannon entropy over the last axis: 4 bits when 16 experts are used alike."""
+    return -np.sum(np.where(shares > 0, shares * np.log2(np.where(shares > 0, shares, 1)), 0), axis=-1)
+
+
+def divergence_bits(first: Float[np.ndarray, "L E"], second: Float[np.ndarray, "L E"]) -> Float[np.ndarray, " L"]:
+    """Jensen-Shannon divergence per layer: 0 for the same use of experts, 1 for disjoint use."""
+    return entropy_bits((first + second) / 2) - (entropy_bits(first) + entropy_bits(second)) / 2
+
+
+def _groups(chosen: Sequence[Example]) -> Iterator[Sequence[Example]]:
+    for start in range(0, len(chosen), _ROWS):
+        yield chosen[start : start + _ROWS]
