@@ -1,11 +1,16 @@
 """The MoE op: the chosen experts' FFNs of a batch of rows, computed from a slab of slots."""
 
+from collections.abc import Callable
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.moe.registry import BACKENDS, Backend, MoEBackend
+from emoe_jax.moe.triton import supports
 
 __all__ = ["BACKENDS", "Backend", "MoEBackend", "moe_ffn"]
 
@@ -32,15 +37,39 @@ def moe_ffn(
     result of one call with all experts resident, for the same number of rows. Sums are float32, rounded to the rows'
     dtype after each expert. No backend but the oracles copies expert weights.
 
-    `auto` is wave-exact. On CPU it is `loop` while experts have few rows on average, else `blocks` (measured).
+    `auto` is wave-exact. On CPU it is `loop` while experts have few rows on average, else `blocks`, as measured. On
+    CUDA it is `triton`, or `blocks` for sizes that Triton cannot tile: unmeasured, chosen because `loop` and `blocks`
+    leave most of a GPU idle and `ragged_dot` is dense over its groups there. Elsewhere it is `blocks`.
     """
     if accumulator is None:
         accumulator = jnp.zeros_like(rows)
-    name = _cpu_choice(*ids.shape, config) if backend == "auto" else backend
-    if name not in BACKENDS:
+    if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"unknown MoE backend {backend!r}; choose auto or one of {', '.join(BACKENDS)}")
-    return BACKENDS[name].run(rows, ids, weights, slot_of_expert, experts, config, accumulator)
+    return _moe_ffn(rows, ids, weights, slot_of_expert, experts, accumulator, config=config, backend=backend)
 
 
-def _cpu_choice(R: int, k: int, config: ModelConfig) -> str:
-    return "loop" if R * k <= _LOOP_ROWS_PER_EXPERT * config.num_experts else "blocks"
+@partial(jax.jit, static_argnames=("config", "backend"))  # traced once for all layers of a model
+def _moe_ffn(
+    rows: Float[Array, "R D"],
+    ids: Int[Array, "R k"],
+    weights: Float[Array, "R k"],
+    slot_of_expert: Int[Array, " E"],
+    experts: ExpertWeights,
+    accumulator: Float[Array, "R D"],
+    *,
+    config: ModelConfig,
+    backend: str,
+) -> Float[Array, "R D"]:
+    def run(name: str) -> Callable[..., Array]:
+        return lambda *operands: BACKENDS[name].run(*operands[:-1], config, operands[-1])
+
+    operands = (rows, ids, weights, slot_of_expert, experts, accumulator)
+    if backend != "auto":
+        return run(backend)(*operands)
+    few = ids.size <= _LOOP_ROWS_PER_EXPERT * config.num_experts
+    return jax.lax.platform_dependent(
+        *operands,
+        cpu=run("loop" if few else "blocks"),
+        cuda=run("triton" if supports(config) else "blocks"),
+        default=run("blocks"),
+    )

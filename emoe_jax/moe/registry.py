@@ -12,6 +12,7 @@ from emoe_jax.moe.gather import gather
 from emoe_jax.moe.loop import loop
 from emoe_jax.moe.ragged import ragged
 from emoe_jax.moe.reference import reference
+from emoe_jax.moe.triton import triton
 
 
 class MoEBackend(Protocol):
@@ -40,6 +41,7 @@ class Backend:
 BACKENDS: dict[str, Backend] = {
     "loop": Backend(loop, wave_exact=True),
     "blocks": Backend(blocks, wave_exact=True),
+    "triton": Backend(triton, wave_exact=True),
     "ragged": Backend(ragged, wave_exact=False),
     "gather": Backend(gather, wave_exact=True),
     "reference": Backend(reference, wave_exact=False),
