@@ -2,28 +2,26 @@
 
 import asyncio
 import concurrent.futures
-import math
 from collections.abc import Callable
 from typing import Protocol, TypeVar
-
-import jinja2
 
 from emoe_jax.errors import RequestError
 
 Result = TypeVar("Result")
 
-TOKEN_CHARS_FLOOR = 64
-"""Least assumed length of the longest token: an unknown word can become one token."""
+MAX_CHARS_PER_TOKEN = 128
+"""No text needs fewer tokens than its length over this: longer tokens exist, but not all of them are."""
 
 
 class ServedTokenizer(Protocol):
     """What the server needs of the checkpoint's tokenizer."""
 
-    @property
-    def has_chat_template(self) -> bool: ...
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
-    def decode(self, ids: list[int]) -> str: ...
-    def chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> list[int]: ...
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str: ...
+    def chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> list[int]:
+        """Raises `RequestError` when there is no template, or when it refuses the messages."""
+        ...
+
     def token_text(self, token_id: int) -> str: ...
 
 
@@ -38,10 +36,6 @@ class TextCodec:
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
-        self._max_chars = math.inf
-        if tokenizer is not None:
-            longest = max(len(tokenizer.token_text(token)) for token in range(vocab_size))
-            self._max_chars = max_model_len * max(longest, TOKEN_CHARS_FLOOR)
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         tokenizer = self._required("prompt")
@@ -51,19 +45,14 @@ class TextCodec:
     async def chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a conversation under the checkpoint's chat template."""
         tokenizer = self._required("messages")
-        if not tokenizer.has_chat_template:
-            raise RequestError("this model has no chat template; use /v1/completions", param="messages")
         self._check_length(sum(len(message["content"]) for message in messages), "messages")
-        try:
-            return await self._run(lambda: tokenizer.chat(messages, add_generation_prompt))
-        except jinja2.TemplateError as error:
-            raise RequestError(f"the chat template refused the messages: {error}", param="messages") from None
+        return await self._run(lambda: tokenizer.chat(messages, add_generation_prompt))
 
     async def decode(self, ids: list[int]) -> str:
         tokenizer = self._required("tokens")
         if any(token >= self.vocab_size for token in ids):
             raise RequestError(f"token ids must be below the vocabulary size of {self.vocab_size}", param="tokens")
-        return await self._run(lambda: tokenizer.decode(ids))
+        return await self._run(lambda: tokenizer.decode(ids, skip_special_tokens=False))
 
     def token_text(self, token_id: int) -> str:
         """The text of one token, or vLLM's `token_id:N` where there is no tokenizer."""
@@ -79,7 +68,7 @@ class TextCodec:
 
     def _check_length(self, chars: int, param: str) -> None:
         """Refuse what cannot fit without tokenizing it: that takes seconds for megabytes of text."""
-        if chars > self._max_chars:
+        if chars > self.max_model_len * MAX_CHARS_PER_TOKEN:
             raise RequestError(
                 f"the prompt has {chars} characters; the context length of {self.max_model_len} tokens holds far fewer",
                 param=param,

@@ -5,8 +5,6 @@ import threading
 import time
 from typing import Any
 
-import jinja2
-
 from emoe_jax.engine.request import (
     SLO,
     Completion,
@@ -27,17 +25,15 @@ EOS = 0
 class FakeTokenizer:
     """Token id = code point. The chat template writes `role:content;` and ends with `assistant:`."""
 
-    has_chat_template = True
-
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [1] * add_special_tokens + [min(ord(character), VOCAB_SIZE - 1) for character in text]
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         return "".join(map(chr, ids))
 
     def chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> list[int]:
         if messages[0]["role"] == "tool":
-            raise jinja2.TemplateError("conversations start with the user")
+            raise RequestError("conversations start with the user", param="messages")
         text = "".join(f"{message['role']}:{message['content']};" for message in messages)
         return self.encode(text + "assistant:" * add_generation_prompt, add_special_tokens=False)
 

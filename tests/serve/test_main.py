@@ -1,0 +1,125 @@
+"""Mistakes on the command line: one line on stderr, status 2."""
+
+import asyncio
+import socket
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from serve import main as command
+from serve.app import create_app
+from serve.options import parse_options
+from serve.server import Server, bind, url_of
+from serve.service import Service
+from serve.text import TextCodec
+from serve.worker import EngineWorker
+from tests.serve.fake import VOCAB_SIZE, FakeEngine, FakeTokenizer
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that the command prints before it exits with status 2."""
+    try:
+        status = command.main(arguments)
+    except SystemExit as error:
+        status = error.code
+    assert status == 2
+    output = capsys.readouterr().err.strip().splitlines()
+    assert output[-1].startswith("error: ")
+    assert "Traceback" not in "".join(output)
+    return output[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--modle", "x"], "--modle"),
+        (["--port", "70000"], "--port"),
+        (["--port", "http"], "--port"),
+        (["--max-num-seqs", "0"], "--max-num-seqs"),
+        (["--max-model-len", "1e3"], "--max-model-len"),
+        (["--routing", "best"], "--routing"),
+        (["--policy", "emoe"], "--policy"),
+        (["--dtype", "int4"], "--dtype"),
+        (["--shutdown-timeout", "nan"], "--shutdown-timeout"),
+        (["--seed"], "--seed"),
+        (["--predictor", "none"], "--predictor"),
+        (["--config", "/nonexistent.yaml"], "/nonexistent.yaml"),
+        (["--model", "/nonexistent/model"], "/nonexistent/model"),
+        (["--model", "x", "--host", "256.256.256.256"], "256.256.256.256"),
+    ],
+)
+def test_mistakes_are_named(capsys: pytest.CaptureFixture[str], arguments: list[str], named: str) -> None:
+    assert named in fails(capsys, "--port", "0", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("max-num-seqs: many", "--max-num-seqs"),
+        ("max-num-seq: 4", "max-num-seq"),
+        ("- 4", "mapping"),
+        ("a: [", "YAML"),
+        ("config: other.yaml", "config"),
+    ],
+)
+def test_mistakes_in_the_configuration_file_are_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str, named: str
+) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text(content, encoding="utf-8")
+    assert named in fails(capsys, "--config", str(path))
+
+
+def test_flags_win_over_the_configuration_file(tmp_path: Path) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text(
+        "model: here\nmax_num_seqs: 3\nseed: 5\napi-key: [a, b]\nexpert-memory: 8 slots\nhost-memory: null\n",
+        encoding="utf-8",
+    )
+    options = parse_options(["--config", str(path), "--seed", "6"])
+    assert (options.model, options.max_num_seqs, options.seed) == ("here", 3, 6)
+    assert (options.api_key, options.expert_memory, options.host_memory) == (["a", "b"], "8 slots", "0B")
+
+
+def test_a_taken_port_is_named_before_loading(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert f"port {port}" in fails(capsys, "--model", "/nonexistent", "--port", port)
+
+
+@pytest.mark.parametrize("timeout", [0.0, 0.3])
+def test_shutdown_fails_what_does_not_finish_in_time(timeout: float) -> None:
+    engine = FakeEngine(FakeTokenizer())
+    engine.gate.clear()
+    worker = EngineWorker(engine, 10)
+    app = create_app(Service(("fake",), TextCodec(engine.tokenizer, VOCAB_SIZE, 100), worker))
+    answers: list[httpx.Response] = []
+
+    def ask() -> None:
+        answers.append(httpx.post(f"{url}/v1/completions", json={"prompt": "hi"}))
+
+    def stop_when_busy() -> None:
+        while not engine.running:
+            time.sleep(0.005)
+        server.should_exit = True
+
+    threads = [threading.Thread(target=target) for target in (ask, stop_when_busy)]
+
+    def start_threads() -> None:
+        for thread in threads:
+            thread.start()
+
+    with bind("127.0.0.1", 0) as listener:
+        url = url_of(listener)
+        server = Server(app, worker, timeout, on_ready=start_threads)
+        begin = time.monotonic()
+        asyncio.run(server.serve([listener]))
+    for thread in threads:
+        thread.join()
+    assert timeout <= time.monotonic() - begin < timeout + 2
+    assert answers[0].status_code == 503
+    assert answers[0].json()["error"]["message"] == "the server is shutting down"
+    assert not engine.running

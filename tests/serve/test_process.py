@@ -1,0 +1,141 @@
+"""The real server with a real engine, from the command line to SIGTERM."""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from serve.options import DEMO_MODEL
+from tests.serve.checkpoint import MAX_MODEL_LEN, write_tiny_checkpoint
+from tests.serve.events import events_of
+from tests.serve.process import ServerProcess, server_process
+
+HELLO: list[Any] = [{"role": "user", "content": "hello there"}]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    directory = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    write_tiny_checkpoint(directory)
+    arguments = ("--model", str(directory), "--expert-memory", "50%", "--max-num-seqs", "2")
+    with server_process(*arguments, "--max-num-batched-tokens", "16", "--api-key", "secret") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="secret", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def http(server: ServerProcess) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, headers={"authorization": "Bearer secret"}, timeout=60) as client:
+        yield client
+
+
+def test_tells_what_it_serves(server: ServerProcess) -> None:
+    printed = "".join(server.output)
+    for expected in ("tiny (mixtral)", "memory: slab", "4 of 8 in each of 1 layers (50%)", "resident", server.url):
+        assert expected in printed
+    assert "Traceback" not in printed
+
+
+def test_openai_client_completes(client: openai.OpenAI) -> None:
+    (model,) = client.models.list().data
+    answer = client.completions.create(
+        model=model.id, prompt="hello", max_tokens=8, temperature=0, logprobs=2, extra_body={"ignore_eos": True}
+    )
+    (choice,) = answer.choices
+    assert choice.finish_reason == "length"
+    assert choice.logprobs is not None
+    assert choice.logprobs.tokens is not None
+    assert len(choice.logprobs.tokens) == 8
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 8
+    emoe: Any = answer.model_extra and answer.model_extra["emoe"]
+    assert emoe["routing"] == "resident"
+    assert 0 <= emoe["substituted"] <= 1
+
+
+def test_openai_client_streams_what_it_answers_whole(client: openai.OpenAI) -> None:
+    settings: Any = {"model": "tiny", "messages": HELLO, "max_completion_tokens": 20, "temperature": 0}
+    exact = {"emoe": {"routing": "exact"}}
+    whole = client.chat.completions.create(**settings, extra_body=exact)
+    options: Any = {"include_usage": True}
+    stream = client.chat.completions.create(**settings, stream=True, stream_options=options, extra_body=exact)
+    chunks = list(stream)
+    text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage == whole.usage
+    assert chunks[-1].model_extra == {"emoe": {"task": None, "routing": "exact", "substituted": 0.0}}
+
+
+def test_openai_client_understands_errors(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.chat.completions.create(model="gpt-5", messages=HELLO)
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as invalid:
+        client.chat.completions.create(model="tiny", messages=HELLO, temperature=-1)
+    assert invalid.value.param == "temperature"
+    with pytest.raises(openai.BadRequestError) as long:
+        client.completions.create(model="tiny", prompt=[5] * MAX_MODEL_LEN)
+    assert long.value.code == "context_length_exceeded"
+    with pytest.raises(openai.AuthenticationError):
+        client.with_options(api_key="wrong").models.list()
+
+
+def test_several_prompts_and_answers_with_a_seed(http: httpx.Client) -> None:
+    body = {"prompt": ["hello", "how are you?"], "n": 2, "max_tokens": 6, "seed": 7}
+    first, second = (http.post("/v1/completions", json=body).json()["choices"] for _ in range(2))
+    assert [choice["text"] for choice in first] == [choice["text"] for choice in second]
+    assert [choice["index"] for choice in first] == [0, 1, 2, 3]
+
+
+def test_tokens_and_state(http: httpx.Client) -> None:
+    tokens = http.post("/tokenize", json={"prompt": "grüße", "add_special_tokens": False}).json()["tokens"]
+    assert http.post("/detokenize", json={"tokens": tokens}).json() == {"prompt": "grüße"}
+    chat = http.post("/tokenize", json={"messages": HELLO}).json()["tokens"]
+    assert http.post("/detokenize", json={"tokens": chat}).json()["prompt"] == "user: hello there\nassistant:"
+    state = http.get("/v1/emoe/state").json()
+    assert [len(layer) for layer in state["residency"]["experts"]] == [4]
+
+
+def test_a_client_that_leaves_frees_the_engine(http: httpx.Client) -> None:
+    body = {"prompt": "hello", "max_tokens": 200, "ignore_eos": True, "stream": True}
+    with http.stream("POST", "/v1/completions", json=body) as response:
+        next(response.iter_lines())
+    deadline = time.monotonic() + 10
+    while (scheduler := http.get("/v1/emoe/state").json()["scheduler"])["running"]:
+        assert time.monotonic() < deadline
+    assert scheduler["waiting"] == 0
+
+
+def test_sigterm_lets_running_requests_finish(server: ServerProcess, http: httpx.Client) -> None:
+    """Last in this module: the server is gone afterwards."""
+    body = {"prompt": "hello", "max_tokens": 200, "ignore_eos": True, "stream": True}
+    events: list[dict[str, Any]] = []
+    reader = threading.Thread(target=lambda: events.extend(events_of(http, "/v1/completions", **body)))
+    reader.start()
+    while not http.get("/v1/emoe/state").json()["scheduler"]["running"]:
+        time.sleep(0.001)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.wait(20) == 0
+    reader.join()
+    assert events[-1]["choices"][0]["finish_reason"] == "length"
+    assert "Traceback" not in "".join(server.output)
+
+
+@pytest.mark.skipif(not (DEMO_MODEL / "config.json").is_file(), reason="the demo model has not been trained")
+def test_without_arguments_the_demo_model_answers() -> None:
+    with server_process() as server:
+        question = [{"role": "user", "content": "Hello, how are you?"}]
+        body = {"messages": question, "max_tokens": 32, "temperature": 0}
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
+        assert answer["model"] == "demo"
+        assert answer["choices"][0]["message"]["content"].strip()
