@@ -10,8 +10,9 @@ import numpy as np
 from flax import nnx
 
 from emoe_jax.checkpoint import Checkpoint
+from emoe_jax.config import ModelConfig
 from emoe_jax.experts.weights import ExpertLayout, ExpertWeights
-from emoe_jax.models.decoder import Decoder
+from emoe_jax.models.decoder import Decoder, MoEFunction, causal_attend
 from emoe_jax.models.routing import Routing
 from emoe_jax.moe.reference import reference
 
@@ -27,6 +28,10 @@ class LoadedModel:
         """Logits `[B, T, V]` and routings; compiled once per configuration and shape."""
         logits, routings = _forward(self.graphdef, self.state, self.experts, jnp.asarray(tokens), valid)
         return np.asarray(logits), routings
+
+    def hidden_states(self, tokens: np.ndarray) -> np.ndarray:
+        """The residual stream after each layer, `[L, B, T, D]`."""
+        return np.asarray(_hidden_states(self.graphdef, self.state, self.experts, jnp.asarray(tokens)))
 
     def greedy(self, prompt: np.ndarray, count: int, length: int) -> list[int]:
         """`count` greedy tokens by full recomputation of a sequence right-padded to `length`."""
@@ -56,13 +61,31 @@ def load_experts(checkpoint: Checkpoint, dtype: str) -> tuple[ExpertWeights, ...
     return tuple(layers)
 
 
+def _reference_moe(config: ModelConfig) -> MoEFunction:
+    slots = jnp.arange(config.num_experts)
+    return lambda rows, ids, weights, experts: reference(
+        rows, ids, weights, slots, experts, config, jnp.zeros_like(rows)
+    )
+
+
 @functools.partial(jax.jit, static_argnames="graphdef")
 def _forward(graphdef, state, experts, tokens, valid):
     model: Decoder = nnx.merge(graphdef, state)
-    config = model.config
-    slots = jnp.arange(config.num_experts)
+    return model.forward(tokens, experts, _reference_moe(model.config), valid=valid)
 
-    def moe(rows, ids, weights, layer_experts):
-        return reference(rows, ids, weights, slots, layer_experts, config, jnp.zeros_like(rows))
 
-    return model.forward(tokens, experts, moe, valid=valid)
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _hidden_states(graphdef, state, experts, tokens):
+    model: Decoder = nnx.merge(graphdef, state)
+    config, moe = model.config, _reference_moe(model.config)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
+    x, hidden, remaining = model.embed(tokens), [], list(experts)
+    for index, layer in enumerate(model.layers):
+        x, _ = layer.attention(x, positions, causal_attend(config, config.sliding_window(index), positions))
+        if config.is_moe(index):
+            rows, routing = layer.moe_input(x)
+            x = layer.moe_output(x, rows, moe(rows, routing.ids, routing.weights, remaining.pop(0)))
+        else:
+            x = layer.dense(x)
+        hidden.append(x)
+    return jnp.stack(hidden)
