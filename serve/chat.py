@@ -13,16 +13,16 @@ from serve.body import JsonRoute
 from serve.logprobs import chat_logprobs
 from serve.schema import ChatRequest
 from serve.service import Service, emoe_of, until_disconnect, usage_of
-from serve.stream import EventStream
+from serve.stream import OR_STREAM, EventStream
 from serve.worker import Progress
 
 
 def chat_routes(service: Service) -> APIRouter:
     router = APIRouter(route_class=JsonRoute, tags=["generation"])
 
-    @router.post("/v1/chat/completions", response_model=ChatResponse)
+    @router.post("/v1/chat/completions", response_model=ChatResponse, responses=OR_STREAM)
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
-        """Answer a conversation. With `stream`, server-sent `chat.completion.chunk` events and a final `[DONE]`."""
+        """Answer a conversation. A stream's events are `chat.completion.chunk` objects."""
         service.check_model(body.model)
         messages = [message.to_template() for message in body.messages]
         prompt = await service.text.chat(messages, body.add_generation_prompt)

@@ -13,16 +13,16 @@ from serve.body import JsonRoute
 from serve.logprobs import completion_logprobs
 from serve.schema import DEFAULT_COMPLETION_TOKENS, CompletionRequest
 from serve.service import Service, emoe_of, until_disconnect, usage_of
-from serve.stream import EventStream
+from serve.stream import OR_STREAM, EventStream
 from serve.worker import Progress
 
 
 def completion_routes(service: Service) -> APIRouter:
     router = APIRouter(route_class=JsonRoute, tags=["generation"])
 
-    @router.post("/v1/completions", response_model=CompletionResponse)
+    @router.post("/v1/completions", response_model=CompletionResponse, responses=OR_STREAM)
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
-        """Continue a prompt. With `stream`, server-sent events of the same shape and a final `[DONE]`."""
+        """Continue a prompt. A stream's events have the shape of the whole answer."""
         service.check_model(body.model)
         prompts = [
             await service.text.encode(prompt, body.add_special_tokens) if isinstance(prompt, str) else prompt

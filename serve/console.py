@@ -4,7 +4,8 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from emoe_jax.experts.budget import format_bytes
@@ -15,7 +16,7 @@ ProgressCallback = Callable[[str, int, int], None]
 @contextlib.contextmanager
 def loading_bar(console: Console) -> Iterator[ProgressCallback]:
     """Yields `report(stage, done, total)`; each stage gets its own line."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         lines = {}
 
@@ -39,7 +40,7 @@ def start_up_table(
 ) -> Table:
     """`memory` in bytes by purpose; `resident` experts on the device, one number per MoE layer."""
     table = Table(show_header=False, title="eMoE-JAX", title_justify="left")
-    table.add_row("model", f"{model} ({family})")
+    table.add_row("model", escape(f"{model} ({family})"))
     for purpose, size in memory.items():
         table.add_row(f"memory: {purpose.replace('_', ' ')}", format_bytes(size))
     low, high = min(resident), max(resident)

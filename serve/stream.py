@@ -17,6 +17,14 @@ log = logging.getLogger("serve")
 
 DONE = b"data: [DONE]\n\n"
 
+OR_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer; with `stream` its pieces as server-sent events, then `data: [DONE]`.",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
+}
+"""For OpenAPI: what a route answers with besides its response model."""
+
 
 class Chunk(Protocol):
     """A pydantic model with the fields that close a stream."""
