@@ -157,7 +157,7 @@ class Checkpoint:
 
     def _check_tied(self, file: SafetensorsFile, head: str) -> None:
         embedding = "model.embed_tokens.weight"
-        if not file.equal(head, self._files[embedding], embedding):
+        if not file.same_bytes(head, self._files[embedding], embedding):
             raise CheckpointError(
                 f"{file.path}: {head} differs from {embedding}, though config.json says tie_word_embeddings"
             )

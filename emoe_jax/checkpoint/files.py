@@ -79,9 +79,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     for tensor, name in weight_map.items():
         # Shards lie beside the index; anything else could reach outside the checkpoint.
         if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name or "\\" in name:
-            raise CheckpointError(
-                f"{path}: tensor {tensor} is said to be in {name!r}; expected a .safetensors file name"
-            )
+            raise CheckpointError(f"{path}: tensor {tensor} is mapped to {name!r}; expected a .safetensors file name")
     return weight_map
 
 

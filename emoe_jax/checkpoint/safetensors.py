@@ -18,6 +18,7 @@ import numpy as np
 from emoe_jax.errors import CheckpointError
 
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
+_CHUNK = 1 << 20
 
 WEIGHT_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 
@@ -77,14 +78,19 @@ class SafetensorsFile:
         np.copyto(out, source, casting="unsafe")
         self._release(start, stop)
 
-    def equal(self, name: str, other: "SafetensorsFile", other_name: str) -> bool:
-        """Whether two tensors hold the same numbers in the same dtype and shape."""
-        mine, theirs = self.tensor(name), other.tensor(other_name)
-        same = mine.dtype == theirs.dtype and mine.shape == theirs.shape
-        same = same and all(np.array_equal(a, b) for a, b in zip(mine, theirs, strict=True))
-        for file, tensor in ((self, name), (other, other_name)):
-            file._release(file.tensors[tensor].start, file.tensors[tensor].stop)
-        return same
+    def same_bytes(self, name: str, other: "SafetensorsFile", other_name: str) -> bool:
+        """Whether two tensors agree in dtype, shape and every bit."""
+        mine, theirs = self.tensors[name], other.tensors[other_name]
+        if (mine.dtype, mine.shape) != (theirs.dtype, theirs.shape):
+            return False
+        for offset in range(0, mine.stop - mine.start, _CHUNK):
+            a, b = mine.start + offset, theirs.start + offset
+            a_stop, b_stop = min(a + _CHUNK, mine.stop), min(b + _CHUNK, theirs.stop)
+            if self._map[a:a_stop] != other._map[b:b_stop]:
+                return False
+            self._release(a, a_stop)
+            other._release(b, b_stop)
+        return True
 
     def _weight(self, name: str) -> TensorInfo:
         info = self.tensors.get(name)
