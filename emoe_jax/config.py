@@ -79,6 +79,8 @@ class ModelConfig:
             raise ConfigError(f"top-k of {self.top_k} does not fit {self.num_experts} experts")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"{self.num_heads} query heads are not a multiple of {self.num_kv_heads} kv heads")
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim is {self.head_dim}; rotary positions need an even size")
         if self.sliding_windows and len(self.sliding_windows) != self.num_layers:
             raise ConfigError(f"{len(self.sliding_windows)} sliding windows given for {self.num_layers} layers")
 

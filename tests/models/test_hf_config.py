@@ -1,0 +1,247 @@
+"""Translation of `config.json`: what each key means, and what is refused by name."""
+
+import json
+import math
+import re
+
+import pytest
+
+from emoe_jax.config import ModelConfig
+from emoe_jax.errors import CheckpointError, ConfigError
+from tests.golden.tiny import CONFIGS, OPENMOE
+
+MIXTRAL = CONFIGS["mixtral_window"]
+OLMOE = CONFIGS["olmoe_options"]
+QWEN2 = CONFIGS["qwen2_windows"]
+QWEN3 = CONFIGS["qwen3_window"]
+
+# As published, with keys that do not matter here left out.
+MIXTRAL_8X7B = {
+    "architectures": ["MixtralForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mixtral",
+    "num_attention_heads": 32,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.02,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.36.0.dev0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+QWEN3_30B = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "decoder_sparse_step": 1,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.001,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.51.0",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+OPENMOE_8B = OPENMOE | {
+    "hidden_size": 2048,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 24,
+    "head_dim": 128,
+    "intermediate_size": 8192,
+    "num_experts": 32,
+    "moe_layer_interval": 6,
+    "vocab_size": 256384,
+}
+
+
+def total_parameters(config: ModelConfig) -> int:
+    from emoe_jax.models import FAMILIES
+
+    family = next(f for f in FAMILIES if f.name == config.family)
+    dense = sum(math.prod(part.shape) for parts in family.dense_tensors(config).values() for part in parts)
+    return dense + len(config.moe_layers) * config.num_experts * config.expert_params
+
+
+@pytest.mark.parametrize(
+    ("raw", "parameters"),
+    [(MIXTRAL_8X7B, 46_702_792_704), (QWEN3_30B, 30_532_122_624), (OPENMOE_8B, 11_855_046_656)],
+)
+def test_published_sizes(raw, parameters):
+    assert total_parameters(ModelConfig.from_hf(raw)) == parameters
+
+
+def test_mixtral():
+    config = ModelConfig.from_hf(MIXTRAL_8X7B)
+    assert (config.head_dim, config.rope.theta, config.dtype) == (128, 1e6, "bfloat16")
+    assert config.sliding_window(0) is None
+    assert config.eos_token_ids == (2,)
+    assert ModelConfig.from_hf(MIXTRAL).sliding_windows == (7, 7, 7)
+
+
+def test_absent_and_null_differ_where_transformers_says_so():
+    absent = {k: v for k, v in MIXTRAL.items() if k not in ("num_key_value_heads", "eos_token_id")}
+    config = ModelConfig.from_hf(absent | {"num_attention_heads": 16, "eos_token_id": None})
+    assert config.num_kv_heads == 8
+    assert config.eos_token_ids == ()
+    config = ModelConfig.from_hf(absent | {"num_key_value_heads": None})
+    assert config.num_kv_heads == config.num_heads
+    assert config.eos_token_ids == (2,)
+
+
+def test_model_type_serves_where_architectures_is_absent():
+    raw = {k: v for k, v in QWEN3.items() if k != "architectures"}
+    assert ModelConfig.from_hf(raw).family == "qwen3_moe"
+    with pytest.raises(ConfigError, match="model_type 'llama' is not supported"):
+        ModelConfig.from_hf({"model_type": "llama"})
+
+
+def test_layers_with_experts():
+    assert ModelConfig.from_hf(QWEN2).moe_layers == (0, 2, 3)
+    assert ModelConfig.from_hf(QWEN2 | {"decoder_sparse_step": 2}).moe_layers == (3,)
+    assert ModelConfig.from_hf(OPENMOE).moe_layers == (1, 3)
+    assert ModelConfig.from_hf(OPENMOE_8B).moe_layers == (5, 11, 17, 23)
+    with pytest.raises(ConfigError, match="no MoE layer"):
+        ModelConfig.from_hf(QWEN2 | {"decoder_sparse_step": 9})
+
+
+def test_qwen_windows():
+    without_types = {k: v for k, v in QWEN2.items() if k != "layer_types"}
+    assert ModelConfig.from_hf(QWEN2).sliding_windows == (None, 6, None, 6)
+    assert ModelConfig.from_hf(without_types).sliding_windows == (6, None, 6, None)
+    assert ModelConfig.from_hf(without_types | {"max_window_layers": 2}).sliding_windows == (6, None, None, None)
+    off = without_types | {"use_sliding_window": False}
+    assert ModelConfig.from_hf(off).sliding_windows == (None,) * 4
+    # transformers 5 writes a window of 0 where it is off.
+    assert ModelConfig.from_hf(off | {"sliding_window": 0}).sliding_windows == (None,) * 4
+    assert ModelConfig.from_hf(QWEN3).sliding_windows == (6,) * 4
+
+
+def test_openmoe():
+    config = ModelConfig.from_hf(OPENMOE)
+    assert (config.bos_token_id, config.prepend_bos_id, config.eos_token_ids) == (0, 0, (1,))
+    assert config.router_capacity_factor is None
+    # Early uploads carried ids that their vocabulary contradicts.
+    early = ModelConfig.from_hf(OPENMOE | {"bos_token_id": 1, "eos_token_id": 2})
+    assert early == config
+    # The published code never reads these.
+    assert ModelConfig.from_hf(OPENMOE | {"rope_theta": 5e5, "layer_norm_epsilon": 1.0}) == config
+
+
+def test_rope_parameters_and_their_older_form_agree():
+    scaling = {"factor": 4.0, "original_max_position_embeddings": 32}
+    old = MIXTRAL | {"rope_theta": 5e3, "rope_scaling": scaling | {"type": "yarn"}}
+    new = {k: v for k, v in MIXTRAL.items() if k != "rope_theta"}
+    new |= {"rope_parameters": scaling | {"rope_type": "yarn", "rope_theta": 5e3}}
+    assert ModelConfig.from_hf(old) == ModelConfig.from_hf(new)
+    assert ModelConfig.from_hf(new).rope.theta == 5e3
+
+
+def test_keys_of_other_tools_do_not_matter():
+    extra = {"max_length": 20, "temperature": 1.0, "pruned_heads": {}, "id2label": {"0": "a"}, "auto_map": {"x": "y"}}
+    assert ModelConfig.from_hf(MIXTRAL | extra) == ModelConfig.from_hf(MIXTRAL)
+
+
+REFUSED = [
+    (MIXTRAL, {"architectures": ["GptOssForCausalLM"]}, "architecture GptOssForCausalLM is not supported"),
+    (MIXTRAL, {"architectures": "MixtralForCausalLM"}, "architectures is 'MixtralForCausalLM'"),
+    (MIXTRAL, {"quantization_config": {"quant_method": "awq"}}, "option 'quantization_config' is not supported"),
+    (MIXTRAL, {"attention_bias": True}, "option 'attention_bias' is not supported by mixtral"),
+    (MIXTRAL, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic' is not supported"),
+    (MIXTRAL, {"rope_scaling": {"rope_type": "longrope"}}, "rope scaling 'longrope' is not supported"),
+    (MIXTRAL, {"rope_scaling": {"type": "linear"}}, "rope option 'factor' is missing"),
+    (MIXTRAL, {"rope_scaling": {"type": "linear", "factor": 2, "odd": 1}}, "rope option 'odd' is not supported"),
+    (MIXTRAL, {"rope_scaling": {"type": "linear", "factor": "two"}}, "rope option 'factor' is 'two'"),
+    (MIXTRAL, {"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope factor is 0.5"),
+    (MIXTRAL, {"rope_scaling": {"type": ["linear"]}}, "rope scaling ['linear'] is not supported"),
+    (MIXTRAL, {"rope_scaling": {"type": "yarn", "factor": 2, "truncate": 1}}, "'truncate' is 1; expected bool"),
+    (MIXTRAL, {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope option 'full_attention'"),
+    (MIXTRAL, {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
+    (MIXTRAL, {"hidden_act": "quick_gelu"}, "hidden_act = 'quick_gelu' is not supported"),
+    (MIXTRAL, {"rms_norm_eps": math.nan}, "rms_norm_eps is nan"),
+    (MIXTRAL, {"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'; expected int or float"),
+    (MIXTRAL, {"rms_norm_eps": 0}, "rms_norm_eps is 0.0; expected a positive number"),
+    (MIXTRAL, {"rope_theta": math.inf}, "rope_theta is inf"),
+    (MIXTRAL, {"hidden_size": math.nan}, "hidden_size is nan; expected int"),
+    (MIXTRAL, {"hidden_size": 40.0}, "hidden_size is 40.0; expected int"),
+    (MIXTRAL, {"hidden_size": -40}, "hidden_size is -40; expected a positive size"),
+    (MIXTRAL, {"hidden_size": None}, "hidden_size is missing"),
+    (MIXTRAL, {"num_local_experts": True}, "num_local_experts is True; expected int"),
+    (MIXTRAL, {"num_experts": 4}, "num_experts = 4 contradicts num_local_experts = 6"),
+    (MIXTRAL, {"num_experts_per_tok": 7}, "top-k of 7 does not fit 6 experts"),
+    (MIXTRAL, {"num_key_value_heads": 3}, "4 query heads are not a multiple of 3 kv heads"),
+    (MIXTRAL, {"head_dim": 9}, "head_dim is 9; rotary positions need an even size"),
+    (MIXTRAL, {"sliding_window": 0}, "sliding_window is 0"),
+    (MIXTRAL, {"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'; expected bool"),
+    (MIXTRAL, {"eos_token_id": [1, "2"]}, "eos_token_id is [1, '2']; expected token ids"),
+    (MIXTRAL, {"torch_dtype": "float64"}, "dtype = 'float64' is not supported"),
+    (MIXTRAL, {"is_encoder_decoder": True}, "is_encoder_decoder = True is not supported"),
+    (OLMOE, {"head_dim": 12}, "head_dim = 12 is not supported by olmoe; supported: 10"),
+    (OLMOE, {"clip_qkv": -1.0}, "clip_qkv is -1.0; expected a positive number"),
+    (QWEN2, {"layer_types": ["full_attention"]}, "layer_types is ['full_attention']"),
+    (QWEN2, {"layer_types": ["full_attention"] * 3 + ["chunked_attention"]}, "layer_types is"),
+    (QWEN2, {"use_sliding_window": False}, "layer_types has sliding_attention, but use_sliding_window is off"),
+    (QWEN2, {"mlp_only_layers": [4]}, "mlp_only_layers is [4]; expected layer indices below 4"),
+    (QWEN3, {"sliding_window": 0}, "sliding_window is 0; expected a positive size with use_sliding_window"),
+    (OPENMOE, {"hidden_act": "silu"}, "hidden_act = 'silu' is not supported by openmoe; supported: 'swiglu'"),
+    (OPENMOE, {"router_topk": 3}, "router_topk = 3 is not supported"),
+    (OPENMOE, {"topk": 1}, "topk = 1 contradicts router_topk = 2"),
+    (OPENMOE, {"router_noisy_policy": "Jitter"}, "router_noisy_policy = 'Jitter' is not supported"),
+    (OPENMOE, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling = "),
+    (OPENMOE, {"mlp_gated": False}, "mlp_gated = False is not supported"),
+]
+
+
+@pytest.mark.parametrize(("raw", "change", "message"), REFUSED, ids=lambda value: json.dumps(value)[:60])
+def test_refused_by_name(raw, change, message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as error:
+        ModelConfig.from_hf(raw | change)
+    assert "\n" not in str(error.value)
+
+
+def test_not_a_number_in_the_file(tmp_path):
+    text = json.dumps(MIXTRAL | {"rope_theta": math.nan})
+    assert "NaN" in text
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match="rope_theta is nan"):
+        ModelConfig.from_directory(tmp_path)
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        ModelConfig.from_directory(tmp_path)
