@@ -100,7 +100,7 @@ def test_a_summary_says_what_the_article_says():
 
 
 def test_small_talk_is_clean_and_split_by_conversation():
-    trained, tested = chitchat.chats("train"), chitchat.chats("test")
+    trained, tested = chitchat.chats()["train"], chitchat.chats()["test"]
     assert len(trained) > 10_000
     assert len(tested) > 2_000
     texts = [

@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from train.demo import tokenizer
-from train.demo.batches import Encoder
+from train.demo.batches import PROMPT_WEIGHT, Encoder
 from train.tasks import examples
 
 
@@ -45,4 +45,4 @@ def test_training_format_is_the_chat_template(bpe, saved, task):
         prompt = saved.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
         assert ids[: len(prompt)] == prompt
         assert ids[len(prompt) :] == [*bpe.encode(example.answer).ids, saved.eos_token_id]
-        assert all(weight > 0.2 for weight in weights[len(prompt) :])
+        assert all(weight > PROMPT_WEIGHT for weight in weights[len(prompt) :])

@@ -15,7 +15,7 @@ from train.demo import mixture
 from train.demo.tokenizer import ASSISTANT, BOS, EOS, PAD, SYSTEM, USER
 
 ANSWER_WEIGHTS = {"qa": 3.0, "comp": 4.0, "clsfy": 2.0, "sum": 1.0, "conv": 0.5}
-PROMPT_WEIGHT = 0.15
+PROMPT_WEIGHT = 0.3
 _ROLE_TOKENS = {"user": USER, "assistant": ASSISTANT, "system": SYSTEM}
 
 

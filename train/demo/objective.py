@@ -14,11 +14,12 @@ from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models.decoder import Decoder, MoEFunction, init_experts
 from emoe_jax.models.routing import Routing
 from train.demo.attention import attend_packed, causal_within_documents
-from train.demo.batches import Batch
+from train.demo.batches import PROMPT_WEIGHT, Batch
 from train.demo.moe import dropped, moe_buffers
 
 BALANCE_WEIGHT = 0.01
 Z_WEIGHT = 1e-3
+EMBEDDING_STDDEV = 0.1
 
 
 class Parameters(NamedTuple):
@@ -39,16 +40,21 @@ class Metrics(NamedTuple):
 
 
 def init(config: ModelConfig, seed: int) -> Parameters:
-    """Random parameters: matrices by fan-in, those that write to the residual stream smaller with depth."""
+    """Random parameters: matrices by fan-in, those that write to the residual stream smaller with depth.
+
+    The embedding starts large. Names that may stand for one another get no other gradient than to become alike, so what
+    tells them apart, and makes copying the right one possible, is their random start.
+    """
     state = nnx.to_flat_state(nnx.state(Decoder(config, rngs=nnx.Rngs(seed)), nnx.Param))
     depth = (2 * config.num_layers) ** -0.5
     dense = {}
     for path, variable in state:
         name = ".".join(map(str, path))
         value = variable[...]
-        if value.ndim == 2 and "embedding" not in name and "head" not in name:
-            scale = value.shape[1] ** -0.5 / 0.02 * (depth if "out" in name else 1.0)
-            value = value * scale
+        if name in ("embedding", "head"):
+            value = value * (EMBEDDING_STDDEV / 0.02)
+        elif value.ndim == 2:
+            value = value * (value.shape[1] ** -0.5 / 0.02 * (depth if "out" in name else 1.0))
         dense[name] = value
     wide, narrow = config.hidden_size**-0.5 / 0.02, config.expert_hidden**-0.5 / 0.02 * depth
     experts = tuple(
@@ -101,7 +107,7 @@ def loss(parameters: Parameters, batch: Batch, config: ModelConfig) -> tuple[Flo
     valid = batch.documents.reshape(-1) > 0
     balance = jnp.mean(jnp.stack([balance_loss(routing, valid) for routing in routings]))
     router_z = jnp.mean(jnp.stack([jnp.mean(jax.nn.logsumexp(r.logits, axis=-1) ** 2 * valid) for r in routings]))
-    answers = (batch.weights > 0.2).astype(jnp.float32)
+    answers = (batch.weights > PROMPT_WEIGHT).astype(jnp.float32)
     count = jnp.maximum(jnp.sum(answers), 1)
     metrics = Metrics(
         cross_entropy,

@@ -50,7 +50,11 @@ class TrainState(NamedTuple):
 def optimizer(plan: Plan) -> optax.GradientTransformation:
     warmup = min(plan.warmup_steps, plan.steps // 2)
     schedule = optax.warmup_cosine_decay_schedule(0.0, plan.peak_rate, warmup, plan.steps, plan.peak_rate * 0.02)
-    decayed = lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree)  # noqa: E731
+
+    def decayed(parameters: Parameters) -> Parameters:
+        dense = {name: leaf.ndim > 1 and name != "embedding" for name, leaf in parameters.dense.items()}
+        return Parameters(dense, jax.tree.map(lambda _: True, parameters.experts))  # pyright: ignore[reportArgumentType]
+
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(schedule, b1=0.9, b2=0.98, weight_decay=plan.weight_decay, mask=decayed),
@@ -92,7 +96,8 @@ class Checkpoints:
         steps = self.steps()
         if not steps:
             return fresh
-        loaded = ocp.load(self.directory / str(steps[-1]), _named(jax.eval_shape(lambda: fresh)))
+        wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), fresh)
+        loaded = ocp.load(self.directory / str(steps[-1]), _named(wanted))
         return jax.tree.unflatten(jax.tree.structure(fresh), [loaded[name] for name in _named(fresh)])
 
 
