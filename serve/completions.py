@@ -49,7 +49,9 @@ async def _echoes(service: Service, body: CompletionRequest) -> list[str]:
     """What goes before each answer: the prompt when `echo` is set, else nothing."""
     if not body.echo:
         return [""] * len(body.prompt)
-    return [prompt if isinstance(prompt, str) else await service.text.decode(prompt) for prompt in body.prompt]
+    return [
+        prompt if isinstance(prompt, str) else await service.text.decode(prompt, "prompt") for prompt in body.prompt
+    ]
 
 
 @dataclasses.dataclass

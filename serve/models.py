@@ -50,7 +50,7 @@ def model_routes(service: Service) -> APIRouter:
     @router.post("/detokenize", tags=["tokens"])
     async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
         service.check_model(body.model)
-        return DetokenizeResponse(prompt=await service.text.decode(body.tokens))
+        return DetokenizeResponse(prompt=await service.text.decode(body.tokens, "tokens"))
 
     @router.get("/health", tags=["server"])
     async def health() -> HealthResponse:

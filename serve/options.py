@@ -69,7 +69,13 @@ def _build_parser() -> _Parser:
     )
     add = parser.add_argument
     add("--model", help="checkpoint directory or hub id (the bundled demo model)")
-    add("--served-model-name", nargs="+", metavar="NAME", help="names clients may use; the first is in answers")
+    add(
+        "--served-model-name",
+        nargs="+",
+        type=_name,
+        metavar="NAME",
+        help="names clients may use; the first is in answers",
+    )
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=_integer(0, 65535), default=8000, help="port to listen on; 0 picks a free one")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="dtype of weights and slab")
@@ -81,7 +87,7 @@ def _build_parser() -> _Parser:
     add("--host-memory", default="0B", metavar="SIZE", help="host memory that may hold experts off the device")
     add("--routing", choices=("resident", "exact"), default="resident", help="routing of requests that name none")
     add("--policy", choices=("lru", "static"), default="lru", help="which experts are kept on the device")
-    add("--api-key", nargs="+", default=[], metavar="KEY", help="keys of which a client must send one")
+    add("--api-key", nargs="+", type=_name, default=[], metavar="KEY", help="keys of which a client must send one")
     add("--seed", type=_integer(0, 2**63 - 1), default=0, help="seed of requests that name none")
     add("--shutdown-timeout", type=_seconds, default=30.0, help="seconds that running requests get after SIGTERM")
     add("--config", metavar="FILE", help="YAML file with any of these options, by the same names")
@@ -101,6 +107,12 @@ def _integer(low: int, high: int | None = None) -> Callable[[str], int]:
         return value
 
     return convert
+
+
+def _name(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("an empty name or key is none")
+    return text
 
 
 def _seconds(text: str) -> float:

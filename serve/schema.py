@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from typing_extensions import TypedDict
 
 from emoe_jax.engine.request import (
     MAX_LOGPROBS,
@@ -207,7 +206,7 @@ class CompletionRequest(SamplingRequest):
         return self
 
 
-class TextPart(TypedDict):
+class TextPart(StrictModel):
     type: Literal["text"]
     text: str
 

@@ -48,10 +48,10 @@ class TextCodec:
         self._check_length(sum(len(message["content"]) for message in messages), "messages")
         return await self._run(lambda: tokenizer.chat(messages, add_generation_prompt))
 
-    async def decode(self, ids: list[int]) -> str:
-        tokenizer = self._required("tokens")
+    async def decode(self, ids: list[int], param: str) -> str:
+        tokenizer = self._required(param)
         if any(token >= self.vocab_size for token in ids):
-            raise RequestError(f"token ids must be below the vocabulary size of {self.vocab_size}", param="tokens")
+            raise RequestError(f"token ids must be below the vocabulary size of {self.vocab_size}", param)
         return await self._run(lambda: tokenizer.decode(ids, skip_special_tokens=False))
 
     def token_text(self, token_id: int) -> str:

@@ -102,6 +102,7 @@ def test_bad_values_name_their_field(client: httpx.Client, path: str, param: str
         (COMPLETIONS, {"prompt": [2**40]}, "prompt"),
         (COMPLETIONS, {"prompt": [1000]}, "prompt"),
         (COMPLETIONS, {"prompt": [[1], [1000]]}, "prompt"),
+        (COMPLETIONS, {"prompt": [1000], "echo": True}, "prompt"),
         (COMPLETIONS, {"prompt": ["x"] * 1000}, "prompt"),
         (COMPLETIONS, {"prompt": {"text": "hi"}}, "prompt"),
         (COMPLETIONS, {"prompt": "hi", "best_of": 3}, "best_of"),

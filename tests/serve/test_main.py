@@ -45,6 +45,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--dtype", "int4"], "--dtype"),
         (["--shutdown-timeout", "nan"], "--shutdown-timeout"),
         (["--seed"], "--seed"),
+        (["--api-key", "secret", ""], "--api-key"),
         (["--predictor", "none"], "--predictor"),
         (["--config", "/nonexistent.yaml"], "/nonexistent.yaml"),
         (["--model", "/nonexistent/model"], "/nonexistent/model"),

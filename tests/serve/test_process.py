@@ -128,7 +128,9 @@ def test_sigterm_lets_running_requests_finish(server: ServerProcess, http: httpx
     assert server.wait(20) == 0
     reader.join()
     assert events[-1]["choices"][0]["finish_reason"] == "length"
-    assert "Traceback" not in "".join(server.output)
+    printed = "".join(server.output)
+    assert "Traceback" not in printed
+    assert "hello" not in printed, "prompts must not be logged"
 
 
 @pytest.mark.skipif(not (DEMO_MODEL / "config.json").is_file(), reason="the demo model has not been trained")
