@@ -24,6 +24,7 @@ class Tokenizer:
         vocabulary = tokenizer.get_vocab()
         self._size = max(vocabulary.values()) + 1
         self._byte_ids = frozenset(i for token, i in vocabulary.items() if _BYTE_TOKEN.fullmatch(token))
+        self._special_ids = frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
         self._anchor = self.encode("a", add_special_tokens=False)[-1:]
         self._anchor_text = self.decode(self._anchor)
 
@@ -97,8 +98,12 @@ class Tokenizer:
         """An incremental decoder of one sequence."""
         return TokenStream(self)
 
-    def ends_in_bytes(self, token_id: int) -> bool:
-        """Whether the token is a single byte whose meaning depends on the bytes that follow."""
+    def is_silent(self, token_id: int) -> bool:
+        """Whether the token has no text of its own: special tokens and ids beyond the vocabulary."""
+        return token_id in self._special_ids or token_id >= self._size
+
+    def is_byte(self, token_id: int) -> bool:
+        """Whether the token is a single byte, whose meaning depends on the bytes that follow."""
         return token_id in self._byte_ids
 
 
@@ -117,8 +122,10 @@ class TokenStream:
 
     def add(self, token_id: int) -> str:
         """Text that has become certain with this token."""
+        if self._tokenizer.is_silent(token_id):
+            return ""
         self._window.append(token_id)
-        if self._tokenizer.ends_in_bytes(token_id):
+        if self._tokenizer.is_byte(token_id):
             return ""
         text = self._tokenizer.decode(self._window)
         if text.endswith(_INCOMPLETE) or len(text) <= len(self._emitted_text):

@@ -1,0 +1,197 @@
+"""Tokenizers of several kinds: special tokens, chat templates, and exact incremental decoding."""
+
+import json
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from emoe_jax.checkpoint import Tokenizer
+from emoe_jax.errors import CheckpointError, RequestError
+from tests.golden.tiny import OPENMOE
+
+TEXTS = ["the cat sat on the mat, naïvely", "3 € for 2 cats 😀 or 日本語", "  two blanks\n\nand lines"]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] != 'user' %}{{ raise_exception('no ' + m['role']) }}{% endif %}"
+    "{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ eos_token }}{% endif %}"
+)
+
+
+def byte_level(directory, strip=False, chat_template: str | None = TEMPLATE):
+    """Byte-level BPE, as of GPT-2, Qwen and OLMoE; optionally dropping a leading blank, as the demo's does."""
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=strip)  # pyright: ignore[reportAttributeAccessIssue]
+    stripping = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    backend.decoder = stripping if strip else decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(TEXTS * 3, trainer)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])  # pyright: ignore[reportAttributeAccessIssue]
+    return save(backend, directory, chat_template)
+
+
+def byte_fallback(directory):
+    """Words with a blank mark and single bytes for the rest, as of Llama and Mixtral."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
+    pieces += ["▁the", "▁cat", "▁sat", "cats", "t", "h", "e", "c", "a", "s", ","]
+    backend = Backend(
+        models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=[], byte_fallback=True, unk_token="<unk>")
+    )
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])  # pyright: ignore[reportAttributeAccessIssue]
+    backend.decoder = decoders.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return save(backend, directory, None)
+
+
+def save(backend, directory, chat_template):
+    backend.save(str(directory / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    if chat_template is not None:
+        config["chat_template"] = chat_template
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.load(directory)
+    assert tokenizer is not None
+    return tokenizer
+
+
+KINDS = {"byte_level": byte_level, "stripping": lambda d: byte_level(d, strip=True), "byte_fallback": byte_fallback}
+
+
+@pytest.fixture(params=KINDS)
+def tokenizer(request, tmp_path):
+    return KINDS[request.param](tmp_path)
+
+
+def stream_all(tokenizer, ids):
+    stream = tokenizer.stream()
+    pieces = [stream.add(i) for i in ids]
+    return pieces, stream.flush()
+
+
+class TestStream:
+    @pytest.mark.parametrize("text", TEXTS)
+    def test_text_comes_back_in_pieces(self, tokenizer, text):
+        ids = tokenizer.encode(text)
+        pieces, rest = stream_all(tokenizer, ids)
+        assert "".join(pieces) + rest == tokenizer.decode(ids)
+        assert tokenizer.decode(ids).strip() == text.strip()
+        assert "\ufffd" not in "".join(pieces)
+        assert sum(map(bool, pieces)) > 3
+
+    def test_any_tokens_concatenate_to_their_decoding(self, tokenizer):
+        rng = np.random.default_rng(0)
+        for _ in range(100):
+            ids = rng.integers(0, 275, rng.integers(1, 40)).tolist()
+            pieces, rest = stream_all(tokenizer, ids)
+            assert "".join(pieces) + rest == tokenizer.decode(ids)
+
+    def test_half_a_character_waits(self, tmp_path):
+        tokenizer = byte_level(tmp_path)
+        ids = tokenizer.encode("語", add_special_tokens=False)
+        assert len(ids) > 1
+        pieces, rest = stream_all(tokenizer, ids)
+        assert [*pieces, rest] == [""] * (len(ids) - 1) + ["語", ""]
+        assert stream_all(tokenizer, ids[:-1])[1] == "\ufffd"
+
+
+def test_special_tokens(tmp_path):
+    tokenizer = byte_level(tmp_path)
+    with_bos = tokenizer.encode("the cat")
+    assert with_bos[0] == 0
+    assert tokenizer.encode("the cat", add_special_tokens=False) == with_bos[1:]
+    assert tokenizer.decode(with_bos) == "the cat"
+    assert tokenizer.decode(with_bos, skip_special_tokens=False) == "<s>the cat"
+    assert tokenizer.eos_token_ids == (1,)
+
+
+def test_ids_beyond_the_vocabulary_have_no_text(tokenizer):
+    """Embedding tables are padded to round sizes, so a model can produce such ids."""
+    assert tokenizer.decode([5000]) == ""
+    assert tokenizer.token_text(5000) == ""
+
+
+def test_token_text_keeps_the_blank(tokenizer):
+    ids = tokenizer.encode("a the cat", add_special_tokens=False)
+    assert "".join(map(tokenizer.token_text, ids)).endswith(" the cat")
+    assert tokenizer.token_text(tokenizer.eos_token_ids[0]) == "</s>"
+
+
+class TestChat:
+    def test_template(self, tmp_path):
+        tokenizer = byte_level(tmp_path)
+        messages = [{"role": "user", "content": "the cat"}]
+        text = tokenizer.encode("the cat", add_special_tokens=False)
+        assert tokenizer.chat(messages) == [0, *text, 1]
+        assert tokenizer.chat(messages, add_generation_prompt=False) == [0, *text]
+
+    @pytest.mark.parametrize(
+        ("template", "reason"),
+        [
+            (TEMPLATE, "no system"),
+            ("{{ messages[0].missing.more }}", "has no attribute"),
+            ("{{ 1 / 0 }}", "division by zero"),
+            ("{% if %}", "Expected an expression"),
+            ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
+        ],
+    )
+    def test_refusal(self, template, reason, tmp_path):
+        tokenizer = byte_level(tmp_path, chat_template=template)
+        with pytest.raises(RequestError, match=f"chat template refused the messages: .*{reason}") as error:
+            tokenizer.chat([{"role": "system", "content": "x"}])
+        assert error.value.param == "messages"
+        assert "\n" not in str(error.value)
+
+    def test_no_template(self, tmp_path):
+        tokenizer = byte_level(tmp_path, chat_template=None)
+        assert not tokenizer.has_chat_template
+        with pytest.raises(RequestError, match="no chat template"):
+            tokenizer.chat([{"role": "user", "content": "x"}])
+
+
+class TestLoading:
+    def test_no_files(self, tmp_path):
+        assert Tokenizer.load(tmp_path) is None
+
+    def test_broken_file(self, tmp_path):
+        (tmp_path / "tokenizer.json").write_text("{}")
+        with pytest.raises(CheckpointError, match="the tokenizer cannot be loaded") as error:
+            Tokenizer.load(tmp_path)
+        assert "\n" not in str(error.value)
+
+    def test_code_is_not_run(self, tmp_path):
+        """OpenMoE's tokenizer class lives in a file of the checkpoint; T5's own does the same."""
+        pieces = [
+            ("<pad>", 0.0),
+            ("</s>", 0.0),
+            ("<unk>", 0.0),
+            *((f"▁{w}", -2.0) for w in ("the", "cat")),
+            ("▁", -3.0),
+        ]
+        backend = Backend(models.Unigram(pieces, unk_id=2))
+        backend.pre_tokenizer = pre_tokenizers.Metaspace()  # pyright: ignore[reportAttributeAccessIssue]
+        backend.decoder = decoders.Metaspace()  # pyright: ignore[reportAttributeAccessIssue]
+        backend.save(str(tmp_path / "tokenizer.json"))
+        (tmp_path / "tokenizer_config.json").write_text(
+            json.dumps(
+                {
+                    "tokenizer_class": "OpenMoeTokenizer",
+                    "auto_map": {"AutoTokenizer": ["tokenization_openmoe.OpenMoeTokenizer", None]},
+                    "pad_token": "<pad>",
+                    "eos_token": "</s>",
+                    "unk_token": "<unk>",
+                }
+            )
+        )
+        (tmp_path / "tokenization_openmoe.py").write_text("raise SystemExit('ran')")
+        (tmp_path / "config.json").write_text(json.dumps(OPENMOE))
+        tokenizer = Tokenizer.load(tmp_path)
+        assert tokenizer is not None
+        the, cat = tokenizer.encode("the cat", add_special_tokens=False)
+        assert tokenizer.encode("the cat") == [0, the, cat]
+        assert tokenizer.decode([0, the, cat, 1]) == "the cat"
