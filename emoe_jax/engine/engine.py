@@ -16,11 +16,12 @@ from jaxtyping import Float
 from emoe_jax.checkpoint import Checkpoint, Tokenizer
 from emoe_jax.config import ModelConfig
 from emoe_jax.engine.answer import Answer
+from emoe_jax.engine.batch import Buckets
 from emoe_jax.engine.kv_cache import PAGE_SIZE, new_cache
 from emoe_jax.engine.memory import MemoryPlan, device_memory
 from emoe_jax.engine.pages import PagePool
 from emoe_jax.engine.request import SLO, Completion, Delta, RequestOutput, RoutingContract, SamplingParams
-from emoe_jax.engine.runner import Buckets, Runner
+from emoe_jax.engine.runner import Runner
 from emoe_jax.engine.scheduler import Scheduler
 from emoe_jax.engine.sequence import Sequence
 from emoe_jax.engine.text import TextStream

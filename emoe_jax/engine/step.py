@@ -1,8 +1,9 @@
 """The jitted functions of a step, pure over the weights, the slab and the KV cache.
 
-`resident_step` is the whole step in one call. The `exact` contract stops between each layer's router and its experts
+`resident_step` is a whole forward in one call. The `exact` contract stops between each layer's router and its experts
 so that the host can load what is missing: `embed`, then per layer `attend_and_route`, `expert_wave` (once per wave)
-and `close_moe` (or `dense_layer`), then `choose_tokens`. Without a cache the same pieces make an uncached forward.
+and `close_moe` (or `dense_layer`), then `last_logits`. Without a cache the same pieces make an uncached forward.
+`choose_tokens` follows either, compiled once per batch size.
 """
 
 import dataclasses
@@ -63,9 +64,9 @@ class StepInputs:
 
 
 class StepOutputs(NamedTuple):
-    """What the host reads back after a step."""
+    """Logits of each sequence's last token, what the routers wished for, and how many choices were substitutes."""
 
-    sampled: Sampled
+    logits: Float[Array, "B V"]
     wish_counts: Int[Array | np.ndarray, "M E"]
     substituted: Int[Array | np.ndarray, " B"]
 
@@ -103,13 +104,11 @@ def resident_step(
     slots: Int[Array, "M E"],
     cache: KVCache,
     inputs: StepInputs,
-    sampling: SamplingArrays,
-    want_logprobs: Bool[Array | np.ndarray, ""],
     *,
     skeleton: Skeleton,
     config: ModelConfig,
 ) -> tuple[KVCache, StepOutputs]:
-    """One step under the `resident` contract: routers choose among resident experts only. Donates `cache`."""
+    """A forward under the `resident` contract: routers choose among resident experts only. Donates `cache`."""
     model: Decoder = skeleton.join(leaves)
     view = inputs.view()
     B, T = inputs.tokens.shape
@@ -135,8 +134,7 @@ def resident_step(
         counts.append(_wish_counts(routing, valid, config.num_experts))
         replaced += jnp.sum(substituted(routing, config.num_experts).reshape(B, T), axis=1, dtype=jnp.int32)
     logits = model.logits(_last_hidden(x, jnp.asarray(inputs.lengths)))
-    outputs = StepOutputs(sample(logits, sampling, jnp.asarray(want_logprobs)), jnp.stack(counts), replaced)
-    return tuple(new_cache), outputs
+    return tuple(new_cache), StepOutputs(logits, jnp.stack(counts), replaced)
 
 
 @partial(jax.jit, static_argnames=("skeleton",))
@@ -184,6 +182,7 @@ def expert_wave(
     config: ModelConfig,
 ) -> Float[Array, "R D"]:
     """Add what the experts in `slots` contribute. Experts of other waves have slot `C`. Donates `accumulator`."""
+    slots = jnp.asarray(slots)
     return moe_ffn(routed.rows, routed.ids, routed.weights, slots, experts, config, accumulator=accumulator)
 
 
@@ -214,21 +213,21 @@ def dense_layer(
 
 
 @partial(jax.jit, static_argnames=("skeleton",))
-def choose_tokens(
-    leaves: tuple[Array, ...],
-    x: Float[Array, "B T D"],
-    lengths: Int[Array | np.ndarray, " B"],
-    sampling: SamplingArrays,
-    want_logprobs: Bool[Array | np.ndarray, ""],
-    *,
-    skeleton: Skeleton,
-) -> Sampled:
-    """Head and sampler for the last token of each sequence."""
-    logits = skeleton.join(leaves).logits(_last_hidden(x, jnp.asarray(lengths)))
-    return sample(logits, sampling, jnp.asarray(want_logprobs))
+def last_logits(
+    leaves: tuple[Array, ...], x: Float[Array, "B T D"], lengths: Int[Array | np.ndarray, " B"], *, skeleton: Skeleton
+) -> Float[Array, "B V"]:
+    """Float32 logits of the last token of each sequence."""
+    return skeleton.join(leaves).logits(_last_hidden(x, jnp.asarray(lengths)))
 
 
 @partial(jax.jit, static_argnames=("skeleton",))
 def all_logits(leaves: tuple[Array, ...], x: Float[Array, "B T D"], *, skeleton: Skeleton) -> Float[Array, "B T V"]:
     """Float32 logits of every position."""
     return skeleton.join(leaves).logits(x)
+
+
+@jax.jit
+def choose_tokens(
+    logits: Float[Array, "B V"], sampling: SamplingArrays, want_logprobs: Bool[Array | np.ndarray, ""]
+) -> Sampled:
+    return sample(logits, sampling, jnp.asarray(want_logprobs))

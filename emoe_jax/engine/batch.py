@@ -1,0 +1,121 @@
+"""From a step plan to padded arrays: batches in a few fixed shapes."""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+from emoe_jax.engine.kv_cache import pages_for
+from emoe_jax.engine.request import RoutingContract
+from emoe_jax.engine.sampling import SamplingArrays
+from emoe_jax.engine.scheduler import StepPlan
+from emoe_jax.engine.sequence import Sequence
+from emoe_jax.engine.step import StepInputs
+
+SHORTEST_CONTEXT = 1024
+"""Tokens of the smallest context bucket. Attending over padding is cheap beside compiling another step."""
+
+
+class Shape(NamedTuple):
+    """`B` sequences of `T` new tokens each, attending over `pages` pages each."""
+
+    sequences: int
+    tokens: int
+    pages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """The shapes that batches are padded to. A decode has one token per sequence, a prefill chunk one sequence."""
+
+    sequences: tuple[int, ...]
+    chunk_tokens: tuple[int, ...]
+    pages: tuple[int, ...]
+
+    @classmethod
+    def of(cls, max_num_seqs: int, prefill_chunk: int, max_model_len: int) -> "Buckets":
+        longest = pages_for(max_model_len)
+        return cls(
+            sequences=_ladder(1, max_num_seqs, 2),
+            chunk_tokens=_ladder(min(32, prefill_chunk), prefill_chunk, 4),
+            pages=_ladder(min(pages_for(SHORTEST_CONTEXT), longest), longest, 4),
+        )
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        batches = [(B, 1) for B in self.sequences] + [(1, T) for T in self.chunk_tokens if T > 1]
+        return tuple(Shape(B, T, pages) for B, T in batches for pages in self.pages)
+
+    def fit(self, sequences: int, tokens: int, pages: int) -> Shape:
+        """The smallest shape that holds so many."""
+        return Shape(
+            _fit(sequences, self.sequences),
+            1 if tokens == 1 else _fit(tokens, self.chunk_tokens),
+            _fit(pages, self.pages),
+        )
+
+
+class Piece(NamedTuple):
+    """Tokens of one sequence that a step feeds; the last piece of a prompt, and every decode, samples."""
+
+    sequence: Sequence
+    start: int
+    length: int
+    samples: bool
+
+
+class Batch(NamedTuple):
+    """Pieces that run in one call, and the arrays they were padded to."""
+
+    pieces: tuple[Piece, ...]
+    routing: RoutingContract
+    shape: Shape
+    inputs: StepInputs
+    sampling: SamplingArrays
+    want_logprobs: np.ndarray
+
+
+def batches_of(plan: StepPlan, buckets: Buckets) -> list[Batch]:
+    """At most one batch of decodes per routing contract, and one per prompt chunk."""
+    decodes = [Piece(sequence, sequence.num_computed, 1, True) for sequence in plan.decodes]
+    groups = [[piece for piece in decodes if piece.sequence.routing == routing] for routing in ("resident", "exact")]
+    groups += [[Piece(chunk.sequence, chunk.start, chunk.length, chunk.is_last)] for chunk in plan.prefills]
+    return [_pad(pieces, buckets) for pieces in groups if pieces]
+
+
+def empty_batch(shape: Shape, routing: RoutingContract) -> Batch:
+    """Nothing but padding, which writes to the trash page only."""
+    B, T, pages = shape
+    inputs = StepInputs(
+        np.zeros((B, T), np.int32), np.zeros(B, np.int32), np.zeros(B, np.int32), np.zeros((B, pages), np.int32)
+    )
+    return Batch((), routing, shape, inputs, SamplingArrays.of([], B), np.asarray(False))
+
+
+def _pad(pieces: list[Piece], buckets: Buckets) -> Batch:
+    pages = max(pages_for(piece.start + piece.length) for piece in pieces)
+    shape = buckets.fit(len(pieces), max(piece.length for piece in pieces), pages)
+    inputs = empty_batch(shape, "resident").inputs
+    for row, piece in enumerate(pieces):
+        inputs.tokens[row, : piece.length] = piece.sequence.tokens(piece.start, piece.length)
+        inputs.starts[row], inputs.lengths[row] = piece.start, piece.length
+        held = piece.sequence.pages[: shape.pages]
+        inputs.block_tables[row, : len(held)] = held
+    sequences = [piece.sequence for piece in pieces]
+    wants = any(sequence.params.logprobs is not None for sequence in sequences)
+    sampling = SamplingArrays.of(sequences, shape.sequences)
+    return Batch(tuple(pieces), sequences[0].routing, shape, inputs, sampling, np.asarray(wants))
+
+
+def _ladder(first: int, last: int, factor: int) -> tuple[int, ...]:
+    """`first`, then multiples by `factor` below `last`, then `last`."""
+    sizes = []
+    size = first
+    while size < last:
+        sizes.append(size)
+        size *= factor
+    return (*sizes, last)
+
+
+def _fit(size: int, ladder: tuple[int, ...]) -> int:
+    return next(bucket for bucket in ladder if bucket >= size)

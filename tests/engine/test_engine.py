@@ -1,0 +1,219 @@
+"""What an engine promises: the same tokens however it batches, chunks, caches and loads."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from emoe_jax import Engine, RequestError, SamplingParams
+from emoe_jax.moe import moe_ffn
+from tests.engine.conftest import TINY, EngineFactory, random_model
+
+GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
+RNG = np.random.default_rng(0)
+PROMPTS = [RNG.integers(0, 60, size=length).tolist() for length in (3, 17, 1, 40, 9)]
+
+
+@pytest.fixture(scope="module")
+def expected(engine_of: EngineFactory) -> list[list[int]]:
+    """Greedy tokens of every prompt alone, everything resident."""
+    full = engine_of(expert_memory="100%")
+    return [full.generate(prompt, GREEDY)[0].token_ids for prompt in PROMPTS]
+
+
+def test_all_resident_equals_the_plain_model(engine_of: EngineFactory) -> None:
+    model, experts = random_model(TINY)
+    identity = jnp.arange(8)
+
+    def moe(rows: jax.Array, ids: jax.Array, weights: jax.Array, layer_experts) -> jax.Array:
+        return moe_ffn(rows, ids, weights, identity, layer_experts, model.config, backend="reference")
+
+    plain, _ = model.forward(jnp.asarray([PROMPTS[3]]), experts, moe)
+    ours = engine_of(expert_memory="100%").logits(PROMPTS[3])
+    np.testing.assert_allclose(ours, plain[0], atol=1e-5)
+
+
+def test_cached_equals_uncached(engine_of: EngineFactory, expected: list[list[int]]) -> None:
+    full = engine_of(expert_memory="100%")
+    for prompt, tokens in zip(PROMPTS, expected, strict=True):
+        whole = prompt + tokens
+        chosen = full.logits(whole[:-1]).argmax(axis=-1)[len(prompt) - 1 :]
+        assert chosen.tolist() == tokens
+
+
+def test_batched_equals_alone(engine_of: EngineFactory, expected: list[list[int]]) -> None:
+    outputs = engine_of(expert_memory="100%").generate(PROMPTS, GREEDY)
+    assert [output.token_ids for output in outputs] == expected
+    assert all(output.substituted == 0.0 for output in outputs)
+
+
+def test_chunked_prefill_equals_whole(engine_of: EngineFactory, expected: list[list[int]]) -> None:
+    outputs = engine_of(expert_memory="100%", max_num_batched_tokens=7).generate(PROMPTS, GREEDY)
+    assert [output.token_ids for output in outputs] == expected
+
+
+@pytest.mark.parametrize("slots", [2, 3, 5])
+def test_exact_gives_the_resident_models_tokens(
+    engine_of: EngineFactory, expected: list[list[int]], slots: int
+) -> None:
+    """With 2 slots even one token's experts fill a layer, and prompts of 40 tokens need every expert: waves."""
+    engine = engine_of(expert_memory=f"{slots} slots", routing="exact")
+    outputs = engine.generate(PROMPTS, GREEDY)
+    assert [output.token_ids for output in outputs] == expected
+    assert all(output.substituted == 0.0 for output in outputs)
+
+
+def test_exact_logits_are_bit_identical_at_any_capacity(engine_of: EngineFactory) -> None:
+    reference = engine_of(expert_memory="5 slots", routing="exact").logits(PROMPTS[3])
+    np.testing.assert_array_equal(engine_of(expert_memory="2 slots", routing="exact").logits(PROMPTS[3]), reference)
+    full = engine_of(expert_memory="100%").logits(PROMPTS[3])
+    np.testing.assert_allclose(full, reference, atol=1e-5)
+
+
+def test_resident_substitutes_and_says_so(engine_of: EngineFactory, expected: list[list[int]]) -> None:
+    engine = engine_of(expert_memory="3 slots")
+    outputs = engine.generate(PROMPTS, GREEDY)
+    assert all(0 < output.substituted < 1 for output in outputs)
+    assert [output.token_ids for output in outputs] != expected
+    assert engine.generate(PROMPTS, GREEDY)[1].token_ids == outputs[1].token_ids  # static residency: reproducible
+
+
+def test_contracts_mix_in_one_batch(engine_of: EngineFactory, expected: list[list[int]]) -> None:
+    engine = engine_of(expert_memory="3 slots", policy="lru")
+    for index, prompt in enumerate(PROMPTS):
+        engine.add_request(f"r{index}", prompt, GREEDY, routing="exact" if index % 2 else "resident")
+    while engine.has_work():
+        engine.step()
+    outputs = [engine.pop(f"r{index}") for index in range(len(PROMPTS))]
+    assert [outputs[i].token_ids for i in (1, 3)] == [expected[i] for i in (1, 3)]
+    assert [output.substituted > 0 for output in outputs] == [True, False, True, False, True]
+
+
+def test_lru_follows_the_wishes(engine_of: EngineFactory) -> None:
+    engine = engine_of(expert_memory="4 slots", policy="lru")
+    before = engine.state()["residency"]
+    engine.generate(PROMPTS, GREEDY)
+    after = engine.state()["residency"]
+    assert before["experts"] == [[0, 1, 2, 3]] * 3
+    assert after["experts"] != before["experts"]
+    assert after["loads"]["loads"] > before["loads"]["loads"]
+    assert 0 < after["coverage"] < 1
+
+
+def test_preempted_requests_give_the_same_tokens(engine_of: EngineFactory) -> None:
+    """A KV cache for one full sequence (96 tokens, 6 pages) under requests that grow to 4, 5 and 4 pages."""
+    params, prompts = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True), PROMPTS[:3]
+    page = 16 * 3 * 2 * 2 * 8 * 4
+    engine = engine_of(expert_memory="100%", kv_memory=7 * page, max_model_len=96)
+    outputs = engine.generate(prompts, params)
+    assert engine.state()["scheduler"]["preemptions"] > 0
+    assert engine.state()["scheduler"]["pages_used"] == 0
+    unhurried = engine_of(expert_memory="100%").generate(prompts, params)
+    assert [output.token_ids for output in outputs] == [output.token_ids for output in unhurried]
+
+
+def test_seeds_decide_the_tokens_whatever_the_batch(engine_of: EngineFactory) -> None:
+    engine = engine_of(expert_memory="100%")
+    params = SamplingParams(max_tokens=12, temperature=1.0, top_p=0.9, seed=7, ignore_eos=True, n=2)
+    alone = engine.generate(PROMPTS[1], params)[0]
+    batched = engine.generate(PROMPTS, params)[1]
+    for one, other in zip(alone.completions, batched.completions, strict=True):
+        assert one.token_ids == other.token_ids
+    assert alone.completions[0].token_ids != alone.completions[1].token_ids
+
+
+def test_logprobs_are_those_of_the_model(engine_of: EngineFactory) -> None:
+    engine = engine_of(expert_memory="100%")
+    params = SamplingParams(max_tokens=3, temperature=0, logprobs=4, ignore_eos=True)
+    output = engine.generate(PROMPTS[0], params)[0]
+    assert output.logprobs is not None
+    logits = engine.logits(PROMPTS[0] + output.token_ids[:-1])[len(PROMPTS[0]) - 1 :]
+    expected = jax.nn.log_softmax(jnp.asarray(logits), axis=-1)
+    for position, entry in enumerate(output.logprobs):
+        assert entry.logprob == pytest.approx(float(expected[position, entry.token_id]), abs=1e-4)
+        assert entry.top[0] == (entry.token_id, pytest.approx(entry.logprob))
+        assert len(entry.top) == 4
+
+
+def test_streaming_pieces_make_the_whole(engine_of: EngineFactory, expected: list[list[int]]) -> None:
+    deltas = list(engine_of(expert_memory="100%").stream(PROMPTS[0], GREEDY))
+    assert [token for delta in deltas for token in delta.token_ids] == expected[0]
+    assert [delta.finish_reason for delta in deltas[:-1]] == [None] * (len(deltas) - 1)
+    assert deltas[-1].finish_reason == "length"
+
+
+def test_closing_a_stream_frees_its_pages(engine_of: EngineFactory) -> None:
+    engine = engine_of(expert_memory="100%")
+    stream = engine.stream(PROMPTS[0], GREEDY)
+    next(stream)
+    assert engine.state()["scheduler"]["pages_used"] > 0
+    stream.close()  # pyright: ignore[reportAttributeAccessIssue]
+    assert engine.state()["scheduler"]["pages_used"] == 0
+    assert not engine.has_work()
+
+
+def test_nothing_compiles_after_warm_up(tiny_checkpoint: Path) -> None:
+    compilations: list[str] = []
+    with Engine.load(
+        tiny_checkpoint, expert_memory="3 slots", policy="lru", max_num_seqs=4, max_num_batched_tokens=64
+    ) as engine:
+        engine.warm_up()
+        jax.monitoring.register_event_duration_secs_listener(
+            lambda event, _, **__: compilations.append(event) if "backend_compile" in event else None
+        )
+        try:
+            for seed in range(3):
+                rng = np.random.default_rng(seed)
+                for index in range(6):
+                    prompt = rng.integers(0, 60, size=rng.integers(1, 70)).tolist()
+                    params = SamplingParams(
+                        max_tokens=int(rng.integers(1, 20)),
+                        temperature=float(rng.choice([0.0, 0.8])),
+                        top_k=int(rng.choice([0, 5])),
+                        logprobs=[None, 3][index % 2],
+                    )
+                    engine.add_request(f"{seed}-{index}", prompt, params, routing=["resident", "exact"][index % 2])
+                while engine.has_work():
+                    engine.step()
+        finally:
+            jax.monitoring.clear_event_listeners()
+    assert compilations == []
+
+
+def test_a_failing_read_ends_only_its_requests(
+    tiny_checkpoint: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Engine.load(tiny_checkpoint, expert_memory="2 slots", policy="static", max_num_seqs=4) as engine:
+        reader = "emoe_jax.checkpoint.checkpoint.Checkpoint.read_expert"
+
+        def fail(*_: object) -> None:
+            raise OSError("the disk is gone")
+
+        engine.add_request("exact", PROMPTS[1], GREEDY, routing="exact")
+        with monkeypatch.context() as patch:
+            patch.setattr(reader, fail)
+            with pytest.raises(OSError, match="the disk is gone"):
+                engine.step()
+        assert engine.pop("exact").completions[0].finish_reason == "error"
+        assert engine.state()["scheduler"]["pages_used"] == 0
+        assert engine.generate(PROMPTS[1], GREEDY, routing="exact")[0].token_ids == expected[1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "match"),
+    [
+        ([], "empty"),
+        ([61], "vocabulary"),
+        ([-1], "vocabulary"),
+        ([True], "not an integer"),
+        (list(range(60)) * 2, "at most 95"),
+        ("text", "no tokenizer"),
+    ],
+)
+def test_bad_prompts_are_refused(engine_of: EngineFactory, prompt: list[int] | str, match: str) -> None:
+    engine = engine_of(expert_memory="100%")
+    with pytest.raises(RequestError, match=match):
+        engine.add_request("bad", prompt, GREEDY)
+    assert not engine.has_work()
