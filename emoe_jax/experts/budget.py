@@ -15,7 +15,7 @@ _UNITS = {
     "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
 }  # fmt: skip
-_PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*(%|slots?|[kmgt]i?b|b)?", re.IGNORECASE)
+_PATTERN = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*(%|slots?|[kmgt]i?b|b)?", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)

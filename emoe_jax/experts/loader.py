@@ -206,7 +206,9 @@ class ExpertLoader:
         while True:
             while error is None and len(waiting) < ahead and (item := next(remaining, None)) is not None:
                 layer, expert, slot = item
-                waiting[self._queue.request(layer, expert, np.inf, urgent=True)] = slot
+                # This thread takes the first one, and those that need no reading, before a worker could wake up.
+                wake = bool(waiting) and not self._store.is_in_host_memory(layer, expert)
+                waiting[self._queue.request(layer, expert, np.inf, urgent=True, wake=wake)] = slot
             if not waiting:
                 break
             while (ticket := self._queue.next_urgent()) is not None:

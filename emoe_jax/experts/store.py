@@ -4,7 +4,7 @@ import dataclasses
 import threading
 import time
 from collections import OrderedDict
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ HostRecord = np.ndarray | jax.Array
 _ALIGNMENT = 64
 
 
+@runtime_checkable
 class ExpertReader(Protocol):
     """What the store reads from; `layer` counts MoE layers only."""
 

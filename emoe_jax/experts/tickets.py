@@ -76,23 +76,33 @@ class TicketQueue:
         self._closed = False
 
     def request(
-        self, layer: int, expert: int, priority: float, evict: int | None = None, *, urgent: bool = False
+        self,
+        layer: int,
+        expert: int,
+        priority: float,
+        evict: int | None = None,
+        *,
+        urgent: bool = False,
+        wake: bool = True,
     ) -> LoadTicket:
-        """A new ticket, or the expert's active one with the higher priority and the newer `evict`."""
+        """A new ticket, or the expert's active one with the higher priority and the newer `evict`.
+
+        `wake=False` leaves sleeping workers alone, for a caller that goes on to stage the ticket itself.
+        """
         with self._changed:
             if self._closed:
                 raise RuntimeError("the expert loader is closed")
             ticket = self._tickets.get((layer, expert))
             if ticket is None:
                 ticket = self._tickets[layer, expert] = LoadTicket(layer, expert, priority, evict)
-                self._push(ticket)
+                self._push(ticket, wake)
             ticket.evict = evict if evict is not None else ticket.evict
             if priority > ticket.priority or (urgent and not ticket.urgent):
                 ticket.priority = max(ticket.priority, priority)
                 ticket.urgent |= urgent
                 # A read that waits to be tried again keeps its distance, unless someone waits for it.
                 if ticket.state is LoadState.QUEUED and (urgent or not ticket.delayed):
-                    self._push(ticket)
+                    self._push(ticket, wake)
             return ticket
 
     def next(self) -> LoadTicket | None:
@@ -212,10 +222,11 @@ class TicketQueue:
             self._ready.clear()
             self._changed.notify_all()
 
-    def _push(self, ticket: LoadTicket) -> None:
+    def _push(self, ticket: LoadTicket, wake: bool = True) -> None:
         ticket.entry, ticket.delayed = next(self._entries), False
         heapq.heappush(self._waiting, (-math.inf if ticket.urgent else -ticket.priority, ticket.entry, ticket))
-        self._changed.notify_all()
+        if wake:
+            self._changed.notify_all()
 
     def _taken(self, tickets: list[LoadTicket]) -> list[LoadTicket]:
         """From here on only the owner of the step decides about the staged ones: they cannot be cancelled."""

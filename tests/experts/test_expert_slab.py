@@ -1,0 +1,116 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+from emoe_jax.experts.slab import COMMIT_SIZES, ExpertSlab, commit_experts
+from emoe_jax.experts.store import ExpertStore
+from emoe_jax.experts.weights import ExpertLayout, ExpertWeights
+from tests.experts.fake_reader import LAYOUT, FakeReader, expected
+
+WIDE = ExpertLayout((512, 128), (128, 256), np.dtype(np.float32))
+
+
+def contents(slab: ExpertSlab, layer: int, slot: int) -> np.ndarray:
+    """The slot's weights as a record."""
+    weights = slab.weights[layer]
+    return np.concatenate([np.asarray(weights.w_in[slot]).ravel(), np.asarray(weights.w_out[slot]).ravel()])
+
+
+def compiled_commits() -> int:
+    return commit_experts._cache_size()  # pyright: ignore[reportFunctionMemberAccess, reportAttributeAccessIssue]
+
+
+def pointers(weights: ExpertWeights) -> tuple[int, int]:
+    return weights.w_in.unsafe_buffer_pointer(), weights.w_out.unsafe_buffer_pointer()
+
+
+def test_starts_zeroed_with_a_capacity_per_layer():
+    slab = ExpertSlab(LAYOUT, [3, 2])
+    assert [weights.capacity for weights in slab.weights] == [3, 2]
+    assert all(not leaf.any() for leaf in jax.tree.leaves(slab.weights))
+    assert slab.nbytes == 5 * LAYOUT.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(slab.weights))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 13])
+def test_batches_of_any_size_land_where_they_belong(count: int):
+    slab = ExpertSlab(LAYOUT, [4, 16])
+    slots = np.random.default_rng(count).permutation(16)[:count].tolist()
+    slab.commit(1, [slab.stage(expected(1, expert)) for expert in range(count)], slots)
+    for slot in range(16):
+        want = expected(1, slots.index(slot)) if slot in slots else np.zeros(LAYOUT.size)
+        np.testing.assert_array_equal(contents(slab, 1, slot), want)
+    assert not np.asarray(slab.weights[0].w_in).any()
+
+
+@pytest.mark.parametrize("memory_kind", [None, "pinned_host"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_from_store_to_slab(memory_kind: str | None, dtype: str):
+    layout = ExpertLayout((6, 3), (3, 3), np.dtype(jnp.dtype(dtype)))
+    store = ExpertStore(FakeReader(layout), layout, 1, 4, 4 * layout.nbytes, memory_kind=memory_kind)
+    slab = ExpertSlab(layout, [2])
+    staged = slab.stage(store.read(0, 3))
+    assert staged.sharding.memory_kind == "device"
+    slab.commit(0, [staged], [1])
+    np.testing.assert_array_equal(contents(slab, 0, 1), expected(0, 3, layout))
+
+
+def test_commits_are_in_place_and_donate_the_old_arrays():
+    slab = ExpertSlab(WIDE, [8, 8])
+    old = slab.weights
+    before = [pointers(weights) for weights in old]
+    records = [slab.stage(np.full(WIDE.size, n, np.float32)) for n in range(3)]
+    slab.commit(0, records, [5, 0, 2])
+    assert [pointers(weights) for weights in slab.weights] == before
+    assert old[0].w_in.is_deleted()
+    assert slab.weights[1] is old[1]  # other layers are not touched
+    assert not records[0].is_deleted()
+
+
+@pytest.mark.parametrize("size", COMMIT_SIZES)
+def test_no_temporaries(size: int):
+    slab = ExpertSlab(WIDE, [8])
+    staged = (slab.stage(np.zeros(WIDE.size, np.float32)),) * size
+    compiled = commit_experts.lower(slab.weights[0], staged, np.arange(size, dtype=np.int32)).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 1024
+
+
+def test_nothing_compiles_after_construction():
+    slab = ExpertSlab(LAYOUT, [16, 5])
+    compiled = compiled_commits()
+    staged = [slab.stage(expected(0, expert)) for expert in range(16)]
+    for count in range(1, 17):
+        slab.commit(0, staged[:count], list(range(count)))
+    for count in range(1, 6):
+        slab.commit(1, staged[:count], list(range(count)))
+    store = ExpertStore(FakeReader(), LAYOUT, 1, 4, 4 * LAYOUT.nbytes, memory_kind="pinned_host")
+    slab.commit(0, [slab.stage(store.read(0, 0))], [3])
+    assert compiled_commits() == compiled
+
+
+def test_bad_slots_are_refused_before_anything_is_written():
+    slab = ExpertSlab(LAYOUT, [2])
+    staged = [slab.stage(expected(0, expert)) for expert in range(2)]
+    for slots, error, message in (
+        ([0, 2], IndexError, "slot 2 of layer 0 is not one of 2"),
+        ([0, -1], IndexError, "slot -1"),
+        ([1, 1], ValueError, "not distinct"),
+        ([1], ValueError, "2 records for 1 slots"),
+    ):
+        with pytest.raises(error, match=message):
+            slab.commit(0, staged, slots)
+    assert not np.asarray(slab.weights[0].w_in).any()
+
+
+@pytest.mark.parametrize("size", COMMIT_SIZES)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_lowers_for_cuda(size: int, dtype: type):
+    layout = ExpertLayout((64, 32), (32, 32), np.dtype(dtype))
+    weights = jax.eval_shape(lambda: layout.empty_weights(8))
+    record = jax.ShapeDtypeStruct((layout.size,), dtype)
+    slots = jax.ShapeDtypeStruct((size,), np.int32)
+    exported = export.export(commit_experts, platforms=["cuda"])(weights, (record,) * size, slots)
+    assert exported.platforms == ("cuda",)

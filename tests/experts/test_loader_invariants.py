@@ -1,0 +1,158 @@
+"""Whatever happens in whatever order: every slot holds exactly the expert that the table names."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from emoe_jax.errors import CapacityError
+from emoe_jax.experts.loader import ExpertLoader
+from emoe_jax.experts.slab import ExpertSlab
+from emoe_jax.experts.store import ExpertStore
+from emoe_jax.experts.table import EMPTY, SlotTable
+from emoe_jax.experts.tickets import LoadState, LoadTicket
+from tests.experts.fake_reader import LAYOUT, FakeReader, expected
+
+CAPACITIES = (3, 2)
+NUM_EXPERTS = 6
+layers = st.integers(0, len(CAPACITIES) - 1)
+experts = st.integers(0, NUM_EXPERTS - 1)
+
+
+class LoaderMachine(RuleBasedStateMachine):
+    """Requests, slow and failing reads, cancellations, pins, commits and synchronous loads in any order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reader = FakeReader()
+        self.tickets: list[LoadTicket] = []
+        self.cancelled: list[LoadTicket] = []
+        self.pinned: dict[tuple[int, int], tuple[int, int]] = {}  # (layer, slot) -> (expert, generation)
+
+    @initialize(workers=st.integers(1, 2), window=st.integers(1, 8), cached=st.integers(0, 4), fill=st.booleans())
+    def build(self, workers: int, window: int, cached: int, fill: bool) -> None:
+        store = ExpertStore(self.reader, LAYOUT, len(CAPACITIES), NUM_EXPERTS, cached * LAYOUT.nbytes)
+        self.slab = ExpertSlab(LAYOUT, CAPACITIES)
+        self.table = SlotTable(CAPACITIES, NUM_EXPERTS, sharding=self.slab.sharding)
+        self.loader = ExpertLoader(
+            store, self.slab, self.table, workers=workers, window=window, retries=1, backoff=0.0005
+        )
+        if fill:
+            self.loader.fill([range(capacity) for capacity in CAPACITIES])
+
+    @rule(layer=layers, expert=experts, evict=st.none() | experts, priority=st.floats(0, 1))
+    def request(self, layer: int, expert: int, evict: int | None, priority: float) -> None:
+        if evict != expert:
+            self.tickets.append(self.loader.request(layer, expert, priority, evict=evict))
+
+    @rule(layer=layers, data=st.data(), priority=st.floats(0, 1))
+    def request_swap(self, layer: int, data: st.DataObject, priority: float) -> None:
+        """What a policy does: an absent expert for a resident one."""
+        resident = self.table.resident_mask[layer]
+        if resident.any():
+            evict = data.draw(st.sampled_from(np.flatnonzero(resident).tolist()))
+            load = data.draw(st.sampled_from(np.flatnonzero(~resident).tolist()))
+            self.tickets.append(self.loader.request(layer, load, priority, evict=evict))
+
+    @rule(layer=layers, failing=st.sets(experts, min_size=2), times=st.integers(1, 3))
+    def make_reads_fail(self, layer: int, failing: set[int], times: int) -> None:
+        for expert in failing:
+            self.reader.fail(layer, expert, times)
+
+    @rule(fast=st.sampled_from([True, True, False]))
+    def change_pace_of_reads(self, fast: bool) -> None:
+        (self.reader.gate.set if fast else self.reader.gate.clear)()
+
+    @precondition(lambda self: self.reader.gate.is_set())
+    @rule()
+    def stage(self) -> None:
+        assert self.loader.wait_idle(20)
+
+    @rule(limit=st.none() | st.integers(0, 2))
+    def commit(self, limit: int | None) -> None:
+        committed = self.loader.commit(limit)
+        assert limit is None or len(committed) <= limit
+        assert all(ticket.state is LoadState.COMMITTED for ticket in committed)
+
+    @precondition(lambda self: self.tickets)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        ticket = data.draw(st.sampled_from(self.tickets))
+        if self.loader.cancel(ticket):
+            self.cancelled.append(ticket)
+
+    @rule()
+    def cancel_all(self) -> None:
+        self.loader.cancel_all()
+
+    @rule(layer=layers, data=st.data())
+    def pin(self, layer: int, data: st.DataObject) -> None:
+        slot = data.draw(st.integers(0, CAPACITIES[layer] - 1))
+        if (layer, slot) not in self.pinned:
+            self.table.pin(layer, [slot])
+            state = int(self.table.expert_of_slot(layer)[slot]), int(self.table.generation(layer)[slot])
+            self.pinned[layer, slot] = state
+
+    @rule()
+    def unpin_all(self) -> None:
+        for layer, slot in self.pinned:
+            self.table.unpin(layer, [slot])
+        self.pinned.clear()
+
+    @precondition(lambda self: self.reader.gate.is_set())
+    @rule(layer=layers, wanted=st.lists(experts, max_size=3), evictable=st.permutations(range(NUM_EXPERTS)))
+    def load_now(self, layer: int, wanted: list[int], evictable: list[int]) -> None:
+        before = self.table.resident(layer).tolist()
+        try:
+            self.loader.load_now(layer, wanted, evictable)
+        except CapacityError:
+            assert self.table.resident(layer).tolist() == before
+        except OSError:
+            pass
+        else:
+            assert set(wanted) <= set(self.table.resident(layer).tolist())
+
+    @invariant()
+    def slab_and_table_agree(self) -> None:
+        for layer, weights in enumerate(self.slab.weights):
+            w_in, w_out = np.asarray(weights.w_in), np.asarray(weights.w_out)
+            for slot, expert in enumerate(self.table.expert_of_slot(layer)):
+                record = np.concatenate([w_in[slot].ravel(), w_out[slot].ravel()])
+                want = np.zeros(LAYOUT.size) if expert == EMPTY else expected(layer, int(expert))
+                np.testing.assert_array_equal(record, want)
+
+    @invariant()
+    def both_directions_of_the_table_agree(self) -> None:
+        for layer, expert in itertools.product(range(len(CAPACITIES)), range(NUM_EXPERTS)):
+            slot = self.table.slot(layer, expert)
+            assert slot == CAPACITIES[layer] or self.table.expert_of_slot(layer)[slot] == expert
+        np.testing.assert_array_equal(self.table.device_table(), self.table.slot_of_expert)
+
+    @invariant()
+    def what_was_cancelled_stays_cancelled(self) -> None:
+        assert all(ticket.state is LoadState.CANCELLED for ticket in self.cancelled)
+
+    @invariant()
+    def pinned_slots_are_untouched(self) -> None:
+        for (layer, slot), state in self.pinned.items():
+            assert state == (self.table.expert_of_slot(layer)[slot], self.table.generation(layer)[slot])
+
+    def teardown(self) -> None:
+        self.reader.gate.set()
+        if hasattr(self, "loader"):
+            self.loader.close()
+            stats = self.loader.stats
+            assert stats.loaded_bytes == stats.loads * LAYOUT.nbytes
+            assert stats.loads <= stats.staged_bytes // LAYOUT.nbytes
+
+
+TestLoaderInvariants = pytest.mark.filterwarnings("error")(LoaderMachine.TestCase)
+TestLoaderInvariants.settings = settings(
+    max_examples=60,
+    stateful_step_count=30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
