@@ -1,6 +1,7 @@
 """What an engine promises: the same tokens however it batches, chunks, caches and loads."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 
 from emoe_jax import Engine, RequestError, SamplingParams
+from emoe_jax.engine.request import RoutingContract
 from emoe_jax.moe import moe_ffn
 from tests.engine.conftest import TINY, EngineFactory, random_model
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
+CONTRACTS: tuple[RoutingContract, ...] = ("resident", "exact")
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 60, size=length).tolist() for length in (3, 17, 1, 40, 9)]
 
@@ -83,7 +86,7 @@ def test_resident_substitutes_and_says_so(engine_of: EngineFactory, expected: li
 def test_contracts_mix_in_one_batch(engine_of: EngineFactory, expected: list[list[int]]) -> None:
     engine = engine_of(expert_memory="3 slots", policy="lru")
     for index, prompt in enumerate(PROMPTS):
-        engine.add_request(f"r{index}", prompt, GREEDY, routing="exact" if index % 2 else "resident")
+        engine.add_request(f"r{index}", prompt, GREEDY, routing=CONTRACTS[index % 2])
     while engine.has_work():
         engine.step()
     outputs = [engine.pop(f"r{index}") for index in range(len(PROMPTS))]
@@ -156,14 +159,18 @@ def test_closing_a_stream_frees_its_pages(engine_of: EngineFactory) -> None:
 
 def test_nothing_compiles_after_warm_up(tiny_checkpoint: Path) -> None:
     compilations: list[str] = []
-    with Engine.load(
-        tiny_checkpoint, expert_memory="3 slots", policy="lru", max_num_seqs=4, max_num_batched_tokens=64
-    ) as engine:
-        engine.warm_up()
-        jax.monitoring.register_event_duration_secs_listener(
-            lambda event, _, **__: compilations.append(event) if "backend_compile" in event else None
-        )
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if "backend_compile" in event:
+            compilations.append(event)
+
+    options: dict[str, Any] = {"policy": "lru", "max_num_seqs": 4, "max_num_batched_tokens": 64}
+    with Engine.load(tiny_checkpoint, expert_memory="3 slots", **options) as engine:
+        jax.monitoring.register_event_duration_secs_listener(listen)
         try:
+            engine.warm_up()
+            assert compilations  # the listener hears what happens
+            compilations.clear()
             for seed in range(3):
                 rng = np.random.default_rng(seed)
                 for index in range(6):
@@ -174,11 +181,11 @@ def test_nothing_compiles_after_warm_up(tiny_checkpoint: Path) -> None:
                         top_k=int(rng.choice([0, 5])),
                         logprobs=[None, 3][index % 2],
                     )
-                    engine.add_request(f"{seed}-{index}", prompt, params, routing=["resident", "exact"][index % 2])
+                    engine.add_request(f"{seed}-{index}", prompt, params, routing=CONTRACTS[index % 2])
                 while engine.has_work():
                     engine.step()
         finally:
-            jax.monitoring.clear_event_listeners()
+            jax.monitoring.unregister_event_duration_listener(listen)
     assert compilations == []
 
 
