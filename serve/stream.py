@@ -75,12 +75,11 @@ class EventStream(StreamingResponse):
 async def _events(generation: Generation, writer: ChunkWriter[Any], include_usage: bool) -> AsyncIterator[bytes]:
     outputs: dict[int, RequestOutput] = {}
     try:
-        async for progress in generation:
-            chunks = writer.chunks(progress)
-            if progress.output is not None:
-                outputs[progress.position] = progress.output
-                if len(outputs) == len(generation.request_ids):
-                    chunks = _closed(chunks, writer, list(outputs.values()), include_usage)
+        async for batch in generation.batches():
+            chunks = [chunk for progress in batch for chunk in writer.chunks(progress)]
+            outputs.update((progress.position, progress.output) for progress in batch if progress.output is not None)
+            if len(outputs) == len(generation.request_ids):
+                chunks = _closed(chunks, writer, list(outputs.values()), include_usage)
             if chunks:
                 yield b"".join(sse(chunk.model_dump_json()) for chunk in chunks)
     except Exception as error:

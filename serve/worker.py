@@ -94,20 +94,28 @@ class Generation:
         if isinstance(event, Exception):
             raise event
 
-    async def __aiter__(self) -> AsyncIterator[Progress]:
-        """Deltas in the order the engine made them. Raises when the engine failed or the server stopped."""
+    async def batches(self) -> AsyncIterator[list[Progress]]:
+        """Deltas in the order the engine made them, all that have come in at a time: a client that reads slowly gets
+        them in fewer pieces. Raises when the engine failed or the server stopped.
+        """
         remaining = len(self.request_ids)
         while remaining:
-            event = await self._events.get()
-            if isinstance(event, Exception):
-                raise event
-            assert event is not None
-            remaining -= event.output is not None
-            yield event
+            events = [await self._events.get()]
+            while not self._events.empty():
+                events.append(self._events.get_nowait())
+            batch = [event for event in events if isinstance(event, Progress)]
+            remaining -= sum(event.output is not None for event in batch)
+            if batch:
+                yield batch
+            for event in events:
+                if isinstance(event, Exception):
+                    raise event
 
     async def outputs(self) -> list[RequestOutput]:
         """All finished prompts, in the order they were submitted."""
-        outputs = {event.position: event.output async for event in self if event.output is not None}
+        outputs: dict[int, RequestOutput] = {}
+        async for batch in self.batches():
+            outputs.update((event.position, event.output) for event in batch if event.output is not None)
         return [outputs[position] for position in sorted(outputs)]
 
     def abort(self) -> None:
