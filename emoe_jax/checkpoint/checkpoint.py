@@ -32,18 +32,20 @@ class Checkpoint:
 
     def __init__(self, directory: Path, config: ModelConfig, raw_config: dict[str, Any]):
         self.directory = directory
-        self.config = config
         self.raw_config = raw_config
         self.family: Family = family_of(raw_config)
         files = open_weights(directory)
         self._names = {self.family.canonical(name): name for name in files}
         self._files = {canonical: files[name] for canonical, name in self._names.items()}
         self._dense = self.family.dense_tensors(config)
+        for parts in self._dense.values():
+            self._check(parts)
+        if not (raw_config.get("dtype") or raw_config.get("torch_dtype")):
+            config = config.replace(dtype=self._stored_dtype())
+        self.config = config
         self._sources = [
             [self._pick_source(layer, expert) for expert in range(config.num_experts)] for layer in config.moe_layers
         ]
-        for parts in self._dense.values():
-            self._check(parts)
         self._refuse_unknown()
 
     @classmethod
@@ -116,6 +118,11 @@ class Checkpoint:
             target = out[row : row + part.rows]
             self._files[part.name].read_into(self._names[part.name], target, part.index, part.transposed)
             row += part.rows
+
+    def _stored_dtype(self) -> str:
+        (embedding,) = self._dense["embedding"]
+        info = self._files[embedding.name].tensors[self._names[embedding.name]]
+        return WEIGHT_DTYPES[info.dtype].name
 
     def _bytes(self, part: Part) -> int:
         info = self._files[part.name].tensors[self._names[part.name]]

@@ -147,6 +147,13 @@ class HfConfig:
             raise ConfigError(f"config.json: {key} is {value}; expected a positive size")
         return value
 
+    def optional_size(self, key: str, default: int | None = None) -> int | None:
+        """A positive integer; `default` when absent, None when null."""
+        if key in self._raw and self._raw[key] is None:
+            self._read.add(key)
+            return None
+        return default if key not in self._raw else self.size(key)
+
     def number(self, key: str, default: float) -> float:
         return _finite(key, self.get(key, (int, float), default))
 
@@ -177,8 +184,7 @@ class HfConfig:
 
     def kv_heads(self, heads: int, default: int | None = None) -> int:
         """`num_key_value_heads`: null means one per query head, absence the family's default."""
-        absent = "num_key_value_heads" not in self._raw
-        return self.size("num_key_value_heads", default if absent and default is not None else heads)
+        return self.optional_size("num_key_value_heads", default) or heads
 
     def token_ids(self, key: str, default: int | None = None) -> tuple[int, ...]:
         """Token ids of `key`: none when null, `default` when absent."""

@@ -21,7 +21,7 @@ def _config(raw: Mapping[str, Any]) -> ModelConfig:
     hf = HfConfig("mixtral", raw, aliases={"num_experts": "num_local_experts"})
     decoder = hf.decoder(norm_eps=1e-5, max_position=4096 * 32, theta=1e6)
     layers = decoder["num_layers"]
-    window = None if hf.get("sliding_window", int) is None else hf.size("sliding_window")
+    window = hf.optional_size("sliding_window")
     hf.ignore("router_jitter_noise")  # training only
     config = ModelConfig(
         **decoder,

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from emoe_jax.config import ModelConfig
-from emoe_jax.errors import ConfigError
 from emoe_jax.models.family import (
     DenseTensors,
     ExpertSource,
@@ -56,12 +55,10 @@ def sparse_layers(hf: HfConfig, layers: int) -> tuple[int, ...]:
 
 def sliding_window(hf: HfConfig) -> int | None:
     """`sliding_window`, which counts only with `use_sliding_window`; configs keep a value that is switched off."""
-    window = hf.get("sliding_window", int, 4096)
-    if not hf.get("use_sliding_window", bool, False):
-        return None
-    if window <= 0:
-        raise ConfigError(f"config.json: sliding_window is {window}; expected a positive size with use_sliding_window")
-    return window
+    if hf.get("use_sliding_window", bool, False):
+        return hf.optional_size("sliding_window", 4096)
+    hf.ignore("sliding_window")
+    return None
 
 
 def qwen_dense_tensors(config: ModelConfig) -> DenseTensors:

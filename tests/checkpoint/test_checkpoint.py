@@ -97,6 +97,11 @@ class TestReading:
         with pytest.raises(CheckpointError, match="eos_token_id is '</s>'"):
             Checkpoint.open(tmp_path)
 
+    def test_dtype_of_the_file_where_the_config_has_none(self, tmp_path):
+        assert Checkpoint.open(write_checkpoint(tmp_path, RAW, dtype=np.float16)).config.dtype == "float16"
+        edit_config(tmp_path, torch_dtype="bfloat16")
+        assert Checkpoint.open(tmp_path).config.dtype == "bfloat16"
+
     def test_linked_shards(self, tmp_path):
         """The hub's cache holds links to blobs elsewhere."""
         original = write_checkpoint(tmp_path / "blobs", RAW)
@@ -197,7 +202,10 @@ BAD = {
         lambda d: edit_tensors(d, lambda t: t.update({"model.adapter": np.zeros(1, np.float32)})),
         "tensor model.adapter is not part of mixtral",
     ),
-    "fewer experts than configured": (lambda d: edit_config(d, num_local_experts=7), "experts.6.w1.weight is missing"),
+    "fewer experts than configured": (
+        lambda d: edit_config(d, num_local_experts=7),
+        "has shape (6, 40); expected (7, 40)",
+    ),
     "more experts than configured": (
         lambda d: edit_config(d, num_local_experts=5),
         "gate.weight has shape (6, 40); expected (5, 40)",

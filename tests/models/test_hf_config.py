@@ -152,6 +152,7 @@ def test_qwen_windows():
     # transformers 5 writes a window of 0 where it is off.
     assert ModelConfig.from_hf(off | {"sliding_window": 0}).sliding_windows == (None,) * 4
     assert ModelConfig.from_hf(QWEN3).sliding_windows == (6,) * 4
+    assert ModelConfig.from_hf(QWEN3 | {"sliding_window": None}).sliding_windows == (None,) * 4
 
 
 def test_openmoe():
@@ -219,7 +220,7 @@ REFUSED = [
     (QWEN2, {"layer_types": ["full_attention"] * 3 + ["chunked_attention"]}, "layer_types is"),
     (QWEN2, {"use_sliding_window": False}, "layer_types has sliding_attention, but use_sliding_window is off"),
     (QWEN2, {"mlp_only_layers": [4]}, "mlp_only_layers is [4]; expected layer indices below 4"),
-    (QWEN3, {"sliding_window": 0}, "sliding_window is 0; expected a positive size with use_sliding_window"),
+    (QWEN3, {"sliding_window": 0}, "sliding_window is 0; expected a positive size"),
     (OPENMOE, {"hidden_act": "silu"}, "hidden_act = 'silu' is not supported by openmoe; supported: 'swiglu'"),
     (OPENMOE, {"router_topk": 3}, "router_topk = 3 is not supported"),
     (OPENMOE, {"topk": 1}, "topk = 1 contradicts router_topk = 2"),
