@@ -83,10 +83,11 @@ def _pack(encoder: Encoder, seed: int, step: int, rows: int, length: int) -> lis
     packed: list[list[tuple[list[int], list[float]]]] = [[] for _ in range(rows)]
     room = [length] * rows
     misses, number = 0, 0
+    stage = mixture.stage_of(step)
     while misses < 8:
         key = f"{step}/{number}"
         number += 1
-        example = mixture.draw(seed, key)
+        example = mixture.draw(seed, key, stage)
         ids, weights = encoder.conversation(mixture.with_answer(example, f"{seed}/{key}"), example.task)
         row = next((row for row in range(rows) if room[row] >= len(ids)), None)
         if row is None:

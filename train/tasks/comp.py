@@ -29,17 +29,19 @@ _LAYOUTS = (
 
 def example(split: Split, key: str) -> Example:
     draw = Draw(f"comp/{split}/{key}", split)
-    story = stories.story(draw)
-    same = draw.chance(0.5)
-    if same:
-        first, second = story.headlines(draw)
-    else:
-        first, second = story.headline(draw), _other(draw, story).headline(draw)
-        if draw.chance(0.5):
-            first, second = second, first
+    first, second, same = pair(draw)
     ask, about, how = draw.phrase(_ASKS, _ABOUT, _HOW)
     prompt = draw.one(_LAYOUTS).format(instruction=f"{ask} {about}{how}", first=first, second=second)
     return Example(prompt, "yes" if same else "no", "comp")
+
+
+def pair(draw: Draw) -> tuple[str, str, bool]:
+    """Two headlines, and whether they report the same story."""
+    story = stories.story(draw)
+    if draw.chance(0.5):
+        return *story.headlines(draw), True
+    first, second = story.headline(draw), _other(draw, story).headline(draw)
+    return (second, first, False) if draw.chance(0.5) else (first, second, False)
 
 
 def _other(draw: Draw, story: stories.Story) -> stories.Story:
