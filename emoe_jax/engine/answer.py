@@ -27,10 +27,10 @@ class Answer:
         completion, stream = self._output.completions[sequence.index], self._streams[sequence.index]
         # The token that ends a text (end of sequence, stop token) is counted but not shown.
         ends_text = sequence.finish_reason == "stop"
-        text, stopped = ("", False) if ends_text else stream.add(sampled.token_id)
-        reason: FinishReason | None = "stop" if stopped else sequence.finish_reason
-        if reason is not None and not stopped:
+        text = "" if ends_text else stream.add(sampled.token_id)[0]
+        if sequence.finish_reason is not None:
             text += stream.flush()
+        reason: FinishReason | None = "stop" if stream.stopped else sequence.finish_reason
         logprobs: tuple[TokenLogprob, ...] = ()
         if completion.logprobs is not None:
             logprobs = (TokenLogprob(sampled.token_id, sampled.logprob, sampled.top),)
@@ -38,7 +38,7 @@ class Answer:
         completion.text += text
         completion.token_ids.append(sampled.token_id)
         completion.finish_reason = reason
-        return Delta(sequence.request_id, sequence.index, text, (sampled.token_id,), logprobs, reason), stopped
+        return Delta(sequence.request_id, sequence.index, text, (sampled.token_id,), logprobs, reason), stream.stopped
 
     def end(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a completion without a token."""
