@@ -14,7 +14,13 @@ INDEX = "model.safetensors.index.json"
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]  # weights, configuration and tokenizer only
+_HUB_FILES = [
+    "*.json",
+    "model*.safetensors",
+    "*.txt",
+    "*.jinja",
+    "*.model",
+]  # weights, configuration and tokenizer only
 
 
 def locate(source: str | Path, revision: str | None = None) -> Path:
