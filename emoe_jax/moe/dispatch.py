@@ -14,26 +14,24 @@ from jaxtyping import Array, Float, Int
 class Dispatch(NamedTuple):
     """Assignments sorted by (expert id, row); those of absent experts, and non-assignments, come last.
 
-    Sorted assignment `i` is flat assignment `order[i]` (= row * k + choice), of row `row[i]`, served by slot `slot[i]`
-    (the capacity when absent). Expert `e` owns sorted assignments `start[e] : start[e] + size[e]`; `size` is zero for
-    absent experts.
+    Sorted assignment `i` is flat assignment `order[i]` (= row * k + choice), of row `row[i]` and expert `expert[i]`
+    (`E` when absent), at slot `slot[i]` (the capacity when absent). Expert `e` owns sorted assignments
+    `start[e] : start[e] + size[e]`; `size` is zero for absent experts.
 
     Worked example, k = 1, expert ids [2, 0, 2], all present: order [1, 0, 2], size [1, 0, 2], start [0, 1, 1].
     """
 
     order: Int[Array, " A"]
     row: Int[Array, " A"]
+    expert: Int[Array, " A"]
     slot: Int[Array, " A"]
     size: Int[Array, " E"]
     start: Int[Array, " E"]
 
-
-class Spans(NamedTuple):
-    """Runs of sorted assignments, each within one expert, in ascending expert id: the first `count` entries."""
-
-    start: Int[Array, " S"]
-    size: Int[Array, " S"]
-    count: Int[Array, ""]
+    @property
+    def present(self) -> Int[Array, ""]:
+        """How many assignments have a resident expert."""
+        return jnp.sum(self.size)
 
 
 def dispatch(ids: Int[Array, "R k"], slot_of_expert: Int[Array, " E"], capacity: int) -> Dispatch:
@@ -44,19 +42,12 @@ def dispatch(ids: Int[Array, "R k"], slot_of_expert: Int[Array, " E"], capacity:
     key = jnp.where(slot < capacity, flat, num_experts)
     order = jnp.argsort(key, stable=True).astype(jnp.int32)
     size = jnp.sum(key[:, None] == jnp.arange(num_experts, dtype=jnp.int32)[None, :], axis=0, dtype=jnp.int32)
-    return Dispatch(order, order // k, slot[order], size, jnp.cumsum(size) - size)
+    return Dispatch(order, order // k, key[order], slot[order], size, jnp.cumsum(size) - size)
 
 
 def slots_of(ids: Int[Array, "..."], slot_of_expert: Int[Array, " E"], capacity: int) -> Int[Array, "..."]:
     """The slot of every id; `capacity` for absent experts and for the id `E`."""
     return jnp.append(slot_of_expert.astype(jnp.int32), jnp.int32(capacity))[ids]
-
-
-def spans(start: Int[Array, " E"], size: Int[Array, " E"], assignments: int) -> Spans:
-    """The non-empty ones among the given runs, one per expert, of at most `assignments` assignments together."""
-    busy = size > 0
-    chosen = jnp.nonzero(busy, size=min(assignments, size.shape[0]), fill_value=0)[0]
-    return Spans(start[chosen], size[chosen], jnp.sum(busy, dtype=jnp.int32))
 
 
 def combine(
@@ -70,17 +61,17 @@ def combine(
     R, k = weights.shape
     rank = jnp.zeros((R * k,), jnp.int32).at[groups.order].set(jnp.arange(R * k, dtype=jnp.int32))
     rank = jnp.sort(rank.reshape(R, k), axis=-1)  # ascending rank is ascending expert id, absent ones last
-    present = rank < jnp.sum(groups.size)
+    present = rank < groups.present
     sorted_weights = weights.reshape(-1).astype(jnp.float32)[groups.order]
     total = start.astype(jnp.float32)
     for j in range(k):
         product = products[rank[:, j]].astype(jnp.float32)
-        added = _round_to(total + sorted_weights[rank[:, j]][:, None] * product, start.dtype)
+        added = round_to(total + sorted_weights[rank[:, j]][:, None] * product, start.dtype)
         total = jnp.where(present[:, j, None], added, total)
     return total.astype(start.dtype)
 
 
-def _round_to(x: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
+def round_to(x: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
     """Float32 values rounded to what `dtype` can hold; unlike a cast there and back, never optimised away."""
     if dtype == jnp.float32:
         return x

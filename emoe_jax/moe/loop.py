@@ -14,7 +14,10 @@ from jaxtyping import Array, Float, Int
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models.decoder import gate
-from emoe_jax.moe.dispatch import Dispatch, Spans, combine, dispatch, largest_divisor, spans
+from emoe_jax.moe.dispatch import Dispatch, dispatch, largest_divisor, round_to
+
+Write = Callable[[Array, Array, Array, Array], Array]
+"""`(out, assignment, first feature, product [1, step])` -> `out` with the product written or added."""
 
 _CHUNK_BYTES = 4 << 20
 """Weights read by all rows of an expert before the next chunk: fits a shared cache, few enough iterations."""
@@ -33,56 +36,68 @@ def loop(
     accumulator: Float[Array, "R D"],
 ) -> Float[Array, "R D"]:
     """Time grows with the assignments, not with the slots; a row's product never depends on the other rows."""
+    R = rows.shape[0]
     groups = dispatch(ids, slot_of_expert, experts.capacity)
-    busy = spans(groups.start, groups.size, ids.size)
-    products = jnp.zeros((ids.size, rows.shape[1]), jnp.float32)
-    products = vector_products(rows, groups, busy, experts, config, products)
-    return combine(products, groups, weights, accumulator)
+    sorted_weights = weights.reshape(-1).astype(jnp.float32)[groups.order]
+
+    def add(out: Array, i: Array, first: Array, product: Array) -> Array:
+        at = (groups.row[i], first)
+        total = jax.lax.dynamic_slice(out, at, product.shape) + sorted_weights[i] * product
+        return jax.lax.dynamic_update_slice(out, round_to(total, rows.dtype), at)
+
+    def expert(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        start, out = carry
+        stop = start + groups.size[groups.expert[start]]
+        return stop, vector_products(rows, groups, start, stop, R, experts, config, add, out)
+
+    # Ascending expert id, by the sort; in float32, with every sum rounded to what the rows' dtype holds.
+    first = (jnp.int32(0), accumulator.astype(jnp.float32))
+    return jax.lax.while_loop(lambda carry: carry[0] < groups.present, expert, first)[1].astype(rows.dtype)
 
 
 def vector_products(
     rows: Float[Array, "R D"],
     groups: Dispatch,
-    busy: Spans,
+    start: Int[Array, ""],
+    stop: Int[Array, ""],
+    most: int,
     experts: ExpertWeights,
     config: ModelConfig,
-    products: Float[Array, "X D"],
-) -> Float[Array, "X D"]:
-    """Write the products of all assignments in `busy` (each span within one expert) into `products`."""
-    (R, D), F = rows.shape, config.expert_hidden
-    alone = R == 1  # nobody to share a chunk with
+    write: Write,
+    out: Array,
+) -> Array:
+    """`write` the products of sorted assignments `start : stop`, at most `most`, which have one expert in common."""
+    D, F = rows.shape[1], config.expert_hidden
+    alone = most == 1  # nobody to share a chunk with
     step_in = F if alone else largest_divisor(F, _CHUNK_BYTES // (config.ffn_in_factor * D * rows.dtype.itemsize))
     step_out = D if alone else largest_divisor(D, _CHUNK_BYTES // (F * rows.dtype.itemsize))
 
-    def project_in(i: Array, first: Array, hidden: Array) -> Array:
+    def project_in(hidden: Array, i: Array, first: Array) -> Array:
         x = jax.lax.dynamic_index_in_dim(rows, groups.row[i], 0)
         firsts = [part * F + first for part in range(config.ffn_in_factor)]
         parts = [_vector_product(x, experts.w_in, groups.slot[i], row, step_in) for row in firsts]
         gated = gate(jnp.concatenate(parts, axis=-1), config)
-        return jax.lax.dynamic_update_slice(hidden, gated.astype(hidden.dtype), (i, first))
+        return jax.lax.dynamic_update_slice(hidden, gated.astype(hidden.dtype), (i - start, first))
 
-    def project_out(i: Array, first: Array, hidden: Array, products: Array) -> Array:
-        x = jax.lax.dynamic_index_in_dim(hidden, i, 0)
-        part = _vector_product(x, experts.w_out, groups.slot[i], first, step_out)
-        return jax.lax.dynamic_update_slice(products, part, (i, first))
+    def project_out(out: Array, i: Array, first: Array) -> Array:
+        x = jax.lax.dynamic_index_in_dim(hidden, i - start, 0)
+        return write(out, i, first, _vector_product(x, experts.w_out, groups.slot[i], first, step_out))
 
-    def span(s: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        hidden, products = carry
-        start, stop = busy.start[s], busy.start[s] + busy.size[s]
-        hidden = _visit(start, stop, F, step_in, project_in, hidden)
-        return hidden, _visit(start, stop, D, step_out, lambda i, c, y: project_out(i, c, hidden, y), products)
-
-    hidden = jnp.zeros((groups.order.shape[0], F), rows.dtype)
-    return jax.lax.fori_loop(0, busy.count, span, (hidden, products))[1]
+    hidden = jnp.zeros((most, F), rows.dtype)
+    if alone:
+        hidden = project_in(hidden, start, jnp.int32(0))
+        return project_out(out, start, jnp.int32(0))
+    hidden = _visit(start, stop, F, step_in, project_in, hidden)
+    return _visit(start, stop, D, step_out, project_out, out)
 
 
 def _visit(
     start: Array, stop: Array, size: int, step: int, body: Callable[[Array, Array, Array], Array], carry: Array
 ) -> Array:
-    """`body(assignment, first feature of a chunk, carry)` for all assignments of a span, chunk after chunk."""
+    """`body(carry, assignment, first feature of a chunk)` for every assignment, chunk after chunk."""
 
     def chunk(c: Array | int, carry: Array) -> Array:
-        return jax.lax.fori_loop(start, stop, lambda i, value: body(i, jnp.int32(c * step), value), carry)
+        return jax.lax.fori_loop(start, stop, lambda i, value: body(value, i, jnp.int32(c * step)), carry)
 
     return chunk(0, carry) if size == step else jax.lax.fori_loop(0, size // step, chunk, carry)
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models.decoder import gate
-from emoe_jax.moe.dispatch import Dispatch, Spans, combine, dispatch
+from emoe_jax.moe.dispatch import Dispatch, combine, dispatch
 
 _MIN_TILE = 16  # Triton's smallest matrix product
 _MAX_TILE_OUT = 64
@@ -38,14 +38,14 @@ def triton(
         raise NotImplementedError(f"the triton backend needs sizes divisible by {_MIN_TILE}, got {sizes}")
     groups = dispatch(ids, slot_of_expert, experts.capacity)
     block = _block_size(ids.size, slot_of_expert.shape[0])
-    blocks = _blocks(groups, block)
+    start, size = _blocks(groups, block)
     x = rows[jnp.pad(groups.row, (0, block))]  # the last block may look past the end
 
     def run(start: Array, size: Array, slot: Array, x: Array, w_in: Array, w_out: Array, interpret: bool) -> Array:
         product = partial(_grouped_product, start, size, slot, block=block, interpret=interpret)
         return product(gate(product(x, w_in), config).astype(x.dtype), w_out)
 
-    operands = (blocks.start, blocks.size, groups.slot[blocks.start], x, experts.w_in, experts.w_out)
+    operands = (start, size, groups.slot[start], x, experts.w_in, experts.w_out)
     products = jax.lax.platform_dependent(
         *operands, cpu=partial(run, interpret=True), default=partial(run, interpret=False)
     )
@@ -61,8 +61,8 @@ def _block_size(assignments: int, num_experts: int) -> int:
     return next((size for size in _BLOCK_SIZES if assignments <= size * num_experts), _BLOCK_SIZES[-1])
 
 
-def _blocks(groups: Dispatch, block: int) -> Spans:
-    """All blocks, expert by expert; trailing ones are empty (size 0)."""
+def _blocks(groups: Dispatch, block: int) -> tuple[Int[Array, " S"], Int[Array, " S"]]:
+    """First assignment and size of all blocks, expert by expert; trailing ones have size 0."""
     A, E = groups.order.shape[0], groups.size.shape[0]
     number = (groups.size + block - 1) // block
     end = jnp.cumsum(number)
@@ -70,8 +70,7 @@ def _blocks(groups: Dispatch, block: int) -> Spans:
     expert = jnp.minimum(jnp.searchsorted(end, b, side="right"), E - 1).astype(jnp.int32)
     done = (b - (end - number)[expert]) * block
     size = jnp.where(b < end[-1], jnp.clip(groups.size[expert] - done, 0, block), 0)
-    start = jnp.where(size > 0, groups.start[expert] + done, 0)
-    return Spans(start, size, end[-1])
+    return jnp.where(size > 0, groups.start[expert] + done, 0), size
 
 
 def _tile(size: int, limit: int) -> int:
@@ -118,7 +117,7 @@ def _kernel(start_ref, size_ref, slot_ref, x_ref, w_ref, out_ref, *, block: int,
             x = plgpu.load(x_ref.at[pl.ds(start, block), at], mask=inside, other=0.0)
             w = plgpu.load(w_ref.at[slot, pl.ds(first, tile), at])
             # No TF32: its rounding would show in the router's choices further on.
-            return total + pl.dot(x, w, trans_b=True, precision=jax.lax.Precision.HIGHEST)
+            return total + plgpu.dot(x, w, trans_b=True, precision=jax.lax.Precision.HIGHEST)
 
         total = jax.lax.fori_loop(0, x_ref.shape[1] // depth, step, jnp.zeros((block, tile), jnp.float32))
         plgpu.store(out_ref.at[pl.ds(start, block), pl.ds(first, tile)], total, mask=inside)
