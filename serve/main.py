@@ -2,10 +2,13 @@
 
 import asyncio
 import logging
+import os
 import socket
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+import jax
 from rich.console import Console
 
 from emoe_jax import EmoeError, Engine
@@ -21,6 +24,7 @@ from serve.worker import EngineWorker
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    keep_compilations()
     try:
         with bind(options.host, options.port) as listener:
             engine = load(options)
@@ -31,6 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def keep_compilations() -> None:
+    """Let compiled steps survive restarts, where `JAX_COMPILATION_CACHE_DIR` says or in the user's cache folder."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emoe-jax" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def load(options: Options) -> Engine:
