@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
@@ -71,7 +71,7 @@ class ExpertLoader:
         self._backoff = backoff
         self._queue = TicketQueue(nbytes, self._window, bandwidth)
         self._lock = threading.Lock()  # guards the three fields below
-        self._stats = LoaderStats()
+        self._totals: Counter[str] = Counter()  # fields of LoaderStats
         self._staging = 0
         self._busy_since = 0.0
         self._threads = [
@@ -83,7 +83,7 @@ class ExpertLoader:
     @property
     def stats(self) -> LoaderStats:
         with self._lock:
-            return self._stats
+            return LoaderStats(**self._totals)
 
     def request(self, layer: int, expert: int, priority: float = 0.0, *, evict: int | None = None) -> LoadTicket:
         """Ask for an expert, in place of resident expert `evict` or in an empty slot. Higher priorities come first.
@@ -264,7 +264,7 @@ class ExpertLoader:
         """Read an expert and bring it to the device; whatever goes wrong ends in the ticket."""
         try:
             with self._busy():
-                staged = jax.block_until_ready(self._slab.stage(self._store.read(ticket.layer, ticket.expert)))
+                staged = self._slab.stage(self._store.read(ticket.layer, ticket.expert)).block_until_ready()
         except Exception as error:
             again = ticket.attempts <= self._retries
             self._count(retries=int(again), failures=int(not again))
@@ -285,15 +285,11 @@ class ExpertLoader:
             with self._lock:
                 self._staging -= 1
                 if not self._staging:
-                    self._add(busy_seconds=time.perf_counter() - self._busy_since)
+                    self._totals.update({"busy_seconds": time.perf_counter() - self._busy_since})
 
     def _count(self, **increments: float) -> None:
         with self._lock:
-            self._add(**increments)
-
-    def _add(self, **increments: float) -> None:
-        changed = {name: getattr(self._stats, name) + value for name, value in increments.items()}
-        self._stats = dataclasses.replace(self._stats, **changed)
+            self._totals.update(increments)
 
     def _check_expert(self, layer: int, expert: int) -> None:
         if not (0 <= layer < self._table.num_layers and 0 <= expert < self._table.num_experts):

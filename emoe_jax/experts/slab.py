@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
+from emoe_jax.experts.huge_pages import use_huge_pages
 from emoe_jax.experts.store import HostRecord, aligned_record
 from emoe_jax.experts.weights import ExpertLayout, ExpertWeights
 
@@ -48,6 +49,8 @@ class ExpertSlab:
         self.capacities = tuple(capacities)
         self.sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
         self._weights = [jax.device_put(layout.empty_weights(capacity), self.sharding) for capacity in capacities]
+        for array in jax.tree.leaves(self._weights):
+            use_huge_pages(array)
         self._compile_commits()
 
     @property
@@ -89,7 +92,9 @@ class ExpertSlab:
 
     def block_until_ready(self, layer: int) -> None:
         """Wait for the commits to a layer; the staged records are free afterwards."""
-        jax.block_until_ready(self._weights[layer])
+        weights = self._weights[layer]
+        weights.w_in.block_until_ready()
+        weights.w_out.block_until_ready()
 
     def _compile_commits(self) -> None:
         """Run every commit size once, while zeros over zeros change nothing."""

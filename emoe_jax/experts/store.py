@@ -3,7 +3,7 @@
 import dataclasses
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -83,7 +83,7 @@ class ExpertStore:
         self._lock = threading.Lock()
         self._tier: OrderedDict[tuple[int, int], HostRecord] = OrderedDict()
         self._reading: dict[tuple[int, int], _Read] = {}
-        self._stats = StoreStats()
+        self._totals: Counter[str] = Counter()  # fields of StoreStats
 
     def read(self, layer: int, expert: int) -> HostRecord:
         """The record of one expert, `[layout.size]`, read-only. Raises whatever the reader raises."""
@@ -124,7 +124,7 @@ class ExpertStore:
     @property
     def stats(self) -> StoreStats:
         with self._lock:
-            return dataclasses.replace(self._stats, host_bytes=len(self._tier) * self.layout.nbytes)
+            return StoreStats(**self._totals, host_bytes=len(self._tier) * self.layout.nbytes)
 
     def _read_files(self, layer: int, expert: int) -> HostRecord:
         record = aligned_record(self.layout)
@@ -151,8 +151,7 @@ class ExpertStore:
             self._count(evictions=1)
 
     def _count(self, **increments: float) -> None:
-        changed = {name: getattr(self._stats, name) + value for name, value in increments.items()}
-        self._stats = dataclasses.replace(self._stats, **changed)
+        self._totals.update(increments)
 
 
 class _Read:

@@ -64,7 +64,9 @@ class TicketQueue:
             raise ValueError(f"a window of {window} staged experts lets nothing through; it must be at least 1")
         self._seconds_per_record = 0.0 if bandwidth is None else record_bytes / bandwidth
         self._window = window
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._work = threading.Condition(self._lock)  # workers wait here
+        self._progress = threading.Condition(self._lock)  # everyone else
         self._entries = itertools.count(1)
         self._tickets: dict[tuple[int, int], LoadTicket] = {}  # active ones
         # Heaps of (rank, entry, ticket). A ticket that moved on leaves its old entry behind, see `_first`.
@@ -89,7 +91,7 @@ class TicketQueue:
 
         `wake=False` leaves sleeping workers alone, for a caller that goes on to stage the ticket itself.
         """
-        with self._changed:
+        with self._lock:
             if self._closed:
                 raise RuntimeError("the expert loader is closed")
             ticket = self._tickets.get((layer, expert))
@@ -107,7 +109,7 @@ class TicketQueue:
 
     def next(self) -> LoadTicket | None:
         """Block until a ticket may be staged; None once the queue is closed. For worker threads."""
-        with self._changed:
+        with self._lock:
             while not self._closed:
                 now = time.monotonic()
                 while (retry := _first(self._delayed)) is not None and self._delayed[0][0] <= now:
@@ -120,29 +122,31 @@ class TicketQueue:
                         return self._start(ticket, now)
                     if self._has_room():
                         wait_until = min(wait_until, self._link_free_at)
-                self._changed.wait(None if wait_until == math.inf else max(0.0, wait_until - now))
+                self._work.wait(None if wait_until == math.inf else max(0.0, wait_until - now))
             return None
 
     def next_urgent(self) -> LoadTicket | None:
         """An urgent ticket to be staged, if one waits; never blocks. For the thread that is waiting for it."""
-        with self._changed:
+        with self._lock:
             ticket = _first(self._waiting)
             return self._start(ticket, 0.0) if ticket is not None and ticket.urgent else None
 
     def set_ready(self, ticket: LoadTicket, staged: jax.Array) -> bool:
         """The worker has staged it. False when it was cancelled in the meantime and the work is lost."""
-        with self._changed:
+        with self._lock:
             self._staging -= 1
             kept = ticket.state is LoadState.STAGING
             if kept:
                 ticket.state, ticket.staged = LoadState.READY, staged
                 self._ready.append(ticket)
-            self._changed.notify_all()
+            else:
+                self._wake_workers()
+            self._progress.notify_all()
             return kept
 
     def set_failed(self, ticket: LoadTicket, error: Exception, retry_after: float | None) -> None:
         """The worker could not stage it: queue it again in `retry_after` seconds, or give up on None."""
-        with self._changed:
+        with self._lock:
             self._staging -= 1
             ticket.error = error
             if ticket.state is LoadState.STAGING:
@@ -151,46 +155,48 @@ class TicketQueue:
                 else:
                     ticket.state, ticket.entry, ticket.delayed = LoadState.QUEUED, next(self._entries), True
                     heapq.heappush(self._delayed, (time.monotonic() + retry_after, ticket.entry, ticket))
-            self._changed.notify_all()
+            self._wake_workers()
+            self._progress.notify_all()
 
     def take_ready(self) -> list[LoadTicket]:
         """Everything staged and not urgent, most urgent first. Return each by `finish` or `put_back`."""
-        with self._changed:
+        with self._lock:
             taken = sorted((ticket for ticket in self._ready if not ticket.urgent), key=_order)
             self._ready = [ticket for ticket in self._ready if ticket.urgent]
+            self._wake_workers()
             return self._taken(taken)
 
     def put_back(self, tickets: Iterable[LoadTicket]) -> None:
         """Keep taken tickets ready for a later commit."""
-        with self._changed:
+        with self._lock:
             for ticket in tickets:
                 ticket.state = LoadState.READY
                 self._ready.append(ticket)
-            self._changed.notify_all()
+            self._progress.notify_all()
 
     def finish(self, ticket: LoadTicket, state: LoadState) -> None:
-        with self._changed:
+        with self._lock:
             self._finish(ticket, state)
-            self._changed.notify_all()
 
     def wait_any(self, tickets: Iterable[LoadTicket]) -> list[LoadTicket]:
         """Block until at least one of the urgent tickets is staged or over; those, with the staged ones taken."""
         tickets = list(tickets)
         waiting = (LoadState.QUEUED, LoadState.STAGING)
-        with self._changed:
-            self._changed.wait_for(lambda: any(ticket.state not in waiting for ticket in tickets))
+        with self._lock:
+            self._progress.wait_for(lambda: any(ticket.state not in waiting for ticket in tickets))
             done = [ticket for ticket in tickets if ticket.state not in waiting]
             self._ready = [ticket for ticket in self._ready if ticket not in done]
+            self._wake_workers()
             return self._taken(done)
 
     def cancel(self, ticket: LoadTicket) -> bool:
         """False when it is over already or someone is waiting for it."""
-        with self._changed:
+        with self._lock:
             return self._cancel(ticket)
 
     def cancel_all(self) -> int:
         """Cancel every active ticket that no one is waiting for; how many."""
-        with self._changed:
+        with self._lock:
             return sum([self._cancel(ticket) for ticket in list(self._tickets.values())])
 
     def wait_idle(self, timeout: float | None) -> bool:
@@ -200,13 +206,13 @@ class TicketQueue:
             waiting = _first(self._waiting) or _first(self._delayed)
             return not self._staging and not (waiting and self._has_room())
 
-        with self._changed:
-            return self._changed.wait_for(is_idle, timeout)
+        with self._lock:
+            return self._progress.wait_for(is_idle, timeout)
 
     def in_flight(self, num_layers: int, num_experts: int) -> Bool[np.ndarray, "M E"]:
         """Experts on their way in, and those they are to replace."""
         mask = np.zeros((num_layers, num_experts), bool)
-        with self._changed:
+        with self._lock:
             for ticket in self._tickets.values():
                 mask[ticket.layer, ticket.expert] = True
                 if ticket.evict is not None:
@@ -214,19 +220,20 @@ class TicketQueue:
         return mask
 
     def close(self) -> None:
-        with self._changed:
+        with self._lock:
             self._closed = True
             for ticket in list(self._tickets.values()):
                 if ticket.state is not LoadState.COMMITTING:
                     self._finish(ticket, LoadState.CANCELLED)
             self._ready.clear()
-            self._changed.notify_all()
+            self._work.notify_all()
+            self._progress.notify_all()
 
     def _push(self, ticket: LoadTicket, wake: bool = True) -> None:
         ticket.entry, ticket.delayed = next(self._entries), False
         heapq.heappush(self._waiting, (-math.inf if ticket.urgent else -ticket.priority, ticket.entry, ticket))
         if wake:
-            self._changed.notify_all()
+            self._work.notify_all()
 
     def _taken(self, tickets: list[LoadTicket]) -> list[LoadTicket]:
         """From here on only the owner of the step decides about the staged ones: they cannot be cancelled."""
@@ -234,6 +241,11 @@ class TicketQueue:
             if ticket.state is LoadState.READY:
                 ticket.state = LoadState.COMMITTING
         return tickets
+
+    def _wake_workers(self) -> None:
+        """After room was made. Not when nothing waits: waking a thread costs more than all else here."""
+        if self._waiting or self._delayed:
+            self._work.notify_all()
 
     def _has_room(self) -> bool:
         return self._staging + len(self._ready) < self._window
@@ -253,7 +265,8 @@ class TicketQueue:
         if ticket.state is LoadState.READY:
             self._ready.remove(ticket)
         self._finish(ticket, LoadState.CANCELLED)
-        self._changed.notify_all()
+        self._wake_workers()
+        self._progress.notify_all()
         return True
 
     def _finish(self, ticket: LoadTicket, state: LoadState) -> None:

@@ -1,9 +1,12 @@
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
 
+from emoe_jax.experts.huge_pages import use_huge_pages
 from emoe_jax.experts.slab import COMMIT_SIZES, ExpertSlab, commit_experts
 from emoe_jax.experts.store import ExpertStore
 from emoe_jax.experts.weights import ExpertLayout, ExpertWeights
@@ -89,6 +92,20 @@ def test_nothing_compiles_after_construction():
     store = ExpertStore(FakeReader(), LAYOUT, 1, 4, 4 * LAYOUT.nbytes, memory_kind="pinned_host")
     slab.commit(0, [slab.stage(store.read(0, 0))], [3])
     assert compiled_commits() == compiled
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is changed")
+def test_huge_pages_keep_zeros_and_place():
+    size = 3 << 20
+    array = jnp.zeros(size)
+    pointer = array.unsafe_buffer_pointer()
+    use_huge_pages(array)
+    assert array.unsafe_buffer_pointer() == pointer
+    assert not np.asarray(array).any()
+    written = jax.jit(lambda x: x.at[:].add(jnp.arange(size, dtype=x.dtype)), donate_argnums=0)(array)
+    assert written.unsafe_buffer_pointer() == pointer
+    np.testing.assert_array_equal(written, np.arange(size, dtype=np.float32))
+    use_huge_pages(jnp.zeros(5))  # too small to bother
 
 
 def test_bad_slots_are_refused_before_anything_is_written():
