@@ -2,7 +2,7 @@
 
 XLA:CPU copies a dynamic slice before a matrix product and repacks it; chunk by chunk the copy stays in cache. What a
 block costs besides its rows (reading and packing the expert) is worth about 30 rows, so blocks are as large as fits:
-a ladder of sizes, and matrix-vector products for the few rows that are not worth a block.
+a ladder of sizes, and matrix-vector products for a few rows that stick out.
 """
 
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ from emoe_jax.moe.loop import vector_products
 _LADDER = (16, 32, 64, 128, 256)
 """Block sizes. Each costs compile time per layer, and the gaps cost padding."""
 
-_VECTOR_ROWS = 4
-"""What is left of an expert up to this many rows goes row by row."""
+_VECTOR_ROWS = 8
+"""Rows that do not fill a block, up to this many, go one by one: cheaper than the next larger block."""
 
 _CHUNK_BYTES = 2 << 20
 
@@ -47,8 +47,8 @@ def blocks(
         whole = groups.size[e] // sizes[-1]
         left = groups.size[e] - whole * sizes[-1]
         for size in reversed(sizes):
-            smaller = max((below for below in sizes if below < size), default=_VECTOR_ROWS)
-            number = ((left > smaller) & (left <= size)).astype(jnp.int32)
+            smaller = max((below for below in sizes if below < size), default=0)
+            number = ((left > smaller + _VECTOR_ROWS) & (left <= size + _VECTOR_ROWS)).astype(jnp.int32)
             number = number + (whole if size == sizes[-1] else 0)
             out = jax.lax.fori_loop(
                 0,
