@@ -16,6 +16,7 @@ from emoe_jax.engine import step
 from emoe_jax.engine.batch import Batch, Buckets, Shape, batches_of, empty_batch
 from emoe_jax.engine.executables import Executables
 from emoe_jax.engine.kv_cache import KVCache, LayerKV
+from emoe_jax.engine.recording import record_wishes
 from emoe_jax.engine.request import RoutingContract
 from emoe_jax.engine.sampling import Sampled
 from emoe_jax.engine.scheduler import SampledToken, StepPlan, StepResult
@@ -23,6 +24,7 @@ from emoe_jax.engine.sequence import Sequence
 from emoe_jax.errors import RequestError
 from emoe_jax.experts.residency import Residency
 from emoe_jax.models.decoder import Decoder
+from emoe_jax.traces.recorder import TraceRecorder
 
 Progress = Callable[[int, int], None]
 """Called with `(done, total)`."""
@@ -45,6 +47,7 @@ class Runner:
         self.config: ModelConfig = model.config
         self.buckets = buckets
         self.executables = Executables()
+        self.recorder: TraceRecorder | None = None
         self._residency = residency
         sharding = residency.slab.sharding
         self._cache = list(jax.device_put(cache, sharding))
@@ -62,18 +65,27 @@ class Runner:
         Raises what the expert store raises under the `exact` contract; the cache stays usable.
         """
         batches = batches_of(plan, self.buckets)
-        outputs = jax.device_get([self._run_batch(batch) for batch in batches])
+        outputs = [self._run_batch(batch) for batch in batches]
+        if self.recorder is None:
+            outputs = [(*output, None) for *output, _ in outputs]
+        outputs = jax.device_get(outputs)
         sampled: dict[Sequence, SampledToken] = {}
         choices = len(self.config.moe_layers) * self.config.top_k
         wish_counts = np.zeros((len(self.config.moe_layers), self.config.num_experts), np.int64)
-        for batch, (tokens, counts, substituted) in zip(batches, outputs, strict=True):
+        for batch, (tokens, counts, substituted, wishes) in zip(batches, outputs, strict=True):
             wish_counts += counts
+            if self.recorder is not None:
+                record_wishes(self.recorder, batch, wishes)
             for row, piece in enumerate(batch.pieces):
                 piece.sequence.substituted += int(substituted[row])
                 piece.sequence.assigned += piece.length * choices
                 if piece.samples:
                     sampled[piece.sequence] = _sampled_token(piece.sequence, tokens, row)
         return RunResult(sampled, wish_counts)
+
+    def embedding_table(self) -> Float[np.ndarray, "V D"]:
+        """The model's input embeddings on the host: a view on CPU, a copy elsewhere."""
+        return np.asarray(self._skeleton.join(self._leaves).embedding[...])
 
     def logits(self, token_ids: Rows[int], routing: RoutingContract) -> Float[np.ndarray, "T V"]:
         """Float32 logits of one uncached forward under a routing contract."""
@@ -83,7 +95,7 @@ class Runner:
         batch = empty_batch(Shape(1, 1 << (length - 1).bit_length(), 0), routing)
         batch.inputs.tokens[0, :length] = token_ids
         batch.inputs.lengths[0] = length
-        x, _ = self._layer_by_layer(batch, cached=False)
+        x, _, _ = self._layer_by_layer(batch, cached=False)
         logits = self._call(step.all_logits, batch.shape, self._leaves, x, skeleton=self._skeleton)
         return np.asarray(logits)[0, :length]
 
@@ -107,8 +119,8 @@ class Runner:
         for shape in shapes:
             jax.block_until_ready(self._run_batch(empty_batch(shape, "resident")))
 
-    def _run_batch(self, batch: Batch) -> tuple[Sampled, Array | np.ndarray, Array | np.ndarray]:
-        """Dispatch one batch: its tokens, wish counts and substituted choices, still on the device."""
+    def _run_batch(self, batch: Batch) -> tuple[Any, ...]:
+        """Dispatch one batch: its tokens, wish counts, substituted choices and wishes, still on the device."""
         if batch.routing == "exact" and not self._residency.is_full:
             outputs = self._run_exact(batch)
         else:
@@ -119,25 +131,26 @@ class Runner:
         sampled = self._call(
             step.choose_tokens, batch.shape.sequences, outputs.logits, batch.sampling, batch.want_logprobs
         )
-        return sampled, outputs.wish_counts, outputs.substituted
+        return sampled, outputs.wish_counts, outputs.substituted, outputs.wishes
 
     def _run_exact(self, batch: Batch) -> step.StepOutputs:
-        x, wish_counts = self._layer_by_layer(batch, cached=True)
+        x, wish_counts, wishes = self._layer_by_layer(batch, cached=True)
         logits = self._call(
             step.last_logits, batch.shape[:2], self._leaves, x, batch.inputs.lengths, skeleton=self._skeleton
         )
-        return step.StepOutputs(logits, np.stack(wish_counts), np.zeros(batch.shape.sequences, np.int32))
+        return step.StepOutputs(logits, np.stack(wish_counts), np.zeros(batch.shape.sequences, np.int32), wishes)
 
     def _layer_by_layer(
         self, batch: Batch, *, cached: bool
-    ) -> tuple[Float[Array, "B T D"], list[Int[np.ndarray, " E"]]]:
+    ) -> tuple[Float[Array, "B T D"], list[Int[np.ndarray, " E"]], list[step.Wishes]]:
         """A forward that stops at every router: the `exact` contract, and forwards without the cache.
 
-        Returns the last hidden states and the wish counts per MoE layer.
+        Returns the last hidden states, the wish counts and (still on the device) the wishes per MoE layer.
         """
         config, shape, inputs = self.config, batch.shape, batch.inputs
         x = self._call(step.embed, shape[:2], self._leaves, inputs.tokens, skeleton=self._skeleton)
         wish_counts: list[np.ndarray] = []
+        wishes: list[step.Wishes] = []
         for index, (skeleton, leaves) in enumerate(self._layers):
             kind, window = self._kinds[index], config.sliding_window(index)
             layer_cache = self._cache[index] if cached else None
@@ -150,7 +163,7 @@ class Runner:
             else:
                 m = len(wish_counts)
                 restricted = batch.routing == "resident"
-                layer_cache, routed, total = self._call(
+                layer_cache, routed, total, layer_wishes = self._call(
                     step.attend_and_route,
                     (kind, *shape, cached, restricted),
                     leaves,
@@ -169,7 +182,8 @@ class Runner:
                     total = self._call(step.expert_wave, wave, routed, slots, experts, total, config=config)
                 x = self._call(step.close_moe, (kind, *shape[:2]), leaves, routed, total, skeleton=skeleton)
                 wish_counts.append(counts)
-        return x, wish_counts
+                wishes.append(layer_wishes)
+        return x, wish_counts, wishes
 
     def _keep(self, index: int, layer_cache: LayerKV | None) -> None:
         if layer_cache is not None:

@@ -44,6 +44,10 @@ class Sequence:
     """Expert assignments of this sequence where another expert stood in."""
     assigned: int = 0
     """All its expert assignments so far; recomputed tokens count again."""
+    sample: int = -1
+    """Its number in the routing trace being recorded; -1 when it is not recorded."""
+    num_recorded: int = 0
+    """Positions below this are in the trace."""
 
     @property
     def num_tokens(self) -> int:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from emoe_jax.config import ModelConfig
 from emoe_jax.engine.kv_cache import KVCache, KVView, LayerKV, paged_attend
@@ -24,6 +24,7 @@ from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models.decoder import AttendFunction, Decoder, Layer, causal_attend
 from emoe_jax.models.routing import Routing, substituted
 from emoe_jax.moe import moe_ffn
+from emoe_jax.traces.parts import expert_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +64,28 @@ class StepInputs:
         )
 
 
+class Wishes(NamedTuple):
+    """The routers' unfiltered choices, best first, in the dtypes of a routing trace (padding rows included).
+
+    They stay on the device unless a recorder asks for them. Fields of one layer have no axis `M`.
+    """
+
+    experts: Shaped[Array | np.ndarray, "*M R k"]
+    probs: Float[Array | np.ndarray, "*M R k"]
+
+    @classmethod
+    def of(cls, routing: Routing, num_experts: int) -> "Wishes":
+        return cls(routing.wish_ids.astype(expert_dtype(num_experts)), routing.wish_probs.astype(jnp.float16))
+
+
 class StepOutputs(NamedTuple):
     """Logits of each sequence's last token, what the routers wished for, and how many choices were substitutes."""
 
     logits: Float[Array, "B V"]
     wish_counts: Int[Array | np.ndarray, "M E"]
     substituted: Int[Array | np.ndarray, " B"]
+    wishes: Wishes | list[Wishes]
+    """Of all MoE layers, or a list by layer."""
 
 
 class Routed(NamedTuple):
@@ -116,6 +133,7 @@ def resident_step(
     x = model.embed(jnp.asarray(inputs.tokens))
     new_cache: list[LayerKV] = []
     counts: list[Array] = []
+    wishes: list[Wishes] = []
     replaced = jnp.zeros((B,), jnp.int32)
     for index, layer in enumerate(model.layers):
         attend_fn = paged_attend(config, config.sliding_window(index), cache[index], view)
@@ -132,9 +150,11 @@ def resident_step(
         out = moe_ffn(rows, routing.ids, routing.weights, slots[m], experts[m], config)
         x = layer.moe_output(x, rows, out)
         counts.append(_wish_counts(routing, valid, config.num_experts))
+        wishes.append(Wishes.of(routing, config.num_experts))
         replaced += jnp.sum(substituted(routing, config.num_experts).reshape(B, T), axis=1, dtype=jnp.int32)
     logits = model.logits(_last_hidden(x, jnp.asarray(inputs.lengths)))
-    return tuple(new_cache), StepOutputs(logits, jnp.stack(counts), replaced)
+    stacked = Wishes(*(jnp.stack(field) for field in zip(*wishes, strict=True)))
+    return tuple(new_cache), StepOutputs(logits, jnp.stack(counts), replaced, stacked)
 
 
 @partial(jax.jit, static_argnames=("skeleton",))
@@ -156,7 +176,7 @@ def attend_and_route(
     config: ModelConfig,
     window: int | None,
     restricted: bool,
-) -> tuple[LayerKV | None, Routed, Float[Array, "R D"]]:
+) -> tuple[LayerKV | None, Routed, Float[Array, "R D"], Wishes]:
     """A MoE layer up to its router's choice: among the `resident` experts when `restricted`, else among all.
 
     Donates `cache`; with `cache=None` the sequences attend to themselves only. Also returns the zeros from which the
@@ -169,7 +189,8 @@ def attend_and_route(
     allowed = jnp.broadcast_to(resident[None, :], (valid.shape[0], config.num_experts)) if restricted else None
     rows, routing = layer.moe_input(x, allowed, valid)
     counts = _wish_counts(routing, valid, config.num_experts)
-    return cache, Routed(x, rows, routing.ids, routing.weights, counts), jnp.zeros_like(rows)
+    routed = Routed(x, rows, routing.ids, routing.weights, counts)
+    return cache, routed, jnp.zeros_like(rows), Wishes.of(routing, config.num_experts)
 
 
 @partial(jax.jit, static_argnames=("config",), donate_argnames=("accumulator",))

@@ -1,0 +1,168 @@
+"""A trace while it is being recorded: append-only files of fixed-size records beside the `.npz` that it becomes.
+
+    trace.npz.parts/  header.json   what the records look like
+                      tasks.jsonl   one task name a line
+                      prompts.bin   one record per prompt, in order of arrival
+                      rows.bin      one record per token, in order of computation
+
+Records only ever go to the end and refer to earlier ones, so whatever a killed process left is a valid recording once
+incomplete records are cut off.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from emoe_jax.errors import ConfigError
+
+FORMAT = 1
+MAX_TASKS = 1024
+"""Names kept apart; clients choose them, so there must be an end to it. Later ones count as `other`."""
+OTHER = "other"
+
+
+def expert_dtype(num_experts: int) -> type[np.uint8] | type[np.uint16]:
+    """What a trace stores expert numbers in."""
+    return np.uint8 if num_experts <= 256 else np.uint16
+
+
+class Geometry(NamedTuple):
+    """What must agree for two recordings to be of the same model. `embedding_size` 0: prompts have no embedding."""
+
+    num_layers: int
+    num_experts: int
+    top_k: int
+    embedding_size: int = 0
+
+    @property
+    def row(self) -> np.dtype:
+        choices = (self.num_layers, self.top_k)
+        experts = expert_dtype(self.num_experts)
+        return np.dtype(
+            [("sample", "<i4"), ("token_pos", "<i4"), ("experts", experts, choices), ("probs", "<f2", choices)]
+        )
+
+    @property
+    def prompt(self) -> np.dtype:
+        return np.dtype([("task", "<i2"), ("length", "<i4"), ("embedding", "<f2", (self.embedding_size,))])
+
+
+class TraceParts:
+    """The files of one recording, locked against other processes. Raises `ConfigError` when they cannot be used."""
+
+    def __init__(self, path: Path, geometry: Geometry | None):
+        """Start a recording that becomes `path`, or go on with one that was cut off; `geometry=None` takes its own."""
+        self.path = path
+        self.directory = parts_of(path)
+        try:
+            found = self._claim(geometry)
+        except OSError as error:
+            raise ConfigError(f"{path}: a trace cannot be recorded there: {error.strerror}") from None
+        if geometry is not None and found != geometry:
+            self.close()
+            raise ConfigError(f"{self.directory} holds a recording of another model, {found}; this one is {geometry}")
+        self.geometry = found
+        self.tasks = [json.loads(line) for line in self._whole_lines("tasks.jsonl")]
+        self.num_prompts = self._cut("prompts.bin", found.prompt.itemsize)
+        self.num_rows = self._cut("rows.bin", found.row.itemsize)
+        self._files: dict[str, BinaryIO] = {}
+
+    def task_index(self, name: str) -> int:
+        """The number of a task name, new or known."""
+        if name not in self.tasks:
+            if len(self.tasks) >= MAX_TASKS and name != OTHER:
+                return self.task_index(OTHER)
+            self._append("tasks.jsonl", (json.dumps(name) + "\n").encode())
+            self.tasks.append(name)
+        return self.tasks.index(name)
+
+    def append(self, prompts: Sequence[np.ndarray], rows: Sequence[np.ndarray]) -> None:
+        """Add records. Rows may refer to the prompts that come with them."""
+        for name, records in (("prompts.bin", prompts), ("rows.bin", rows)):
+            if records:
+                self._append(name, np.concatenate(records).tobytes())
+        self.num_prompts += sum(map(len, prompts))
+        self.num_rows += sum(map(len, rows))
+
+    def prompts(self) -> np.ndarray:
+        """All prompt records, from the disk."""
+        return self._mapped("prompts.bin", self.geometry.prompt, self.num_prompts)
+
+    def rows(self) -> np.ndarray:
+        """All row records, from the disk."""
+        return self._mapped("rows.bin", self.geometry.row, self.num_rows)
+
+    def close(self) -> None:
+        for file in getattr(self, "_files", {}).values():
+            file.close()
+        os.close(self._lock)
+
+    def remove(self) -> None:
+        """Delete the parts; the trace has been assembled."""
+        self.close()
+        shutil.rmtree(self.directory)
+
+    def _claim(self, geometry: Geometry | None) -> Geometry:
+        header = self.directory / "header.json"
+        if not header.exists():
+            if geometry is None:
+                raise ConfigError(f"{self.path}: there is no recording to recover ({self.directory} is missing)")
+            if self.path.exists():
+                raise ConfigError(f"{self.path} exists; choose another file for the trace or remove it")
+            self.directory.mkdir(exist_ok=True)
+            draft = self.directory / "header.draft"
+            draft.write_text(json.dumps({"format": FORMAT, **geometry._asdict()}))
+            draft.replace(header)
+        self._lock = os.open(header, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise ConfigError(f"{self.path} is being recorded by another process") from None
+        try:
+            values = json.loads(header.read_text())
+            if values.pop("format") != FORMAT:
+                raise ValueError
+            return Geometry(**values)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            os.close(self._lock)
+            raise ConfigError(f"{header} is not the header of a recording; remove {self.directory}") from None
+
+    def _append(self, name: str, data: bytes) -> None:
+        if name not in self._files:
+            self._files[name] = (self.directory / name).open("ab", buffering=0)
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._files[name].write(rest) :]
+
+    def _cut(self, name: str, size: int) -> int:
+        """Cut off an incomplete record at the end of a file; returns how many whole ones there are."""
+        path = self.directory / name
+        path.touch()
+        whole = path.stat().st_size // size
+        os.truncate(path, whole * size)
+        return whole
+
+    def _whole_lines(self, name: str) -> list[str]:
+        path = self.directory / name
+        path.touch()
+        text = path.read_text()
+        whole = text[: text.rfind("\n") + 1]
+        os.truncate(path, len(whole.encode()))
+        return whole.splitlines()
+
+    def _mapped(self, name: str, dtype: np.dtype, count: int) -> np.ndarray:
+        if not count:
+            return np.empty(0, dtype)
+        return np.memmap(self.directory / name, dtype, "r", shape=(count,))
+
+
+def parts_of(path: Path) -> Path:
+    """Where the parts of a trace are while it is being recorded."""
+    return path.with_name(path.name + ".parts")
