@@ -260,7 +260,7 @@ def _show(results: dict[str, Any]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loading", description="Measure how experts are loaded.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
-    parser.add_argument("--rounds", type=int, default=21, help="rounds of each timing (default 21)")
+    parser.add_argument("--rounds", type=int, default=61, help="rounds of each timing (default 61)")
     parser.add_argument("--probe", nargs=2, metavar=("DIR", "BUDGET"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.probe:
@@ -270,7 +270,7 @@ def main(arguments: list[str] | None = None) -> None:
         # 4 layers x 16 experts of 25 MB: 1.6 GB of experts.
         results = measure_peak_rss(Path(temporary) / "gigabyte", MODEL | {"num_hidden_layers": 4})
         results |= measure_stage_commit(Path(temporary) / "one_layer", options.rounds)
-        results |= measure_commit_scaling(10 * options.rounds)
+        results |= measure_commit_scaling(4 * options.rounds)
     _show(results)
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=2) + "\n")

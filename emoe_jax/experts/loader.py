@@ -62,6 +62,8 @@ class ExpertLoader:
         retries: int = 2,
         backoff: float = 0.05,
     ):
+        if workers < 1:
+            raise ValueError(f"{workers} worker threads stage nothing; there must be at least 1")
         self._store = store
         self._slab = slab
         self._table = table
