@@ -19,13 +19,9 @@ class Stage:
 
 
 STAGES = (
-    # The language of the tasks.
-    Stage(0, {"qa": 0.28, "comp": 0.28, "clsfy": 0.12, "sum": 0.16, "conv": 0.08, "chitchat": 0.08}, 3),
-    # Finding names again: with the tasks alone this does not come about in the time there is.
-    Stage(600, {"drills": 0.5, "qa": 0.2, "comp": 0.12, "clsfy": 0.05, "sum": 0.1, "conv": 0.02, "chitchat": 0.01}, 5),
-    # The tasks in earnest.
+    Stage(0, {"drills": 0.3, "qa": 0.25, "comp": 0.2, "clsfy": 0.06, "sum": 0.12, "conv": 0.04, "chitchat": 0.03}, 4),
     Stage(
-        1500, {"drills": 0.1, "qa": 0.28, "comp": 0.26, "clsfy": 0.08, "sum": 0.15, "conv": 0.07, "chitchat": 0.06}, 3
+        700, {"drills": 0.1, "qa": 0.28, "comp": 0.27, "clsfy": 0.08, "sum": 0.14, "conv": 0.07, "chitchat": 0.06}, 3
     ),
 )
 _SYSTEM = ("You are a helpful assistant.", "You are a small and friendly assistant.", "Be brief and helpful.")

@@ -11,15 +11,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.weights import ExpertWeights
-from emoe_jax.models.decoder import Decoder, MoEFunction, init_experts
+from emoe_jax.models.decoder import Decoder, MoEFunction
 from emoe_jax.models.routing import Routing
+from train.demo import initial
 from train.demo.attention import attend_packed, causal_within_documents
 from train.demo.batches import PROMPT_WEIGHT, Batch
 from train.demo.moe import dropped, moe_buffers
 
 BALANCE_WEIGHT = 0.01
 Z_WEIGHT = 1e-3
-EMBEDDING_STDDEV = 0.1
 
 
 class Parameters(NamedTuple):
@@ -40,28 +40,7 @@ class Metrics(NamedTuple):
 
 
 def init(config: ModelConfig, seed: int) -> Parameters:
-    """Random parameters: matrices by fan-in, those that write to the residual stream smaller with depth.
-
-    The embedding starts large. Names that may stand for one another get no other gradient than to become alike, so what
-    tells them apart, and makes copying the right one possible, is their random start.
-    """
-    state = nnx.to_flat_state(nnx.state(Decoder(config, rngs=nnx.Rngs(seed)), nnx.Param))
-    depth = (2 * config.num_layers) ** -0.5
-    dense = {}
-    for path, variable in state:
-        name = ".".join(map(str, path))
-        value = variable[...]
-        if name in ("embedding", "head"):
-            value = value * (EMBEDDING_STDDEV / 0.02)
-        elif value.ndim == 2:
-            value = value * (value.shape[1] ** -0.5 / 0.02 * (depth if "out" in name else 1.0))
-        dense[name] = value
-    wide, narrow = config.hidden_size**-0.5 / 0.02, config.expert_hidden**-0.5 / 0.02 * depth
-    experts = tuple(
-        ExpertWeights(layer.w_in * wide, layer.w_out * narrow)
-        for layer in init_experts(config, jax.random.key(seed + 1))
-    )
-    return Parameters(dense, experts)
+    return Parameters(initial.dense_weights(config, seed), initial.expert_weights(config, seed))
 
 
 def decoder(config: ModelConfig, dense: dict[str, Array]) -> Decoder:

@@ -33,8 +33,8 @@ class Plan:
     length: int = 128
     long_every: int = 10
     loss_positions: int = 1024
-    peak_rate: float = 3e-3
-    warmup_steps: int = 150
+    peak_rate: float = 1e-3
+    warmup_steps: int = 100
     weight_decay: float = 0.05
     checkpoint_every: int = 200
 

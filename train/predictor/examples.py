@@ -1,0 +1,97 @@
+"""A trace made into training examples: who is held out, what the network sees, what it should say."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from emoe_jax.errors import EmoeError
+from emoe_jax.predictor import Predictor, PredictorConfig, Prompts
+from emoe_jax.predictor.inputs import History
+from emoe_jax.predictor.model import Inputs, Known
+from emoe_jax.predictor.predictor import MAX_MEMORY
+from emoe_jax.predictor.prompts import frequencies
+from train.predictor.objective import Batch
+
+MIN_PROMPTS = 8
+
+
+class DataError(EmoeError):
+    """A trace that holds too little to train or judge on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Prompt numbers, ascending: to train on, and to choose the best checkpoint by."""
+
+    train: Int[np.ndarray, " t"]
+    held_out: Int[np.ndarray, " v"]
+
+    @staticmethod
+    def draw(prompts: Prompts, share: float, seed: int) -> Split:
+        """A random `share` of the prompts that have any routing is held out."""
+        routed = np.flatnonzero(prompts.counts.sum((1, 2)) > 0)
+        if len(routed) < MIN_PROMPTS:
+            raise DataError(f"the trace has {len(routed)} prompts with routing; {MIN_PROMPTS} are needed to train")
+        mixed = np.random.default_rng(seed).permutation(routed)
+        held_out = max(2, round(share * len(routed)))
+        return Split(np.sort(mixed[held_out:]), np.sort(mixed[:held_out]))
+
+
+class Examples:
+    """Prompts as arrays in memory, twice: before any answer token and with the first ones.
+
+    Of the prompts that the prior remembers, it gives its opinion formed from all others: what it will be like
+    for a new prompt.
+    """
+
+    def __init__(self, predictor: Predictor, prompts: Prompts, histories: list[History], remembered: bool):
+        priors = [
+            predictor.priors[with_first].left_out() if remembered else predictor.priors[with_first].predict(prompts)
+            for with_first in (False, True)
+        ]
+        self.inputs = tuple(
+            predictor.inputs.build(prompts, prior, histories, with_first)
+            for prior, with_first in zip(priors, (False, True), strict=True)
+        )
+        self.counts = prompts.counts
+        self.routing = predictor.inputs.routing(frequencies(prompts.counts))
+        self.priors = priors
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def batch(self, rng: np.random.Generator, rows: int, plan_smoothing: float, weight_power: float) -> Batch:
+        """`rows` prompts, each with or without its first tokens; what may be seen of true routing is drawn later.
+
+        The target is the prompt's frequencies, drawn towards the prior by `plan_smoothing` assignments, so that a
+        short prompt's noise is not learned.
+        """
+        chosen = rng.permutation(len(self))[:rows] if rows <= len(self) else rng.integers(len(self), size=rows)
+        with_first: Bool[np.ndarray, " B"] = rng.random(len(chosen)) < 0.5
+        inputs = Inputs(
+            *(
+                np.where(with_first.reshape(-1, *[1] * (plain.ndim - 1)), early[chosen], plain[chosen])
+                for plain, early in zip(*self.inputs, strict=True)
+            )
+        )
+        counts = self.counts[chosen]
+        total = counts.sum(-1, keepdims=True)
+        target = (counts + plan_smoothing * np.exp(inputs.prior)) / (total + plan_smoothing)
+        layers = counts.shape[1]
+        known = Known(self.routing[chosen], np.zeros((len(chosen), layers, layers), bool))  # pyright: ignore[reportArgumentType]
+        weight: Float[np.ndarray, " B"] = counts.sum((1, 2)).astype(np.float32) ** weight_power
+        return Batch(inputs, known, target.astype(np.float32), weight)  # pyright: ignore[reportArgumentType]
+
+
+def prepare(prompts: Prompts, split: Split, config: PredictorConfig) -> tuple[Predictor, Examples, Examples]:
+    """A predictor that remembers the training prompts, and the examples of both parts of the split."""
+    train = prompts.take(split.train[-MAX_MEMORY:])
+    histories = History.of(prompts.counts)
+    predictor = Predictor(config, train)
+    parts = []
+    for rows, remembered in ((split.train[-MAX_MEMORY:], True), (split.held_out, False)):
+        parts.append(Examples(predictor, prompts.take(rows), [histories[row] for row in rows], remembered))
+    return predictor, parts[0], parts[1]
