@@ -1,6 +1,7 @@
 # Every target sets up what it needs in its own virtual environment; nothing is installed elsewhere.
+# Another interpreter gets an environment of its own: make test PYTHON=python3.12
 PYTHON ?= python3
-VENV ?= .venv
+VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 ARGS ?=
 
