@@ -138,6 +138,9 @@ class RoutingTrace:
             prompt_embedding=None if self.prompt_embedding is None else self.prompt_embedding[wanted],
         )
 
+    def without_embedding(self) -> RoutingTrace:
+        return dataclasses.replace(self, prompt_embedding=None)
+
     def validate(self) -> None:
         """Raise `TraceError` where indices are out of range, lengths differ or a value is not finite."""
         for problem in self._problems():

@@ -17,6 +17,8 @@ from train.predictor.objective import Batch
 
 MIN_PROMPTS = 8
 
+Opinions = tuple[Float[np.ndarray, "P M E"], Float[np.ndarray, "P M E"]]  # the prior's, without and with first tokens
+
 
 class DataError(EmoeError):
     """A trace that holds too little to train or judge on."""
@@ -41,24 +43,16 @@ class Split:
 
 
 class Examples:
-    """Prompts as arrays in memory, twice: before any answer token and with the first ones.
+    """Prompts as arrays in memory, twice: before any answer token and with the first ones."""
 
-    Of the prompts that the prior remembers, it gives its opinion formed from all others: what it will be like
-    for a new prompt.
-    """
-
-    def __init__(self, predictor: Predictor, prompts: Prompts, histories: list[History], remembered: bool):
-        priors = [
-            predictor.priors[with_first].left_out() if remembered else predictor.priors[with_first].predict(prompts)
-            for with_first in (False, True)
-        ]
+    def __init__(self, predictor: Predictor, prompts: Prompts, histories: list[History], priors: Opinions):
         self.inputs = tuple(
             predictor.inputs.build(prompts, prior, histories, with_first)
             for prior, with_first in zip(priors, (False, True), strict=True)
         )
-        self.counts = prompts.counts
-        self.routing = predictor.inputs.routing(frequencies(prompts.counts))
-        self.priors = priors
+        self.priors, self.counts = priors, prompts.counts
+        self.shares = frequencies(prompts.counts)
+        self.routing = predictor.inputs.routing(self.shares)
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -87,11 +81,21 @@ class Examples:
 
 
 def prepare(prompts: Prompts, split: Split, config: PredictorConfig) -> tuple[Predictor, Examples, Examples]:
-    """A predictor that remembers the training prompts, and the examples of both parts of the split."""
-    train = prompts.take(split.train[-MAX_MEMORY:])
+    """A predictor that remembers the training prompts, and the examples of both parts of the split.
+
+    Its kernel and scales are those of all prompts (they look at names, embeddings and mean routing), so that the
+    networks fit the finished predictor, which remembers all. Of a prompt that the prior remembers it gives the opinion
+    formed from all others: what it will be like for a new prompt.
+    """
     histories = History.of(prompts.counts)
-    predictor = Predictor(config, train)
-    parts = []
-    for rows, remembered in ((split.train[-MAX_MEMORY:], True), (split.held_out, False)):
-        parts.append(Examples(predictor, prompts.take(rows), [histories[row] for row in rows], remembered))
-    return predictor, parts[0], parts[1]
+    old, remembered = split.train[:-MAX_MEMORY], split.train[-MAX_MEMORY:]
+    predictor = Predictor(config, prompts.routed(), remembered=prompts.take(remembered))
+
+    def examples(rows: Int[np.ndarray, " p"], priors: Opinions) -> Examples:
+        return Examples(predictor, prompts.take(rows), [histories[row] for row in rows], priors)
+
+    early, late = predictor.priors
+    past, unseen = prompts.take(old), prompts.take(split.held_out)
+    of_train = [np.concatenate([prior.predict(past), prior.left_out()]) for prior in (early, late)]
+    train = examples(split.train, (of_train[0], of_train[1]))
+    return predictor, train, examples(split.held_out, (early.predict(unseen), late.predict(unseen)))

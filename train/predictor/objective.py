@@ -1,8 +1,7 @@
-"""The training objective: cross entropy to a prompt's expert frequencies, and coverage under slot budgets made smooth."""
+"""The training objective: cross entropy to a prompt's expert frequencies, and coverage under slot budgets."""
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -98,10 +97,3 @@ def visible_layers(config: PredictorConfig, batch: int, key: PRNGKeyArray) -> Ar
     else:
         seen = kept & ~jnp.eye(layers, dtype=bool)
     return seen & half
-
-
-def learning_rate(step: Array, steps: int, peak: float) -> Array:
-    """Linear warm-up over the first twentieth, then a cosine down to a fiftieth of the peak."""
-    warmup = max(1, steps // 20)
-    along = jnp.clip((step - warmup) / max(1, steps - warmup), 0, 1)
-    return peak * jnp.minimum((step + 1) / warmup, 0.02 + 0.98 * 0.5 * (1 + jnp.cos(math.pi * along)))

@@ -1,0 +1,173 @@
+"""`Predictor`: what the engine asks before a prompt runs, and tells after it has run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from emoe_jax.predictor import network
+from emoe_jax.predictor.config import PredictorConfig, PredictorError
+from emoe_jax.predictor.inputs import History, InputBuilder
+from emoe_jax.predictor.kernel import PromptKernel
+from emoe_jax.predictor.model import Inputs, Known
+from emoe_jax.predictor.network import Sizes, Weights
+from emoe_jax.predictor.prior import KernelPrior
+from emoe_jax.predictor.prompts import Prompts
+
+CONFIG, MEMORY, WEIGHTS = "config.json", "memory.npz", "weights.safetensors"
+MAX_MEMORY = 1024  # prompts; refitting is cubic in them
+
+
+class Predictor:
+    """Distributions over experts for coming prompts.
+
+    Every scale and feature is that of the prompts it was trained on (`trained`); the prior also remembers prompts
+    observed since, at most `MAX_MEMORY` in all, the oldest forgotten first. Not thread-safe.
+    """
+
+    def __init__(
+        self,
+        config: PredictorConfig,
+        trained: Prompts,
+        weights: Weights | None = None,
+        remembered: Prompts | None = None,
+    ):
+        """Without `weights` the prior predicts alone; it remembers `trained` unless told what else to remember."""
+        shape = (config.num_layers, config.num_experts)
+        if trained.counts.shape[1:] != shape or trained.embedding.shape[1] != config.embedding_dim:
+            raise PredictorError(
+                f"remembered prompts have routing {list(trained.counts.shape[1:])} and embeddings of "
+                f"{trained.embedding.shape[1]}; the predictor is for {list(shape)} and {config.embedding_dim}"
+            )
+        self.config, self.weights = config, weights
+        self.trained, self.memory = trained, remembered or trained
+        self.kernel = PromptKernel(trained)
+        self.inputs = InputBuilder(self.kernel, trained)
+        self.sizes = Sizes(self.kernel.names(()).shape[1], self.kernel.dim)
+        self.history = History.empty(*shape)
+        self._observed: list[Prompts] = []
+        self.refit()
+
+    @staticmethod
+    def load(directory: str | Path) -> Predictor:
+        """Read what `python -m train.predictor` wrote. Raises `PredictorError`, one line, where it cannot be used."""
+        directory = Path(directory)
+        config = PredictorConfig.load(directory / CONFIG)
+        predictor = Predictor(config, Prompts.load(directory / MEMORY))
+        predictor.weights = network.load(directory / WEIGHTS, config, predictor.sizes)
+        return predictor
+
+    def save(self, directory: str | Path) -> None:
+        """Write all that `load` needs, without what was observed since training.
+
+        The description comes last: a directory written half does not load.
+        """
+        if self.weights is None:
+            raise PredictorError("a predictor without weights cannot be saved")
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.trained.save(directory / MEMORY)
+        network.save(self.weights, directory / WEIGHTS)
+        (directory / CONFIG).write_text(json.dumps(self.config.to_json(), indent=2) + "\n")
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the networks; the prior's memory is `num_remembered` prompts."""
+        return 0 if self.weights is None else network.count(self.weights)
+
+    @property
+    def num_remembered(self) -> int:
+        return len(self.memory)
+
+    def predict(
+        self,
+        task: str,
+        embedding: Float[np.ndarray, " d"] | None = None,
+        first: Int[np.ndarray, "M E"] | None = None,
+    ) -> Float[np.ndarray, "M E"]:
+        """The distribution of a prompt's expert assignments in each layer; rows sum to 1.
+
+        `task` may be one never seen. `first` counts the choices of the first answer tokens, once there are some.
+        Prompts before this one are those that were observed.
+        """
+        unknown = np.zeros(self.inputs.centre.shape, np.int32)
+        first = unknown if first is None else first
+        prompt = Prompts((task,), self._embedding(embedding), unknown[None], first[None])
+        return self.predict_many(prompt, [self.history], with_first=bool(first.any()))[0]
+
+    def predict_many(
+        self, prompts: Prompts, histories: Sequence[History], with_first: bool
+    ) -> Float[np.ndarray, "P M E"]:
+        """Distributions of several prompts, each with its own history; `prompts.counts` are not looked at."""
+        return self.correct(prompts, self.priors[with_first].predict(prompts), histories, with_first)
+
+    def correct(
+        self, prompts: Prompts, prior: Float[np.ndarray, "P M E"], histories: Sequence[History], with_first: bool
+    ) -> Float[np.ndarray, "P M E"]:
+        """The networks' distributions, given the prior's."""
+        if self.weights is None:
+            return prior
+        inputs = self.inputs.build(prompts, prior, list(histories), with_first)
+        if self.config.variant == "all-layer":
+            return np.asarray(network.distribution(self.weights, self.config, self.sizes, inputs))
+        centre, scale = jnp.asarray(self.inputs.centre), self.inputs.scale
+        return np.asarray(network.rolled_out(self.weights, self.config, self.sizes, inputs, centre, scale))
+
+    def predict_given_layers(self, inputs: Inputs, routing: Float[np.ndarray, "P M E"]) -> Float[np.ndarray, "P M E"]:
+        """Each layer's distribution given the true `routing` of the layers before it (eMoE-L within a prompt)."""
+        if self.weights is None:
+            raise PredictorError("a predictor without weights cannot follow layers")
+        layers = self.config.num_layers
+        visible = np.broadcast_to(np.tril(np.ones((layers, layers), bool), -1), (len(routing), layers, layers))
+        known = Known(jnp.asarray(self.inputs.routing(routing)), jnp.asarray(visible))
+        return np.asarray(network.distribution(self.weights, self.config, self.sizes, inputs, known))
+
+    def observe(
+        self,
+        task: str,
+        counts: Int[np.ndarray, "M E"],
+        embedding: Float[np.ndarray, " d"] | None = None,
+        first: Int[np.ndarray, "M E"] | None = None,
+    ) -> None:
+        """Take in how a finished prompt was routed. The next prediction sees it as the previous prompt; the prior
+        learns from it at the next `refit`.
+        """
+        self.history = self.history.after(counts)
+        early = counts if first is None else first
+        self._observed.append(Prompts((task,), self._embedding(embedding), counts[None], early[None]))
+
+    @property
+    def num_unlearned(self) -> int:
+        """Prompts observed since the last `refit`."""
+        return len(self._observed)
+
+    def refit(self) -> None:
+        """Let the prior learn from what was observed; some tenths of a second at 500 prompts."""
+        for prompt in self._observed:
+            self.memory = self.memory.join(prompt)
+        self._observed = []
+        self.memory = self.memory.routed()
+        if len(self.memory) < 2:
+            raise PredictorError(f"{len(self.memory)} prompts are too few to predict from")
+        if len(self.memory) > MAX_MEMORY:
+            self.memory = self.memory.take(range(len(self.memory) - MAX_MEMORY, len(self.memory)))
+        self.priors = tuple(KernelPrior(self.kernel, self.memory, with_first) for with_first in (False, True))
+
+    def forget_history(self) -> None:
+        """As if no prompt had come before; what the prior learned stays."""
+        self.history = History.empty(*self.inputs.centre.shape)
+
+    def _embedding(self, embedding: Float[np.ndarray, " d"] | None) -> Float[np.ndarray, "1 d"]:
+        dim = self.config.embedding_dim
+        if dim == 0:
+            return np.zeros((1, 0), np.float32)
+        if embedding is None:
+            return np.zeros((1, dim), np.float32)
+        if np.shape(embedding) != (dim,):
+            raise PredictorError(f"the prompt's embedding has shape {list(np.shape(embedding))}, not [{dim}]")
+        return np.asarray(embedding, np.float32)[None]

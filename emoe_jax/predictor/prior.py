@@ -1,0 +1,97 @@
+"""The closed-form prior: kernel regression on remembered prompts, its noise chosen per direction of routing."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from emoe_jax.predictor.kernel import PromptKernel, radial
+from emoe_jax.predictor.prompts import Prompts, frequencies
+
+# Frequencies are regressed as f ** POWER: a root makes rare experts count, which coverage at many slots needs, and
+# f itself is what coverage at few slots needs; this is between.
+POWER = 0.7
+_NOISES = np.geomspace(0.03, 3000, 20)  # the last switches a component off
+_COMPONENTS = 150
+_MEAN_WEIGHT = 10.0  # a constant in the kernel, so that the mean is fitted too
+_ALIKE_COMPONENTS, _ALIKE_WIDTH2, _ALIKE_WEIGHT = 15, 0.25, 0.3
+_FLOOR = 1e-4
+
+
+class Fit(NamedTuple):
+    """Kernel regression of `J` routing components on `P` prompts."""
+
+    weights: Float[np.ndarray, "P J"]
+    left_out: Float[np.ndarray, "P J"]  # each prompt's components predicted from the others
+
+
+class KernelPrior:
+    """Predicts a prompt's expert frequencies from those of prompts like it.
+
+    Routing is centred and rotated to its principal components, and each component gets the noise that predicts
+    left-out prompts best: the leading ones hardly any, the last ones so much that they vanish. A second regression
+    adds to the similarity how alike two prompts' *predicted* routing is.
+    """
+
+    def __init__(self, kernel: PromptKernel, prompts: Prompts, with_first: bool):
+        self._kernel, self._placed, self._with_first = kernel, kernel.place(prompts), with_first
+        self._shape = prompts.counts.shape[1:]
+        targets = _compress(frequencies(prompts.counts)).reshape(len(prompts), -1).astype(np.float64)
+        self._mean = targets.mean(0)
+        _, _, axes = np.linalg.svd(targets - self._mean, full_matrices=False)
+        self._axes = axes[:_COMPONENTS]
+        components = (targets - self._mean) @ self._axes.T
+        similarity = kernel.similarity(self._placed, self._placed, with_first) + _MEAN_WEIGHT
+        self._first = _fit(similarity, components)
+        error = np.sqrt(((components - self._first.left_out) ** 2).mean(0))
+        self._alike_scale = 1 / np.maximum(error[:_ALIKE_COMPONENTS], 1e-9)
+        at = self._first.left_out[:, :_ALIKE_COMPONENTS] * self._alike_scale
+        squares = ((at[:, None] - at[None]) ** 2).sum(-1)
+        self._alike_scale = self._alike_scale / np.sqrt(max(float(np.median(squares)), 1e-9) * _ALIKE_WIDTH2)
+        self._alike = self._first.left_out[:, :_ALIKE_COMPONENTS] * self._alike_scale
+        self._second = _fit(similarity + _ALIKE_WEIGHT * radial(self._alike, self._alike), components)
+
+    def left_out(self) -> Float[np.ndarray, "P M E"]:
+        """Every remembered prompt's distribution as predicted from the others."""
+        return self._distribution(self._second.left_out)
+
+    def predict(self, prompts: Prompts) -> Float[np.ndarray, "Q M E"]:
+        """Distributions over experts, each layer's summing to 1. `prompts.counts` are not looked at."""
+        placed = self._kernel.place(prompts)
+        similarity = self._kernel.similarity(placed, self._placed, self._with_first) + _MEAN_WEIGHT
+        rough = similarity @ self._first.weights
+        at = rough[:, :_ALIKE_COMPONENTS] * self._alike_scale
+        return self._distribution((similarity + _ALIKE_WEIGHT * radial(at, self._alike)) @ self._second.weights)
+
+    def _distribution(self, components: Float[np.ndarray, "Q J"]) -> Float[np.ndarray, "Q M E"]:
+        values = (components @ self._axes + self._mean).reshape(-1, *self._shape)
+        shares = np.maximum(values, 0) ** (1 / POWER) + _FLOOR
+        return (shares / shares.sum(-1, keepdims=True)).astype(np.float32)
+
+
+def _compress(shares: Float[np.ndarray, ...]) -> Float[np.ndarray, ...]:
+    return shares**POWER
+
+
+def _fit(similarity: Float[np.ndarray, "P P"], components: Float[np.ndarray, "P J"]) -> Fit:
+    """Ridge in the kernel's space with a noise per component.
+
+    Leaving one prompt out has a closed form: with A = (K + noise I)^-1, the error at prompt i is (A z)_i / A_ii.
+    """
+    values, vectors = np.linalg.eigh(similarity)
+    values = np.maximum(values, 0)
+    rotated = vectors.T @ components
+    best_error = np.full(components.shape[1], np.inf)
+    weights, left_out = np.empty_like(components), np.empty_like(components)
+    for noise in _NOISES:
+        inverse = 1 / (values + noise)
+        solved = vectors @ (inverse[:, None] * rotated)
+        residual = solved / ((vectors**2) @ inverse)[:, None]
+        error = (residual**2).mean(0)
+        better = error < best_error
+        best_error = np.where(better, error, best_error)
+        weights[:, better] = solved[:, better]
+        left_out[:, better] = (components - residual)[:, better]
+    return Fit(weights, left_out)

@@ -1,0 +1,91 @@
+"""Prompts as the predictor sees them: task, embedding, routing. Also what it remembers, in one file."""
+
+from __future__ import annotations
+
+import dataclasses
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from emoe_jax.predictor.config import PredictorError
+from emoe_jax.traces import RoutingTrace
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """`P` prompts in arrival order. `first` counts only the first few answer tokens."""
+
+    tasks: tuple[str, ...]
+    embedding: Float[np.ndarray, "P d"]  # a row of zeros where there is none; d is 0 where no prompt can have one
+    counts: Int[np.ndarray, "P M E"]
+    first: Int[np.ndarray, "P M E"]
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    @staticmethod
+    def of(trace: RoutingTrace, first_tokens: int, embedding_dim: int = 0) -> Prompts:
+        """`embedding_dim` is for a trace without embeddings; those of a trace that has them are taken as they are."""
+        embedding = trace.prompt_embedding
+        if embedding is None:
+            embedding = np.zeros((trace.num_prompts, embedding_dim), np.float32)
+        return Prompts(
+            tuple(trace.tasks), embedding.astype(np.float32), trace.counts(), trace.counts(first=first_tokens)
+        )
+
+    def take(self, rows: Sequence[int] | Int[np.ndarray, " p"]) -> Prompts:
+        rows = np.asarray(rows, np.int64)
+        return Prompts(
+            tuple(self.tasks[row] for row in rows), self.embedding[rows], self.counts[rows], self.first[rows]
+        )
+
+    def join(self, later: Prompts) -> Prompts:
+        pairs = ((getattr(self, name), getattr(later, name)) for name in ("embedding", "counts", "first"))
+        return Prompts(self.tasks + later.tasks, *(np.concatenate(pair) for pair in pairs))
+
+    def shuffled(self, seed: int) -> Prompts:
+        """The same prompts with their routing dealt to others: a control from which nothing can be learned."""
+        order = np.random.default_rng(seed).permutation(len(self))
+        return dataclasses.replace(self, counts=self.counts[order], first=self.first[order])
+
+    def routed(self) -> Prompts:
+        """Without prompts whose routing is unknown, of which nothing can be learned."""
+        return self.take(np.flatnonzero(self.counts.sum((1, 2)) > 0))
+
+    def save(self, path: Path) -> None:
+        with path.open("wb") as file:
+            np.savez_compressed(
+                file,
+                tasks=np.array(self.tasks, dtype=np.str_),
+                embedding=self.embedding,
+                counts=self.counts.astype(np.int32),
+                first=self.first.astype(np.int32),
+            )
+
+    @staticmethod
+    def load(path: Path) -> Prompts:
+        """Raises `PredictorError` where the file is missing, damaged or not one of these."""
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in ("tasks", "embedding", "counts", "first")}
+        except FileNotFoundError:
+            raise PredictorError(f"{path.parent} holds no whole predictor ({path.name} is missing)") from None
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+            raise PredictorError(f"{path} is damaged: {' '.join(str(error).split())}") from None
+        tasks, embedding, counts, first = (arrays[name] for name in ("tasks", "embedding", "counts", "first"))
+        consistent = tasks.ndim == 1 and embedding.ndim == 2 and counts.ndim == 3 and first.shape == counts.shape
+        if not consistent or not len(tasks) == len(embedding) == len(counts) or len(tasks) == 0:
+            raise PredictorError(f"{path} is damaged: its arrays do not belong together")
+        if embedding.dtype != np.float32 or counts.dtype != np.int32 or first.dtype != np.int32:
+            raise PredictorError(f"{path} is damaged: its arrays are of the wrong types")
+        return Prompts(tuple(str(task) for task in tasks), embedding, counts, first)
+
+
+def frequencies(counts: Int[np.ndarray, "... E"]) -> Float[np.ndarray, "... E"]:
+    """Counts as shares of their layer's assignments; uniform where a layer has none."""
+    total = counts.sum(-1, keepdims=True)
+    return np.where(total > 0, counts / np.maximum(total, 1), 1 / counts.shape[-1]).astype(np.float32)

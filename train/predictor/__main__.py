@@ -1,0 +1,164 @@
+"""`python -m train.predictor`: train the expert predictor on a routing trace, or judge one on a trace."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from emoe_jax.errors import EmoeError
+from emoe_jax.predictor import Predictor, PredictorConfig, PredictorError, Prompts
+from emoe_jax.predictor.predictor import CONFIG
+from emoe_jax.traces import RoutingTrace
+from train.predictor import evaluate, examples, options, report, trainer
+from train.predictor.trainer import Checkpoints, Plan, Progress
+
+_LOG_EVERY = 25
+
+
+def main(argv: list[str] | None = None) -> None:
+    given = options.arguments(argv)
+    console = Console()
+    try:
+        if given.evaluate:
+            predictor = Predictor.load(given.evaluate)
+            prompts = evaluate.prompts_of(RoutingTrace.load(given.traces), predictor)
+            numbers = evaluate.evaluate(predictor, prompts, updates=not given.no_updates, seed=given.seed)
+        else:
+            numbers = train(given, console)
+        report.print_evaluation(numbers, console)
+        if given.json:
+            report.write_json(numbers, given.json)
+    except (EmoeError, ImportError, OSError) as error:
+        _fail(" ".join(str(error).split()))
+
+
+def train(given: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Train up to the end, write the predictor to `--out`, and return its numbers on the held-out prompts."""
+    out: Path = given.out
+    trace = RoutingTrace.load(given.traces)
+    config = PredictorConfig(
+        num_layers=trace.num_layers,
+        num_experts=trace.num_experts,
+        top_k=trace.top_k,
+        embedding_dim=0 if trace.prompt_embedding is None else trace.prompt_embedding.shape[1],
+        variant=given.variant,
+        arch=given.arch,
+        width=given.width,
+        members=given.members,
+        first_tokens=given.first_tokens,
+    )
+    prompts = Prompts.of(trace, config.first_tokens).routed()
+    if given.shuffle_labels:
+        prompts = prompts.shuffled(given.seed)
+    split = examples.Split.draw(prompts, given.held_out, given.seed)
+    plan = Plan(
+        options.steps(given, len(split.train)),
+        given.seed,
+        peak_rate=given.rate,
+        held_out=given.held_out,
+        shuffled=given.shuffle_labels,
+    )
+    claim(out, config, plan, prompts)
+    console.print(f"{config.describe()}: {len(split.train)} prompts to train on, {len(split.held_out)} held out")
+    predictor, training, held_out = examples.prepare(prompts, split, config)
+    before = trainer.prior_coverage(held_out)
+    state = _run(predictor, training, held_out, plan, out, before, console)
+    improved = float(state.best_coverage) - before
+    finished = Predictor(config, prompts, state.best)
+    finished.save(out)
+    report.plot(report.read(out / "history.jsonl"), before, out / "curves.png")
+    predictor.weights = state.best
+    # The held-out prompts are judged by a predictor that remembers the others only.
+    judged = Predictor(config, prompts, state.best, remembered=prompts.take(split.train))
+    numbers = evaluate.evaluate(judged, prompts.take(split.held_out), baselines_from=prompts.take(split.train))
+    numbers |= {
+        "best_step": int(state.best_step),
+        "held_out_gain_over_prior": improved,
+        "plan": dataclasses.asdict(plan),
+    }
+    report.write_json(numbers, out / "metrics.json")
+    console.print(
+        f"wrote {out}: step {int(state.best_step)} was best, {improved:+.4f} mean coverage over the prior alone"
+    )
+    return numbers
+
+
+def _run(
+    predictor: Predictor,
+    training: examples.Examples,
+    held_out: examples.Examples,
+    plan: Plan,
+    out: Path,
+    before: float,
+    console: Console,
+) -> trainer.TrainState:
+    checkpoints = Checkpoints(out / "checkpoints")
+    first = max(checkpoints.steps(), default=0)
+    history = report.History(out / "history.jsonl", first)
+    columns = (
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    began = time.monotonic()
+    with Bar(*columns, console=console) as bar:
+        task = bar.add_task("compiling", total=plan.steps, completed=first)
+        text = ""
+
+        def show(progress: Progress) -> None:
+            nonlocal text
+            history.add(progress)
+            if progress.coverage is not None:
+                text = f"coverage {progress.coverage:.4f} (prior {before:.4f}, best {progress.best_coverage:.4f})"
+            bar.update(task, completed=progress.step, description=f"loss {progress.loss:.4f}  {text}")
+            if not console.is_terminal and progress.step % _LOG_EVERY == 0:
+                seconds = time.monotonic() - began
+                console.print(f"step {progress.step}/{plan.steps}  loss {progress.loss:.4f}  {text}  {seconds:.0f} s")
+
+        try:
+            return trainer.run(predictor, training, held_out, plan, checkpoints, show)
+        finally:
+            history.close()
+
+
+def claim(out: Path, config: PredictorConfig, plan: Plan, prompts: Prompts) -> None:
+    """Mark the directory as this run's; refuse one that holds a predictor of another model, trace or plan."""
+    if (out / CONFIG).exists():
+        held = PredictorConfig.load(out / CONFIG)
+        held.check_model(config.num_layers, config.num_experts, config.top_k, "the trace")
+    digest = hashlib.sha256()
+    for array in (np.array(prompts.tasks), prompts.embedding, prompts.counts, prompts.first):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    described = json.dumps(
+        {"config": config.to_json(), "plan": dataclasses.asdict(plan), "prompts": digest.hexdigest()}, indent=1
+    )
+    path = out / "run.json"
+    if path.exists() and path.read_text() != described:
+        raise PredictorError(
+            f"{out} holds a run on another trace or with other options (see {path}); choose another --out or remove it"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(described)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Judge a predictor on a trace, prompt after prompt as an engine would ask it, beside the baselines."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from emoe_jax.predictor import Predictor, Prompts
+from emoe_jax.predictor.inputs import History
+from emoe_jax.predictor.prior import KernelPrior
+from emoe_jax.predictor.prompts import frequencies
+from emoe_jax.traces import RoutingTrace
+from train.predictor import baselines
+from train.predictor.coverage import coverage_table, scores
+from train.predictor.examples import DataError
+
+REFIT_EVERY = 16  # prompts; what the prior may learn from is at least so old
+
+Shares = Float[np.ndarray, "P M E"]
+
+
+def prompts_of(trace: RoutingTrace, predictor: Predictor) -> Prompts:
+    """The trace's prompts as this predictor needs them. Raises where the trace is of another model."""
+    config = predictor.config
+    config.check_model(trace.num_layers, trace.num_experts, trace.top_k, f"the trace {trace.source}")
+    if trace.prompt_embedding is not None:
+        config.check_embedding(trace.prompt_embedding.shape[1], f"the trace {trace.source}")
+    if config.embedding_dim == 0:
+        trace = trace.without_embedding()
+    prompts = Prompts.of(trace, config.first_tokens, config.embedding_dim).routed()
+    if len(prompts) == 0:
+        raise DataError(f"the trace {trace.source} has no prompt with routing")
+    return prompts
+
+
+def evaluate(
+    predictor: Predictor,
+    prompts: Prompts,
+    updates: bool = True,
+    seed: int = 0,
+    baselines_from: Prompts | None = None,
+) -> dict[str, Any]:
+    """All numbers of `predictor` on `prompts`, which are in arrival order; what it learns meanwhile stays in it.
+
+    The predictor knows of each prompt its task and embedding, how the prompts before it were routed, and, under
+    `with_first_tokens`, its first answer tokens. With `updates` its prior also learns from the trace's earlier prompts.
+    Baselines learn from the prompts the predictor was trained on, or from `baselines_from`.
+    """
+    top_k = predictor.config.top_k
+    trained, remembered = baselines_from or predictor.trained, predictor.memory
+    frozen = [prior.predict(prompts) for prior in predictor.priors]
+    milliseconds = time_predictions(predictor, prompts)
+    opinions, histories = ask_in_order(predictor, prompts) if updates else (frozen, History.of(prompts.counts))
+    predicted = [predictor.correct(prompts, opinions[first], histories, bool(first)) for first in (False, True)]
+    fixed = [predictor.correct(prompts, frozen[first], histories, bool(first)) for first in (False, True)]
+    result: dict[str, Any] = {
+        **scores(predicted[0], prompts.counts, top_k),
+        "milliseconds_per_prediction": milliseconds,
+        "parameters": predictor.num_parameters,
+        "remembered_prompts": len(remembered),
+        "prompts": len(prompts),
+        "assignments": int(prompts.counts.sum()),
+        "seen_prompts": count_seen(trained, prompts),
+        "unseen_tasks": len(set(prompts.tasks) - set(trained.tasks)),
+        "config": predictor.config.to_json(),
+    }
+    rows: dict[str, Shares] = {
+        "random": baselines.random_order(prompts, seed),
+        "global_frequency": baselines.global_frequency(trained, prompts),
+        "task_frequency": baselines.task_frequency(trained, prompts),
+        "previous_prompt": baselines.previous_prompt(trained, prompts),
+        "ridge": baselines.ridge(trained, prompts, with_first=False),
+        "ridge_with_history": baselines.ridge(trained, prompts, with_first=False, with_history=True),
+        "prior_alone": opinions[0],
+        "without_updates": fixed[0],
+        "shuffled_labels": shuffled_prior(predictor, trained, prompts, seed),
+        "best_fixed_set": baselines.best_fixed_set(prompts),
+    }
+    result["baselines"] = {name: flattened(scores(shares, prompts.counts, top_k)) for name, shares in rows.items()}
+    rows = {
+        "first_tokens_only": frequencies(prompts.first + 1e-3 * baselines.global_frequency(trained, prompts)),
+        "ridge": baselines.ridge(trained, prompts, with_first=True),
+        "prior_alone": opinions[1],
+        "without_updates": fixed[1],
+    }
+    later = np.maximum(prompts.counts - prompts.first, 0)
+    result["with_first_tokens"] = {
+        "tokens": predictor.config.first_tokens,
+        **scores(predicted[1], prompts.counts, top_k),
+        "coverage_of_later_tokens": coverage_table(predicted[1], later),
+        "baselines": {name: flattened(scores(shares, prompts.counts, top_k)) for name, shares in rows.items()},
+    }
+    if predictor.config.variant == "layer-by-layer" and predictor.weights is not None:
+        inputs = predictor.inputs.build(prompts, opinions[0], histories, with_first=False)
+        given = predictor.predict_given_layers(inputs, frequencies(prompts.counts))
+        result["given_earlier_layers"] = scores(given, prompts.counts, top_k)
+    return result
+
+
+def ask_in_order(predictor: Predictor, prompts: Prompts) -> tuple[list[Shares], list[History]]:
+    """The prior's opinions of each prompt when it arrives, without and with first tokens, and each one's history."""
+    predictor.forget_history()
+    opinions: tuple[list[Shares], list[Shares]] = ([], [])
+    histories: list[History] = []
+    for start in range(0, len(prompts), REFIT_EVERY):
+        block = prompts.take(range(start, min(start + REFIT_EVERY, len(prompts))))
+        if predictor.num_unlearned:
+            predictor.refit()
+        for kind, prior in zip(opinions, predictor.priors, strict=True):
+            kind.append(prior.predict(block))
+        for row, task in enumerate(block.tasks):
+            histories.append(predictor.history)
+            embedding = block.embedding[row] if predictor.config.embedding_dim else None
+            predictor.observe(task, block.counts[row], embedding, block.first[row])
+    return [np.concatenate(kind) for kind in opinions], histories
+
+
+def time_predictions(predictor: Predictor, prompts: Prompts, repeats: int = 30) -> float:
+    """Median milliseconds of one `predict`, after warm-up."""
+    embedding = prompts.embedding[0] if predictor.config.embedding_dim else None
+    taken = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        predictor.predict(prompts.tasks[0], embedding)
+        taken.append(time.perf_counter() - began)
+    return float(np.median(taken[1:]) * 1e3)
+
+
+def shuffled_prior(predictor: Predictor, trained: Prompts, prompts: Prompts, seed: int) -> Shares:
+    """The prior refitted with the remembered routing dealt to other prompts: what is left is not learned from inputs.
+
+    The networks' correction was trained on true labels and is left out; `--shuffle-labels` trains all on dealt ones.
+    """
+    known = trained.shuffled(seed)
+    return KernelPrior(predictor.kernel, known.take(range(max(0, len(known) - 1024), len(known))), False).predict(
+        prompts
+    )
+
+
+def count_seen(trained: Prompts, prompts: Prompts) -> int:
+    """How many of the prompts the predictor was trained on: coverage of those says nothing."""
+    known = {
+        (task, counts.tobytes()) for task, counts in zip(trained.tasks, trained.counts.astype(np.int32), strict=True)
+    }
+    return sum(
+        (task, counts.tobytes()) in known
+        for task, counts in zip(prompts.tasks, prompts.counts.astype(np.int32), strict=True)
+    )
+
+
+def flattened(numbers: dict[str, Any]) -> dict[str, Any]:
+    """A baseline's numbers with its coverage also at the top: `["ridge"]["0.25"]`."""
+    return {**numbers["coverage"], **numbers}

@@ -1,0 +1,118 @@
+"""What a run leaves for people: history as JSON lines, curves as PNG, the table on the terminal, numbers as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.table import Table
+
+from train.predictor.trainer import Progress
+
+
+class History:
+    """Progress of every step as JSON lines; a resumed run drops what the killed one wrote after its checkpoint."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        self.path = path
+        kept = [line for line in read(path) if line["step"] <= first_step]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._file: TextIO = path.open("a")
+
+    def add(self, progress: Progress) -> None:
+        self._file.write(json.dumps(progress._asdict()) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a history; the last one may be cut short by a kill and is then left out."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def plot(history: Sequence[dict[str, Any]], prior_coverage: float, path: Path) -> None:
+    """Loss of every step; coverage of held-out prompts beside that of the prior, where training starts."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    left.plot([line["step"] for line in history], [line["cross_entropy"] for line in history], linewidth=0.8)
+    left.set_ylabel("cross entropy, nats per layer")
+    measured = [line for line in history if line["coverage"] is not None]
+    right.plot(
+        [line["step"] for line in measured], [line["coverage"] for line in measured], marker=".", label="predictor"
+    )
+    right.axhline(prior_coverage, color="grey", linestyle="--", label="prior alone")
+    right.set_ylabel("coverage of held-out prompts, mean over budgets")
+    right.legend()
+    for axis in (left, right):
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def print_evaluation(numbers: dict[str, Any], console: Console) -> None:
+    """Predictor and baselines, one row each, before any answer token; then with the first ones."""
+    shape = numbers["config"]
+    console.print(
+        f"{numbers['prompts']} prompts, {numbers['assignments']:,} assignments; "
+        f"{numbers['unseen_tasks']} tasks not seen in training; "
+        f"{shape['num_layers']} MoE layers of {shape['num_experts']} experts, top-{shape['top_k']}"
+    )
+    if numbers["seen_prompts"]:
+        console.print(
+            f"[yellow]{numbers['seen_prompts']} of these prompts were trained on: not a held-out result[/yellow]"
+        )
+    _table("before any answer token", numbers, console)
+    early = numbers["with_first_tokens"]
+    _table(f"with the first {early['tokens']} answer tokens", early, console)
+    if "given_earlier_layers" in numbers:
+        given = numbers["given_earlier_layers"]["coverage"]
+        shares = "  ".join(f"{float(key):.0%}: {value:.3f}" for key, value in given.items())
+        console.print(f"coverage of each layer given the true routing of earlier layers  {shares}")
+    console.print(
+        f"{numbers['milliseconds_per_prediction']:.1f} ms per prediction; {numbers['parameters']:,} parameters, "
+        f"{numbers['remembered_prompts']} remembered prompts"
+    )
+
+
+def _table(title: str, numbers: dict[str, Any], console: Console) -> None:
+    table = Table(title=title)
+    residencies = list(numbers["coverage"])
+    table.add_column("")
+    for residency in residencies:
+        table.add_column(f"coverage {float(residency):.0%}", justify="right")
+    for name in ("P", "R", "F1"):
+        table.add_column(f"{name} 50%", justify="right")
+    for name in ("top-k", "KL"):
+        table.add_column(name, justify="right")
+    middle = residencies[len(residencies) // 2]
+    for name, row in [("predictor", numbers), *numbers["baselines"].items()]:
+        table.add_row(
+            name.replace("_", " "),
+            *(f"{row['coverage'][residency]:.4f}" for residency in residencies),
+            *(f"{row[key][middle]:.3f}" for key in ("precision", "recall", "f1")),
+            f"{row['top_k_accuracy']:.3f}",
+            f"{row['kl']:.3f}",
+            style="bold" if name == "predictor" else None,
+        )
+    console.print(table)
+
+
+def write_json(numbers: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(numbers, indent=2) + "\n")

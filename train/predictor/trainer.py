@@ -1,0 +1,217 @@
+"""The training loop: AdamW over all members at once, averaged weights, the best kept, resumed after a kill."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from orbax.checkpoint import v1 as ocp
+
+from emoe_jax.errors import EmoeError
+from emoe_jax.predictor import Predictor, PredictorConfig, network
+from emoe_jax.predictor.network import Sizes, Weights
+from train.predictor import objective
+from train.predictor.coverage import coverage
+from train.predictor.examples import Examples
+from train.predictor.objective import BUDGETS, Batch, Metrics
+
+
+class DivergedError(EmoeError):
+    """The loss is no longer a number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything that decides the outcome of a run, besides the trace and the predictor's configuration."""
+
+    steps: int
+    seed: int = 0
+    rows: int = 32
+    peak_rate: float = 1e-3
+    weight_decay: float = 0.1
+    dropout: float = 0.3
+    ranking: float = 1.0  # weight of the smooth coverage against cross entropy
+    smoothing: float = 40.0  # assignments of the prior added to a prompt's own
+    weight_power: float = 0.5  # a prompt weighs its assignments to this power
+    average: float = 0.98  # decay of the averaged weights, which are what is judged and kept
+    held_out: float = 0.12
+    evaluate_every: int = 25
+    checkpoint_every: int = 50
+    shuffled: bool = False
+
+
+class TrainState(NamedTuple):
+    """What a checkpoint holds. `best` are the averaged weights that covered most of the held-out prompts."""
+
+    step: jax.Array
+    weights: Weights
+    averaged: Weights
+    optimizer: Any
+    best: Weights
+    best_coverage: jax.Array
+    best_step: jax.Array
+
+
+class Progress(NamedTuple):
+    """What is reported of a step: `coverage` of the held-out prompts, mean over the budgets, where it was measured."""
+
+    step: int
+    loss: float
+    cross_entropy: float
+    train_coverage: float
+    coverage: float | None
+    best_coverage: float
+    best_step: int
+
+
+def optimizer(plan: Plan) -> optax.GradientTransformation:
+    warmup = max(1, plan.steps // 20)
+    rate = optax.warmup_cosine_decay_schedule(
+        plan.peak_rate / warmup, plan.peak_rate, warmup, max(plan.steps, warmup + 1), plan.peak_rate * 0.02
+    )
+
+    def decayed(weights: Any) -> Any:
+        return {name: leaf.ndim > 1 and "bias" not in name and "norm" not in name for name, leaf in weights.items()}
+
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(rate, b2=0.98, weight_decay=plan.weight_decay, mask=decayed),
+    )
+
+
+def start(config: PredictorConfig, sizes: Sizes, plan: Plan) -> TrainState:
+    weights = network.init(config, sizes, plan.seed)
+    moments = jax.vmap(optimizer(plan).init)(weights)
+    copy = functools.partial(jax.tree.map, jnp.copy)
+    return TrainState(jnp.int32(0), weights, copy(weights), moments, copy(weights), jnp.float32(-1), jnp.int32(0))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sizes", "plan"), donate_argnames="state")
+def train_step(
+    state: TrainState, batch: Batch, config: PredictorConfig, sizes: Sizes, plan: Plan
+) -> tuple[TrainState, Metrics]:
+    """One update of every member, each with its own dropout. Donates `state`."""
+    seen_key, member_key = jax.random.split(jax.random.fold_in(jax.random.key(plan.seed), state.step))
+    visible = objective.visible_layers(config, len(batch.weight), seen_key)
+    batch = batch._replace(known=batch.known._replace(visible=visible))
+
+    def member(weights: Weights, moments: Any, key: jax.Array) -> tuple[Weights, Any, Metrics]:
+        gradient = jax.grad(objective.loss, has_aux=True)
+        gradients, metrics = gradient(weights, config, sizes, batch, key, plan.dropout, plan.ranking)
+        updates, moments = optimizer(plan).update(gradients, moments, weights)
+        return optax.apply_updates(weights, updates), moments, metrics  # pyright: ignore[reportReturnType]
+
+    keys = jax.random.split(member_key, config.members)
+    weights, moments, metrics = jax.vmap(member)(state.weights, state.optimizer, keys)
+    # A young average follows faster, so that it does not remember the initial weights.
+    decay = jnp.minimum(plan.average, (1 + state.step) / (10 + state.step))
+    averaged = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.averaged, weights)
+    state = state._replace(step=state.step + 1, weights=weights, averaged=averaged, optimizer=moments)
+    return state, jax.tree.map(jnp.mean, metrics)
+
+
+class Checkpoints:
+    """The newest checkpoints of a run, one folder per step; each also carries the best weights so far."""
+
+    def __init__(self, directory: Path, keep: int = 2) -> None:
+        self.directory = directory.absolute()
+        self.keep = keep
+
+    def steps(self) -> list[int]:
+        """Steps that have a complete checkpoint, ascending: Orbax renames a folder into place when it is whole."""
+        return sorted(int(path.name) for path in self.directory.glob("*") if path.name.isdigit())
+
+    def save(self, state: TrainState) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        ocp.save(str(self.directory / str(int(state.step))), _named(state), overwrite=True)
+        for step in self.steps()[: -self.keep]:
+            shutil.rmtree(self.directory / str(step))
+
+    def restore(self, fresh: TrainState) -> TrainState:
+        """The newest checkpoint, or `fresh` itself where there is none."""
+        steps = self.steps()
+        if not steps:
+            return fresh
+        wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), fresh)
+        loaded = ocp.load(str(self.directory / str(steps[-1])), _named(wanted))
+        return jax.tree.unflatten(jax.tree.structure(fresh), [loaded[name] for name in _named(fresh)])
+
+
+def _named(state: TrainState) -> dict[str, Any]:
+    """The state's arrays under their paths, in the tree's order."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(state)
+    }
+
+
+def held_out_coverage(predictor: Predictor, weights: Weights, held_out: Examples) -> float:
+    """Mean over budgets, and over predictions before and after the first answer tokens."""
+    shares = []
+    for inputs in held_out.inputs:
+        predicted = np.asarray(network.distribution(weights, predictor.config, predictor.sizes, inputs))
+        shares += [coverage(predicted, held_out.counts, residency) for residency in BUDGETS]
+    return float(np.mean(shares))
+
+
+def run(
+    predictor: Predictor,
+    train: Examples,
+    held_out: Examples,
+    plan: Plan,
+    checkpoints: Checkpoints | None,
+    report: Callable[[Progress], None],
+    stop_after: int | None = None,
+) -> TrainState:
+    """Train up to `plan.steps`, from the newest checkpoint if there is one.
+
+    `stop_after` ends the run early without changing the schedule, as a kill would. Raises `DivergedError` before
+    anything that is not a number is saved.
+    """
+    config, sizes = predictor.config, predictor.sizes
+    state = start(config, sizes, plan)
+    state = checkpoints.restore(state) if checkpoints else state
+    if int(state.step) == 0:  # the correction is zero: what is kept is never worse than the prior on these prompts
+        state = state._replace(best_coverage=jnp.float32(held_out_coverage(predictor, state.best, held_out)))
+    first, last = int(state.step), min(plan.steps, stop_after or plan.steps)
+    for step in range(first, last):
+        rng = np.random.default_rng((plan.seed, step))
+        batch = train.batch(rng, plan.rows, plan.smoothing, plan.weight_power)
+        state, metrics = train_step(state, batch, config, sizes, plan)
+        if not np.isfinite(float(metrics.loss)):
+            raise DivergedError(
+                f"the loss is {float(metrics.loss)} at step {step + 1}; earlier checkpoints are as they were. "
+                f"Try a lower --rate than {plan.peak_rate:g}"
+            )
+        measured = None
+        if (step + 1) % plan.evaluate_every == 0 or step + 1 == last:
+            measured = held_out_coverage(predictor, state.averaged, held_out)
+            if measured > float(state.best_coverage):
+                best = jax.tree.map(jnp.copy, state.averaged)
+                state = state._replace(best=best, best_coverage=jnp.float32(measured), best_step=jnp.int32(step + 1))
+        report(
+            Progress(
+                step=step + 1,
+                loss=float(metrics.loss),
+                cross_entropy=float(metrics.cross_entropy),
+                train_coverage=float(metrics.coverage),
+                coverage=measured,
+                best_coverage=float(state.best_coverage),
+                best_step=int(state.best_step),
+            )
+        )
+        if checkpoints and ((step + 1) % plan.checkpoint_every == 0 or step + 1 == last):
+            checkpoints.save(state)
+    return state
+
+
+def prior_coverage(held_out: Examples) -> float:
+    """What `held_out_coverage` is for the prior alone, where training starts."""
+    return float(np.mean([coverage(p, held_out.counts, r) for p in held_out.priors for r in BUDGETS]))
