@@ -88,6 +88,17 @@ class PromptKernel:
         return similarity.astype(np.float64)
 
 
+def name_parts(name: str) -> list[tuple[str, float]]:
+    """A task name's features and their weights: `mmlu/college_physics` is itself, of `mmlu`, and three words.
+
+    The squares of the weights sum to 1, so that a task is as alike to itself whatever its name.
+    """
+    words = sorted({word for word in re.split(r"[\W_]+", name.lower()) if word})
+    third = 3**-0.5
+    parts = [("=" + name, third), ("/" + name.split("/")[0], third)]
+    return parts + [(word, third * len(words) ** -0.5) for word in words]
+
+
 def _first_roots(prompts: Prompts) -> Float[np.ndarray, "P ME"]:
     return np.sqrt(frequencies(prompts.first)).reshape(len(prompts), math.prod(prompts.first.shape[1:]))
 
