@@ -57,6 +57,8 @@ def load(options: Options) -> Engine:
             max_num_batched_tokens=options.max_num_batched_tokens,
             policy=options.policy,
             host_memory=options.host_memory,
+            task_profile=None if options.task_profile == "none" else options.task_profile,
+            record_traces=options.record_traces,
             seed=options.seed,
             progress=report,
         )

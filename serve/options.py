@@ -32,6 +32,8 @@ class Options:
     host_memory: str
     routing: RoutingContract
     policy: str
+    task_profile: str
+    record_traces: str | None
     api_key: list[str]
     seed: int
     shutdown_timeout: float
@@ -87,6 +89,13 @@ def _build_parser() -> _Parser:
     add("--host-memory", default="0B", metavar="SIZE", help="host memory that may hold experts off the device")
     add("--routing", choices=("resident", "exact"), default="resident", help="routing of requests that name none")
     add("--policy", choices=("lru", "static"), default="lru", help="which experts are kept on the device")
+    add(
+        "--task-profile",
+        default="auto",
+        metavar="FILE",
+        help="tells tasks by keywords; auto is the model's own; or none",
+    )
+    add("--record-traces", metavar="FILE.npz", help="record the routing of all requests here")
     add("--api-key", nargs="+", type=_name, default=[], metavar="KEY", help="keys of which a client must send one")
     add("--seed", type=_integer(0, 2**63 - 1), default=0, help="seed of requests that name none")
     add("--shutdown-timeout", type=_seconds, default=30.0, help="seconds that running requests get after SIGTERM")

@@ -28,6 +28,11 @@ from emoe_jax.engine.text import TextStream
 from emoe_jax.errors import ConfigError, RequestError
 from emoe_jax.experts.residency import Residency
 from emoe_jax.experts.weights import ExpertLayout
+from emoe_jax.tasks import TaskClassifier, TaskProfile
+from emoe_jax.traces.recorder import TraceRecorder
+
+PROFILE_FILE = "task_profile.json"
+"""The task profile of a checkpoint directory that brings one along."""
 
 Progress = Callable[[str, int, int], None]
 """Called with `(stage, done, total)`."""
@@ -69,6 +74,8 @@ class Engine:
         self._seeds = np.random.default_rng(seed)
         self._next_id = 0
         self._steps = 0
+        self.task_profile: TaskProfile | None = None
+        self._classifier: TaskClassifier | None = None
 
     @classmethod
     def load(
@@ -85,6 +92,8 @@ class Engine:
         host_memory: str | int = 0,
         kv_memory: str | int | None = None,
         router_capacity_factor: float | None = None,
+        task_profile: str | Path | None = "auto",
+        record_traces: str | Path | None = None,
         seed: int = 0,
         progress: Progress | None = None,
     ) -> "Engine":
@@ -92,13 +101,16 @@ class Engine:
 
         `expert_memory` is a share ("40%"), bytes ("6GiB") or slots per layer ("8 slots"). `dtype="auto"` is the
         checkpoint's on an accelerator and float32 on CPU, where half-precision matrix products are slow. `host_memory`
-        and `kv_memory` are bytes ("2GiB"). Raises `CheckpointError`, `ConfigError` or `CapacityError` with one line
-        that names what is wrong; nothing stays allocated then.
+        and `kv_memory` are bytes ("2GiB"). `task_profile` is a file, by default the checkpoint's own
+        `task_profile.json` if it has one; `record_traces` is where to record routing from the start. Raises
+        `CheckpointError`, `ConfigError` or `CapacityError` with one line that names what is wrong; nothing stays
+        allocated then.
         """
         if routing not in ("resident", "exact"):
             raise ConfigError(f"routing is {routing!r}; expected 'resident' or 'exact'")
         checkpoint = Checkpoint.open(path, router_capacity_factor=router_capacity_factor)
         config = checkpoint.config
+        profile = _load_profile(task_profile, checkpoint.directory, config)
         device = jax.devices()[0]
         memory = MemoryPlan.of(
             config,
@@ -140,15 +152,44 @@ class Engine:
             cache = new_cache(config, memory.num_pages, memory.dtype)
             buckets = Buckets.of(max_num_seqs, max_num_batched_tokens, memory.max_model_len)
             runner = Runner(model, residency, cache, buckets)
+            engine = cls(Path(path).name, tokenizer, runner, scheduler, residency, memory, routing, seed)
+            engine.use_task_profile(profile)
+            if record_traces is not None:
+                engine.record_traces(record_traces)
         except BaseException:
             residency.close()
             raise
-        return cls(Path(path).name, tokenizer, runner, scheduler, residency, memory, routing, seed)
+        return engine
 
     @property
     def max_model_len(self) -> int:
         """Tokens that prompt and answer may have together."""
         return self._scheduler.max_model_len
+
+    def use_task_profile(self, profile: TaskProfile | None) -> None:
+        """Classify requests that name no task by this profile. Raises `ConfigError` when it is of another model."""
+        if profile is not None:
+            profile.check(self.config)
+        self.task_profile = profile
+        self._classifier = None if profile is None else TaskClassifier(profile)
+
+    def record_traces(self, path: str | Path) -> None:
+        """Record the routing of requests that come from now on, in a trace that `stop_recording` or `close` finishes.
+
+        Raises `ConfigError` when the file exists or cannot be written.
+        """
+        self.stop_recording()
+        config, table = self.config, self._runner.embedding_table()
+        recorder = TraceRecorder(path, len(config.moe_layers), config.num_experts, config.top_k, table.shape[1])
+        self._runner.recorder = recorder
+
+    def stop_recording(self) -> None:
+        """Finish the trace, if one is being recorded. Raises `ConfigError` when it could not be written."""
+        recorder, self._runner.recorder = self._runner.recorder, None
+        for sequence in (*self._scheduler.running, *self._scheduler.waiting):
+            sequence.sample = -1
+        if recorder is not None:
+            recorder.close()
 
     def warm_up(self, progress: Progress | None = None) -> None:
         """Compile all step shapes now, so that no request waits for the compiler."""
@@ -221,6 +262,8 @@ class Engine:
             raise RequestError("the model has no tokenizer, so stop strings cannot be found", param="stop")
         seed = params.seed if params.seed is not None else int(self._seeds.integers(2**63))
         contract = routing or self.routing
+        if task is None:
+            task = self._classify(prompt, token_ids)
         sequences = [
             Sequence(
                 request_id,
@@ -237,6 +280,7 @@ class Engine:
         ]
         for sequence in sequences:
             self._scheduler.add(sequence)
+        self._begin_recording(sequences)
         completions = [Completion(index, logprobs=None if params.logprobs is None else []) for index in range(params.n)]
         output = RequestOutput(request_id, token_ids, completions, task, contract)
         self._answers[request_id] = Answer(output, sequences, [self._text_stream(params) for _ in sequences])
@@ -313,8 +357,9 @@ class Engine:
         return self.memory.report()
 
     def close(self) -> None:
-        """Stop the loader's threads. The engine cannot step afterwards."""
+        """Stop the loader's threads and finish the trace, if one is recorded. The engine cannot step afterwards."""
         self._residency.close()
+        self.stop_recording()
 
     def __enter__(self) -> "Engine":
         return self
@@ -325,6 +370,21 @@ class Engine:
     def _new_id(self) -> str:
         self._next_id += 1
         return f"engine-{self._next_id}"
+
+    def _classify(self, prompt: Prompt, token_ids: list[int]) -> str | None:
+        """The task of a prompt, None without a task profile or without text."""
+        if self._classifier is None or self.tokenizer is None:
+            return None
+        return self._classifier.classify(prompt if isinstance(prompt, str) else self.tokenizer.decode(token_ids))
+
+    def _begin_recording(self, sequences: Rows[Sequence]) -> None:
+        recorder = self._runner.recorder
+        if recorder is None:
+            return
+        token_ids = sequences[0].prompt_token_ids
+        embedding = self._runner.embedding_table()[token_ids].mean(axis=0, dtype=np.float32)
+        for sequence in sequences:
+            sequence.sample = recorder.begin(sequence.task, len(token_ids), embedding)
 
     def _tokenize(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -357,6 +417,19 @@ class _CheckpointReader:
 
     def read(self, layer: int, expert: int, record: np.ndarray) -> None:
         self.checkpoint.read_expert(layer, expert, record, self.layout)
+
+
+def _load_profile(path: str | Path | None, directory: Path, config: ModelConfig) -> TaskProfile | None:
+    """The task profile named, or with "auto" the checkpoint's own; checked against the model."""
+    if path == "auto":
+        path = directory / PROFILE_FILE
+        if not path.exists():
+            return None
+    if path is None:
+        return None
+    profile = TaskProfile.load(path)
+    profile.check(config)
+    return profile
 
 
 def _as_prompts(prompts: Prompt | Rows[Prompt]) -> list[Prompt]:

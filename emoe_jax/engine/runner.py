@@ -48,6 +48,7 @@ class Runner:
         self.buckets = buckets
         self.executables = Executables()
         self.recorder: TraceRecorder | None = None
+        self._embedding_table: np.ndarray | None = None
         self._residency = residency
         sharding = residency.slab.sharding
         self._cache = list(jax.device_put(cache, sharding))
@@ -85,7 +86,9 @@ class Runner:
 
     def embedding_table(self) -> Float[np.ndarray, "V D"]:
         """The model's input embeddings on the host: a view on CPU, a copy elsewhere."""
-        return np.asarray(self._skeleton.join(self._leaves).embedding[...])
+        if self._embedding_table is None:
+            self._embedding_table = np.asarray(self._skeleton.join(self._leaves).embedding[...])
+        return self._embedding_table
 
     def logits(self, token_ids: Rows[int], routing: RoutingContract) -> Float[np.ndarray, "T V"]:
         """Float32 logits of one uncached forward under a routing contract."""

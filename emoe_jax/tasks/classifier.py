@@ -12,7 +12,7 @@ _WORD = re.compile(r"\w+|[?!]")
 
 
 def words_of(text: str) -> list[str]:
-    """The words that keywords consist of: lower case, numbers as `0`, question and exclamation marks on their own."""
+    """The words that keywords consist of: lower case, question and exclamation marks count as words."""
     if len(text) > 2 * END_CHARS:
         text = text[:END_CHARS] + "\n" + text[-END_CHARS:]
     return _WORD.findall(text.lower())
