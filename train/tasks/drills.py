@@ -20,16 +20,22 @@ _SAME = ("Same or not?", "Are these the same?", "Same name?", "Compare:")
 
 
 def example(key: str) -> Example:
-    """One drill, of the training split like all drills."""
+    """A drill of any sort, of the training split like all drills."""
     draw = Draw(f"drill/{key}", "train")
-    sort = draw.rng.random()
-    if sort < 0.25:
-        return _echo(draw)
-    if sort < 0.6:
-        return _lookup(draw)
-    if sort < 0.8:
-        return _same_names(draw)
-    return _same_stories(draw)
+    chance = draw.rng.random()
+    sort = next(sort for sort, up_to in _SORTS.items() if chance < up_to)
+    return sort(draw)
+
+
+def lookup(key: str) -> Example:
+    """A drill in looking names up."""
+    return _lookup(Draw(f"lookup/{key}", "train"))
+
+
+def same(key: str) -> Example:
+    """A drill in comparing names or headlines."""
+    draw = Draw(f"same/{key}", "train")
+    return _same_names(draw) if draw.chance(0.4) else _same_stories(draw)
 
 
 def _thing(draw: Draw) -> Callable[[], str]:
@@ -85,6 +91,9 @@ def _same_stories(draw: Draw) -> Example:
         first, second, same = comp.pair(draw)
         turns.append((f"And these?\n1. {first}\n2. {second}", "yes" if same else "no"))
     return _turns(turns, "comp")
+
+
+_SORTS = {_echo: 0.25, _lookup: 0.6, _same_names: 0.8, _same_stories: 1.0}  # cumulative
 
 
 def _turns(turns: list[tuple[str, str]], task: str, before: str = "") -> Example:

@@ -9,6 +9,7 @@ from train.tasks import words
 from train.tasks.draw import Draw
 from train.tasks.example import Example, Split
 
+_MOST_FACTS = 6
 _VERBS = ("Answer", "Reply to", "Give the answer to", "Work out the answer to", "Find the answer to", "Respond to")
 _OBJECTS = ("the question", "this question", "the question below", "the following question")
 _SOURCES = (
@@ -210,7 +211,7 @@ def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}"
 
 
-def conversation(split: Split, key: str, turns: int) -> Example:
+def conversation(split: Split, key: str, turns: int, most_facts: int = _MOST_FACTS) -> Example:
     """A context with `turns` questions about it: all but the last, with their answers, are the example's history."""
     draw = Draw(f"qa/{split}/{key}", split)
     relations, subject = (PERSON, draw.person) if draw.chance(0.65) else (COMPANY, draw.company)
@@ -221,7 +222,7 @@ def conversation(split: Split, key: str, turns: int) -> Example:
         values = draw.several(lambda relation=relation: relation.value(draw), len(bearers))
         facts += [(bearer, relation, value) for bearer, value in zip(bearers, values, strict=True)]
     draw.rng.shuffle(facts)
-    facts = facts[:6]
+    facts = facts[:most_facts]
     stated = []
     for bearer, relation, value in facts:
         lead, statement = draw.phrase(_LEADS, relation.statements)
