@@ -61,7 +61,7 @@ def _moe_ffn(
     backend: str,
 ) -> Float[Array, "R D"]:
     def run(name: str) -> Callable[..., Array]:
-        return lambda *operands: BACKENDS[name].run(*operands[:-1], config, operands[-1])
+        return partial(BACKENDS[name].run, config=config)
 
     operands = (rows, ids, weights, slot_of_expert, experts, accumulator)
     if backend != "auto":

@@ -32,8 +32,8 @@ def blocks(
     weights: Float[Array, "R k"],
     slot_of_expert: Int[Array, " E"],
     experts: ExpertWeights,
-    config: ModelConfig,
     accumulator: Float[Array, "R D"],
+    config: ModelConfig,
 ) -> Float[Array, "R D"]:
     """How an expert's rows fall into blocks depends on their number only, so waves compute the same products."""
     groups = dispatch(ids, slot_of_expert, experts.capacity)

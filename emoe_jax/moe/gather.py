@@ -15,8 +15,8 @@ def gather(
     weights: Float[Array, "R k"],
     slot_of_expert: Int[Array, " E"],
     experts: ExpertWeights,
-    config: ModelConfig,
     accumulator: Float[Array, "R D"],
+    config: ModelConfig,
 ) -> Float[Array, "R D"]:
     """Copies one expert per assignment, `R * k` of them: not for large shapes."""
     groups = dispatch(ids, slot_of_expert, experts.capacity)

@@ -32,8 +32,8 @@ def loop(
     weights: Float[Array, "R k"],
     slot_of_expert: Int[Array, " E"],
     experts: ExpertWeights,
-    config: ModelConfig,
     accumulator: Float[Array, "R D"],
+    config: ModelConfig,
 ) -> Float[Array, "R D"]:
     """Time grows with the assignments, not with the slots; a row's product never depends on the other rows."""
     R = rows.shape[0]

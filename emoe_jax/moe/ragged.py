@@ -20,8 +20,8 @@ def ragged(
     weights: Float[Array, "R k"],
     slot_of_expert: Int[Array, " E"],
     experts: ExpertWeights,
-    config: ModelConfig,
     accumulator: Float[Array, "R D"],
+    config: ModelConfig,
 ) -> Float[Array, "R D"]:
     """Groups follow the slots, so an assignment's place, and maybe its last bits, depend on the slab's placement."""
     groups = dispatch(ids, slot_of_expert, experts.capacity)

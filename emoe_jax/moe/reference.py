@@ -16,8 +16,8 @@ def reference(
     weights: Float[Array, "R k"],
     slot_of_expert: Int[Array, " E"],
     experts: ExpertWeights,
-    config: ModelConfig,
     accumulator: Float[Array, "R D"],
+    config: ModelConfig,
 ) -> Float[Array, "R D"]:
     """Costs `C` experts per row and `R * C * Fi` numbers: for tests and tiny models."""
     slots = slots_of(ids, slot_of_expert, experts.capacity)

@@ -25,8 +25,8 @@ class MoEBackend(Protocol):
         weights: Float[Array, "R k"],
         slot_of_expert: Int[Array, " E"],
         experts: ExpertWeights,
-        config: ModelConfig,
         accumulator: Float[Array, "R D"],
+        config: ModelConfig,
     ) -> Float[Array, "R D"]: ...
 
 

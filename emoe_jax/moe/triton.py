@@ -29,8 +29,8 @@ def triton(
     weights: Float[Array, "R k"],
     slot_of_expert: Int[Array, " E"],
     experts: ExpertWeights,
-    config: ModelConfig,
     accumulator: Float[Array, "R D"],
+    config: ModelConfig,
 ) -> Float[Array, "R D"]:
     """Raises `NotImplementedError` when the model's or the expert's size is no multiple of 16."""
     if not supports(config):
