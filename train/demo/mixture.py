@@ -49,7 +49,7 @@ STAGES = (
         facts=3,
     ),
     Stage(
-        1200,
+        1300,
         {"same": 0.03, "qa": 0.32, "comp": 0.24, "clsfy": 0.09, "sum": 0.15, "conv": 0.11, "chitchat": 0.06},
         questions=4,
         facts=6,
