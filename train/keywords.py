@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
+import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -13,7 +15,7 @@ from emoe_jax.errors import ConfigError
 from emoe_jax.tasks import TaskClassifier, TaskProfile
 from emoe_jax.tasks.classifier import words_of
 from emoe_jax.tasks.profile import MAX_KEYWORD_WORDS
-from train.tasks import TASKS, examples, unrelated
+from train.tasks import examples, unrelated
 from train.tasks.example import Split
 
 MIN_SHARE = 0.001  # of a task's prompts that a keyword occurs in
@@ -22,18 +24,16 @@ MIN_WEIGHT = 1.0  # nats
 TRUST = (0.6, 0.85, 1.0, 1.0)  # of n-grams by length: the shorter, the likelier in texts of sorts never seen here
 ENOUGH = 16.0  # nats of evidence that the keywords of a prompt are chosen to reach
 MIN_GAIN = 3.0  # nats that a keyword must add over all prompts
+MANY = 500
 MAX_KEYWORDS = 800
-KEPT = 0.98  # of each task's prompts that must not be mistaken for unrelated ones
+NEARLY = 0.98  # of the texts that decide where the threshold is
+HELD_OUT = 5  # one prompt in so many sets the threshold instead of teaching keywords
 
 
-def with_demo_keywords(profile: TaskProfile, seed: int, count: int) -> TaskProfile:
-    """The profile with keywords of the demo tasks, from `count` prompts each of the training split."""
-    return with_keywords(
-        profile,
-        {task: demo_prompts(task, "train", seed, count) for task in TASKS},
-        unrelated.REQUESTS,
-        unrelated.prose(),
-    )
+def with_demo_keywords(profile: TaskProfile, tasks: Sequence[str], seed: int, count: int) -> TaskProfile:
+    """The profile with keywords of demo tasks, from `count` prompts each (more of short ones) of the training split."""
+    prompts = {task: demo_prompts(task, "train", seed, count * (5 if task == "conv" else 1)) for task in tasks}
+    return with_keywords(profile, prompts, unrelated.REQUESTS, unrelated.prose())
 
 
 def demo_prompts(task: str, split: Split, seed: int, count: int) -> list[str]:
@@ -43,7 +43,9 @@ def demo_prompts(task: str, split: Split, seed: int, count: int) -> list[str]:
     return chats + [example.prompt for example in drawn if example.history]
 
 
-def with_keywords(profile: TaskProfile, prompts: Mapping[str, Sequence[str]], *unrelated: Sequence[str]) -> TaskProfile:
+def with_keywords(
+    profile: TaskProfile, prompts: Mapping[str, Sequence[str]], *unrelated_texts: Sequence[str]
+) -> TaskProfile:
     """The profile with keywords learned from prompts by task, contrasted with several sorts of unrelated texts.
 
     A keyword's weight is the log-odds (nats) of its share of the task's prompts against the largest share anywhere
@@ -51,11 +53,15 @@ def with_keywords(profile: TaskProfile, prompts: Mapping[str, Sequence[str]], *u
     task have in common, their instruction, comes before what they happen to be about.
     """
     for task, texts in prompts.items():
-        if not texts:
-            raise ConfigError(f"task {task!r} has no prompts to learn keywords from")
-    documents = {task: [_ngrams(text) for text in texts] for task, texts in prompts.items()}
+        if len(texts) < HELD_OUT:
+            raise ConfigError(
+                f"task {task!r} has {len(texts)} prompts to learn keywords from; {HELD_OUT} are the least"
+            )
+    taught = {task: [text for n, text in enumerate(texts) if n % HELD_OUT] for task, texts in prompts.items()}
+    judged = {task: texts[::HELD_OUT] for task, texts in prompts.items()}
+    documents = {task: [_ngrams(text) for text in texts] for task, texts in taught.items()}
     shares = {task: _shares(found) for task, found in documents.items()}
-    others = [_shares([_ngrams(text) for text in texts]) for texts in unrelated]
+    others = [_shares([_ngrams(text) for text in texts]) for texts in unrelated_texts]
     for task, found in documents.items():
         rivals = [shares[other] for other in shares if other != task] + others
         weights = {}
@@ -65,7 +71,7 @@ def with_keywords(profile: TaskProfile, prompts: Mapping[str, Sequence[str]], *u
             if share >= MIN_SHARE and weight >= MIN_WEIGHT:
                 weights[ngram] = weight
         profile = profile.with_task(task, keywords=_choose(found, weights))
-    return _with_threshold(profile, prompts)
+    return dataclasses.replace(profile, threshold=_threshold(profile, judged, list(itertools.chain(*unrelated_texts))))
 
 
 def _ngrams(text: str) -> frozenset[str]:
@@ -75,11 +81,12 @@ def _ngrams(text: str) -> frozenset[str]:
 
 
 def _shares(documents: Sequence[frozenset[str]]) -> dict[str, float]:
-    """In which share of the documents each n-gram occurs."""
+    """In which share of the documents each n-gram occurs; of many documents, one alone does not count."""
     counts: Counter[str] = Counter()
     for document in documents:
         counts.update(document)
-    return {ngram: count / len(documents) for ngram, count in counts.items()}
+    least = 1 + len(documents) // MANY
+    return {ngram: count / len(documents) for ngram, count in counts.items() if count >= least}
 
 
 def _choose(documents: Sequence[frozenset[str]], weights: Mapping[str, float]) -> dict[str, float]:
@@ -105,12 +112,15 @@ def _choose(documents: Sequence[frozenset[str]], weights: Mapping[str, float]) -
     return chosen
 
 
-def _with_threshold(profile: TaskProfile, prompts: Mapping[str, Sequence[str]]) -> TaskProfile:
-    """The profile with the highest threshold that `KEPT` of each task's prompts still pass."""
-    classifier = TaskClassifier(profile)
-    passed = [
-        np.quantile([classifier.scores(text)[task] for text in texts], 1 - KEPT) for task, texts in prompts.items()
-    ]
-    return TaskProfile(
-        profile.num_layers, profile.num_experts, profile.top_k, max(1.0, round(float(min(passed)), 3)), profile.tasks
+def _threshold(keywords: TaskProfile, prompts: Mapping[str, Sequence[str]], unrelated_texts: Sequence[str]) -> float:
+    """Halfway between what nearly no unrelated text reaches and what nearly all prompts reach, those of each task.
+
+    `prompts` must not be those that taught the keywords.
+    """
+    classifier = TaskClassifier(keywords)
+    lowest = min(
+        float(np.quantile([classifier.scores(text)[task] for text in texts], 1 - NEARLY))
+        for task, texts in prompts.items()
     )
+    highest = np.quantile([max(classifier.scores(text).values()) for text in unrelated_texts], NEARLY)
+    return round(max(0.0, (lowest + float(highest)) / 2), 3)

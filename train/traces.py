@@ -1,0 +1,246 @@
+"""`python -m train.traces`: run prompts of each task through an engine, record their routing, profile the tasks."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from emoe_jax import EmoeError, Engine, SamplingParams
+from emoe_jax.engine.request import RequestOutput
+from emoe_jax.errors import ConfigError
+from emoe_jax.tasks import Lengths, TaskProfile
+from emoe_jax.traces import RoutingTrace
+from emoe_jax.traces.parts import parts_of
+from emoe_jax.traces.recorder import recover
+from train.keywords import with_demo_keywords
+from train.tasks import TASKS, examples
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m train.traces", description=__doc__)
+    add = parser.add_argument
+    add("--model", default="checkpoints/demo", help="checkpoint directory or hub id")
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="tasks to draw prompts of")
+    add("--per-task", type=int, default=200, help="prompts per task")
+    add("--split", choices=("train", "test"), default="train", help="which phrases and names prompts may use")
+    add("--seed", type=int, default=0, help="of the prompts and their order")
+    add("--max-tokens", type=int, default=96, help="longest answer")
+    add("--temperature", type=float, default=0.0, help="0 answers greedily")
+    add("--max-num-seqs", type=int, default=16, help="sequences computed together")
+    add("--out", type=Path, metavar="FILE.npz", help="the trace")
+    add("--profile", type=Path, metavar="FILE", help="task profile to make, or to update where it exists")
+    add("--keyword-prompts", type=int, default=600, help="prompts per task to learn keywords from; 0 leaves them")
+    add("--json", type=Path, metavar="FILE", help="write the numbers here")
+    add("--recover", type=Path, metavar="FILE.npz", help="only finish the trace of a run that was killed")
+    options = parser.parse_args(argv)
+    for name, low, high in (
+        ("per_task", 1, 10**6),
+        ("seed", 0, 2**31 - 1),
+        ("max_tokens", 1, 10**6),
+        ("temperature", 0, 100),
+        ("max_num_seqs", 1, 1024),
+        ("keyword_prompts", 0, 10**5),
+    ):
+        value = getattr(options, name)
+        if not low <= value <= high:
+            parser.error(f"--{name.replace('_', '-')} is {value}; it must be between {low} and {high}")
+    if (options.out is None) == (options.recover is None):
+        parser.error("give either --out or --recover")
+    options.tasks = list(dict.fromkeys(options.tasks))
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = arguments(argv)
+    console = Console()
+    try:
+        if options.recover is not None:
+            console.print(f"{options.recover}: {recover(options.recover)} tokens")
+            return 0
+        numbers = record(options, console)
+    except (EmoeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print_table(numbers, console)
+    if options.json is not None:
+        options.json.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def record(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Record the trace, update the profile if there is to be one, and return the numbers of both."""
+    for file in (options.out, options.profile, options.json):
+        if file is not None and not file.parent.is_dir():
+            raise ConfigError(f"{file}: the folder {file.parent} does not exist")
+    if parts_of(options.out).exists():
+        raise ConfigError(
+            f"{options.out} was left unfinished; finish it with --recover, or remove {parts_of(options.out)}"
+        )
+    with Engine.load(
+        options.model,
+        expert_memory="100%",
+        task_profile=None,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=max(512, options.max_num_seqs),
+    ) as engine:
+        path: Path | None = options.profile
+        profile = None if path is None else _open_profile(path, engine)
+        prompts = _prompts(options, engine)
+        engine.record_traces(options.out)
+        outputs = _answers(engine, prompts, options, console)
+    trace = RoutingTrace.load(options.out)
+    numbers = {"model": engine.model_name, "trace": str(options.out), "tokens": trace.num_tokens}
+    numbers["tasks"] = {
+        task: _numbers(task, [output for output in outputs if output.task == task], trace) for task in options.tasks
+    }
+    if profile is not None and path is not None:
+        numbers["profile"] = str(path)
+        _updated(profile, outputs, trace, options).save(path)
+    return numbers
+
+
+def _open_profile(path: Path, engine: Engine) -> TaskProfile:
+    if not path.exists():
+        return TaskProfile.empty(engine.config)
+    profile = TaskProfile.load(path)
+    profile.check(engine.config)
+    return profile
+
+
+def _prompts(options: argparse.Namespace, engine: Engine) -> list[tuple[str, list[int]]]:
+    """Task and token ids of every prompt, in a random order of arrival, each as the server would render it."""
+    tokenizer = engine.tokenizer
+    if tokenizer is None:
+        raise ConfigError(f"{options.model} has no tokenizer, so prompts in words cannot be run")
+    prompts: list[tuple[str, list[int]]] = []
+    for task in options.tasks:
+        for example in examples(task, options.split, options.seed, options.per_task):
+            if tokenizer.has_chat_template:
+                token_ids = tokenizer.chat(example.messages)
+            else:
+                token_ids = tokenizer.encode(example.prompt)
+            if len(token_ids) + options.max_tokens > engine.max_model_len:
+                raise ConfigError(
+                    f"a prompt of {task} has {len(token_ids)} tokens; with --max-tokens {options.max_tokens} that "
+                    f"exceeds the model's {engine.max_model_len}"
+                )
+            prompts.append((task, token_ids))
+    random.Random(options.seed).shuffle(prompts)
+    return prompts
+
+
+def _answers(
+    engine: Engine, prompts: list[tuple[str, list[int]]], options: argparse.Namespace, console: Console
+) -> list[RequestOutput]:
+    """Run all prompts, as many at a time as the engine computes together."""
+    params = SamplingParams(max_tokens=options.max_tokens, temperature=options.temperature, seed=options.seed)
+    columns = (
+        TextColumn("prompts"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    outputs: list[RequestOutput] = []
+    waiting, tokens = list(reversed(list(enumerate(prompts)))), 0
+    running = 0
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("compiling", total=len(prompts))
+        while len(outputs) < len(prompts):
+            while waiting and running < 2 * options.max_num_seqs:  # a queue, so that every step is full
+                number, (task, token_ids) = waiting.pop()
+                engine.add_request(str(number), token_ids, params, task=task)
+                running += 1
+            for delta in engine.step():
+                tokens += len(delta.token_ids)
+                if delta.finish_reason is not None:
+                    outputs.append(engine.pop(delta.request_id))
+                    running -= 1
+            progress.update(bar, completed=len(outputs), description=f"{tokens} answer tokens")
+    return outputs
+
+
+def _numbers(task: str, outputs: list[RequestOutput], trace: RoutingTrace) -> dict[str, Any]:
+    """What a task's answers and routing are like."""
+    lengths = Lengths.of([len(output.token_ids) for output in outputs])
+    frequency, tokens = _frequency(task, trace)
+    top = np.sort(frequency, axis=1)[:, ::-1][:, : -(-trace.num_experts // 4)].sum(axis=1)
+    entropy = -np.sum(frequency * np.log2(np.maximum(frequency, 1e-12)), axis=1)
+    return {
+        "prompts": len(outputs),
+        "prompt_tokens": float(np.mean([len(output.prompt_token_ids) for output in outputs])),
+        "output_length": dataclasses.asdict(lengths),
+        "tokens": tokens,
+        "coverage_of_top_quarter": float(top.mean()),
+        "entropy_bits_by_layer": entropy.tolist(),
+    }
+
+
+def _frequency(task: str, trace: RoutingTrace) -> tuple[np.ndarray, int]:
+    """Share of each expert `[M, E]` among the choices of a task's tokens, and how many tokens those are."""
+    index = trace.task_names.index(task)
+    experts = trace.experts[trace.task[trace.sample] == index]
+    counts = [np.bincount(experts[:, m].ravel(), minlength=trace.num_experts) for m in range(trace.num_layers)]
+    return np.array(counts) / max(1, experts.shape[0] * trace.top_k), len(experts)
+
+
+def _updated(
+    profile: TaskProfile, outputs: list[RequestOutput], trace: RoutingTrace, options: argparse.Namespace
+) -> TaskProfile:
+    """The profile with this run's answer lengths and mean routing, and keywords unless they are to be left."""
+    for task in options.tasks:
+        lengths = [len(output.token_ids) for output in outputs if output.task == task]
+        frequency, tokens = _frequency(task, trace)
+        profile = profile.with_task(
+            task, output_length=Lengths.of(lengths), routing=frequency, prompts=len(lengths), tokens=tokens
+        )
+    if options.keyword_prompts:
+        profile = with_demo_keywords(profile, options.tasks, options.seed, options.keyword_prompts)
+    return profile
+
+
+def print_table(numbers: dict[str, Any], console: Console) -> None:
+    """One row per task."""
+    table = Table(title=f"{numbers['trace']}: routing of {numbers['model']}, {numbers['tokens']} tokens")
+    table.add_column("task")
+    columns = (
+        "prompts",
+        "prompt tokens",
+        "answer tokens",
+        "median",
+        "p90",
+        "top 25 % of experts cover",
+        "entropy (bits)",
+    )
+    for column in columns:
+        table.add_column(column, justify="right")
+    for task, row in numbers["tasks"].items():
+        lengths = row["output_length"]
+        quantiles = lengths["quantiles"]
+        table.add_row(
+            task,
+            str(row["prompts"]),
+            f"{row['prompt_tokens']:.1f}",
+            f"{lengths['mean']:.1f}",
+            f"{quantiles[2]:.0f}",
+            f"{quantiles[4]:.0f}",
+            f"{row['coverage_of_top_quarter']:.1%}",
+            f"{np.mean(row['entropy_bits_by_layer']):.2f}",
+        )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
