@@ -77,14 +77,15 @@ class PromptKernel:
         first = (_first_roots(prompts) - self._first_mean) / (self._first_scale * np.sqrt(_FIRST_WIDTH2))
         return Placed(self.names(prompts.tasks), has_embedding(prompts), [at * scale for scale in self._scales], first)
 
-    def similarity(self, left: Placed, right: Placed, with_first: bool) -> Float[np.ndarray, "P Q"]:
+    def similarity(self, left: Placed, right: Placed, with_first: bool, width: float = 1.0) -> Float[np.ndarray, "P Q"]:
+        """Of every pair. `width` stretches the radial functions: a wide one is nearly linear."""
         similarity = _NAME * left.names @ right.names.T
         if left.at:
             both = np.outer(left.embedded, right.embedded) / len(left.at)
             for here, there in zip(left.at, right.at, strict=True):
-                similarity = similarity + both * radial(here, there)
+                similarity = similarity + both * radial(here / width, there / width)
         if with_first:
-            similarity = similarity + _FIRST_WEIGHT * radial(left.first, right.first)
+            similarity = similarity + _FIRST_WEIGHT * radial(left.first / width, right.first / width)
         return similarity.astype(np.float64)
 
 

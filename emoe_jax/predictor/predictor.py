@@ -50,6 +50,7 @@ class Predictor:
         self.inputs = InputBuilder(self.kernel, trained)
         self.sizes = Sizes(self.kernel.names(()).shape[1], self.kernel.dim)
         self.history = History.empty(*shape)
+        self.priors: list[KernelPrior] = []  # before and after the first answer tokens
         self._observed: list[Prompts] = []
         self.refit()
 
@@ -156,7 +157,11 @@ class Predictor:
             raise PredictorError(f"{len(self.memory)} prompts are too few to predict from")
         if len(self.memory) > MAX_MEMORY:
             self.memory = self.memory.take(range(len(self.memory) - MAX_MEMORY, len(self.memory)))
-        self.priors = tuple(KernelPrior(self.kernel, self.memory, with_first) for with_first in (False, True))
+        widths = [prior.width for prior in self.priors] or [None, None]
+        self.priors = [
+            KernelPrior(self.kernel, self.memory, with_first, width)
+            for with_first, width in zip((False, True), widths, strict=True)
+        ]
 
     def forget_history(self) -> None:
         """As if no prompt had come before; what the prior learned stays."""

@@ -7,13 +7,14 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from emoe_jax.predictor.kernel import PromptKernel, radial
+from emoe_jax.predictor.kernel import Placed, PromptKernel, radial
 from emoe_jax.predictor.prompts import Prompts, frequencies
 
 # Frequencies are regressed as f ** POWER: a root makes rare experts count, which coverage at many slots needs, and
 # f itself is what coverage at few slots needs; this is between.
 POWER = 0.7
-_NOISES = np.geomspace(0.03, 3000, 20)  # the last switches a component off
+_NOISES = np.geomspace(0.01, 3000, 22)  # the last switches a component off
+_WIDTHS = (1.0, 1.6, 2.6, 4.2)  # of the kernel; the one that predicts left-out prompts best is taken
 _COMPONENTS = 150
 _MEAN_WEIGHT = 10.0  # a constant in the kernel, so that the mean is fitted too
 _ALIKE_COMPONENTS, _ALIKE_WIDTH2, _ALIKE_WEIGHT = 15, 0.25, 0.3
@@ -25,6 +26,7 @@ class Fit(NamedTuple):
 
     weights: Float[np.ndarray, "P J"]
     left_out: Float[np.ndarray, "P J"]  # each prompt's components predicted from the others
+    error: float  # mean square of what those miss, summed over components
 
 
 class KernelPrior:
@@ -35,7 +37,8 @@ class KernelPrior:
     adds to the similarity how alike two prompts' *predicted* routing is.
     """
 
-    def __init__(self, kernel: PromptKernel, prompts: Prompts, with_first: bool):
+    def __init__(self, kernel: PromptKernel, prompts: Prompts, with_first: bool, width: float | None = None):
+        """`width` of the kernel is chosen where it is not given."""
         self._kernel, self._placed, self._with_first = kernel, kernel.place(prompts), with_first
         self._shape = prompts.counts.shape[1:]
         targets = _compress(frequencies(prompts.counts)).reshape(len(prompts), -1).astype(np.float64)
@@ -43,8 +46,11 @@ class KernelPrior:
         _, _, axes = np.linalg.svd(targets - self._mean, full_matrices=False)
         self._axes = axes[:_COMPONENTS]
         components = (targets - self._mean) @ self._axes.T
-        similarity = kernel.similarity(self._placed, self._placed, with_first) + _MEAN_WEIGHT
-        self._first = _fit(similarity, components)
+        widths = _WIDTHS if width is None and kernel.dim else (width or 1.0,)
+        fits = {width: _fit(self._similarity(self._placed, width), components) for width in widths}
+        self.width = min(fits, key=lambda width: fits[width].error)
+        self._first = fits[self.width]
+        similarity = self._similarity(self._placed, self.width)
         error = np.sqrt(((components - self._first.left_out) ** 2).mean(0))
         self._alike_scale = 1 / np.maximum(error[:_ALIKE_COMPONENTS], 1e-9)
         at = self._first.left_out[:, :_ALIKE_COMPONENTS] * self._alike_scale
@@ -60,10 +66,13 @@ class KernelPrior:
     def predict(self, prompts: Prompts) -> Float[np.ndarray, "Q M E"]:
         """Distributions over experts, each layer's summing to 1. `prompts.counts` are not looked at."""
         placed = self._kernel.place(prompts)
-        similarity = self._kernel.similarity(placed, self._placed, self._with_first) + _MEAN_WEIGHT
+        similarity = self._similarity(placed, self.width)
         rough = similarity @ self._first.weights
         at = rough[:, :_ALIKE_COMPONENTS] * self._alike_scale
         return self._distribution((similarity + _ALIKE_WEIGHT * radial(at, self._alike)) @ self._second.weights)
+
+    def _similarity(self, placed: Placed, width: float) -> Float[np.ndarray, "Q P"]:
+        return self._kernel.similarity(placed, self._placed, self._with_first, width) + _MEAN_WEIGHT
 
     def _distribution(self, components: Float[np.ndarray, "Q J"]) -> Float[np.ndarray, "Q M E"]:
         values = (components @ self._axes + self._mean).reshape(-1, *self._shape)
@@ -94,4 +103,4 @@ def _fit(similarity: Float[np.ndarray, "P P"], components: Float[np.ndarray, "P 
         best_error = np.where(better, error, best_error)
         weights[:, better] = solved[:, better]
         left_out[:, better] = (components - residual)[:, better]
-    return Fit(weights, left_out)
+    return Fit(weights, left_out, float(best_error.sum()))

@@ -70,7 +70,8 @@ class Prompts:
     def load(path: Path) -> Prompts:
         """Raises `PredictorError` where the file is missing, damaged or not one of these."""
         try:
-            with np.load(path, allow_pickle=False) as archive:
+            with path.open("rb") as file:  # NumPy leaves a damaged file open when it is given a path
+                archive = np.load(file, allow_pickle=False)
                 arrays = {name: archive[name] for name in ("tasks", "embedding", "counts", "first")}
         except FileNotFoundError:
             raise PredictorError(f"{path.parent} holds no whole predictor ({path.name} is missing)") from None

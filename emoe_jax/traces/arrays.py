@@ -35,7 +35,9 @@ def read_arrays(path: Path) -> dict[str, np.ndarray] | str:
     arrays: dict[str, np.ndarray] = {}
     name = "the archive"
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # NumPy leaves a damaged file open when it is given a path.
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 return f"{path} is a single array; a trace is an .npz"
             missing = [n for n, wanted in FORMAT.items() if n not in archive.files and not wanted.optional]
