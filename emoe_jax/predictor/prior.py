@@ -19,6 +19,7 @@ _COMPONENTS = 150
 _MEAN_WEIGHT = 10.0  # a constant in the kernel, so that the mean is fitted too
 _ALIKE_COMPONENTS, _ALIKE_WIDTH2, _ALIKE_WEIGHT = 15, 0.25, 0.3
 _FLOOR = 1e-4
+_MAX_WEIGHT = 4.0  # of a prompt, against the median one
 
 
 class Fit(NamedTuple):
@@ -42,12 +43,14 @@ class KernelPrior:
         self._kernel, self._placed, self._with_first = kernel, kernel.place(prompts), with_first
         self._shape = prompts.counts.shape[1:]
         targets = _compress(frequencies(prompts.counts)).reshape(len(prompts), -1).astype(np.float64)
-        self._mean = targets.mean(0)
-        _, _, axes = np.linalg.svd(targets - self._mean, full_matrices=False)
+        size = prompts.counts.sum((1, 2)).astype(np.float64)
+        weight = np.clip(size / np.median(size), 1 / _MAX_WEIGHT, _MAX_WEIGHT)
+        self._mean = weight @ targets / weight.sum()
+        _, _, axes = np.linalg.svd((targets - self._mean) * np.sqrt(weight)[:, None], full_matrices=False)
         self._axes = axes[:_COMPONENTS]
         components = (targets - self._mean) @ self._axes.T
         widths = _WIDTHS if width is None and kernel.dim else (width or 1.0,)
-        fits = {width: _fit(self._similarity(self._placed, width), components) for width in widths}
+        fits = {width: _fit(self._similarity(self._placed, width), components, weight) for width in widths}
         self.width = min(fits, key=lambda width: fits[width].error)
         self._first = fits[self.width]
         similarity = self._similarity(self._placed, self.width)
@@ -57,7 +60,7 @@ class KernelPrior:
         squares = ((at[:, None] - at[None]) ** 2).sum(-1)
         self._alike_scale = self._alike_scale / np.sqrt(max(float(np.median(squares)), 1e-9) * _ALIKE_WIDTH2)
         self._alike = self._first.left_out[:, :_ALIKE_COMPONENTS] * self._alike_scale
-        self._second = _fit(similarity + _ALIKE_WEIGHT * radial(self._alike, self._alike), components)
+        self._second = _fit(similarity + _ALIKE_WEIGHT * radial(self._alike, self._alike), components, weight)
 
     def left_out(self) -> Float[np.ndarray, "P M E"]:
         """Every remembered prompt's distribution as predicted from the others."""
@@ -84,21 +87,25 @@ def _compress(shares: Float[np.ndarray, ...]) -> Float[np.ndarray, ...]:
     return shares**POWER
 
 
-def _fit(similarity: Float[np.ndarray, "P P"], components: Float[np.ndarray, "P J"]) -> Fit:
-    """Ridge in the kernel's space with a noise per component.
+def _fit(
+    similarity: Float[np.ndarray, "P P"], components: Float[np.ndarray, "P J"], weight: Float[np.ndarray, " P"]
+) -> Fit:
+    """Ridge in the kernel's space with a noise per component; a prompt of twice the `weight` has half of it.
 
-    Leaving one prompt out has a closed form: with A = (K + noise I)^-1, the error at prompt i is (A z)_i / A_ii.
+    Leaving one prompt out has a closed form: with A = (K + noise / weight)^-1, the error at prompt i is
+    (A z)_i / A_ii. Errors count by weight too, since coverage counts assignments.
     """
-    values, vectors = np.linalg.eigh(similarity)
+    root = np.sqrt(weight)
+    values, vectors = np.linalg.eigh(similarity * root[:, None] * root)
     values = np.maximum(values, 0)
-    rotated = vectors.T @ components
+    rotated = vectors.T @ (components * root[:, None])
     best_error = np.full(components.shape[1], np.inf)
     weights, left_out = np.empty_like(components), np.empty_like(components)
     for noise in _NOISES:
         inverse = 1 / (values + noise)
-        solved = vectors @ (inverse[:, None] * rotated)
-        residual = solved / ((vectors**2) @ inverse)[:, None]
-        error = (residual**2).mean(0)
+        solved = (vectors @ (inverse[:, None] * rotated)) * root[:, None]
+        residual = solved / ((vectors**2 @ inverse) * weight)[:, None]
+        error = weight @ residual**2 / len(weight)
         better = error < best_error
         best_error = np.where(better, error, best_error)
         weights[:, better] = solved[:, better]

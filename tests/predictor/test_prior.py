@@ -36,12 +36,13 @@ def test_left_out_predictions_are_those_of_a_fit_without_the_prompt():
     rng = np.random.default_rng(0)
     points = rng.normal(size=(12, 4))
     similarity, components = points @ points.T + 1, rng.normal(size=(12, 3))
-    fit = _fit(similarity, components)
+    weight = rng.uniform(0.5, 2, size=12)
+    fit = _fit(similarity, components, weight)
     others = np.arange(12) != 5
-    # The noise that was chosen, found again from the weights: (K + noise) w = z.
-    noise = ((components - similarity @ fit.weights) / fit.weights).mean(0)
+    # The noise that was chosen, found again from the weights: (K + noise / weight) w = z.
+    noise = (weight[:, None] * (components - similarity @ fit.weights) / fit.weights).mean(0)
     for component in range(3):
-        inner = similarity[np.ix_(others, others)] + noise[component] * np.eye(11)
+        inner = similarity[np.ix_(others, others)] + noise[component] * np.diag(1 / weight[others])
         expected = similarity[5, others] @ np.linalg.solve(inner, components[others, component])
         assert fit.left_out[5, component] == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
