@@ -64,7 +64,7 @@ def load_experts(checkpoint: Checkpoint, dtype: str) -> tuple[ExpertWeights, ...
 def _reference_moe(config: ModelConfig) -> MoEFunction:
     slots = jnp.arange(config.num_experts)
     return lambda rows, ids, weights, experts: reference(
-        rows, ids, weights, slots, experts, config, jnp.zeros_like(rows)
+        rows, ids, weights, slots, experts, jnp.zeros_like(rows), config
     )
 
 
