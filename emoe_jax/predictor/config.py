@@ -31,7 +31,7 @@ class PredictorConfig:
     embedding_dim: int = 0  # 0: prompts come without an embedding
     variant: str = "all-layer"
     arch: str = "xlnet"
-    width: int = 48
+    width: int = 32
     heads: int = 4
     blocks: int = 2
     members: int = 3

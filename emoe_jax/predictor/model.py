@@ -43,9 +43,7 @@ class Attention(nnx.Module):
         self.qkv = nnx.Linear(width, 3 * width, use_bias=False, rngs=rngs)
         self.out = nnx.Linear(width, width, use_bias=False, rngs=rngs)
         if self.relative:
-            scale = nnx.initializers.normal(0.02)
-            distances = 2 * config.num_layers - 1
-            self.distance = nnx.Param(scale(rngs.params(), (distances, config.heads, head)))
+            self.distance = nnx.Param(jnp.zeros((2 * config.num_layers - 1, config.heads, head)))
             self.content_bias = nnx.Param(jnp.zeros((config.heads, head)))
             self.distance_bias = nnx.Param(jnp.zeros((config.heads, head)))
 
@@ -114,7 +112,7 @@ class RoutingTransformer(nnx.Module):
         self.truth = nnx.Linear(experts, width, rngs=rngs)
         self.names = nnx.Linear(name_features, width, use_bias=False, rngs=rngs)
         self.embedding = nnx.Linear(coordinates, width, use_bias=False, rngs=rngs) if coordinates else None
-        self.layer = nnx.Param(nnx.initializers.normal(0.3)(rngs.params(), (layers, width)))
+        self.layer = nnx.Param(jnp.zeros((layers, width)))
         self.blocks = nnx.List([Block(config, rngs) for _ in range(config.blocks)])
         self.norm = nnx.LayerNorm(width, rngs=rngs)
         self.experts = nnx.Param(jnp.zeros((experts, width)))  # one head for all layers

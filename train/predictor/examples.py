@@ -57,10 +57,11 @@ class Examples:
     def __len__(self) -> int:
         return len(self.counts)
 
-    def batch(self, rng: np.random.Generator, rows: int, plan_smoothing: float, weight_power: float) -> Batch:
-        """`rows` prompts, each with or without its first tokens; what may be seen of true routing is drawn later.
+    def batch(self, rng: np.random.Generator, rows: int, smoothing: float, weight_power: float) -> Batch:
+        """`rows` prompts, each with or without its first tokens, with or without the prompts before it; what may be
+        seen of true routing is drawn later.
 
-        The target is the prompt's frequencies, drawn towards the prior by `plan_smoothing` assignments, so that a
+        The target is the prompt's frequencies, drawn towards the prior by `smoothing` assignments, so that a
         short prompt's noise is not learned.
         """
         chosen = rng.permutation(len(self))[:rows] if rows <= len(self) else rng.integers(len(self), size=rows)
@@ -71,9 +72,10 @@ class Examples:
                 for plain, early in zip(*self.inputs, strict=True)
             )
         )
+        inputs.layers[rng.random(len(chosen)) < 0.5, :, 1:3] = 0  # pyright: ignore[reportIndexIssue]
         counts = self.counts[chosen]
         total = counts.sum(-1, keepdims=True)
-        target = (counts + plan_smoothing * np.exp(inputs.prior)) / (total + plan_smoothing)
+        target = (counts + smoothing * np.exp(inputs.prior)) / (total + smoothing)
         layers = counts.shape[1]
         known = Known(self.routing[chosen], np.zeros((len(chosen), layers, layers), bool))  # pyright: ignore[reportArgumentType]
         weight: Float[np.ndarray, " B"] = counts.sum((1, 2)).astype(np.float32) ** weight_power
