@@ -54,6 +54,12 @@ STAGES = (
         questions=4,
         facts=6,
     ),
+    Stage(
+        1400,
+        {"qa": 0.37, "comp": 0.2, "clsfy": 0.23, "sum": 0.1, "conv": 0.07, "chitchat": 0.03},
+        questions=4,
+        facts=4,
+    ),
 )
 _DRILLS = {"drills": drills.example, "lookup": drills.lookup, "same": drills.same}
 _SYSTEM = ("You are a helpful assistant.", "You are a small and friendly assistant.", "Be brief and helpful.")

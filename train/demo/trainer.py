@@ -48,17 +48,24 @@ class TrainState(NamedTuple):
 
 
 def learning_rate(plan: Plan) -> optax.Schedule:
-    """Warm-up, half of a cosine, a plateau at half the peak, and a straight line down.
+    """Warm-up, half of a cosine, a plateau at half the peak, the peak once more, and a straight line down.
 
-    Of 1800 steps: the cosine would take until step 1600, the plateau begins at 850 and the line at 1500.
+    Of 2000 steps: the cosine would take until step 1600, the plateau begins at 850, the second peak at 1400 and the
+    line at 1650.
     """
-    total = max(plan.steps, 4)
-    warmup, plateau, line = min(plan.warmup_steps, total // 4), total * 17 // 36, total * 5 // 6
-    cosine = optax.warmup_cosine_decay_schedule(0.0, plan.peak_rate, warmup, total * 8 // 9, 0.02 * plan.peak_rate)
+    total = max(plan.steps, 8)
+    warmup, plateau, again, line = (
+        min(plan.warmup_steps, total // 8),
+        total * 17 // 40,
+        total * 7 // 10,
+        total * 33 // 40,
+    )
+    last = 0.02 * plan.peak_rate
+    cosine = optax.warmup_cosine_decay_schedule(0.0, plan.peak_rate, warmup, total * 4 // 5, last)
     with jax.ensure_compile_time_eval():
-        rest = float(cosine(plateau))
-    down = optax.linear_schedule(rest, 0.02 * plan.peak_rate, total - line)
-    return optax.join_schedules([cosine, optax.constant_schedule(rest), down], [plateau, line])
+        rest = optax.constant_schedule(float(cosine(plateau)))
+    peak, down = optax.constant_schedule(plan.peak_rate), optax.linear_schedule(plan.peak_rate, last, total - line)
+    return optax.join_schedules([cosine, rest, peak, down], [plateau, again, line])
 
 
 def optimizer(plan: Plan) -> optax.GradientTransformation:

@@ -9,7 +9,7 @@ from train.tasks import words
 from train.tasks.draw import Draw
 from train.tasks.example import Example, Split
 
-_MOST_FACTS = 6
+_MOST_FACTS = 4
 _VERBS = ("Answer", "Reply to", "Give the answer to", "Work out the answer to", "Find the answer to", "Respond to")
 _OBJECTS = ("the question", "this question", "the question below", "the following question")
 _SOURCES = (
