@@ -212,8 +212,8 @@ def _updated(
 
 
 def print_table(numbers: dict[str, Any], console: Console) -> None:
-    """One row per task."""
-    table = Table(title=f"{numbers['trace']}: routing of {numbers['model']}, {numbers['tokens']} tokens")
+    """One row per task; `best 25 %` is the share of choices that fall on the task's most frequent experts."""
+    table = Table(title=f"{numbers['trace']}: {numbers['tokens']} tokens routed by {numbers['model']}")
     table.add_column("task")
     columns = (
         "prompts",

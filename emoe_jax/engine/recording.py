@@ -28,5 +28,7 @@ def record_wishes(recorder: TraceRecorder, batch: Batch, wishes: Wishes | list[W
     if isinstance(wishes, Wishes):
         experts, probs = (np.asarray(field)[:, rows].swapaxes(0, 1) for field in wishes)
     else:
-        experts, probs = (np.stack([field[rows] for field in by_layer], axis=1) for by_layer in zip(*wishes, strict=True))
+        experts, probs = (
+            np.stack([field[rows] for field in by_layer], axis=1) for by_layer in zip(*wishes, strict=True)
+        )
     recorder.add(samples, positions, experts, probs)
