@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 from tokenizers import Tokenizer
 
 from train.demo import mixture
@@ -22,12 +22,12 @@ _ROLE_TOKENS = {"user": USER, "assistant": ASSISTANT, "system": SYSTEM}
 class Batch(NamedTuple):
     """`B` packed rows of `T` tokens, and the `P` positions (of the B * T flattened) whose next token is learned."""
 
-    tokens: Int[np.ndarray, "B T"]
-    positions: Int[np.ndarray, "B T"]
-    documents: Int[np.ndarray, "B T"]  # number of the conversation within its row, from 1; 0 is padding
-    loss_at: Int[np.ndarray, " P"]
-    targets: Int[np.ndarray, " P"]
-    weights: Float[np.ndarray, " P"]
+    tokens: Int[Array | np.ndarray, "B T"]
+    positions: Int[Array | np.ndarray, "B T"]
+    documents: Int[Array | np.ndarray, "B T"]  # number of the conversation within its row, from 1; 0 is padding
+    loss_at: Int[Array | np.ndarray, " P"]
+    targets: Int[Array | np.ndarray, " P"]
+    weights: Float[Array | np.ndarray, " P"]
 
 
 class Encoder:
@@ -35,7 +35,12 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.special = {token: tokenizer.token_to_id(token) for token in (BOS, EOS, PAD, USER, ASSISTANT, SYSTEM)}
+        self.special: dict[str, int] = {}
+        for token in (BOS, EOS, PAD, USER, ASSISTANT, SYSTEM):
+            number = tokenizer.token_to_id(token)
+            if number is None:
+                raise ValueError(f"the tokenizer has no {token} token; it is not the demo model's")
+            self.special[token] = number
 
     def text(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids

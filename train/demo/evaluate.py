@@ -18,6 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.weights import ExpertWeights
+from emoe_jax.models.decoder import Decoder
+from emoe_jax.models.routing import Routing
 from emoe_jax.moe import moe_ffn
 from train.demo import objective
 from train.demo.batches import Encoder
@@ -42,11 +44,9 @@ class Scores(NamedTuple):
     usage: Float[np.ndarray, "L E"]
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _forward(
+def _hidden(
     parameters: Parameters, tokens: Int[Array, "B T"], used: Bool[Array, "B T"], config: ModelConfig
-) -> tuple[Int[Array, "B T"], Float[Array, "B T"], Float[Array, "L E"]]:
-    """The most probable next token everywhere, the nats of the actual next token, and the experts' use."""
+) -> tuple[Decoder, Float[Array, "B T D"], list[Routing]]:
     model = objective.decoder(config, parameters.dense)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     slots = jnp.arange(config.num_experts)
@@ -55,11 +55,29 @@ def _forward(
         return moe_ffn(rows, ids, weights, slots, experts, config)
 
     x, routings = objective.packed_forward(model, parameters.experts, tokens, positions, used.astype(int), moe)
+    return model, x, routings
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _forward(
+    parameters: Parameters, tokens: Int[Array, "B T"], used: Bool[Array, "B T"], config: ModelConfig
+) -> tuple[Int[Array, "B T"], Float[Array, "B T"], Float[Array, "L E"]]:
+    """The most probable next token everywhere, the nats of the actual next token, and the experts' use."""
+    model, x, routings = _hidden(parameters, tokens, used, config)
     logits = model.logits(x)
     following = jnp.roll(tokens, -1, axis=1)
     nats = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, following[..., None], axis=-1)[..., 0]
     usage = jnp.stack([jnp.bincount(routing.ids.reshape(-1), length=config.num_experts) for routing in routings])
     return jnp.argmax(logits, axis=-1), nats, usage.astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _next(
+    parameters: Parameters, tokens: Int[Array, "B T"], ends: Int[Array, " B"], config: ModelConfig
+) -> Int[Array, " B"]:
+    """The most probable token after the first `ends` ones of each sequence."""
+    model, x, _ = _hidden(parameters, tokens, jnp.arange(tokens.shape[1]) < ends[:, None], config)
+    return jnp.argmax(model.logits(x[jnp.arange(len(ends)), ends - 1]), axis=-1)
 
 
 def score(parameters: Parameters, config: ModelConfig, encoder: Encoder, chosen: Sequence[Example]) -> Scores:
@@ -104,13 +122,11 @@ def generate(parameters: Parameters, config: ModelConfig, encoder: Encoder, chos
         starts = ends.copy()
         growing = np.arange(_ROWS) < len(group)
         while growing.any():
-            used = np.arange(_LENGTH)[None, :] < ends[:, None]
-            best, _, _ = _forward(parameters, tokens, used, config)
-            chosen_next = np.asarray(best)[np.arange(_ROWS), ends - 1]
+            chosen_next = np.asarray(_next(parameters, tokens, ends, config))
             growing &= (chosen_next != encoder.special[EOS]) & (ends - starts < _NEW_TOKENS) & (ends < _LENGTH)
             tokens[growing, ends[growing]] = chosen_next[growing]
             ends[growing] += 1
-        answers += [encoder.tokenizer.decode(tokens[row, starts[row] : ends[row]]) for row in range(len(group))]
+        answers += [encoder.tokenizer.decode(tokens[row, starts[row] : ends[row]].tolist()) for row in range(len(group))]
     return answers
 
 

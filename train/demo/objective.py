@@ -78,15 +78,16 @@ def packed_forward(
 def loss(parameters: Parameters, batch: Batch, config: ModelConfig) -> tuple[Float[Array, ""], Metrics]:
     """The training objective of a batch, and what to report of it."""
     model = decoder(config, parameters.dense)
-    x, routings = packed_forward(model, parameters.experts, batch.tokens, batch.positions, batch.documents)
+    tokens, positions, documents = (jnp.asarray(x) for x in (batch.tokens, batch.positions, batch.documents))
+    x, routings = packed_forward(model, parameters.experts, tokens, positions, documents)
     logits = model.logits(x.reshape(-1, x.shape[-1])[batch.loss_at])
     log_z = jax.nn.logsumexp(logits, axis=-1)
     nats = log_z - jnp.take_along_axis(logits, batch.targets[:, None], axis=-1)[:, 0]
     cross_entropy = jnp.sum(nats * batch.weights) / jnp.sum(batch.weights)
-    valid = batch.documents.reshape(-1) > 0
+    valid = documents.reshape(-1) > 0
     balance = jnp.mean(jnp.stack([balance_loss(routing, valid) for routing in routings]))
     router_z = jnp.mean(jnp.stack([jnp.mean(jax.nn.logsumexp(r.logits, axis=-1) ** 2 * valid) for r in routings]))
-    answers = (batch.weights > PROMPT_WEIGHT).astype(jnp.float32)
+    answers = jnp.asarray(batch.weights > PROMPT_WEIGHT).astype(jnp.float32)
     count = jnp.maximum(jnp.sum(answers), 1)
     metrics = Metrics(
         cross_entropy,
