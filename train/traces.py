@@ -221,8 +221,8 @@ def print_table(numbers: dict[str, Any], console: Console) -> None:
         "answer tokens",
         "median",
         "p90",
-        "top 25 % of experts cover",
-        "entropy (bits)",
+        "best 25 %",
+        "bits",
     )
     for column in columns:
         table.add_column(column, justify="right")
