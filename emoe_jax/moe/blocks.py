@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models.decoder import gate
-from emoe_jax.moe.dispatch import Dispatch, combine, dispatch, largest_divisor
+from emoe_jax.moe.dispatch import Dispatch, combine, dispatch, largest_divisor, slot_block
 from emoe_jax.moe.loop import vector_products
 
 _LADDER = (16, 32, 64, 128, 256)
@@ -111,5 +111,5 @@ def _chunk_product(
     x: Float[Array, "B I"], w: Float[Array, "C O I"], slot: Array, first: Array, step: int
 ) -> Float[Array, "B X"]:
     """`x` times output features `first : first + step` of a slot's matrix, in float32."""
-    block = jax.lax.dynamic_slice(w, (slot, first, 0), (1, step, w.shape[2]))[0]
-    return jnp.dot(x, block.T, preferred_element_type=jnp.float32)
+    block = slot_block(w, slot, (first, 0), (step, w.shape[2]))
+    return jnp.dot(x.astype(block.dtype), block.T, preferred_element_type=jnp.float32)

@@ -79,6 +79,20 @@ def round_to(x: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
     return jax.lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
 
 
+def slot_block(
+    w: Float[Array, "C O I"], slot: Array, corner: tuple[Array, Array | int], shape: tuple[int, int]
+) -> Float[Array, "o i"]:
+    """A part of one slot's matrix, for the CPU backends; bfloat16 comes as float32, by its bits.
+
+    XLA:CPU would slice bfloat16 as float32, that is, first convert the whole slab at every call.
+    """
+    if w.dtype != jnp.bfloat16:
+        return jax.lax.dynamic_slice(w, (slot, *corner), (1, *shape))[0]
+    w, slot, corner = jax.lax.optimization_barrier((w, slot, corner))  # else the view of the bits is hoisted: a copy
+    bits = jax.lax.dynamic_slice(jax.lax.bitcast_convert_type(w, jnp.uint16), (slot, *corner), (1, *shape))[0]
+    return jax.lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
+
+
 def largest_divisor(n: int, limit: int) -> int:
     """The largest divisor of `n` that is at most `limit` (at least 1)."""
     return next(d for d in range(max(1, min(n, limit)), 0, -1) if n % d == 0)

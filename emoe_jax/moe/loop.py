@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models.decoder import gate
-from emoe_jax.moe.dispatch import Dispatch, dispatch, largest_divisor, round_to
+from emoe_jax.moe.dispatch import Dispatch, dispatch, largest_divisor, round_to, slot_block
 
 Write = Callable[[Array, Array, Array, Array], Array]
 """`(out, assignment, first feature, product [1, step])` -> `out` with the product written or added."""
@@ -110,11 +110,11 @@ def _vector_product(
     `slot` must come from the innermost loop: a slice that outer loops could share would be hoisted, that is, copied.
     """
     inner = x.shape[1]
-    piece = largest_divisor(inner, _VECTOR_BYTES // x.dtype.itemsize)
+    piece = largest_divisor(inner, _VECTOR_BYTES // 4)
     total = None
     for start in range(0, inner, piece):
-        block = jax.lax.dynamic_slice(w, (slot, first, start), (1, step, piece))[0]
-        part = jnp.dot(x[:, start : start + piece], block.T, preferred_element_type=jnp.float32)
+        block = slot_block(w, slot, (first, start), (step, piece))
+        part = jnp.dot(x[:, start : start + piece].astype(block.dtype), block.T, preferred_element_type=jnp.float32)
         total = part if total is None else total + part
     assert total is not None
     return total

@@ -240,9 +240,9 @@ def compilations() -> int:
     return OP._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def temporary_bytes(config: ModelConfig, R: int, capacity: int) -> int:
+def temporary_bytes(config: ModelConfig, R: int, capacity: int, dtype: str = "float32") -> int:
     """Of the compiled op, as the `auto` backend chooses."""
-    operands = abstract_operands(config, R, capacity, "float32")
+    operands = abstract_operands(config, R, capacity, dtype)
     analysis = OP.lower(*operands, config=config).compile().memory_analysis()
     assert analysis is not None
     return analysis.temp_size_in_bytes
@@ -271,6 +271,12 @@ class TestMemory:
         config = model(128, 2, hidden=1024, expert_hidden=2048)
         activations = R * config.top_k * (2 * config.hidden_size + 2 * config.expert_hidden) * 4
         assert temporary_bytes(config, R, capacity) < config.expert_params * 4 + activations
+
+    @pytest.mark.parametrize("R", [8, 512])
+    def test_no_expert_is_converted_in_bfloat16(self, R: int):
+        config = model(16, 2, hidden=1024, expert_hidden=2048)
+        activations = R * config.top_k * (2 * config.hidden_size + 2 * config.expert_hidden) * 4
+        assert temporary_bytes(config, R, 16, "bfloat16") < config.expert_params * 2 + activations
 
     def test_long_contractions_are_not_copied_either(self):
         """Mixtral 8x7B's sizes: beyond what the compiler fuses in one piece."""
