@@ -31,4 +31,4 @@ def test_the_first_two_layers_start_as_an_induction_circuit():
     back, match = (np.asarray(pattern) for pattern in attention(jnp.array([[*once, *once]])))
     assert np.mean(back[:, 1:] == np.arange(31)) > 0.9
     followed = np.arange(16, 31) - 15
-    assert np.mean(match[:, 16:31] == followed) > 0.7
+    assert np.mean(match[:, 16:31] == followed) > 0.5  # by chance it would be 0.04
