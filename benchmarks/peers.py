@@ -157,11 +157,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         import torch
         from transformers import MixtralConfig, MixtralForCausalLM
+        from transformers.utils import logging
     except ImportError:
         print("benchmarks.peers compares with transformers on torch: pip install 'emoe-jax[parity]'", file=sys.stderr)
         return 2
     if hasattr(os, "sched_setaffinity"):  # XLA takes as many threads as the process may use cores
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
+    logging.disable_progress_bar()
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     model = MixtralForCausalLM(MixtralConfig(**MODEL)).eval()
