@@ -12,6 +12,8 @@ from emoe_jax.errors import CheckpointError, RequestError
 _FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _INCOMPLETE = "\ufffd"
+_CONTEXT = 8
+"""Tokens of a prompt that may decide how the first token after it reads."""
 
 
 class Tokenizer:
@@ -94,9 +96,9 @@ class Tokenizer:
         ids = self.encode(text, add_special_tokens=False)
         return ids if self._prepend_bos_id is None else [self._prepend_bos_id, *ids]
 
-    def stream(self) -> "TokenStream":
-        """An incremental decoder of one sequence."""
-        return TokenStream(self)
+    def stream(self, prompt: Sequence[int] = ()) -> "TokenStream":
+        """An incremental decoder of what follows a prompt."""
+        return TokenStream(self, prompt)
 
     def is_silent(self, token_id: int) -> bool:
         """Whether the token has no text of its own: special tokens and ids beyond the vocabulary."""
@@ -110,15 +112,18 @@ class Tokenizer:
 class TokenStream:
     """Decodes one sequence token by token: the pieces and the final `flush` concatenate to `decode` of all tokens.
 
+    After a prompt that ends in text, they are what continues that text, with the blank that may stand between.
+
     A piece is what a short window of tokens decodes to beyond what its older half decodes to, because decoders treat
     the first token of a text differently. Nothing is emitted while the text ends in an incomplete character.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
         self._tokenizer = tokenizer
-        self._window: list[int] = []  # tokens of the last piece, then tokens that have given none yet
-        self._emitted = 0  # of the window, how many tokens have given a piece
-        self._emitted_text = ""
+        # Tokens of the last piece, then tokens that have given none yet. The end of the prompt is such a last piece.
+        self._window = _text_end(tokenizer, prompt)
+        self._emitted = len(self._window)  # of the window, how many tokens have given a piece
+        self._emitted_text = tokenizer.decode(self._window)
 
     def add(self, token_id: int) -> str:
         """Text that has become certain with this token."""
@@ -142,3 +147,13 @@ class TokenStream:
         self._emitted = len(self._window)
         self._emitted_text = self._tokenizer.decode(self._window)
         return piece
+
+
+def _text_end(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
+    """The last few tokens of a prompt, back to a silent one; none when they do not end in a whole character."""
+    end: list[int] = []
+    for token_id in reversed(prompt[-_CONTEXT:]):
+        if tokenizer.is_silent(token_id):
+            break
+        end.insert(0, token_id)
+    return [] if tokenizer.decode(end).endswith(_INCOMPLETE) else end

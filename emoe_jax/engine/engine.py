@@ -283,7 +283,7 @@ class Engine:
         self._begin_recording(sequences)
         completions = [Completion(index, logprobs=None if params.logprobs is None else []) for index in range(params.n)]
         output = RequestOutput(request_id, token_ids, completions, task, contract)
-        self._answers[request_id] = Answer(output, sequences, [self._text_stream(params) for _ in sequences])
+        self._answers[request_id] = Answer(output, sequences, [self._text_stream(token_ids, params) for _ in sequences])
         return token_ids
 
     def has_work(self) -> bool:
@@ -404,8 +404,8 @@ class Engine:
                     f"token id {token} is outside the vocabulary of {self.config.vocab_size}", param="prompt"
                 )
 
-    def _text_stream(self, params: SamplingParams) -> TextStream:
-        return TextStream(None if self.tokenizer is None else self.tokenizer.stream(), params.stop)
+    def _text_stream(self, prompt: list[int], params: SamplingParams) -> TextStream:
+        return TextStream(None if self.tokenizer is None else self.tokenizer.stream(prompt), params.stop)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -195,3 +195,15 @@ class TestLoading:
         the, cat = tokenizer.encode("the cat", add_special_tokens=False)
         assert tokenizer.encode("the cat") == [0, the, cat]
         assert tokenizer.decode([0, the, cat, 1]) == "the cat"
+
+
+def test_a_continuation_keeps_its_blank(tokenizer):
+    """Prompt and answer joined read as if they had been one text, wherever the cut is between words."""
+    ids = tokenizer.encode("the cat sat on the mat", add_special_tokens=False)
+    whole = tokenizer.decode(ids)
+    for cut in range(1, len(ids)):
+        if not whole.startswith(tokenizer.decode(ids[:cut])):
+            continue
+        stream = tokenizer.stream(ids[:cut])
+        text = "".join(map(stream.add, ids[cut:])) + stream.flush()
+        assert tokenizer.decode(ids[:cut]) + text == whole

@@ -126,7 +126,9 @@ def generate(parameters: Parameters, config: ModelConfig, encoder: Encoder, chos
             growing &= (chosen_next != encoder.special[EOS]) & (ends - starts < _NEW_TOKENS) & (ends < _LENGTH)
             tokens[growing, ends[growing]] = chosen_next[growing]
             ends[growing] += 1
-        answers += [encoder.tokenizer.decode(tokens[row, starts[row] : ends[row]].tolist()) for row in range(len(group))]
+        answers += [
+            encoder.tokenizer.decode(tokens[row, starts[row] : ends[row]].tolist()) for row in range(len(group))
+        ]
     return answers
 
 

@@ -43,8 +43,9 @@ def moe_buffers(
 
 def dropped(ids: Int[Array, "R k"], experts: int) -> Float[Array, ""]:
     """Share of assignments that find their expert's buffer full."""
+    R, k = ids.shape
     counts = jnp.bincount(ids.reshape(-1), length=experts)
-    return jnp.sum(jnp.maximum(counts - capacity(*ids.shape, experts), 0)) / jnp.maximum(jnp.sum(counts), 1)
+    return jnp.sum(jnp.maximum(counts - capacity(R, k, experts), 0)) / jnp.maximum(jnp.sum(counts), 1)
 
 
 def _layout(ids: Int[Array, "R k"], experts: int, size: int) -> tuple[Int[Array, " P"], Int[Array, " A"]]:

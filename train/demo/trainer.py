@@ -63,7 +63,7 @@ def learning_rate(plan: Plan) -> optax.Schedule:
     last = 0.02 * plan.peak_rate
     cosine = optax.warmup_cosine_decay_schedule(0.0, plan.peak_rate, warmup, total * 4 // 5, last)
     with jax.ensure_compile_time_eval():
-        rest = optax.constant_schedule(float(cosine(plateau)))
+        rest = optax.constant_schedule(float(jnp.asarray(cosine(plateau))))
     peak, down = optax.constant_schedule(plan.peak_rate), optax.linear_schedule(plan.peak_rate, last, total - line)
     return optax.join_schedules([cosine, rest, peak, down], [plateau, again, line])
 
@@ -82,15 +82,18 @@ def optimizer(plan: Plan) -> optax.GradientTransformation:
 
 def start(config: ModelConfig, plan: Plan) -> TrainState:
     parameters = objective.init(config, plan.seed)
-    return TrainState(jnp.int32(0), parameters, optimizer(plan).init(parameters))
+    return TrainState(jnp.int32(0), parameters, optimizer(plan).init(parameters))  # pyright: ignore[reportArgumentType]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "plan"), donate_argnames="state")
 def train_step(state: TrainState, batch: Batch, config: ModelConfig, plan: Plan) -> tuple[TrainState, Metrics]:
     """One update. Donates `state`."""
     (_, metrics), gradients = jax.value_and_grad(objective.loss, has_aux=True)(state.parameters, batch, config)
-    updates, moments = optimizer(plan).update(gradients, state.optimizer, state.parameters)
-    return TrainState(state.step + 1, optax.apply_updates(state.parameters, updates), moments), metrics
+    # optax types its trees as nests of containers and arrays, which a NamedTuple is only at run time.
+    before: Any = state.parameters
+    updates, moments = optimizer(plan).update(gradients, state.optimizer, before)
+    after: Any = optax.apply_updates(before, updates)
+    return TrainState(state.step + 1, after, moments), metrics
 
 
 class Checkpoints:
@@ -106,7 +109,7 @@ class Checkpoints:
 
     def save(self, state: TrainState) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        ocp.save(self.directory / str(int(state.step)), _named(state), overwrite=True)
+        ocp.save(str(self.directory / str(int(state.step))), _named(state), overwrite=True)
         for step in self.steps()[: -self.keep]:
             shutil.rmtree(self.directory / str(step))
 
@@ -116,7 +119,7 @@ class Checkpoints:
         if not steps:
             return fresh
         wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), fresh)
-        loaded = ocp.load(self.directory / str(steps[-1]), _named(wanted))
+        loaded = ocp.load(str(self.directory / str(steps[-1])), _named(wanted))
         return jax.tree.unflatten(jax.tree.structure(fresh), [loaded[name] for name in _named(fresh)])
 
 
