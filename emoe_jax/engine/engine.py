@@ -123,12 +123,13 @@ class Engine:
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
         )
+        prefill_chunk = min(max_num_batched_tokens, memory.max_model_len)
         scheduler = Scheduler(
             PagePool(memory.num_pages, PAGE_SIZE),
             max_num_seqs,
             max_num_batched_tokens,
             memory.max_model_len,
-            max_num_batched_tokens,
+            prefill_chunk,
             config.eos_token_ids,
         )
         tokenizer = Tokenizer.load(checkpoint.directory)
@@ -150,7 +151,7 @@ class Engine:
         try:
             residency.fill(report("experts"))
             cache = new_cache(config, memory.num_pages, memory.dtype)
-            buckets = Buckets.of(max_num_seqs, max_num_batched_tokens, memory.max_model_len)
+            buckets = Buckets.of(max_num_seqs, prefill_chunk, memory.max_model_len)
             runner = Runner(model, residency, cache, buckets)
             engine = cls(Path(path).name, tokenizer, runner, scheduler, residency, memory, routing, seed)
             engine.use_task_profile(profile)

@@ -33,11 +33,11 @@ class ExpertBudget:
         return f"{int(self.amount)} slots"
 
 
-def parse_expert_memory(text: str) -> ExpertBudget:
+def parse_expert_memory(text: str, name: str = "expert memory") -> ExpertBudget:
     """`"40%"`, `"6GiB"`, `"512MB"`, `"8 slots"` or `"8"` (slots per layer). Raises `ConfigError` for anything else."""
     match = _PATTERN.fullmatch(text.strip())
     if match is None:
-        raise ConfigError(f"expert memory {text!r} is not a budget; expected for example 40%, 6GiB or 8 slots")
+        raise ConfigError(f"{name} {text!r} is not an amount; expected for example 40%, 6GiB or 8 slots")
     number, unit = Fraction(match[1]), (match[2] or "slots").upper()
     if unit == "%":
         if number > 100:

@@ -57,7 +57,7 @@ def test_a_batch_teaches_next_tokens_within_documents(bpe):
 def test_a_joined_row_is_one_conversation(bpe):
     batch = batches.make(Encoder(bpe), 0, 0, 1, 512, 256, joined=True)
     used = batch.documents[0] > 0
-    np.testing.assert_array_equal(batch.positions[0][used], np.arange(used.sum()))
+    np.testing.assert_array_equal(batch.positions[0][used], np.arange(int(used.sum())))
     assert (batch.tokens[0][used] == 0).sum() == 1
 
 
