@@ -11,10 +11,10 @@ serve: $(VENV)/.base  ## Serve the bundled demo model on http://127.0.0.1:8000 (
 	$(BIN)/python -m serve.main $(ARGS)
 
 test: $(VENV)/.test  ## The whole test suite, without a GPU
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 parity: $(VENV)/.parity  ## The same, and live comparison against transformers (installs torch)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: $(VENV)/.dev  ## Formatting, linting and types
 	$(BIN)/ruff format --check .
