@@ -41,7 +41,7 @@ def url_of(listener: socket.socket) -> str:
 class Server(uvicorn.Server):
     """SIGINT or SIGTERM: no new connections, running requests get `shutdown_timeout` seconds, the rest get a 503.
 
-    A second signal cuts at once.
+    A second signal ends the wait, with the same 503; a third cuts connections.
     """
 
     def __init__(self, app: FastAPI, worker: EngineWorker, shutdown_timeout: float, on_ready: Callable[[], None]):
@@ -81,5 +81,7 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.force_exit = self.should_exit
+        if self.should_exit:
+            self.force_exit = self._worker.hurried
+            self._worker.hurried = True
         self.should_exit = True

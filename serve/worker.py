@@ -156,6 +156,7 @@ class EngineWorker:
         self._live: set[Generation] = set()
         self._calls: set[concurrent.futures.Future[Any]] = set()
         self._draining = False
+        self.hurried = False  # a drain that waits should wait no longer; set by a signal handler
         self._numbers = itertools.count()
         self._failed_steps = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -211,10 +212,10 @@ class EngineWorker:
             self._calls.discard(future)
 
     async def drain(self, timeout: float) -> None:
-        """Refuse new work and wait for the old; after `timeout` seconds fail what is left."""
+        """Refuse new work and wait for the old; after `timeout` seconds, or once `hurried`, fail what is left."""
         self._draining = True
         deadline = asyncio.get_running_loop().time() + timeout
-        while self._live and asyncio.get_running_loop().time() < deadline:
+        while self._live and not self.hurried and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.02)
         self._fail_everything(Unavailable("the server is shutting down"))
 

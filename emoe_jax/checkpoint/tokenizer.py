@@ -1,5 +1,6 @@
 """Text to token ids and back with the tokenizer and chat template that a checkpoint brings along."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,7 @@ class Tokenizer:
             return None
         config = ModelConfig.from_directory(directory) if (directory / CONFIG).exists() else None
         prepend_bos_id = None if config is None else config.prepend_bos_id
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # nobody here needs PyTorch
         from transformers import AutoTokenizer, T5Tokenizer  # seconds to import
 
         # OpenMoE names a tokenizer class of its own, in a file that is not to be run; it is T5's but for the BOS id.

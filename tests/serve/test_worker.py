@@ -1,0 +1,32 @@
+"""The worker's way out: draining, and a drain that is told to hurry."""
+
+import asyncio
+
+import pytest
+
+from emoe_jax import SamplingParams
+from serve.worker import EngineWorker, Submission, Unavailable
+from tests.serve.fake import FakeEngine, FakeTokenizer
+
+
+@pytest.mark.parametrize("hurried", [False, True])
+def test_a_hurried_drain_fails_what_runs_at_once(hurried: bool) -> None:
+    async def scenario() -> None:
+        worker = EngineWorker(FakeEngine(FakeTokenizer(), step_seconds=0.02), 8)
+        worker.start()
+        try:
+            generation = worker.submit([Submission([1, 104], SamplingParams(max_tokens=40))])
+            await generation.accepted()
+            draining = asyncio.ensure_future(worker.drain(30))
+            await asyncio.sleep(0.05)
+            worker.hurried = hurried  # what the handler of a second signal does
+            if hurried:
+                with pytest.raises(Unavailable):
+                    await generation.outputs()
+            else:
+                assert len((await generation.outputs())[0].token_ids) == 40
+            await draining
+        finally:
+            worker.stop()
+
+    asyncio.run(scenario())
