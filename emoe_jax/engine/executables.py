@@ -19,10 +19,6 @@ class Executables:
         self._compiled: dict[tuple[Any, Hashable], jax.stages.Compiled] = {}
         self._lock = threading.Lock()
 
-    @property
-    def num_compiled(self) -> int:
-        return len(self._compiled)
-
     def compile(self, function: Callable[..., Any], key: Hashable, *args: Any, **static: Any) -> jax.stages.Compiled:
         """The executable of a function and key; `args` may be arrays or their `ShapeDtypeStruct`s."""
         compiled = self._compiled.get((function, key))

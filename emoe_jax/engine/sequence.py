@@ -54,10 +54,6 @@ class Sequence:
         return len(self.prompt_token_ids) + len(self.generated)
 
     @property
-    def last_token(self) -> int:
-        return self.generated[-1] if self.generated else self.prompt_token_ids[-1]
-
-    @property
     def decodes(self) -> bool:
         """Whether the next step feeds just the token sampled last."""
         return len(self.generated) > 0 and self.num_computed == self.num_tokens - 1
@@ -65,10 +61,6 @@ class Sequence:
     @property
     def finished(self) -> bool:
         return self.status is SequenceStatus.FINISHED
-
-    @property
-    def substituted_share(self) -> float:
-        return self.substituted / self.assigned if self.assigned else 0.0
 
     def tokens(self, start: int, length: int) -> list[int]:
         """Tokens at positions `start .. start + length - 1`, prompt and answer read as one."""

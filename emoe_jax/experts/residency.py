@@ -82,14 +82,6 @@ class Residency:
         for swap in self._policy.swaps(self.table, SWAPS_PER_LAYER, self._loader.in_flight()):
             self._loader.request(swap.layer, swap.load, swap.gain, evict=swap.evict)
 
-    def settle(self, timeout: float | None = None) -> bool:
-        """Commit what is on its way until nothing is; False when `timeout` seconds were not enough."""
-        while self._loader.in_flight().any():
-            if not self._loader.wait_idle(timeout):
-                return False
-            self._loader.commit()
-        return True
-
     def state(self) -> dict[str, Any]:
         """Residency and loads as JSON-able values."""
         capacities, stats = self.table.capacities, self._loader.stats

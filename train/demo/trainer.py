@@ -5,18 +5,16 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from orbax.checkpoint import v1 as ocp
 from tokenizers import Tokenizer
 
 from emoe_jax.config import ModelConfig
+from train.checkpoints import Checkpoints
 from train.demo import batches, objective
 from train.demo.batches import Batch, Encoder
 from train.demo.objective import Metrics, Parameters
@@ -94,40 +92,6 @@ def train_step(state: TrainState, batch: Batch, config: ModelConfig, plan: Plan)
     updates, moments = optimizer(plan).update(gradients, state.optimizer, before)
     after: Any = optax.apply_updates(before, updates)
     return TrainState(state.step + 1, after, moments), metrics
-
-
-class Checkpoints:
-    """The newest checkpoints of a run in a directory, one folder per step."""
-
-    def __init__(self, directory: Path, keep: int = 2) -> None:
-        self.directory = directory.absolute()
-        self.keep = keep
-
-    def steps(self) -> list[int]:
-        """Steps that have a complete checkpoint, ascending: Orbax renames a folder into place when it is whole."""
-        return sorted(int(path.name) for path in self.directory.glob("*") if path.name.isdigit())
-
-    def save(self, state: TrainState) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        ocp.save(str(self.directory / str(int(state.step))), _named(state), overwrite=True)
-        for step in self.steps()[: -self.keep]:
-            shutil.rmtree(self.directory / str(step))
-
-    def restore(self, fresh: TrainState) -> TrainState:
-        """The newest checkpoint, or `fresh` itself where there is none."""
-        steps = self.steps()
-        if not steps:
-            return fresh
-        wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), fresh)
-        loaded = ocp.load(str(self.directory / str(steps[-1])), _named(wanted))
-        return jax.tree.unflatten(jax.tree.structure(fresh), [loaded[name] for name in _named(fresh)])
-
-
-def _named(state: TrainState) -> dict[str, Any]:
-    """The state's arrays under their paths, in the tree's order."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(state)
-    }
 
 
 def run(

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from orbax.checkpoint import v1 as ocp
 
 from emoe_jax.errors import EmoeError
 from emoe_jax.predictor import Predictor, PredictorConfig, network
 from emoe_jax.predictor.network import Sizes, Weights
+from train.checkpoints import Checkpoints
 from train.predictor import objective
 from train.predictor.coverage import coverage
 from train.predictor.examples import Examples
@@ -118,40 +116,6 @@ def train_step(
     averaged = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.averaged, weights)
     state = state._replace(step=state.step + 1, weights=weights, averaged=averaged, optimizer=moments)
     return state, jax.tree.map(jnp.mean, metrics)
-
-
-class Checkpoints:
-    """The newest checkpoints of a run, one folder per step; each also carries the best weights so far."""
-
-    def __init__(self, directory: Path, keep: int = 2) -> None:
-        self.directory = directory.absolute()
-        self.keep = keep
-
-    def steps(self) -> list[int]:
-        """Steps that have a complete checkpoint, ascending: Orbax renames a folder into place when it is whole."""
-        return sorted(int(path.name) for path in self.directory.glob("*") if path.name.isdigit())
-
-    def save(self, state: TrainState) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        ocp.save(str(self.directory / str(int(state.step))), _named(state), overwrite=True)
-        for step in self.steps()[: -self.keep]:
-            shutil.rmtree(self.directory / str(step))
-
-    def restore(self, fresh: TrainState) -> TrainState:
-        """The newest checkpoint, or `fresh` itself where there is none."""
-        steps = self.steps()
-        if not steps:
-            return fresh
-        wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), fresh)
-        loaded = ocp.load(str(self.directory / str(steps[-1])), _named(wanted))
-        return jax.tree.unflatten(jax.tree.structure(fresh), [loaded[name] for name in _named(fresh)])
-
-
-def _named(state: TrainState) -> dict[str, Any]:
-    """The state's arrays under their paths, in the tree's order."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(state)
-    }
 
 
 def held_out_coverage(predictor: Predictor, weights: Weights, held_out: Examples) -> float:
