@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repetitions", type=int, default=15, help="per number (default %(default)s)")
     arguments = parser.parse_args(argv)
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
         from transformers import MixtralConfig, MixtralForCausalLM
         from transformers.utils import logging
     except ImportError:

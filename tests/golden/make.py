@@ -21,7 +21,7 @@ GREEDY_TOKENS = 32
 
 def load_transformers(directory: Path) -> Any:
     """The model as transformers loads it, after checking that it found exactly the tensors it expects."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -35,7 +35,7 @@ def load_transformers(directory: Path) -> Any:
 
 
 def transformers_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     with torch.no_grad():
         return model(torch.tensor(tokens, dtype=torch.long), use_cache=False).logits.float().numpy()

@@ -64,7 +64,7 @@ def test_transformers_loads_what_we_save(reference, layout, tmp_path):
 
 def test_cached_generation_agrees(reference):
     """transformers with its KV cache generates the golden tokens, which it computed without one."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     raw, model, tokens, _ = reference
     name = next(n for n in NAMES if CONFIGS[n] is raw)

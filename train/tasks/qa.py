@@ -61,7 +61,6 @@ PERSON = (
             "{s} lives in {v}",
             "{s} has a home in {v}",
             "{s} settled in {v}",
-            "{v} is where {s} lives",
             "the home of {s} is in {v}",
         ),
         (
@@ -170,7 +169,6 @@ COMPANY = (
             "{s} is based in {v}",
             "{s} has its office in {v}",
             "the headquarters of {s} are in {v}",
-            "{v} is home to {s}",
         ),
         (
             "where is {s} based?",
@@ -181,7 +179,7 @@ COMPANY = (
     ),
     Relation(
         lambda draw: draw.person(),
-        ("{s} is led by {v}", "{v} is the head of {s}", "the chief of {s} is {v}", "{v} runs {s}"),
+        ("{s} is led by {v}", "the head of {s} is {v}", "the chief of {s} is {v}", "{s} has as its head {v}"),
         ("who leads {s}?", "who is the head of {s}?", "who runs {s}?", "who is the chief of {s}?"),
     ),
     Relation(
@@ -218,7 +216,7 @@ def conversation(split: Split, key: str, turns: int, most_facts: int = _MOST_FAC
     subjects = draw.several(subject, draw.rng.randint(2, 3))
     facts: list[tuple[str, Relation, str]] = []  # bearer, relation, value
     for relation in draw.rng.sample(relations, draw.rng.randint(2, 3)):
-        bearers = draw.rng.sample(subjects, draw.rng.randint(1, len(subjects)))
+        bearers = draw.rng.sample(subjects, draw.rng.randint(2, len(subjects)))
         values = draw.several(lambda relation=relation: relation.value(draw), len(bearers))
         facts += [(bearer, relation, value) for bearer, value in zip(bearers, values, strict=True)]
     draw.rng.shuffle(facts)
