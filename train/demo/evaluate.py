@@ -25,7 +25,7 @@ from train.demo import objective
 from train.demo.batches import Encoder
 from train.demo.objective import Parameters
 from train.demo.tokenizer import ASSISTANT, EOS, PAD
-from train.tasks import TASKS, chitchat, examples
+from train.tasks import TASKS, chitchat, examples, qa
 from train.tasks.example import Example
 
 EXACT_TASKS = ("clsfy", "comp", "qa")
@@ -171,6 +171,7 @@ def evaluate(
                 {"prompt": example.prompt, "reference": example.answer, "answer": answer}
                 for example, answer in itertools.islice(zip(some, answers, strict=True), 5)
             ]
+    rivals = score(parameters, config, encoder, [qa.rival_example("test", f"{seed}/{index}") for index in range(count)])
     small_talk = [chitchat.example("test", f"{seed}/{index}") for index in range(count)]
     divergence = {
         f"{first}-{second}": divergence_bits(usage[first], usage[second]).tolist()
@@ -178,6 +179,7 @@ def evaluate(
     }
     return {
         "tasks": tasks,
+        "qa_rivals_exact_match": float(rivals.exact.mean()),
         "chitchat_perplexity": perplexity(score(parameters, config, encoder, small_talk)),
         "js_divergence_bits_by_layer": divergence,
         "mean_js_divergence_bits": float(np.mean(list(divergence.values()))),

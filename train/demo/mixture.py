@@ -11,57 +11,41 @@ from train.tasks.example import Example
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """From which step on: the share of each source, how many questions a context is asked and how many facts it states
-    at most."""
+    """From which step on: the share of each source. Drills first, so that what all tasks need is learned early."""
 
     first_step: int
     shares: dict[str, float]
-    questions: int
-    facts: int
 
 
 STAGES = (
     Stage(
         0,
-        {"drills": 0.3, "qa": 0.25, "comp": 0.2, "clsfy": 0.06, "sum": 0.12, "conv": 0.04, "chitchat": 0.03},
-        questions=4,
-        facts=6,
-    ),
-    Stage(
-        700,
-        {"drills": 0.1, "qa": 0.28, "comp": 0.27, "clsfy": 0.08, "sum": 0.14, "conv": 0.07, "chitchat": 0.06},
-        questions=3,
-        facts=6,
-    ),
-    Stage(
-        800,
         {
-            "lookup": 0.1,
-            "same": 0.06,
-            "qa": 0.38,
+            "drills": 0.2,
+            "qa": 0.2,
+            "rivals": 0.04,
             "comp": 0.2,
-            "clsfy": 0.06,
-            "sum": 0.12,
-            "conv": 0.06,
-            "chitchat": 0.02,
+            "clsfy": 0.14,
+            "sum": 0.13,
+            "conv": 0.05,
+            "chitchat": 0.04,
         },
-        questions=3,
-        facts=3,
     ),
     Stage(
-        1300,
-        {"same": 0.03, "qa": 0.32, "comp": 0.24, "clsfy": 0.09, "sum": 0.15, "conv": 0.11, "chitchat": 0.06},
-        questions=4,
-        facts=6,
-    ),
-    Stage(
-        1400,
-        {"qa": 0.37, "comp": 0.2, "clsfy": 0.23, "sum": 0.1, "conv": 0.07, "chitchat": 0.03},
-        questions=4,
-        facts=4,
+        1000,
+        {
+            "drills": 0.06,
+            "qa": 0.23,
+            "rivals": 0.05,
+            "comp": 0.25,
+            "clsfy": 0.18,
+            "sum": 0.13,
+            "conv": 0.06,
+            "chitchat": 0.04,
+        },
     ),
 )
-_DRILLS = {"drills": drills.example, "lookup": drills.lookup, "same": drills.same}
+_QUESTIONS = 4  # at most, about one passage
 _SYSTEM = ("You are a helpful assistant.", "You are a small and friendly assistant.", "Be brief and helpful.")
 _SYSTEM_RATE = 0.06
 
@@ -75,12 +59,12 @@ def draw(seed: int, key: str, stage: Stage = STAGES[0]) -> Example:
     """The training example named `key`; the same for the same seed and stage, whatever was drawn before."""
     rng = random.Random(f"{seed}/{key}")
     source = rng.choices(list(stage.shares), list(stage.shares.values()))[0]
-    if source == "qa":
-        return qa.conversation("train", f"{seed}/{key}", rng.randint(1, stage.questions), stage.facts)
+    if source in ("qa", "rivals"):
+        return qa.conversation("train", f"{seed}/{key}", rng.randint(1, _QUESTIONS), rivals=source == "rivals")
     if source == "chitchat":
         return chitchat.example("train", f"{seed}/{key}")
-    if source in _DRILLS:
-        return _DRILLS[source](f"{seed}/{key}")
+    if source == "drills":
+        return drills.example(f"{seed}/{key}")
     return GENERATORS[source]("train", f"{seed}/{key}")
 
 

@@ -101,7 +101,8 @@ def print_table(numbers: dict[str, Any], console: Console) -> None:
     console.print(table)
     console.print(
         f"mean divergence {numbers['mean_js_divergence_bits']:.3f} bits; "
-        f"perplexity on real small talk {numbers['chitchat_perplexity']:.1f}"
+        f"perplexity on real small talk {numbers['chitchat_perplexity']:.1f}; "
+        f"QA where only the name tells two values apart: {numbers['qa_rivals_exact_match']:.1%}"
     )
 
 

@@ -46,24 +46,17 @@ class TrainState(NamedTuple):
 
 
 def learning_rate(plan: Plan) -> optax.Schedule:
-    """Warm-up, half of a cosine, a plateau at half the peak, the peak once more, and a straight line down.
-
-    Of 2000 steps: the cosine would take until step 1600, the plateau begins at 850, the second peak at 1400 and the
-    line at 1650.
-    """
+    """Warm-up, a plateau up to three fifths of the run, and a straight line down."""
     total = max(plan.steps, 8)
-    warmup, plateau, again, line = (
-        min(plan.warmup_steps, total // 8),
-        total * 17 // 40,
-        total * 7 // 10,
-        total * 33 // 40,
+    warmup, plateau = min(plan.warmup_steps, total // 8), total * 3 // 5
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, plan.peak_rate, warmup),
+            optax.constant_schedule(plan.peak_rate),
+            optax.linear_schedule(plan.peak_rate, 0.02 * plan.peak_rate, total - plateau),
+        ],
+        [warmup, plateau],
     )
-    last = 0.02 * plan.peak_rate
-    cosine = optax.warmup_cosine_decay_schedule(0.0, plan.peak_rate, warmup, total * 4 // 5, last)
-    with jax.ensure_compile_time_eval():
-        rest = optax.constant_schedule(float(jnp.asarray(cosine(plateau))))
-    peak, down = optax.constant_schedule(plan.peak_rate), optax.linear_schedule(plan.peak_rate, last, total - line)
-    return optax.join_schedules([cosine, rest, peak, down], [plateau, again, line])
 
 
 def optimizer(plan: Plan) -> optax.GradientTransformation:

@@ -27,17 +27,6 @@ def example(key: str) -> Example:
     return sort(draw)
 
 
-def lookup(key: str) -> Example:
-    """A drill in looking names up."""
-    return _lookup(Draw(f"lookup/{key}", "train"))
-
-
-def same(key: str) -> Example:
-    """A drill in comparing names or headlines."""
-    draw = Draw(f"same/{key}", "train")
-    return _same_names(draw) if draw.chance(0.4) else _same_stories(draw)
-
-
 def _thing(draw: Draw) -> Callable[[], str]:
     """A maker of names of one sort."""
     sort = draw.rng.random()

@@ -9,7 +9,7 @@ from train.tasks import words
 from train.tasks.draw import Draw
 from train.tasks.example import Example, Split
 
-_MOST_FACTS = 4
+_FEWEST_FACTS, _MOST_FACTS = 3, 5
 _VERBS = ("Answer", "Reply to", "Give the answer to", "Work out the answer to", "Find the answer to", "Respond to")
 _OBJECTS = ("the question", "this question", "the question below", "the following question")
 _SOURCES = (
@@ -25,7 +25,7 @@ _LAYOUTS = (
     "{context}\n{instruction}: {question}",
     "Context: {context}\n{instruction}.\nQ: {question}",
     "{instruction}.\nPassage: {context}\nQuestion: {question}",
-    "Read the passage. {context}\nQuestion: {question}\n{instruction}.",
+    "Read the passage. {context}\n{instruction}.\nQuestion: {question}",
 )
 _LEADS = (
     "",
@@ -209,18 +209,25 @@ def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}"
 
 
-def conversation(split: Split, key: str, turns: int, most_facts: int = _MOST_FACTS) -> Example:
-    """A context with `turns` questions about it: all but the last, with their answers, are the example's history."""
+def conversation(split: Split, key: str, turns: int, rivals: bool = False) -> Example:
+    """A passage with `turns` questions about it: all but the last, with their answers, are the example's history.
+
+    A passage states each relation once, of whomever it is about; with `rivals` it states the same relations of two
+    bearers, so that only the name in the question tells which value is asked for.
+    """
     draw = Draw(f"qa/{split}/{key}", split)
     relations, subject = (PERSON, draw.person) if draw.chance(0.65) else (COMPANY, draw.company)
-    subjects = draw.several(subject, draw.rng.randint(2, 3))
     facts: list[tuple[str, Relation, str]] = []  # bearer, relation, value
-    for relation in draw.rng.sample(relations, draw.rng.randint(2, 3)):
-        bearers = draw.rng.sample(subjects, draw.rng.randint(2, len(subjects)))
-        values = draw.several(lambda relation=relation: relation.value(draw), len(bearers))
-        facts += [(bearer, relation, value) for bearer, value in zip(bearers, values, strict=True)]
-    draw.rng.shuffle(facts)
-    facts = facts[:most_facts]
+    if rivals:
+        pair = draw.several(subject, 2)
+        for relation in draw.rng.sample(relations, 2):
+            values = draw.several(lambda relation=relation: relation.value(draw), 2)
+            facts += [(bearer, relation, value) for bearer, value in zip(pair, values, strict=True)]
+        draw.rng.shuffle(facts)
+    else:
+        subjects = draw.several(subject, draw.rng.randint(1, 3))
+        chosen = draw.rng.sample(relations, draw.rng.randint(_FEWEST_FACTS, _MOST_FACTS))
+        facts = [(draw.one(subjects), relation, relation.value(draw)) for relation in chosen]
     stated = []
     for bearer, relation, value in facts:
         lead, statement = draw.phrase(_LEADS, relation.statements)
@@ -236,5 +243,10 @@ def conversation(split: Split, key: str, turns: int, most_facts: int = _MOST_FAC
 
 
 def example(split: Split, key: str) -> Example:
-    """One question about one context; the answer is a span of the context."""
+    """One question about one passage; the answer is a span of the passage."""
     return conversation(split, key, turns=1)
+
+
+def rival_example(split: Split, key: str) -> Example:
+    """The same where the name decides: harder, and measured apart from the task."""
+    return conversation(split, key, turns=1, rivals=True)
