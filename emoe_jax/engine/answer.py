@@ -1,9 +1,9 @@
 """A request from its arrival to its last token, as the caller sees it."""
 
 from emoe_jax.engine.request import Delta, FinishReason, RequestOutput, TokenLogprob
-from emoe_jax.engine.scheduler import SampledToken
 from emoe_jax.engine.sequence import Sequence
 from emoe_jax.engine.text import TextStream
+from emoe_jax.scheduling.plan import SampledToken
 
 
 class Answer:

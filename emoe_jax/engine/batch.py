@@ -8,9 +8,9 @@ import numpy as np
 from emoe_jax.engine.kv_cache import pages_for
 from emoe_jax.engine.request import RoutingContract
 from emoe_jax.engine.sampling import SamplingArrays
-from emoe_jax.engine.scheduler import StepPlan
 from emoe_jax.engine.sequence import Sequence
 from emoe_jax.engine.step import StepInputs
+from emoe_jax.scheduling.plan import StepPlan
 
 SHORTEST_CONTEXT = 1024
 """Tokens of the smallest context bucket. Attending over padding is cheap beside compiling another step."""

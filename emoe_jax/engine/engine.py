@@ -22,12 +22,12 @@ from emoe_jax.engine.memory import MemoryPlan, device_memory
 from emoe_jax.engine.pages import PagePool
 from emoe_jax.engine.request import SLO, Completion, Delta, RequestOutput, RoutingContract, SamplingParams
 from emoe_jax.engine.runner import Runner
-from emoe_jax.engine.scheduler import Scheduler
 from emoe_jax.engine.sequence import Sequence
 from emoe_jax.engine.text import TextStream
 from emoe_jax.errors import ConfigError, RequestError
 from emoe_jax.experts.residency import Residency
 from emoe_jax.experts.weights import ExpertLayout
+from emoe_jax.scheduling.scheduler import Scheduler
 from emoe_jax.tasks import TaskClassifier, TaskProfile
 from emoe_jax.traces.recorder import TraceRecorder
 

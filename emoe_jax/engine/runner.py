@@ -16,14 +16,15 @@ from emoe_jax.engine import step
 from emoe_jax.engine.batch import Batch, Buckets, Shape, batches_of, empty_batch
 from emoe_jax.engine.executables import Executables
 from emoe_jax.engine.kv_cache import KVCache, LayerKV
-from emoe_jax.engine.recording import record_wishes
+from emoe_jax.engine.recording import counts_by_sequence, record_wishes, without_probs
 from emoe_jax.engine.request import RoutingContract
 from emoe_jax.engine.sampling import Sampled
-from emoe_jax.engine.scheduler import SampledToken, StepPlan, StepResult
 from emoe_jax.engine.sequence import Sequence
 from emoe_jax.errors import RequestError
 from emoe_jax.experts.residency import Residency
 from emoe_jax.models.decoder import Decoder
+from emoe_jax.models.routing import Substituted
+from emoe_jax.scheduling.plan import SampledToken, StepPlan, StepResult
 from emoe_jax.traces.recorder import TraceRecorder
 
 Progress = Callable[[int, int], None]
@@ -68,7 +69,7 @@ class Runner:
         batches = batches_of(plan, self.buckets)
         outputs = [self._run_batch(batch) for batch in batches]
         if self.recorder is None:
-            outputs = [(*output, None) for *output, _ in outputs]
+            outputs = [(*output, without_probs(wishes)) for *output, wishes in outputs]
         outputs = jax.device_get(outputs)
         sampled: dict[Sequence, SampledToken] = {}
         choices = len(self.config.moe_layers) * self.config.top_k
@@ -77,8 +78,11 @@ class Runner:
             wish_counts += counts
             if self.recorder is not None:
                 record_wishes(self.recorder, batch, wishes)
+            routed = counts_by_sequence(batch, wishes, self.config.num_experts)
             for row, piece in enumerate(batch.pieces):
-                piece.sequence.substituted += int(substituted[row])
+                piece.sequence.add_routing(routed[row])
+                piece.sequence.substituted += int(substituted.choices[row])
+                piece.sequence.substituted_mass += float(substituted.mass[row])
                 piece.sequence.assigned += piece.length * choices
                 if piece.samples:
                     sampled[piece.sequence] = _sampled_token(piece.sequence, tokens, row)
@@ -141,7 +145,8 @@ class Runner:
         logits = self._call(
             step.last_logits, batch.shape[:2], self._leaves, x, batch.inputs.lengths, skeleton=self._skeleton
         )
-        return step.StepOutputs(logits, np.stack(wish_counts), np.zeros(batch.shape.sequences, np.int32), wishes)
+        nothing = Substituted(*np.zeros((2, batch.shape.sequences)))  # pyright: ignore[reportArgumentType]
+        return step.StepOutputs(logits, np.stack(wish_counts), nothing, wishes)
 
     def _layer_by_layer(
         self, batch: Batch, *, cached: bool

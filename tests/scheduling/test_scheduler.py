@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from emoe_jax.engine.pages import PagePool
 from emoe_jax.engine.request import SamplingParams
-from emoe_jax.engine.scheduler import SampledToken, Scheduler, StepPlan, StepResult
 from emoe_jax.engine.sequence import Sequence, SequenceStatus
 from emoe_jax.errors import CapacityError, ConfigError, RequestError
+from emoe_jax.scheduling.plan import SampledToken, StepPlan, StepResult
+from emoe_jax.scheduling.scheduler import Scheduler
 
 EOS = 2
 

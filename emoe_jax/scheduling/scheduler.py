@@ -10,66 +10,22 @@ The oldest running sequence always advances (the pool holds at least one sequenc
 are preempted), so every sequence finishes.
 """
 
-import dataclasses
 from bisect import insort
-from collections import OrderedDict
-from collections.abc import Collection, Mapping
-from typing import NamedTuple
+from collections.abc import Collection
 
 from emoe_jax.engine.pages import PagePool
 from emoe_jax.engine.request import FinishReason
 from emoe_jax.engine.sequence import Sequence, SequenceStatus
 from emoe_jax.errors import CapacityError, ConfigError, RequestError
-
-
-class PrefillChunk(NamedTuple):
-    """Positions `start .. start + length - 1` of a sequence; the last chunk samples the next token."""
-
-    sequence: Sequence
-    start: int
-    length: int
-    is_last: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class StepPlan:
-    """One step's work. A sequence appears once, and its pages cover the positions that the step writes."""
-
-    decodes: tuple[Sequence, ...] = ()
-    prefills: tuple[PrefillChunk, ...] = ()
-
-    @property
-    def sequences(self) -> tuple[Sequence, ...]:
-        """All sequences that the step advances."""
-        return (*self.decodes, *(chunk.sequence for chunk in self.prefills))
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.decodes) + sum(chunk.length for chunk in self.prefills)
-
-    def __bool__(self) -> bool:
-        return bool(self.decodes or self.prefills)
-
-
-class SampledToken(NamedTuple):
-    """A token, its log probability under the raw distribution and the best alternatives (empty when not asked)."""
-
-    token_id: int
-    logprob: float = 0.0
-    top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class StepResult:
-    """What the runner brings back: a token for every decode and every last prefill chunk of the plan."""
-
-    sampled: Mapping[Sequence, SampledToken]
+from emoe_jax.scheduling.plan import PrefillChunk, StepPlan, StepResult
+from emoe_jax.scheduling.policy import AdmissionPolicy, FcfsPolicy
 
 
 class Scheduler:
-    """Owns all sequences from `add` to their end, and their pages. First come, first served; latest preempted first.
+    """Owns all sequences from `add` to their end, and their pages. The policy says who starts next.
 
-    A preempted sequence goes back to the front of the queue with its tokens kept and is prefilled again.
+    When pages run out, the latest sequence is preempted: it goes back to the front of the queue with its tokens kept and
+    is prefilled again.
 
     Raises `ConfigError` when the step's token budget cannot hold a token of every running sequence, and
     `CapacityError` when the pool cannot hold one sequence of `max_model_len` tokens.
@@ -83,6 +39,7 @@ class Scheduler:
         max_model_len: int,
         prefill_chunk: int,
         eos_token_ids: Collection[int] = (),
+        policy: AdmissionPolicy | None = None,
     ):
         for name, value in (("max_num_seqs", max_num_seqs), ("prefill_chunk", prefill_chunk)):
             if value < 1:
@@ -104,16 +61,16 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.prefill_chunk = prefill_chunk
+        self.policy = policy or FcfsPolicy()
         self.eos_token_ids = frozenset(eos_token_ids)
         self.num_preemptions = 0
         self._next_order = 0
-        self._waiting: OrderedDict[Sequence, None] = OrderedDict()  # a queue from which any member leaves in O(1)
         self._running: list[Sequence] = []  # by order of arrival
         self._requests: dict[str, list[Sequence]] = {}
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self.policy)
 
     @property
     def num_running(self) -> int:
@@ -121,7 +78,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._running)
+        return bool(len(self.policy) or self._running)
 
     @property
     def running(self) -> tuple[Sequence, ...]:
@@ -130,8 +87,8 @@ class Scheduler:
 
     @property
     def waiting(self) -> tuple[Sequence, ...]:
-        """Queued sequences, next first."""
-        return tuple(self._waiting)
+        """Queued sequences, those that came first first."""
+        return self.policy.waiting
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence. Raises `RequestError` for an empty prompt or one that leaves no room for an answer."""
@@ -147,9 +104,9 @@ class Scheduler:
             )
         if sequence.order != -1:
             raise ValueError(f"sequence {sequence.request_id}/{sequence.index} was added before")
+        self.policy.add(sequence)
         sequence.order = self._next_order
         self._next_order += 1
-        self._waiting[sequence] = None
         self._requests.setdefault(sequence.request_id, []).append(sequence)
 
     def abort(self, request_id: str) -> list[Sequence]:
@@ -172,7 +129,7 @@ class Scheduler:
             if sequence.status is SequenceStatus.RUNNING:
                 self._running.remove(sequence)
             else:
-                del self._waiting[sequence]
+                self.policy.remove(sequence)
             self._release(sequence)
         sequence.finish_reason = reason
 
@@ -206,9 +163,9 @@ class Scheduler:
             else:
                 prefill_budget -= length
                 prefills.append(PrefillChunk(sequence, start, length, start + length == total))
-        if not preempted and self._waiting:
+        if not preempted and len(self.policy):
             self._admit(prefills, prefill_budget, now)
-        return StepPlan(tuple(decodes), tuple(prefills))
+        return StepPlan(tuple(decodes), tuple(prefills), now)
 
     def update(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
         """Book a step: append its tokens, free the pages of sequences that ended, and return these.
@@ -232,10 +189,6 @@ class Scheduler:
             self._running = [sequence for sequence in self._running if not sequence.finished]
         return finished
 
-    def _candidate(self, now: float) -> Sequence | None:
-        """The admission policy: which waiting sequence should run next. Here the first in the queue."""
-        return next(iter(self._waiting), None)
-
     def _admit(self, prefills: list[PrefillChunk], budget: int, now: float) -> None:
         """Start waiting sequences with what the step has left of tokens, places and pages."""
         pool, chunk = self.pool, self.prefill_chunk
@@ -244,22 +197,23 @@ class Scheduler:
         promised = len(self._running) + sum(
             max(0, pool.pages_for(sequence.num_tokens) - len(sequence.pages)) for sequence in self._running
         )
-        while budget > 0 and len(self._running) < self.max_num_seqs:
-            sequence = self._candidate(now)
-            if sequence is None:
-                break
+        if budget == 0 or len(self._running) == self.max_num_seqs:
+            return
+        for sequence in self.policy.candidates(self._running, now):
             total = sequence.num_tokens
             if not pool.can_allocate(promised + pool.pages_for(total)):
                 break
             length = min(total, chunk, budget)
             pages = pool.pages_for(length)
-            del self._waiting[sequence]
+            self.policy.remove(sequence)
             sequence.pages = pool.allocate(pages)
             sequence.status = SequenceStatus.RUNNING
             insort(self._running, sequence, key=_order)
             promised += 1 + pool.pages_for(total) - pages
             budget -= length
             prefills.append(PrefillChunk(sequence, 0, length, length == total))
+            if budget == 0 or len(self._running) == self.max_num_seqs:
+                break
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's pages away; it will be prefilled again, its own tokens included."""
@@ -270,8 +224,7 @@ class Scheduler:
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         sequence.status = SequenceStatus.WAITING
-        self._waiting[sequence] = None
-        self._waiting.move_to_end(sequence, last=False)
+        self.policy.put_back(sequence)
 
     def _append(self, sequence: Sequence, token: int, finished: list[Sequence]) -> None:
         sequence.generated.append(token)

@@ -1,0 +1,56 @@
+"""What crosses the boundary between scheduler and runner: a step's work, and what came of it."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from emoe_jax.engine.sequence import Sequence
+
+
+class PrefillChunk(NamedTuple):
+    """Positions `start .. start + length - 1` of a sequence; the last chunk samples the next token."""
+
+    sequence: Sequence
+    start: int
+    length: int
+    is_last: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPlan:
+    """One step's work, planned at time `now` (seconds). A sequence appears once; its pages cover what is written."""
+
+    decodes: tuple[Sequence, ...] = ()
+    prefills: tuple[PrefillChunk, ...] = ()
+    now: float = 0.0
+
+    @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        """All sequences that the step advances."""
+        return (*self.decodes, *(chunk.sequence for chunk in self.prefills))
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        return sum(chunk.length for chunk in self.prefills)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.decodes) + self.num_prefill_tokens
+
+    def __bool__(self) -> bool:
+        return bool(self.decodes or self.prefills)
+
+
+class SampledToken(NamedTuple):
+    """A token, its log probability under the raw distribution and the best alternatives (empty when not asked)."""
+
+    token_id: int
+    logprob: float = 0.0
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """What the runner brings back: a token for every decode and every last prefill chunk of the plan."""
+
+    sampled: Mapping[Sequence, SampledToken]

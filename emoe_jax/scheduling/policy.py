@@ -1,0 +1,95 @@
+"""Who of those that wait starts next: the interface of admission policies, and first come, first served."""
+
+from collections import OrderedDict
+from collections.abc import Collection, Iterator
+from typing import Any, Protocol
+
+from emoe_jax.engine.sequence import Sequence
+from emoe_jax.scheduling.plan import StepPlan
+
+
+class AdmissionPolicy(Protocol):
+    """Owns the queue of waiting sequences. The scheduler tells it what happens; all times are seconds of its clock."""
+
+    def __len__(self) -> int:
+        """How many wait."""
+        ...
+
+    @property
+    def waiting(self) -> tuple[Sequence, ...]:
+        """Those that wait; those that came first, first."""
+        ...
+
+    def add(self, sequence: Sequence) -> None:
+        """A new sequence waits. Raises `RequestError`, queueing nothing, when it refuses the sequence."""
+        ...
+
+    def put_back(self, sequence: Sequence) -> None:
+        """A preempted sequence waits again, before the others."""
+        ...
+
+    def remove(self, sequence: Sequence) -> None:
+        """A sequence waits no more: it was started or ended."""
+        ...
+
+    def candidates(self, running: Collection[Sequence], now: float) -> Iterator[Sequence]:
+        """Sequences to start in this step, in order; asking for the next one means that the last one was started."""
+        ...
+
+    def prefill_tokens(self, running: Collection[Sequence], budget: int, now: float) -> int:
+        """How many prompt tokens this step may compute, 1 to `budget`."""
+        ...
+
+    def observe(self, plan: StepPlan, seconds: float) -> None:
+        """A step took so long."""
+        ...
+
+    def ended(self, sequence: Sequence) -> None:
+        """A sequence came to its own end; it was not aborted."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What the policy goes by, as JSON-able values."""
+        ...
+
+
+class FcfsPolicy:
+    """First come, first served."""
+
+    name = "fcfs"
+
+    def __init__(self) -> None:
+        self._queue: OrderedDict[Sequence, None] = OrderedDict()  # any member leaves in O(1)
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    @property
+    def waiting(self) -> tuple[Sequence, ...]:
+        return tuple(self._queue)
+
+    def add(self, sequence: Sequence) -> None:
+        self._queue[sequence] = None
+
+    def put_back(self, sequence: Sequence) -> None:
+        self._queue[sequence] = None
+        self._queue.move_to_end(sequence, last=False)
+
+    def remove(self, sequence: Sequence) -> None:
+        del self._queue[sequence]
+
+    def candidates(self, running: Collection[Sequence], now: float) -> Iterator[Sequence]:
+        while self._queue:
+            yield next(iter(self._queue))
+
+    def prefill_tokens(self, running: Collection[Sequence], budget: int, now: float) -> int:
+        return budget
+
+    def observe(self, plan: StepPlan, seconds: float) -> None:
+        pass
+
+    def ended(self, sequence: Sequence) -> None:
+        pass
+
+    def state(self) -> dict[str, Any]:
+        return {}
