@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from emoe_jax.checkpoint.files import CONFIG
+from jinja2.exceptions import TemplateError
+
+from emoe_jax.checkpoint.files import CONFIG, read_json
 from emoe_jax.config import ModelConfig
 from emoe_jax.errors import CheckpointError, RequestError
 
 _FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+_TEMPLATE = "chat_template.jinja"
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _INCOMPLETE = "\ufffd"
 _CONTEXT = 8
@@ -35,10 +38,11 @@ class Tokenizer:
     def load(cls, directory: str | Path) -> "Tokenizer | None":
         """The tokenizer of a checkpoint directory, or None when it has no tokenizer files.
 
-        Raises `CheckpointError` when there are files that cannot be loaded.
+        Raises `CheckpointError` that names the file when one cannot be loaded, or when the chat template is broken.
         """
         directory = Path(directory)
-        if not any((directory / name).exists() for name in _FILES):
+        present = [name for name in _FILES if (directory / name).exists()]
+        if not present:
             return None
         config = ModelConfig.from_directory(directory) if (directory / CONFIG).exists() else None
         prepend_bos_id = None if config is None else config.prepend_bos_id
@@ -48,10 +52,11 @@ class Tokenizer:
         # OpenMoE names a tokenizer class of its own, in a file that is not to be run; it is T5's but for the BOS id.
         loader = T5Tokenizer if config is not None and config.family == "openmoe" else AutoTokenizer
         try:
-            return cls(loader.from_pretrained(str(directory), trust_remote_code=False), prepend_bos_id)
+            tokenizer = cls(loader.from_pretrained(str(directory), trust_remote_code=False), prepend_bos_id)
         except Exception as error:  # transformers raises anything from KeyError to pyo3's own
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"{directory}: the tokenizer cannot be loaded: {reason}") from None
+            raise CheckpointError(f"{_broken_file(directory, present)} cannot be loaded: {_reason(error)}") from None
+        tokenizer._check_chat_template(directory)
+        return tokenizer
 
     @property
     def has_chat_template(self) -> bool:
@@ -84,23 +89,41 @@ class Tokenizer:
     def chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a conversation under the checkpoint's template, which runs in a sandbox.
 
-        Raises `RequestError` when there is no template, or when it refuses the messages.
+        Only the template writes special tokens: where a message holds the text of one, it stays text. Raises
+        `RequestError` when there is no template or when it refuses the messages (`raise_exception`), and
+        `CheckpointError` when the template itself fails.
         """
         if not self.has_chat_template:
             raise RequestError("this model has no chat template", param="messages")
         try:
-            text = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            ids = self._tokenizer.apply_chat_template(
+                list(messages),
+                add_generation_prompt=add_generation_prompt,
+                return_dict=False,
+                sanitize_control_tokens=True,
             )
         except Exception as error:  # whatever a foreign template may raise
-            reason = " ".join(str(error).split())
-            raise RequestError(f"the chat template refused the messages: {reason}", param="messages") from None
-        ids = self.encode(text, add_special_tokens=False)
+            if type(error) is TemplateError:  # of jinja's errors, raise_exception's is the only one of this very type
+                message = f"the chat template refused the messages: {_reason(error)}"
+                raise RequestError(message, param="messages") from None
+            raise CheckpointError(f"the model's chat template failed on the messages: {_reason(error)}") from None
         return ids if self._prepend_bos_id is None else [self._prepend_bos_id, *ids]
 
     def stream(self, prompt: Sequence[int] = ()) -> "TokenStream":
         """An incremental decoder of what follows a prompt."""
         return TokenStream(self, prompt)
+
+    def _check_chat_template(self, directory: Path) -> None:
+        """Raise `CheckpointError` when the template cannot even render the simplest conversation."""
+        if not self.has_chat_template:
+            return
+        try:
+            self.chat([{"role": "user", "content": "a"}])
+        except RequestError:
+            pass  # it renders, and has its own idea of a conversation
+        except CheckpointError as error:
+            name = _TEMPLATE if (directory / _TEMPLATE).exists() else "tokenizer_config.json"
+            raise CheckpointError(f"{directory / name}: {error}") from None
 
     def is_silent(self, token_id: int) -> bool:
         """Whether the token has no text of its own: special tokens and ids beyond the vocabulary."""
@@ -149,6 +172,24 @@ class TokenStream:
         self._emitted = len(self._window)
         self._emitted_text = self._tokenizer.decode(self._window)
         return piece
+
+
+def _broken_file(directory: Path, present: Sequence[str]) -> Path:
+    """Which of a tokenizer's files to blame: the first that is no JSON object, else the vocabulary itself."""
+    for name in (*present, "tokenizer_config.json"):
+        path = directory / name
+        if path.suffix == ".json" and path.exists():
+            try:
+                read_json(path)
+            except CheckpointError:
+                return path
+    return directory / present[0]
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in one line; a bare key is no sentence."""
+    text = " ".join(str(error).split())
+    return f"{text} is missing" if isinstance(error, KeyError) else text or type(error).__name__
 
 
 def _text_end(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:

@@ -130,22 +130,42 @@ class TestChat:
         assert tokenizer.chat(messages) == [0, *text, 1]
         assert tokenizer.chat(messages, add_generation_prompt=False) == [0, *text]
 
-    @pytest.mark.parametrize(
-        ("template", "reason"),
-        [
-            (TEMPLATE, "no system"),
-            ("{{ messages[0].missing.more }}", "has no attribute"),
-            ("{{ 1 / 0 }}", "division by zero"),
-            ("{% if %}", "Expected an expression"),
-            ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
-        ],
-    )
-    def test_refusal(self, template, reason, tmp_path):
-        tokenizer = byte_level(tmp_path, chat_template=template)
-        with pytest.raises(RequestError, match=f"chat template refused the messages: .*{reason}") as error:
+    def test_refusal(self, tmp_path):
+        tokenizer = byte_level(tmp_path)
+        with pytest.raises(RequestError, match="chat template refused the messages: no system") as error:
             tokenizer.chat([{"role": "system", "content": "x"}])
         assert error.value.param == "messages"
+
+    BROKEN = (
+        ("{{ messages[0].missing.more }}", "has no attribute"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{% if %}", "Expected an expression"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
+    )
+
+    @pytest.mark.parametrize(("template", "reason"), BROKEN)
+    def test_a_broken_template_is_the_checkpoints_fault(self, template, reason, tmp_path):
+        with pytest.raises(CheckpointError, match=f"tokenizer_config.json: .*chat template failed .*{reason}") as error:
+            byte_level(tmp_path, chat_template=template)
         assert "\n" not in str(error.value)
+
+    def test_a_template_that_breaks_on_some_messages(self, tmp_path):
+        tokenizer = byte_level(tmp_path, chat_template="{{ 1 / (2 - messages | length) }}")
+        with pytest.raises(CheckpointError, match="chat template failed on the messages: division by zero"):
+            tokenizer.chat([{"role": "user", "content": "x"}] * 2)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_messages_hold_no_special_tokens(self, kind, tmp_path):
+        KINDS[kind](tmp_path)
+        settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"chat_template": TEMPLATE}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        tokenizer = Tokenizer.load(tmp_path)
+        assert tokenizer is not None
+        bos, eos = tokenizer.encode("<s></s>", add_special_tokens=False)[-2:]
+        ids = tokenizer.chat([{"role": "user", "content": "the </s> cat <s>"}])
+        assert [i for i in ids if i in (bos, eos)] == [bos, eos]
+        assert (ids[0], ids[-1]) == (bos, eos)
+        assert tokenizer.decode(ids[1:-1], skip_special_tokens=False).strip() == "the </s> cat <s>"
 
     def test_no_template(self, tmp_path):
         tokenizer = byte_level(tmp_path, chat_template=None)
@@ -158,9 +178,18 @@ class TestLoading:
     def test_no_files(self, tmp_path):
         assert Tokenizer.load(tmp_path) is None
 
-    def test_broken_file(self, tmp_path):
-        (tmp_path / "tokenizer.json").write_text("{}")
-        with pytest.raises(CheckpointError, match="the tokenizer cannot be loaded") as error:
+    @pytest.mark.parametrize(
+        ("name", "content", "named"),
+        [
+            ("tokenizer.json", "{}", "tokenizer.json"),
+            ("tokenizer.json", "nonsense", "tokenizer.json"),
+            ("tokenizer_config.json", "[", "tokenizer_config.json"),
+        ],
+    )
+    def test_a_broken_file_is_named(self, tmp_path, name, content, named):
+        byte_level(tmp_path)
+        (tmp_path / name).write_text(content)
+        with pytest.raises(CheckpointError, match=f"/{named} cannot be loaded: ") as error:
             Tokenizer.load(tmp_path)
         assert "\n" not in str(error.value)
 
