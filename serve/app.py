@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
 
 from serve.chat import chat_routes
@@ -21,7 +22,9 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(service: Service, api_keys: Sequence[str] = ()) -> FastAPI:
+def create_app(service: Service, api_keys: Sequence[str] = (), allowed_origins: Sequence[str] = ()) -> FastAPI:
+    """`allowed_origins`: web pages whose scripts may call the server, from any of them with `*`; by default none."""
+
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.worker.start()
@@ -42,4 +45,12 @@ def create_app(service: Service, api_keys: Sequence[str] = ()) -> FastAPI:
         return Response(status_code=499)  # nobody is there to read it
 
     app.add_middleware(Guard, api_keys=api_keys)
+    if allowed_origins:  # outermost: a browser asks without a key whether it may send one
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
     return app

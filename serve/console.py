@@ -1,6 +1,7 @@
-"""What a person at the terminal sees: a progress bar while loading, then a table of what is being served."""
+"""What a person at the terminal sees: progress while loading, then a table of what is being served."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from rich.console import Console
@@ -12,10 +13,21 @@ from emoe_jax.experts.budget import format_bytes
 
 ProgressCallback = Callable[[str, int, int], None]
 
+MEMORY = {
+    "weights": "weights without experts",
+    "slab": "slab of resident experts",
+    "kv_cache": "KV cache",
+    "host": "host RAM for other experts",
+}
+"""What the engine calls each amount, and what it is."""
+
 
 @contextlib.contextmanager
-def loading_bar(console: Console) -> Iterator[ProgressCallback]:
-    """Yields `report(stage, done, total)`; each stage gets its own line."""
+def loading_progress(console: Console) -> Iterator[ProgressCallback]:
+    """Yields `report(stage, done, total)`: a bar for each stage, or plain lines where there is no terminal."""
+    if not console.is_terminal:
+        yield _PlainLines(console)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         lines = {}
@@ -28,25 +40,54 @@ def loading_bar(console: Console) -> Iterator[ProgressCallback]:
         yield report
 
 
+class _PlainLines:
+    """A line when a stage begins and at every quarter of it."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._began = time.monotonic()
+        self._quarters: dict[str, int] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        quarter = 4 * done // max(1, total)
+        if quarter > self._quarters.get(stage, -1):
+            self._quarters[stage] = quarter
+            seconds = time.monotonic() - self._began
+            line = f"loading: {stage} {done / max(1, total):.0%} ({seconds:.1f} s)"
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def start_up_table(
     *,
     model: str,
     family: str,
     routing: str,
+    device: str,
     memory: Mapping[str, int],
     resident: Sequence[int],
     num_experts: int,
+    has_tokenizer: bool,
+    has_chat_template: bool,
+    tasks: Sequence[str] | None,
     url: str,
 ) -> Table:
     """`memory` in bytes by purpose; `resident` experts on the device, one number per MoE layer."""
     table = Table(show_header=False, title="eMoE-JAX", title_justify="left")
     table.add_row("model", escape(f"{model} ({family})"))
-    for purpose, size in memory.items():
-        table.add_row(f"memory: {purpose.replace('_', ' ')}", format_bytes(size))
+    if not has_tokenizer:
+        table.add_row("tokenizer", "none in the checkpoint: takes and returns token ids only, no chat")
+    elif not has_chat_template:
+        table.add_row("chat template", "none in the checkpoint: /v1/completions only, no chat")
+    kind = "CPU, with host RAM of" if device == "cpu" else f"{device}, with"
+    table.add_row("device", escape(f"{kind} {format_bytes(memory['device'])}"))
+    for purpose, name in MEMORY.items():
+        table.add_row(f"memory: {name}", format_bytes(memory[purpose]))
     low, high = min(resident), max(resident)
     per_layer = str(low) if low == high else f"{low} to {high}"
     share = sum(resident) / (num_experts * len(resident))
     table.add_row("experts resident", f"{per_layer} of {num_experts} in each of {len(resident)} layers ({share:.0%})")
     table.add_row("routing", routing)
+    if tasks is not None:
+        table.add_row("tasks", escape(", ".join(tasks)))
     table.add_row("address", url)
     return table

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from emoe_jax.errors import RequestError
+from emoe_jax.errors import CheckpointError, RequestError
 from serve.worker import EngineFailure, QueueFull, Unavailable
 
 log = logging.getLogger("serve")
@@ -67,7 +67,7 @@ def describe(error: Exception) -> tuple[int, ErrorBody, Mapping[str, str] | None
         case Unavailable():
             body = ErrorBody(message=str(error), type="server_error", code="unavailable")
             return 503, body, {"retry-after": str(RETRY_AFTER_SECONDS)}
-        case EngineFailure():
+        case EngineFailure() | CheckpointError():  # what is wrong with the model is no secret
             return 500, ErrorBody(message=str(error), type="server_error", code="internal_error"), None
         case _:
             body = ErrorBody(message="internal server error", type="server_error", code="internal_error")
@@ -113,6 +113,14 @@ def install_error_handlers(app: FastAPI) -> None:
         headers = dict(error.headers) if error.headers else None
         return error_response(ApiError(error.status_code, message, headers=headers))
 
-    for kind in (RequestError, RequestValidationError, QueueFull, Unavailable, EngineFailure, Exception):
+    for kind in (
+        RequestError,
+        RequestValidationError,
+        QueueFull,
+        Unavailable,
+        EngineFailure,
+        CheckpointError,
+        Exception,
+    ):
         app.add_exception_handler(kind, on_known)
     app.add_exception_handler(StarletteHTTPException, on_http)

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +10,10 @@ from typing import Any, NoReturn
 
 import yaml
 
+from emoe_jax.engine.memory import parse_bytes
 from emoe_jax.engine.request import RoutingContract
+from emoe_jax.errors import ConfigError
+from emoe_jax.experts.budget import parse_expert_memory
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO_MODEL = REPOSITORY / "checkpoints" / "demo"
@@ -35,8 +39,17 @@ class Options:
     task_profile: str
     record_traces: str | None
     api_key: list[str]
+    allowed_origins: list[str]
     seed: int
     shutdown_timeout: float
+
+
+class _Help(argparse.HelpFormatter):
+    """Adds the default where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        has_default = action.default not in (None, [], argparse.SUPPRESS)
+        return (action.help or "") + (" (default: %(default)s)" if has_default else "")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,6 +63,7 @@ class _Parser(argparse.ArgumentParser):
 def parse_options(arguments: Sequence[str]) -> Options:
     """Flags win over the file given with `--config`. Exits with status 2 and one line on any mistake."""
     parser = _build_parser()
+    arguments = _join_negatives(arguments)
     given, _ = parser.parse_known_args(arguments)
     if given.config is not None:
         arguments = [*_config_arguments(parser, Path(given.config)), *arguments]
@@ -62,31 +76,50 @@ def parse_options(arguments: Sequence[str]) -> Options:
     return Options(**values)
 
 
+def as_flags(message: str) -> str:
+    """An error of the engine with its parameters' names as those of our flags: `max_num_seqs` is `--max-num-seqs`."""
+    names = [field.name for field in dataclasses.fields(Options) if "_" in field.name]
+    pattern = rf"(?<![\w/.-])({'|'.join(names)}|expert memory)(?![\w/.-])"
+    return re.sub(pattern, lambda match: "--" + re.sub("[_ ]", "-", match[0]), message)
+
+
 def _build_parser() -> _Parser:
     parser = _Parser(
         prog="python -m serve.main",
         description="Serve a Mixture-of-Experts model over an OpenAI-compatible HTTP API.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--model", help="checkpoint directory or hub id (the bundled demo model)")
+    add("--model", type=_name, help="checkpoint directory or hub id (default: the bundled demo model)")
     add(
         "--served-model-name",
         nargs="+",
         type=_name,
         metavar="NAME",
-        help="names clients may use; the first is in answers",
+        help="names clients may use; the first is in answers (default: the last part of --model)",
     )
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=_integer(0, 65535), default=8000, help="port to listen on; 0 picks a free one")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="dtype of weights and slab")
-    add("--max-model-len", type=_integer(1), help="context length (the model's own)")
-    add("--max-num-seqs", type=_integer(1), default=16, help="sequences computed together")
-    add("--max-num-batched-tokens", type=_integer(1), default=512, help="tokens computed in one step")
+    add("--max-model-len", type=_integer(1), help="context length (default: the model's own)")
+    add("--max-num-seqs", type=_integer(1, 4096), default=16, help="sequences computed together")
+    add("--max-num-batched-tokens", type=_integer(1, 2**20), default=512, help="tokens computed in one step")
     add("--max-num-queued-reqs", type=_integer(0), default=256, help="prompts that may wait; more are refused with 503")
-    add("--expert-memory", default="40%", metavar="SIZE", help="memory for experts: 40%%, 6GiB or '8 slots' per layer")
-    add("--host-memory", default="0B", metavar="SIZE", help="host memory that may hold experts off the device")
+    add(
+        "--expert-memory",
+        type=_amount,
+        default="40%",
+        metavar="SIZE",
+        help="memory for experts: 40%%, 6GiB or '8 slots' per layer",
+    )
+    add(
+        "--host-memory",
+        type=_bytes,
+        default="0B",
+        metavar="SIZE",
+        help="host memory that may hold experts off the device, for example 90GiB",
+    )
     add("--routing", choices=("resident", "exact"), default="resident", help="routing of requests that name none")
     add("--policy", choices=("lru", "static"), default="lru", help="which experts are kept on the device")
     add(
@@ -97,6 +130,14 @@ def _build_parser() -> _Parser:
     )
     add("--record-traces", metavar="FILE.npz", help="record the routing of all requests here")
     add("--api-key", nargs="+", type=_name, default=[], metavar="KEY", help="keys of which a client must send one")
+    add(
+        "--allowed-origins",
+        nargs="+",
+        type=_name,
+        default=[],
+        metavar="ORIGIN",
+        help="web pages that browsers may let call the server (CORS), for example https://example.org; * is all",
+    )
     add("--seed", type=_integer(0, 2**63 - 1), default=0, help="seed of requests that name none")
     add("--shutdown-timeout", type=_seconds, default=30.0, help="seconds that running requests get after SIGTERM")
     add("--config", metavar="FILE", help="YAML file with any of these options, by the same names")
@@ -118,9 +159,28 @@ def _integer(low: int, high: int | None = None) -> Callable[[str], int]:
     return convert
 
 
+def _amount(text: str) -> str:
+    """An amount of memory as the engine reads it, refused here if it is none."""
+    try:
+        amount = parse_expert_memory(text, "the amount")
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if not amount.amount:
+        raise argparse.ArgumentTypeError(f"{text!r} is nothing; the model needs at least its top-k experts per layer")
+    return text
+
+
+def _bytes(text: str) -> str:
+    try:
+        parse_bytes("the amount", text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 def _name(text: str) -> str:
     if not text.strip():
-        raise argparse.ArgumentTypeError("an empty name or key is none")
+        raise argparse.ArgumentTypeError("an empty text is none")
     return text
 
 
@@ -132,6 +192,17 @@ def _seconds(text: str) -> float:
     if not 0 <= value <= 86400:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number of seconds between 0 and 86400")
     return value
+
+
+def _join_negatives(arguments: Sequence[str]) -> list[str]:
+    """`--flag -5%` as `--flag=-5%`, so that the value is refused and not taken for another flag."""
+    joined: list[str] = []
+    for argument in arguments:
+        if re.match(r"-[0-9.]", argument) and joined and re.fullmatch(r"--[a-z-]+", joined[-1]):
+            joined[-1] += "=" + argument
+        else:
+            joined.append(argument)
+    return joined
 
 
 def _config_arguments(parser: _Parser, path: Path) -> list[str]:

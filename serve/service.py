@@ -10,6 +10,7 @@ from fastapi import Request
 
 from emoe_jax.engine.request import RequestOutput, SamplingParams
 from emoe_jax.errors import RequestError
+from emoe_jax.tasks.profile import OTHER
 from serve.answers import EmoeAnswer, Usage
 from serve.errors import ApiError
 from serve.schema import EmoeRequest
@@ -30,6 +31,8 @@ class Service:
     names: tuple[str, ...]
     text: TextCodec
     worker: EngineWorker
+    tasks: tuple[str, ...] | None = None
+    """Tasks of the task profile; None without one, when a request may name any."""
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     @property
@@ -73,6 +76,9 @@ class Service:
                 f"{len(prompts)} prompts in one request; at most {self.worker.max_unfinished} are taken", param="prompt"
             )
         emoe = emoe or EmoeRequest()
+        if emoe.task is not None and self.tasks is not None and emoe.task not in (*self.tasks, OTHER):
+            known = ", ".join((*self.tasks, OTHER))
+            raise RequestError(f"the task {emoe.task!r} is not in the task profile; it has {known}", "emoe.task")
         slo = emoe.slo.to_slo() if emoe.slo else None
         generation = self.worker.submit(
             [
@@ -121,7 +127,7 @@ def emoe_of(outputs: Sequence[RequestOutput]) -> EmoeAnswer:
     return EmoeAnswer(
         task=tasks.pop() if len(tasks) == 1 else None,
         routing=outputs[0].routing,
-        substituted=substituted / max(1, sum(tokens)),
+        substituted=round(substituted / max(1, sum(tokens)), 6),
     )
 
 

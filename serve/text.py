@@ -19,7 +19,9 @@ class ServedTokenizer(Protocol):
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str: ...
     def chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> list[int]:
-        """Raises `RequestError` when there is no template, or when it refuses the messages."""
+        """Raises `RequestError` when there is no template or when it refuses the messages, `CheckpointError` when it
+        fails.
+        """
         ...
 
     def token_text(self, token_id: int) -> str: ...
@@ -63,7 +65,8 @@ class TextCodec:
 
     def _required(self, param: str) -> ServedTokenizer:
         if self._tokenizer is None:
-            raise RequestError("this model has no tokenizer; send token ids", param=param)
+            instead = "no chat either; send token ids to /v1/completions" if param == "messages" else "send token ids"
+            raise RequestError(f"this model has no tokenizer, {instead}", param=param)
         return self._tokenizer
 
     def _check_length(self, chars: int, param: str) -> None:

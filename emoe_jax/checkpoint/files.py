@@ -43,9 +43,10 @@ def _download(hub_id: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES))
     except (OSError, ValueError, RuntimeError) as error:  # hub and network errors derive from these
-        reason = " ".join(str(error).split())
+        # Their messages are paragraphs; the first says what happened, the others repeat it with advice.
+        reason = str(error).strip().split("\n")[0].removeprefix("Got: ").rstrip(".")
         raise CheckpointError(
-            f"{hub_id} is not a directory, and could not be fetched from the Hugging Face hub: {reason}"
+            f"{hub_id} is not a directory, and cannot be fetched from the Hugging Face hub: {reason}"
         ) from None
 
 

@@ -137,7 +137,10 @@ def parse_bytes(name: str, amount: str | int) -> int:
         if amount < 0:
             raise ConfigError(f"{name} is {amount}; expected a positive number of bytes")
         return amount
-    budget = parse_expert_memory(amount, name)
-    if budget.kind != "bytes":
-        raise ConfigError(f"{name} is {amount!r}; expected bytes, for example 2GiB")
+    try:
+        budget = parse_expert_memory(amount, name)
+    except ConfigError:
+        budget = None
+    if budget is None or budget.kind != "bytes":
+        raise ConfigError(f"{name} {amount!r} is not an amount of bytes; expected for example 2GiB")
     return int(budget.amount)

@@ -23,11 +23,17 @@ StartServer = Callable[..., AbstractContextManager[httpx.Client]]
 
 @contextlib.contextmanager
 def running_server(
-    engine: FakeEngine, *, max_unfinished: int = 1000, api_keys: Sequence[str] = ()
+    engine: FakeEngine,
+    *,
+    max_unfinished: int = 1000,
+    api_keys: Sequence[str] = (),
+    allowed_origins: Sequence[str] = (),
+    tasks: tuple[str, ...] | None = None,
 ) -> Iterator[httpx.Client]:
     worker = EngineWorker(engine, max_unfinished)
-    service = Service(("fake", "alias"), TextCodec(engine.tokenizer, VOCAB_SIZE, MAX_MODEL_LEN), worker)
-    server = uvicorn.Server(uvicorn.Config(create_app(service, api_keys), log_level="critical", ws="none"))
+    service = Service(("fake", "alias"), TextCodec(engine.tokenizer, VOCAB_SIZE, MAX_MODEL_LEN), worker, tasks)
+    app = create_app(service, api_keys, allowed_origins)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", ws="none"))
     listener = bind("127.0.0.1", 0)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
     thread.start()

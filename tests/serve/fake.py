@@ -15,7 +15,7 @@ from emoe_jax.engine.request import (
     TokenLogprob,
 )
 from emoe_jax.engine.text import TextStream
-from emoe_jax.errors import RequestError
+from emoe_jax.errors import CheckpointError, RequestError
 
 MAX_MODEL_LEN = 100
 VOCAB_SIZE = 128
@@ -34,6 +34,8 @@ class FakeTokenizer:
     def chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> list[int]:
         if messages[0]["role"] == "tool":
             raise RequestError("conversations start with the user", param="messages")
+        if messages[0]["content"] == "break the template":
+            raise CheckpointError("the model's chat template failed on the messages: division by zero")
         text = "".join(f"{message['role']}:{message['content']};" for message in messages)
         return self.encode(text + "assistant:" * add_generation_prompt, add_special_tokens=False)
 

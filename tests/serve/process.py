@@ -5,7 +5,8 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -14,14 +15,14 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 class ServerProcess:
     """A started server; `output` collects what it prints."""
 
-    def __init__(self, arguments: tuple[str, ...]):
+    def __init__(self, arguments: tuple[str, ...], environment: Mapping[str, str] | None = None):
         self.output: list[str] = []
         self.url = ""
         self._ready = threading.Event()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "serve.main", "--port", "0", *arguments],
             cwd=REPOSITORY,
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "120"},
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "120", **(environment or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -41,6 +42,14 @@ class ServerProcess:
     def wait_until_ready(self, seconds: float) -> None:
         assert self._ready.wait(seconds), "".join(self.output)
         assert self.url, "".join(self.output)
+
+    def wait_for(self, text: str, seconds: float) -> None:
+        """Until a line with `text` has been printed."""
+        deadline = time.monotonic() + seconds
+        while not any(text in line for line in self.output):
+            assert self.process.poll() is None, "".join(self.output)
+            assert time.monotonic() < deadline, "".join(self.output)
+            time.sleep(0.01)
 
     def wait(self, seconds: float) -> int:
         """The exit status."""

@@ -87,6 +87,21 @@ def test_logprobs(client: httpx.Client) -> None:
     assert tokens == ["a", "b"]
 
 
+def test_a_template_that_fails_is_the_models_fault(client: httpx.Client) -> None:
+    body = {"messages": [{"role": "user", "content": "break the template"}]}
+    for path in ("/v1/chat/completions", "/tokenize"):
+        response = client.post(path, json=body)
+        assert response.status_code == 500
+        assert "the model's chat template failed" in response.json()["error"]["message"]
+
+
+def test_chat_needs_a_tokenizer(start_server: StartServer) -> None:
+    with start_server(FakeEngine()) as client:
+        response = client.post("/v1/chat/completions", json={"messages": HELLO})
+        assert response.status_code == 400
+        assert "send token ids to /v1/completions" in response.json()["error"]["message"]
+
+
 def test_a_template_that_refuses_is_the_clients_fault(client: httpx.Client) -> None:
     body = {"messages": [{"role": "tool", "content": "42"}]}
     response = client.post("/v1/chat/completions", json=body)

@@ -11,7 +11,7 @@ import pytest
 
 from serve import main as command
 from serve.app import create_app
-from serve.options import parse_options
+from serve.options import as_flags, parse_options
 from serve.server import Server, bind, url_of
 from serve.service import Service
 from serve.text import TextCodec
@@ -39,6 +39,17 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--port", "70000"], "--port"),
         (["--port", "http"], "--port"),
         (["--max-num-seqs", "0"], "--max-num-seqs"),
+        (["--max-num-seqs", "999999999"], "--max-num-seqs"),
+        (["--max-num-seqs", "2000"], "--max-num-batched-tokens (512) is below --max-num-seqs (2000)"),
+        (["--max-model-len", "999999999"], "--max-model-len is 999999999"),
+        (["--expert-memory", "0"], "--expert-memory: '0' is nothing"),
+        (["--expert-memory", "-5%"], "--expert-memory: the amount '-5%'"),
+        (["--expert-memory", "much"], "--expert-memory: the amount 'much'"),
+        (["--expert-memory", "1%"], "--expert-memory of 1% gives 0 expert slots"),
+        (["--host-memory", "40%"], "--host-memory: the amount '40%' is not an amount of bytes"),
+        (["--record-traces", "trace.csv"], "--record-traces: trace.csv"),
+        (["--record-traces", "/nonexistent/trace.npz"], "--record-traces: /nonexistent/trace.npz"),
+        (["--model", ""], "--model"),
         (["--max-model-len", "1e3"], "--max-model-len"),
         (["--routing", "best"], "--routing"),
         (["--policy", "emoe"], "--policy"),
@@ -89,6 +100,34 @@ def test_a_taken_port_is_named_before_loading(capsys: pytest.CaptureFixture[str]
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert f"port {port}" in fails(capsys, "--model", "/nonexistent", "--port", port)
+
+
+def test_a_trace_that_exists_is_refused_before_loading(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    trace = tmp_path / "trace.npz"
+    trace.touch()
+    assert f"{trace} exists" in fails(capsys, "--model", "/nonexistent", "--port", "0", "--record-traces", str(trace))
+
+
+def test_help_states_the_defaults_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_status:
+        command.main(["--help"])
+    assert exit_status.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default: 8000)" in text
+    assert "None" not in text
+    assert "[]" not in text
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("max_num_seqs is 0", "--max-num-seqs is 0"),
+        ("expert memory of 0%", "--expert-memory of 0%"),
+        ("/x/max_num_seqs/model is missing", "/x/max_num_seqs/model is missing"),
+    ],
+)
+def test_errors_of_the_engine_name_flags(message: str, expected: str) -> None:
+    assert as_flags(message) == expected
 
 
 @pytest.mark.parametrize("timeout", [0.0, 0.3])

@@ -4,6 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,10 +20,15 @@ HELLO: list[Any] = [{"role": "user", "content": "hello there"}]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("checkpoints") / "tiny"
     write_tiny_checkpoint(directory)
-    arguments = ("--model", str(directory), "--expert-memory", "50%", "--max-num-seqs", "2")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def server(tiny: Path) -> Iterator[ServerProcess]:
+    arguments = ("--model", str(tiny), "--expert-memory", "50%", "--max-num-seqs", "2")
     with server_process(*arguments, "--max-num-batched-tokens", "16", "--api-key", "secret") as server:
         yield server
 
@@ -44,6 +50,27 @@ def test_tells_what_it_serves(server: ServerProcess) -> None:
     for expected in ("tiny (mixtral)", "memory: slab", "4 of 8 in each of 1 layers (50%)", "resident", server.url):
         assert expected in printed
     assert "Traceback" not in printed
+
+
+def test_progress_is_printed_without_a_terminal(server: ServerProcess) -> None:
+    progress = [line for line in server.output if line.startswith("loading: ")]
+    for expected in ("weights 100%", "experts 100%", "compile 0%", "compile 50%", "compile 100%"):
+        assert sum(expected in line for line in progress) == 1
+    assert len(progress) < 20
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_compiling_ends_the_process(tiny: Path, tmp_path: Path, number: signal.Signals) -> None:
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}  # empty, so there is something to compile
+    server = ServerProcess(("--model", str(tiny)), environment)
+    try:
+        server.wait_for("loading: compile", 120)
+        time.sleep(0.5)  # well into it
+        server.process.send_signal(number)
+        assert server.wait(3) == 130
+        assert "Traceback" not in "".join(server.output)
+    finally:
+        server.close()
 
 
 def test_openai_client_completes(client: openai.OpenAI) -> None:

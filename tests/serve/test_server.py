@@ -50,6 +50,29 @@ def test_tokenize_and_back(client: httpx.Client) -> None:
     assert client.post("/detokenize", json={"tokens": chat["tokens"]}).json() == {"prompt": "user:hello;"}
 
 
+def test_tasks_are_those_of_the_profile(start_server: StartServer) -> None:
+    with start_server(FakeEngine(FakeTokenizer()), tasks=("qa", "sum")) as client:
+        for task in ("qa", "other"):
+            assert ask(client, emoe={"task": task}).status_code == 200
+        refused = ask(client, emoe={"task": "poem"})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "emoe.task"
+        assert "qa, sum, other" in refused.json()["error"]["message"]
+
+
+def test_web_pages_of_allowed_origins_only(start_server: StartServer, client: httpx.Client) -> None:
+    page = "https://example.org"
+    asking = {"origin": page, "access-control-request-method": "POST", "access-control-request-headers": "content-type"}
+    assert "access-control-allow-origin" not in client.options(COMPLETIONS, headers=asking).headers
+    with start_server(FakeEngine(FakeTokenizer()), allowed_origins=[page], api_keys=["secret"]) as open_client:
+        assert open_client.options(COMPLETIONS, headers=asking).headers["access-control-allow-origin"] == page
+        assert open_client.options(COMPLETIONS, headers={**asking, "origin": "https://other"}).status_code == 400
+        answer = open_client.get("/v1/models", headers={"origin": page, "authorization": "Bearer secret"})
+        assert answer.headers["access-control-allow-origin"] == page
+        refused = open_client.get("/v1/models", headers={"origin": page})
+        assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, page)
+
+
 def test_state(client: httpx.Client) -> None:
     assert client.get("/v1/emoe/state").json() == {"model": "fake", "residency": {"experts": [[0, 1]]}, "running": 0}
 

@@ -1,0 +1,54 @@
+"""Ending the process on Ctrl-C or SIGTERM while a model loads."""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STATUS = 130
+"""The exit status of an interrupted start, as shells have it for Ctrl-C."""
+SHOW_CURSOR = "\x1b[?25h"
+
+
+@contextlib.contextmanager
+def exit_on_signal() -> Iterator[Callable[[], None]]:
+    """Until it ends, or until the function that it yields is called, a signal ends the process within moments.
+
+    Python runs signal handlers in the main thread, which the compiler may hold for long, and an exception would wait
+    for the compiler's other threads. So a thread of its own hears of the signal and ends the process, without cleaning
+    up: what loads holds nothing but memory.
+    """
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    handlers = {number: signal.signal(number, _leave_to_watcher) for number in SIGNALS}
+    wakeup_fd = signal.set_wakeup_fd(sender.fileno())
+    watcher = threading.Thread(target=_watch, args=(receiver,), name="signal watcher", daemon=True)
+    watcher.start()
+
+    def end() -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup_fd)
+        sender.close()  # which ends the watcher
+        watcher.join()
+        receiver.close()
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(end)
+        yield stack.close
+
+
+def _leave_to_watcher(*_: object) -> None:
+    """A handler must exist for the wake-up file descriptor to be written to."""
+
+
+def _watch(receiver: socket.socket) -> None:
+    while number := receiver.recv(1):
+        if number[0] in SIGNALS:
+            if sys.stderr.isatty():
+                print(SHOW_CURSOR, file=sys.stderr, flush=True)  # the progress bar has hidden it
+            os._exit(STATUS)

@@ -1,0 +1,102 @@
+"""From the command line to a server that answers, and to its end."""
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from emoe_jax import EmoeError, Engine
+from serve.app import create_app
+from serve.console import loading_progress, start_up_table
+from serve.options import Options, as_flags, parse_options
+from serve.recording import check_trace_file
+from serve.server import Server, bind, url_of
+from serve.service import Service
+from serve.text import TextCodec
+from serve.worker import EngineWorker
+
+
+def run(arguments: Sequence[str], on_loaded: Callable[[], None]) -> int:
+    """Load and serve until a signal; `on_loaded` is called between the two. Returns the exit status."""
+    options = parse_options(arguments)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    keep_compilations()
+    try:
+        with bind(options.host, options.port) as listener:
+            engine = load(options)
+            on_loaded()
+            serve(options, engine, listener)
+    except EmoeError as error:
+        print(f"error: {as_flags(str(error))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def keep_compilations() -> None:
+    """Let compiled steps survive restarts, where `JAX_COMPILATION_CACHE_DIR` says or in the user's cache folder."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emoe-jax" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def load(options: Options) -> Engine:
+    if options.record_traces is not None:
+        check_trace_file(options.record_traces)
+    with loading_progress(Console(stderr=True)) as report:
+        engine = Engine.load(
+            options.model,
+            expert_memory=options.expert_memory,
+            routing=options.routing,
+            dtype=options.dtype,
+            max_model_len=options.max_model_len,
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            policy=options.policy,
+            host_memory=options.host_memory,
+            task_profile=None if options.task_profile == "none" else options.task_profile,
+            record_traces=options.record_traces,
+            seed=options.seed,
+            progress=report,
+        )
+        report("compile", 0, 1)
+        engine.warm_up(progress=report)
+    return engine
+
+
+def serve(options: Options, engine: Engine, listener: socket.socket) -> None:
+    """Print what is served, serve until a signal, close the engine."""
+    url = url_of(listener)
+    names = tuple(options.served_model_name or [engine.model_name])
+    tasks = None if engine.task_profile is None else tuple(engine.task_profile.tasks)
+    table = start_up_table(
+        model=names[0],
+        family=engine.config.family,
+        routing=options.routing,
+        device=jax.devices()[0].device_kind,
+        memory=engine.memory_report(),
+        resident=[len(layer) for layer in engine.state()["residency"]["experts"]],
+        num_experts=engine.config.num_experts,
+        has_tokenizer=engine.tokenizer is not None,
+        has_chat_template=engine.tokenizer is not None and engine.tokenizer.has_chat_template,
+        tasks=tasks,
+        url=url,
+    )
+    Console().print(table)
+    worker = EngineWorker(engine, options.max_num_seqs + options.max_num_queued_reqs)
+    text = TextCodec(engine.tokenizer, engine.config.vocab_size, engine.max_model_len)
+    app = create_app(Service(names, text, worker, tasks), options.api_key, options.allowed_origins)
+    server = Server(app, worker, options.shutdown_timeout, on_ready=lambda: print(f"Serving on {url}", flush=True))
+    try:
+        asyncio.run(server.serve([listener]))
+    finally:
+        if worker.stop():
+            engine.close()
