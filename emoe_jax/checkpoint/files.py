@@ -46,7 +46,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
         # Their messages are paragraphs; the first says what happened, the others repeat it with advice.
         reason = str(error).strip().split("\n")[0].removeprefix("Got: ").rstrip(".")
         raise CheckpointError(
-            f"{hub_id} is not a directory, and cannot be fetched from the Hugging Face hub: {reason}"
+            f"{hub_id} is not a directory, and could not be fetched from the Hugging Face hub: {reason}"
         ) from None
 
 
