@@ -1,13 +1,35 @@
-"""From a batch's wishes to rows of a routing trace."""
+"""From a batch's wishes to counts per sequence, and to rows of a routing trace."""
 
 import numpy as np
+from jaxtyping import Int
 
 from emoe_jax.engine.batch import Batch
 from emoe_jax.engine.step import Wishes
 from emoe_jax.traces.recorder import TraceRecorder
 
+AnyWishes = Wishes | list[Wishes]
+"""Of all MoE layers, or a list by layer."""
 
-def record_wishes(recorder: TraceRecorder, batch: Batch, wishes: Wishes | list[Wishes]) -> None:
+
+def without_probs(wishes: AnyWishes) -> AnyWishes:
+    """The choices alone, where nobody records how probable they were."""
+    if isinstance(wishes, Wishes):
+        return Wishes(wishes.experts, None)
+    return [Wishes(layer.experts, None) for layer in wishes]
+
+
+def counts_by_sequence(batch: Batch, wishes: AnyWishes, num_experts: int) -> Int[np.ndarray, "B M E"]:
+    """How often each sequence of a batch wished for each expert."""
+    experts = wishes.experts if isinstance(wishes, Wishes) else np.stack([layer.experts for layer in wishes])
+    (B, T, _), (M, _, k), E = batch.shape, experts.shape, num_experts
+    first = (np.arange(B)[:, None, None] * M + np.arange(M)[:, None]) * E  # [B, M, 1]
+    flat = first[..., None] + experts.reshape(M, B, T, k).swapaxes(0, 1).reshape(B, M, T, k)
+    used = np.arange(T) < batch.inputs.lengths[:, None]  # [B, T]
+    used = np.broadcast_to(used[:, None, :, None], flat.shape)
+    return np.bincount(flat[used], minlength=B * M * E).reshape(B, M, E)
+
+
+def record_wishes(recorder: TraceRecorder, batch: Batch, wishes: AnyWishes) -> None:
     """Record the tokens of sequences that have a `sample` number, each once: what was preempted and computed again
     is in the trace already.
     """

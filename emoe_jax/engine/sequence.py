@@ -3,6 +3,10 @@
 import dataclasses
 import enum
 
+import numpy as np
+from jaxtyping import Int
+
+from emoe_jax.engine.adjust import LogitAdjustment
 from emoe_jax.engine.request import SLO, FinishReason, RoutingContract, SamplingParams
 
 
@@ -31,6 +35,8 @@ class Sequence:
     """Seconds on the engine's clock."""
     seed: int = 0
     """What the sampler uses: the request's seed, or a number that the engine drew."""
+    adjustment: LogitAdjustment | None = None
+    """Penalties and biases, for requests that have any."""
 
     generated: list[int] = dataclasses.field(default_factory=list)
     pages: list[int] = dataclasses.field(default_factory=list)
@@ -40,10 +46,20 @@ class Sequence:
     order: int = -1
     """Rank of arrival among all sequences of the scheduler; it decides who is preempted."""
     num_preemptions: int = 0
+    expected_tokens: float = 0.0
+    """How many tokens the answer was expected to have when the sequence came; 0 where nobody expects anything."""
+    slo_unattainable: bool = False
+    """Whether the scheduler gave up its deadlines, and serves it when no other deadline suffers from that."""
+    first_token_at: float | None = None
+    """Seconds on the engine's clock."""
     substituted: int = 0
     """Expert assignments of this sequence where another expert stood in."""
+    substituted_mass: float = 0.0
+    """The same by router probability, a token in one layer counting 1."""
     assigned: int = 0
     """All its expert assignments so far; recomputed tokens count again."""
+    routing_counts: Int[np.ndarray, "M E"] | None = None
+    """How often its tokens wished for each expert; recomputed tokens count again. None before its first step."""
     sample: int = -1
     """Its number in the routing trace being recorded; -1 when it is not recorded."""
     num_recorded: int = 0
@@ -61,6 +77,10 @@ class Sequence:
     @property
     def finished(self) -> bool:
         return self.status is SequenceStatus.FINISHED
+
+    def add_routing(self, counts: Int[np.ndarray, "M E"]) -> None:
+        """Count the wishes of newly computed tokens."""
+        self.routing_counts = counts if self.routing_counts is None else self.routing_counts + counts
 
     def tokens(self, start: int, length: int) -> list[int]:
         """Tokens at positions `start .. start + length - 1`, prompt and answer read as one."""

@@ -22,7 +22,7 @@ from emoe_jax.engine.kv_cache import KVCache, KVView, LayerKV, paged_attend
 from emoe_jax.engine.sampling import Sampled, SamplingArrays, sample
 from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models.decoder import AttendFunction, Decoder, Layer, causal_attend
-from emoe_jax.models.routing import Routing, substituted
+from emoe_jax.models.routing import Routing, Substituted, substituted
 from emoe_jax.moe import moe_ffn
 from emoe_jax.traces.parts import expert_dtype
 
@@ -67,11 +67,11 @@ class StepInputs:
 class Wishes(NamedTuple):
     """The routers' unfiltered choices, best first, in the dtypes of a routing trace (padding rows included).
 
-    They stay on the device unless a recorder asks for them. Fields of one layer have no axis `M`.
+    `probs` stay on the device unless a recorder asks for them. Fields of one layer have no axis `M`.
     """
 
     experts: Shaped[Array | np.ndarray, "*M R k"]
-    probs: Float[Array | np.ndarray, "*M R k"]
+    probs: Float[Array | np.ndarray, "*M R k"] | None
 
     @classmethod
     def of(cls, routing: Routing, num_experts: int) -> "Wishes":
@@ -79,11 +79,12 @@ class Wishes(NamedTuple):
 
 
 class StepOutputs(NamedTuple):
-    """Logits of each sequence's last token, what the routers wished for, and how many choices were substitutes."""
+    """Logits of each sequence's last token, what the routers wished for, and what of it was substituted."""
 
     logits: Float[Array, "B V"]
     wish_counts: Int[Array | np.ndarray, "M E"]
-    substituted: Int[Array | np.ndarray, " B"]
+    substituted: Substituted
+    """By sequence, summed over its new tokens and all layers."""
     wishes: Wishes | list[Wishes]
     """Of all MoE layers, or a list by layer."""
 
@@ -134,7 +135,7 @@ def resident_step(
     new_cache: list[LayerKV] = []
     counts: list[Array] = []
     wishes: list[Wishes] = []
-    replaced = jnp.zeros((B,), jnp.int32)
+    replaced: list[Substituted] = []
     for index, layer in enumerate(model.layers):
         attend_fn = paged_attend(config, config.sliding_window(index), cache[index], view)
         x, layer_cache = layer.attention(x, view.positions, attend_fn)
@@ -151,10 +152,13 @@ def resident_step(
         x = layer.moe_output(x, rows, out)
         counts.append(_wish_counts(routing, valid, config.num_experts))
         wishes.append(Wishes.of(routing, config.num_experts))
-        replaced += jnp.sum(substituted(routing, config.num_experts).reshape(B, T), axis=1, dtype=jnp.int32)
+        replaced.append(substituted(routing, config.num_experts))
     logits = model.logits(_last_hidden(x, jnp.asarray(inputs.lengths)))
     stacked = Wishes(*(jnp.stack(field) for field in zip(*wishes, strict=True)))
-    return tuple(new_cache), StepOutputs(logits, jnp.stack(counts), replaced, stacked)
+    missed = Substituted(
+        *(jnp.sum(jnp.stack(field).reshape(-1, B, T), axis=(0, 2)) for field in zip(*replaced, strict=True))
+    )
+    return tuple(new_cache), StepOutputs(logits, jnp.stack(counts), missed, stacked)
 
 
 @partial(jax.jit, static_argnames=("skeleton",))

@@ -66,8 +66,18 @@ def _drop_over_capacity(ids: Int[Array, "R k"], config: ModelConfig, valid: Bool
     return jnp.where(kept, ids, config.num_experts)
 
 
-def substituted(routing: Routing, num_experts: int) -> Int[Array, " R"]:
-    """How many of a row's `k` wishes were not served because another expert stood in."""
+class Substituted(NamedTuple):
+    """What other experts stood in for, by row or by sequence."""
+
+    choices: Int[Array, " R"]
+    """How many of the wishes."""
+    mass: Float[Array, " R"]
+    """The share of the wishes' probability, 0 to 1 for a row of one layer."""
+
+
+def substituted(routing: Routing, num_experts: int) -> Substituted:
+    """What of each row's `k` wishes was not served because another expert stood in."""
     served = jnp.any(routing.wish_ids[:, :, None] == routing.ids[:, None, :], axis=-1)
-    assigned = routing.ids[:, 0] < num_experts
-    return jnp.where(assigned, jnp.sum(~served, axis=-1), 0)
+    missed = ~served & (routing.ids[:, :1] < num_experts)  # rows without assignments wished for nothing
+    mass = jnp.sum(routing.wish_probs * missed, axis=-1) / jnp.sum(routing.wish_probs, axis=-1)
+    return Substituted(jnp.sum(missed, axis=-1, dtype=jnp.int32), mass)
