@@ -28,12 +28,12 @@ from emoe_jax.checkpoint import Checkpoint
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.budget import capacities, parse_expert_memory
 from emoe_jax.experts.loader import ExpertLoader
-from emoe_jax.experts.policy import StaticPolicy
 from emoe_jax.experts.slab import ExpertSlab
 from emoe_jax.experts.store import ExpertStore, aligned_record
 from emoe_jax.experts.table import SlotTable
 from emoe_jax.experts.weights import ExpertLayout
 from emoe_jax.models import family_of
+from emoe_jax.policies import make_policy
 
 # A Mixtral of which one expert takes 25 MB in f32: the size at which large models move experts.
 MODEL = {
@@ -186,7 +186,7 @@ def probe_peak_rss(directory: Path, budget: str) -> dict[str, float]:
     store = ExpertStore(CheckpointReader(checkpoint, layout), layout, len(slots), config.num_experts)
     began = time.perf_counter()
     with ExpertLoader(store, slab, table) as loader:
-        loader.fill(StaticPolicy(len(slots), config.num_experts).initial(slots))
+        loader.fill(make_policy("static", len(slots), config.num_experts).initial(slots))
     seconds = time.perf_counter() - began
     dense_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(dense))
     expert_bytes = len(slots) * config.num_experts * layout.nbytes

@@ -9,12 +9,12 @@ from jaxtyping import Int
 
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.loader import ExpertLoader
-from emoe_jax.experts.policy import make_policy
 from emoe_jax.experts.slab import ExpertSlab
 from emoe_jax.experts.store import ExpertReader, ExpertStore
 from emoe_jax.experts.table import SlotTable
 from emoe_jax.experts.waves import WaveLoader
 from emoe_jax.experts.weights import ExpertLayout
+from emoe_jax.policies import make_policy
 
 SWAPS_PER_LAYER = 1
 """Experts that the policy may exchange per layer and step."""

@@ -1,0 +1,75 @@
+"""Policies that learn nothing beforehand: a fixed set, least recently used, least frequently used."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Shaped
+
+from emoe_jax.policies.rule import Matrix, Plan, Rule, namespace
+
+_LONG_AGO = 1e6  # steps; single precision counts well beyond it
+
+
+class FixedState(NamedTuple):
+    rates: Matrix
+
+
+class Fixed(Rule[FixedState]):
+    """The experts that the plan expects most, whatever routers wish: the paper's, by whatever it plans with."""
+
+    def start(self, rates: Float[Any, "M E"]) -> FixedState:
+        return FixedState(rates)
+
+    def plan(self, state: FixedState, plan: Plan) -> FixedState:
+        return FixedState(plan.rates)
+
+    def observe(self, state: FixedState, counts: Shaped[Any, "M E"]) -> FixedState:
+        return state
+
+    def scores(self, state: FixedState) -> Matrix:
+        return state.rates
+
+
+class LruState(NamedTuple):
+    age: Matrix  # steps since the expert was wished for, less a part of a step for its share of that step's wishes
+
+
+class Lru(Rule[LruState]):
+    """An expert that is wished for but absent replaces the resident one that was not wished for longest."""
+
+    # Scores of experts wished for in the same step differ by less, so they never replace each other.
+    margin = 0.5
+
+    def start(self, rates: Float[Any, "M E"]) -> LruState:
+        return LruState(namespace(rates).full_like(rates, _LONG_AGO))
+
+    def observe(self, state: LruState, counts: Shaped[Any, "M E"]) -> LruState:
+        xp = namespace(counts)
+        # Among equally recent ones the more wished-for is first.
+        share = counts / xp.maximum(counts.sum(-1).max(), 1)
+        return LruState(xp.where(counts > 0, -0.5 * share, xp.minimum(state.age + 1, _LONG_AGO)))
+
+    def scores(self, state: LruState) -> Matrix:
+        return -state.age
+
+
+class LfuState(NamedTuple):
+    counts: Matrix
+
+
+class Lfu(Rule[LfuState]):
+    """The experts wished for most often since the start."""
+
+    def start(self, rates: Float[Any, "M E"]) -> LfuState:
+        return LfuState(namespace(rates).zeros_like(rates))
+
+    def observe(self, state: LfuState, counts: Shaped[Any, "M E"]) -> LfuState:
+        return LfuState(state.counts + counts)
+
+    def scores(self, state: LfuState) -> Matrix:
+        return state.counts
+
+
+def random_rates(num_layers: int, num_experts: int, seed: int = 0) -> Float[np.ndarray, "M E"]:
+    """A plan that knows nothing, for the policy `random`."""
+    return np.random.default_rng(seed).random((num_layers, num_experts), np.float32)

@@ -1,0 +1,108 @@
+"""`ResidencyPolicy`: a rule and its state, kept up step by step, and which experts to exchange by it."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from emoe_jax.errors import ConfigError
+from emoe_jax.experts.table import SlotTable
+from emoe_jax.policies.rule import Plan, Rule, best_exchange
+
+
+@dataclasses.dataclass(frozen=True)
+class Swap:
+    """Load one expert of a layer in place of another; `gain` orders swaps of all layers, largest first."""
+
+    layer: int
+    load: int
+    evict: int
+    gain: float
+
+
+class ResidencyPolicy:
+    """What the engine asks between steps. Costs some tens of microseconds a step, whatever the rule."""
+
+    def __init__(
+        self,
+        rule: Rule[Any],
+        num_layers: int,
+        num_experts: int,
+        rates: Float[np.ndarray, "M E"] | None = None,
+    ):
+        """`rates` (see `Plan`), where known, decide what is resident before anything was observed."""
+        self.num_layers = num_layers
+        self.num_experts = num_experts
+        self._shape = (num_layers, num_experts)
+        self._rates = np.zeros(self._shape, np.float32) if rates is None else self._checked(rates)
+        self._rule = rule
+        self._state = rule.start(self._rates)
+        self._scores: Float[np.ndarray, "M E"] | None = None
+        self._sensitivity = np.ones(num_layers, np.float32)
+
+    def initial(self, capacities: Sequence[int]) -> list[Int[np.ndarray, " C"]]:
+        """Experts to start with per layer, ascending: those of the highest rates, or the first, which ties give."""
+        order = np.argsort(-self._rates, axis=1, kind="stable")
+        return [np.sort(order[layer, :capacity]) for layer, capacity in enumerate(capacities)]
+
+    def plan(
+        self,
+        rates: Float[np.ndarray, "M E"],
+        joined: Float[np.ndarray, "M E"] | None = None,
+        kept: float = 1.0,
+        sensitivity: Float[np.ndarray, " M"] | None = None,
+    ) -> None:
+        """Requests started or ended, or are predicted anew; the first three are as in `Plan`.
+
+        `sensitivity` is how much a wrong expert harms in each layer, 0 to 1, averaged over running requests (`s` of
+        eMoE eq. 2): gains of a layer count by it, and where it is 0 nothing is exchanged.
+        """
+        joined = np.zeros(self._shape, np.float32) if joined is None else self._checked(joined)
+        self._state = self._rule.plan(self._state, Plan(self._checked(rates), joined, float(kept)))
+        self._scores = None
+        if sensitivity is not None:
+            self._sensitivity = np.asarray(sensitivity, np.float32)
+
+    def observe(self, counts: Int[np.ndarray, "M E"]) -> None:
+        """Take in the wishes of one step: how many tokens wanted each expert, resident or not."""
+        self._state = self._rule.observe(self._state, counts)
+        self._scores = None
+
+    def scores(self) -> Float[np.ndarray, "M E"]:
+        """The present worth of every expert, comparable within a layer."""
+        scores = self._rule.scores(self._state) if self._scores is None else self._scores
+        self._scores = scores
+        return scores
+
+    def swaps(
+        self, table: SlotTable, limit_per_layer: int = 1, busy: Bool[np.ndarray, "M E"] | None = None
+    ) -> list[Swap]:
+        """At most `limit_per_layer` exchanges per layer, the most gainful first. Changes nothing.
+
+        Experts in `busy` (on their way in or out already, `ExpertLoader.in_flight`) are left alone.
+        """
+        scores, evictable = self.scores(), table.resident_mask
+        loadable = ~evictable
+        if busy is not None:
+            loadable, evictable = loadable & ~busy, evictable & ~busy
+        swaps: list[Swap] = []
+        for _ in range(min(limit_per_layer, self.num_experts)):
+            load, evict, gain = best_exchange(scores, loadable, evictable)
+            layers = np.flatnonzero((gain > self._rule.margin) & (self._sensitivity > 0))
+            if not len(layers):
+                break
+            load, evict, gain = load[layers], evict[layers], gain[layers] * self._sensitivity[layers]
+            swaps += map(Swap, layers.tolist(), load.tolist(), evict.tolist(), gain.tolist())
+            loadable[layers, load] = False
+            evictable[layers, evict] = False
+        return sorted(swaps, key=lambda swap: -swap.gain)
+
+    def _checked(self, rates: Float[np.ndarray, "M E"]) -> Float[np.ndarray, "M E"]:
+        if np.shape(rates) != self._shape:
+            raise ConfigError(
+                f"expert frequencies have shape {list(np.shape(rates))}; the model has "
+                f"{self.num_layers} MoE layers of {self.num_experts} experts"
+            )
+        return np.asarray(rates, np.float32)

@@ -1,0 +1,84 @@
+"""Policies by the names they have on the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from emoe_jax.errors import ConfigError
+from emoe_jax.policies.caching import Fixed, Lfu, Lru, random_rates
+from emoe_jax.policies.dynamics import Dynamics
+from emoe_jax.policies.policy import ResidencyPolicy
+from emoe_jax.policies.refresh import Refresh
+from emoe_jax.policies.rivals import ActivationMatrix, NextLayerRouter
+from emoe_jax.policies.rule import Rule
+
+Forecast = Literal["prompt", "task", "global", "none"]
+"""What a policy plans with: the predictor's word on each prompt, its task's mean routing, that of all, nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Knowledge:
+    """What policies have learned from traces; what is None is not known."""
+
+    dynamics: Dynamics | None = None
+    transitions: Float[np.ndarray, "M-1 E E"] | None = None  # see `NextLayerRouter`
+    matrices: Float[np.ndarray, "P M E"] | None = None  # see `ActivationMatrix`
+
+
+class PolicyKind(NamedTuple):
+    forecast: Forecast
+    rule: Callable[[int, int, Knowledge], Rule[Any]]  # of the numbers of MoE layers and experts
+
+
+def _refresh(num_layers: int, num_experts: int, known: Knowledge) -> Rule[Any]:
+    return Refresh(known.dynamics or Dynamics.untrained(num_layers, num_experts))
+
+
+def _next_layer(num_layers: int, num_experts: int, known: Knowledge) -> Rule[Any]:
+    if known.transitions is None:
+        raise ConfigError("policy 'next-layer-router' needs a table of transitions, which is learned from a trace")
+    return NextLayerRouter(known.transitions)
+
+
+def _activation(num_layers: int, num_experts: int, known: Knowledge) -> Rule[Any]:
+    if known.matrices is None:
+        raise ConfigError("policy 'activation-matrix' needs recorded activations, which are learned from a trace")
+    return ActivationMatrix(known.matrices)
+
+
+POLICIES: dict[str, PolicyKind] = {
+    "emoe": PolicyKind("prompt", _refresh),
+    "emoe-no-refresh": PolicyKind("prompt", lambda *_: Fixed()),
+    "lru": PolicyKind("none", lambda *_: Lru()),
+    "lfu": PolicyKind("none", lambda *_: Lfu()),
+    "static-task": PolicyKind("task", lambda *_: Fixed()),
+    "static-global": PolicyKind("global", lambda *_: Fixed()),
+    "static": PolicyKind("global", lambda *_: Fixed()),  # whatever it is given to start with
+    "random": PolicyKind("none", lambda *_: Fixed()),
+    "next-layer-router": PolicyKind("global", _next_layer),
+    "activation-matrix": PolicyKind("global", _activation),
+}
+
+
+def make_policy(
+    name: str,
+    num_layers: int,
+    num_experts: int,
+    rates: Float[np.ndarray, "M E"] | None = None,
+    knowledge: Knowledge | None = None,
+) -> ResidencyPolicy:
+    """A policy for an engine. `rates` are what to start with (see `Plan`); `random` draws its own.
+
+    Raises `ConfigError` with the names there are, and where the policy needs what is not known.
+    """
+    if name not in POLICIES:
+        raise ConfigError(f"unknown residency policy {name!r}; expected one of {', '.join(sorted(POLICIES))}")
+    rule = POLICIES[name].rule(num_layers, num_experts, knowledge or Knowledge())
+    if name == "random":
+        rates = random_rates(num_layers, num_experts)
+    return ResidencyPolicy(rule, num_layers, num_experts, rates)

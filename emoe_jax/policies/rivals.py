@@ -1,0 +1,81 @@
+"""What others do: prefetch the next layer's experts (Pre-gated MoE), match recorded activations (MoE-Infinity)."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Shaped
+
+from emoe_jax.policies.rule import Matrix, Plan, Rule, namespace
+
+
+class NextLayerState(NamedTuple):
+    rates: Matrix
+    last: Matrix  # wishes of the step observed last
+
+
+class NextLayerRouter(Rule[NextLayerState]):
+    """A layer's experts by the choices of the layer before it, through a table of how often one follows the other.
+
+    Within a step, when layer m has chosen, layer m + 1 is loaded: that stops at every layer, so only replay does it.
+    Elsewhere the choices are those of the step before. The first layer has none before it and keeps to the plan.
+    """
+
+    def __init__(self, transitions: Float[np.ndarray, "M-1 E E"], margin: float = 0.0):
+        """`transitions[m, i, j]`: the share of tokens with expert `i` in layer m that have `j` in layer m + 1."""
+        self.margin = margin
+        self._transitions = transitions.astype(np.float32)
+
+    def start(self, rates: Float[Any, "M E"]) -> NextLayerState:
+        return NextLayerState(rates, rates)
+
+    def plan(self, state: NextLayerState, plan: Plan) -> NextLayerState:
+        return NextLayerState(plan.rates, state.last)
+
+    def observe(self, state: NextLayerState, counts: Shaped[Any, "M E"]) -> NextLayerState:
+        return NextLayerState(state.rates, counts.astype(np.float32))
+
+    def scores(self, state: NextLayerState) -> Matrix:
+        xp = namespace(state.last)
+        following = xp.einsum("...mi,mij->...mj", state.last[..., :-1, :], self._transitions)
+        wished = xp.maximum(state.last[..., :-1, :].sum(-1, keepdims=True), 1)
+        planned = state.rates[..., 1:, :].sum(-1, keepdims=True)
+        return xp.concatenate([state.rates[..., :1, :], following / wished * xp.maximum(planned, 1)], axis=-2)
+
+
+class ActivationState(NamedTuple):
+    rates: Matrix
+    counts: Matrix  # of the running requests since they started
+
+
+class ActivationMatrix(Rule[ActivationState]):
+    """Recorded prompts whose wishes so far are most like those of the running ones tell what comes."""
+
+    # How sharply the most alike (by cosine) outweigh others, and how many wishes per layer the plan counts for.
+    sharpness = 50.0
+    planned_tokens = 8.0
+
+    def __init__(self, matrices: Float[np.ndarray, "P M E"], margin: float = 0.0):
+        """`matrices`: recorded prompts' wishes, each layer as shares."""
+        self.margin = margin
+        flat = matrices.reshape(len(matrices), -1).astype(np.float32)
+        self._matrices = flat
+        self._directions = flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-12)
+
+    def start(self, rates: Float[Any, "M E"]) -> ActivationState:
+        return ActivationState(rates, rates * self.planned_tokens)
+
+    def plan(self, state: ActivationState, plan: Plan) -> ActivationState:
+        return ActivationState(plan.rates, plan.kept * state.counts + self.planned_tokens * plan.joined)
+
+    def observe(self, state: ActivationState, counts: Shaped[Any, "M E"]) -> ActivationState:
+        return ActivationState(state.rates, state.counts + counts)
+
+    def scores(self, state: ActivationState) -> Matrix:
+        xp = namespace(state.counts)
+        shape = state.counts.shape
+        flat = state.counts.reshape(*shape[:-2], -1)
+        flat = flat / xp.maximum(xp.sqrt((flat**2).sum(-1, keepdims=True)), 1e-12)
+        weights = xp.exp(self.sharpness * (flat @ self._directions.T - 1))
+        matched = (weights @ self._matrices) / xp.maximum(weights.sum(-1, keepdims=True), 1e-30)
+        planned = state.rates.sum(-1, keepdims=True)
+        return matched.reshape(shape) * xp.maximum(planned, 1)

@@ -1,0 +1,79 @@
+"""What a residency policy is: scores of experts that follow from what was planned and what routers wished.
+
+Everything here is a pure function of arrays, NumPy's or JAX's: the engine calls it step by step with the one, replay
+compiles it with the other.
+"""
+
+import abc
+from types import ModuleType
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
+
+Matrix = Float[Any, "*lead M E"]  # of NumPy or JAX
+State = TypeVar("State", bound=tuple[Any, ...])
+"""A named tuple of arrays."""
+
+
+class Plan(NamedTuple):
+    """What the running requests are expected to wish for, told whenever that changes.
+
+    Requests wish independently, so each array is a sum over requests: top-k times the request's predicted share of
+    each expert. A request that has just started is in `joined` too. `kept` is the share of the requests running
+    before that go on; what was observed is theirs in that part.
+    """
+
+    rates: Float[Any, "M E"]  # expected wishes per step
+    joined: Float[Any, "M E"]  # of that, by requests that start now
+    kept: Float[Any, ""] | float
+
+
+class Rule(abc.ABC, Generic[State]):
+    """Experts have scores; the highest-scoring ones of a layer should be resident.
+
+    `margin` is by how much an absent expert must be ahead of the resident one it replaces, so that near ties do not
+    make experts take turns. States are never changed in place.
+    """
+
+    margin: float = 0.0
+
+    @abc.abstractmethod
+    def start(self, rates: Float[Any, "M E"]) -> State:
+        """The state before anything was observed. `rates` are as in `Plan`; zeros where nothing is known."""
+
+    def plan(self, state: State, plan: Plan) -> State:
+        """Requests started or ended, or are predicted anew."""
+        return state
+
+    @abc.abstractmethod
+    def observe(self, state: State, counts: Shaped[Any, "M E"]) -> State:
+        """Take in the wishes of one step: how many tokens wanted each expert, resident or not."""
+
+    @abc.abstractmethod
+    def scores(self, state: State) -> Matrix:
+        """The present worth of every expert, comparable within a layer.
+
+        Takes many states at once, stacked along leading axes.
+        """
+
+
+class Exchange(NamedTuple):
+    """The best exchange in every row; `gain` is -inf where there is nothing to load or nothing to evict."""
+
+    load: Int[Any, "*lead M"]
+    evict: Int[Any, "*lead M"]
+    gain: Float[Any, "*lead M"]
+
+
+def best_exchange(scores: Matrix, loadable: Bool[Any, "*lead M E"], evictable: Bool[Any, "*lead M E"]) -> Exchange:
+    """The highest-scoring loadable expert and the lowest-scoring evictable one; of equals, the first."""
+    xp = namespace(scores)
+    gained, lost = xp.where(loadable, scores, -xp.inf), xp.where(evictable, scores, xp.inf)
+    return Exchange(gained.argmax(-1), lost.argmin(-1), gained.max(-1) - lost.min(-1))
+
+
+def namespace(array: Any) -> ModuleType:
+    """`numpy` for its arrays, `jax.numpy` for others."""
+    return np if isinstance(array, np.ndarray) else jnp
