@@ -1,23 +1,28 @@
 """Which experts are on the device, kept up between steps: slab, table, store, loader and policy as one thing."""
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.loader import ExpertLoader
 from emoe_jax.experts.slab import ExpertSlab
 from emoe_jax.experts.store import ExpertReader, ExpertStore
 from emoe_jax.experts.table import SlotTable
+from emoe_jax.experts.tickets import LoadState, LoadTicket
 from emoe_jax.experts.waves import WaveLoader
 from emoe_jax.experts.weights import ExpertLayout
-from emoe_jax.policies import make_policy
+from emoe_jax.policies import Knowledge, make_policy
 
 SWAPS_PER_LAYER = 1
-"""Experts that the policy may exchange per layer and step."""
+"""Experts that the policy may exchange per layer and step; after a new plan, as many as it wants."""
+
+SECONDS_BEFORE_RETRY = 30.0
+"""How long an expert that could not be read is left alone."""
 
 
 class Residency:
@@ -34,11 +39,19 @@ class Residency:
         reader: ExpertReader,
         policy: str,
         *,
+        rates: Float[np.ndarray, "M E"] | None = None,
+        knowledge: Knowledge | None = None,
+        link_bandwidth: float | None = None,
         host_bytes: int = 0,
         memory_kind: str | None = None,
     ):
+        """`rates` say what is resident before anything was observed; `link_bandwidth` is in bytes/s (None: no limit).
+
+        Raises `ConfigError` for an unknown policy or a bandwidth that is not positive.
+        """
         self.policy_name = policy
-        self._policy = make_policy(policy, len(config.moe_layers), config.num_experts)
+        shape = (len(config.moe_layers), config.num_experts)
+        self._policy = make_policy(policy, *shape, rates, knowledge)
         self.slab = ExpertSlab(layout, capacities)
         self.table = SlotTable(capacities, config.num_experts, sharding=self.slab.sharding)
         self._config = config
@@ -51,10 +64,16 @@ class Residency:
             memory_kind=memory_kind,
             sharding=self.slab.sharding,
         )
-        self._loader = ExpertLoader(store, self.slab, self.table)
+        self._loader = ExpertLoader(store, self.slab, self.table, bandwidth=link_bandwidth)
         self.waves = WaveLoader(self._loader, self.table, self._eviction_order)
         self._wishes = 0
         self._wishes_resident = 0
+        self._link_bandwidth = link_bandwidth
+        self._tickets: list[LoadTicket] = []  # asked for by the policy and not over
+        self._unproven: Bool[np.ndarray, "M E"] = np.zeros(shape, bool)  # loaded, and not wished for since
+        self._unreadable_until = np.zeros(shape)  # seconds on the monotonic clock
+        self._useful = self._useless = 0
+        self._last_error: str | None = None
 
     def fill(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Load the policy's initial experts. Raises what the store raises when one cannot be read."""
@@ -72,15 +91,61 @@ class Residency:
 
     def commit(self) -> None:
         """Bring staged experts into the slab. Never waits."""
-        self._loader.commit()
+        committed = self._loader.commit()
+        if committed:
+            for ticket in committed:
+                self._unproven[ticket.layer, ticket.expert] = True
+            resident = self.table.resident_mask
+            self._useless += int((self._unproven & ~resident).sum())
+            self._unproven &= resident
+
+    def plan(
+        self,
+        rates: Float[np.ndarray, "M E"],
+        joined: Float[np.ndarray, "M E"],
+        kept: float,
+        sensitivity: Float[np.ndarray, " M"],
+    ) -> None:
+        """Tell the policy what the running requests are expected to wish for, as `ResidencyPolicy.plan` has it, and
+        ask for whatever it now prefers; loads that have become pointless are given up."""
+        self._policy.plan(rates, joined, kept, sensitivity)
+        self._follow_policy(self._config.num_experts)
 
     def observe(self, wish_counts: Int[np.ndarray, "M E"]) -> None:
         """Count the wishes of a step and ask for the experts that the policy now prefers."""
+        resident = self.table.resident_mask
         self._wishes += int(wish_counts.sum())
-        self._wishes_resident += int(wish_counts[self.table.resident_mask].sum())
+        self._wishes_resident += int(wish_counts[resident].sum())
+        proven = self._unproven & (wish_counts > 0)
+        self._useful += int(proven.sum())
+        self._unproven &= ~proven
         self._policy.observe(wish_counts)
-        for swap in self._policy.swaps(self.table, SWAPS_PER_LAYER, self._loader.in_flight()):
-            self._loader.request(swap.layer, swap.load, swap.gain, evict=swap.evict)
+        self._follow_policy(SWAPS_PER_LAYER)
+
+    def _follow_policy(self, limit_per_layer: int) -> None:
+        self._sort_out_tickets()
+        busy = self._loader.in_flight()
+        if self._last_error is not None:
+            busy |= self._unreadable_until > time.monotonic()
+        for swap in self._policy.swaps(self.table, limit_per_layer, busy):
+            self._tickets.append(self._loader.request(swap.layer, swap.load, swap.gain, evict=swap.evict))
+
+    def _sort_out_tickets(self) -> None:
+        """Forget loads that are over, give up those that the policy no longer wants, note those that failed."""
+        if not self._tickets:
+            return
+        scores, active = self._policy.scores(), []
+        for ticket in self._tickets:
+            if ticket.state is LoadState.FAILED:
+                self._unreadable_until[ticket.layer, ticket.expert] = time.monotonic() + SECONDS_BEFORE_RETRY
+                self._last_error = f"expert {ticket.expert} of MoE layer {ticket.layer}: {ticket.error}"
+            elif ticket.state in (LoadState.QUEUED, LoadState.STAGING, LoadState.READY):
+                layer = scores[ticket.layer]
+                if ticket.evict is not None and layer[ticket.expert] < layer[ticket.evict]:
+                    self._loader.cancel(ticket)
+                else:
+                    active.append(ticket)
+        self._tickets = active
 
     def state(self) -> dict[str, Any]:
         """Residency and loads as JSON-able values."""
@@ -94,7 +159,15 @@ class Residency:
             "share": sum(capacities) / (len(capacities) * self._config.num_experts),
             "experts": [self.table.resident(layer).tolist() for layer in range(len(capacities))],
             "coverage": self.coverage,
-            "loads": dataclasses.asdict(stats) | {"bandwidth": stats.bandwidth},
+            "loads": dataclasses.asdict(stats)
+            | {
+                "bandwidth": stats.bandwidth,
+                "link_bandwidth": self._link_bandwidth,
+                "in_flight": len(self._tickets),
+                "useful": self._useful,
+                "useless": self._useless,
+                "last_error": self._last_error,
+            },
         }
 
     def close(self) -> None:
