@@ -20,6 +20,8 @@ class Answer:
         assigned = sum(sequence.assigned for sequence in self._sequences)
         replaced = sum(sequence.substituted for sequence in self._sequences)
         self._output.substituted = replaced / assigned if assigned else 0.0
+        if self._output.prompt_logprobs is not None:
+            self._output.prompt_logprobs = self._sequences[0].prompt_logprobs
         return self._output
 
     def add(self, sequence: Sequence, sampled: SampledToken) -> tuple[Delta, bool]:
@@ -38,7 +40,9 @@ class Answer:
         completion.text += text
         completion.token_ids.append(sampled.token_id)
         completion.finish_reason = reason
-        return Delta(sequence.request_id, sequence.index, text, (sampled.token_id,), logprobs, reason), stream.stopped
+        prompt_logprobs = tuple(sequence.prompt_logprobs) if len(completion.token_ids) == 1 else ()
+        delta = Delta(sequence.request_id, sequence.index, text, (sampled.token_id,), logprobs, reason, prompt_logprobs)
+        return delta, stream.stopped
 
     def end(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a completion without a token."""

@@ -74,6 +74,21 @@ class Batch(NamedTuple):
     sampling: SamplingArrays
     want_logprobs: np.ndarray
 
+    def prompt_targets(self) -> np.ndarray | None:
+        """Of a prompt's chunk, the token that follows each of its own (0 past the prompt): `[T]`.
+
+        None when the sequence does not ask for their log probabilities.
+        """
+        if len(self.pieces) != 1 or self.pieces[0].sequence.params.prompt_logprobs is None:
+            return None
+        sequence, start, length, _ = self.pieces[0]
+        following = sequence.prompt_token_ids[start + 1 : start + 1 + length]
+        if not following:
+            return None
+        targets = np.zeros(self.shape.tokens, np.int32)
+        targets[: len(following)] = following
+        return targets
+
 
 def batches_of(plan: StepPlan, buckets: Buckets) -> list[Batch]:
     """At most one batch of decodes per routing contract, and one per prompt chunk."""

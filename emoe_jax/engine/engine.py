@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from emoe_jax.checkpoint import Checkpoint, Tokenizer
 from emoe_jax.config import ModelConfig
+from emoe_jax.engine.adjust import LogitAdjustment
 from emoe_jax.engine.answer import Answer
 from emoe_jax.engine.batch import Buckets
 from emoe_jax.engine.kv_cache import PAGE_SIZE, new_cache
@@ -261,6 +262,11 @@ class Engine:
         token_ids = self._tokenize(prompt)
         if params.stop and self.tokenizer is None:
             raise RequestError("the model has no tokenizer, so stop strings cannot be found", param="stop")
+        vocab_size = self.config.vocab_size
+        if beyond := [token for token in params.logit_bias if token >= vocab_size]:
+            raise RequestError(
+                f"logit_bias names token {beyond[0]}; the vocabulary has {vocab_size}", param="logit_bias"
+            )
         seed = params.seed if params.seed is not None else int(self._seeds.integers(2**63))
         contract = routing or self.routing
         if task is None:
@@ -276,6 +282,7 @@ class Engine:
                 slo=slo or SLO(),
                 arrival=time.monotonic(),
                 seed=seed,
+                adjustment=LogitAdjustment.of(params, token_ids, vocab_size),
             )
             for index in range(params.n)
         ]
@@ -284,6 +291,7 @@ class Engine:
         self._begin_recording(sequences)
         completions = [Completion(index, logprobs=None if params.logprobs is None else []) for index in range(params.n)]
         output = RequestOutput(request_id, token_ids, completions, task, contract)
+        output.prompt_logprobs = None if params.prompt_logprobs is None else []
         self._answers[request_id] = Answer(output, sequences, [self._text_stream(token_ids, params) for _ in sequences])
         return token_ids
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 from emoe_jax.errors import RequestError
@@ -13,6 +14,8 @@ MAX_LOGPROBS = 20
 MAX_N = 64
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
+MAX_LOGIT_BIAS = 1024
+"""Tokens of one request that `logit_bias` may name."""
 
 
 def _check_number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
@@ -29,12 +32,18 @@ def _check_integer(name: str, value: object, low: int, high: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class SLO:
-    """Service-level objective of one request, milliseconds from arrival; None leaves it open."""
+    """Service-level objective of one request, milliseconds from arrival; None leaves it open.
+
+    A `strict` one is refused when it cannot be kept; others are then served when no other deadline suffers from that.
+    """
 
     ttft_ms: float | None = None
     latency_ms: float | None = None
+    strict: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.strict, bool):
+            raise RequestError(f"slo.strict is {self.strict!r}; expected true or false", param="slo")
         for name in ("ttft_ms", "latency_ms"):
             if (value := getattr(self, name)) is not None:
                 _check_number(name, value, 0, 1e9, open_low=True)
@@ -52,12 +61,17 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
     seed: int | None = None
     n: int = 1
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -69,11 +83,21 @@ class SamplingParams:
         _check_number("top_p", self.top_p, 0, 1, open_low=True)
         _check_integer("top_k", self.top_k, -1, 2**31 - 1)
         _check_number("min_p", self.min_p, 0, 1)
+        _check_number("frequency_penalty", self.frequency_penalty, -2, 2)
+        _check_number("presence_penalty", self.presence_penalty, -2, 2)
+        _check_number("repetition_penalty", self.repetition_penalty, 0, 100, open_low=True)
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise RequestError(f"logit_bias has {len(self.logit_bias)} tokens; at most {MAX_LOGIT_BIAS}", "logit_bias")
+        for token, bias in self.logit_bias.items():
+            _check_integer("logit_bias", token, 0, 2**31 - 1)
+            _check_number("logit_bias", bias, -100, 100)
         _check_integer("n", self.n, 1, MAX_N)
         if self.seed is not None:
             _check_integer("seed", self.seed, -(2**63), 2**63 - 1)
         if self.logprobs is not None:
             _check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.prompt_logprobs is not None:
+            _check_integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
         if len(self.stop) > MAX_STOP_STRINGS:
             raise RequestError(f"stop has {len(self.stop)} strings; at most {MAX_STOP_STRINGS} are allowed", "stop")
         for string in self.stop:
@@ -84,10 +108,16 @@ class SamplingParams:
         for token in self.stop_token_ids:
             _check_integer("stop_token_ids", token, 0, 2**31 - 1)
 
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether penalties or biases change what the model says."""
+        penalties = (self.frequency_penalty, self.presence_penalty, self.repetition_penalty - 1)
+        return any(penalties) or bool(self.logit_bias)
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprob:
-    """Natural-log probability of a sampled token under the raw distribution, and of the best alternatives."""
+    """Natural-log probability of a token under the raw distribution, and of the best alternatives."""
 
     token_id: int
     logprob: float
@@ -104,6 +134,8 @@ class Delta:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the prompt's tokens but the first; with a completion's first delta, when they were asked for."""
 
 
 @dataclasses.dataclass
@@ -128,6 +160,9 @@ class RequestOutput:
     routing: RoutingContract
     substituted: float = 0.0
     """Share of expert assignments (prompt and answer) where another expert stood in; 0.0 under `exact`."""
+
+    prompt_logprobs: list[TokenLogprob] | None = None
+    """Of the prompt's tokens but the first, which nothing precedes; None when they were not asked for."""
 
     @property
     def text(self) -> str:

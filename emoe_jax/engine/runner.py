@@ -1,6 +1,7 @@
 """Runs step plans on the device: picks executables, keeps the donated cache, reads the tokens back."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Rows
@@ -13,12 +14,13 @@ from jaxtyping import Array, Float, Int
 
 from emoe_jax.config import ModelConfig
 from emoe_jax.engine import step
-from emoe_jax.engine.batch import Batch, Buckets, Shape, batches_of, empty_batch
+from emoe_jax.engine.adjust import Adjustments
+from emoe_jax.engine.batch import Batch, Buckets, Piece, Shape, batches_of, empty_batch
 from emoe_jax.engine.executables import Executables
 from emoe_jax.engine.kv_cache import KVCache, LayerKV
 from emoe_jax.engine.recording import counts_by_sequence, record_wishes, without_probs
-from emoe_jax.engine.request import RoutingContract
-from emoe_jax.engine.sampling import Sampled
+from emoe_jax.engine.request import RoutingContract, TokenLogprob
+from emoe_jax.engine.sampling import Sampled, SamplingArrays, TokenLogprobs
 from emoe_jax.engine.sequence import Sequence
 from emoe_jax.errors import RequestError
 from emoe_jax.experts.residency import Residency
@@ -74,7 +76,7 @@ class Runner:
         sampled: dict[Sequence, SampledToken] = {}
         choices = len(self.config.moe_layers) * self.config.top_k
         wish_counts = np.zeros((len(self.config.moe_layers), self.config.num_experts), np.int64)
-        for batch, (tokens, counts, substituted, wishes) in zip(batches, outputs, strict=True):
+        for batch, (tokens, prompt_logprobs, counts, substituted, wishes) in zip(batches, outputs, strict=True):
             wish_counts += counts
             if self.recorder is not None:
                 record_wishes(self.recorder, batch, wishes)
@@ -84,6 +86,8 @@ class Runner:
                 piece.sequence.substituted += int(substituted.choices[row])
                 piece.sequence.substituted_mass += float(substituted.mass[row])
                 piece.sequence.assigned += piece.length * choices
+                if prompt_logprobs is not None:
+                    _keep_prompt_logprobs(piece, prompt_logprobs)
                 if piece.samples:
                     sampled[piece.sequence] = _sampled_token(piece.sequence, tokens, row)
         return RunResult(sampled, wish_counts)
@@ -109,9 +113,11 @@ class Runner:
     def warm_up(self, progress: Progress | None = None) -> None:
         """Compile every shape that `run` can meet: whole forwards on a pool of threads, the rest beside it."""
         shapes = self.buckets.shapes
-        total, done = 2 * len(shapes), 0
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             forwards = [pool.submit(self._compile_resident, shape) for shape in shapes]
+            forwards += [pool.submit(self._compile_adjusted_choice, B) for B in self.buckets.sequences]
+            forwards += [pool.submit(self._compile_prompt_logprobs, T) for T in sorted({1, *self.buckets.chunk_tokens})]
+            total, done = len(shapes) + len(forwards), 0
             for shape in shapes:
                 if not self._residency.is_full:
                     jax.block_until_ready(self._run_batch(empty_batch(shape, "exact")))
@@ -135,10 +141,21 @@ class Runner:
                 step.resident_step, batch.shape, *self._resident_arguments(batch), **self._statics
             )
             self._cache = list(cache)
+        adjusted = batch.sampling.adjustments is not None
         sampled = self._call(
-            step.choose_tokens, batch.shape.sequences, outputs.logits, batch.sampling, batch.want_logprobs
+            step.choose_tokens,
+            (batch.shape.sequences, adjusted),
+            outputs.logits,
+            batch.sampling,
+            batch.want_logprobs,
         )
-        return sampled, outputs.wish_counts, outputs.substituted, outputs.wishes
+        return (
+            sampled,
+            self._prompt_logprobs(batch, outputs.hidden),
+            outputs.wish_counts,
+            outputs.substituted,
+            outputs.wishes,
+        )
 
     def _run_exact(self, batch: Batch) -> step.StepOutputs:
         x, wish_counts, wishes = self._layer_by_layer(batch, cached=True)
@@ -146,7 +163,7 @@ class Runner:
             step.last_logits, batch.shape[:2], self._leaves, x, batch.inputs.lengths, skeleton=self._skeleton
         )
         nothing = Substituted(*np.zeros((2, batch.shape.sequences)))  # pyright: ignore[reportArgumentType]
-        return step.StepOutputs(logits, np.stack(wish_counts), nothing, wishes)
+        return step.StepOutputs(x, logits, np.stack(wish_counts), nothing, wishes)
 
     def _layer_by_layer(
         self, batch: Batch, *, cached: bool
@@ -215,6 +232,15 @@ class Runner:
             batch.inputs,
         )
 
+    def _prompt_logprobs(self, batch: Batch, hidden: Float[Array, "B T D"]) -> TokenLogprobs | None:
+        """Log probabilities of the prompt's tokens that follow those of a chunk, for a sequence that asks for them."""
+        targets = batch.prompt_targets()
+        if targets is None:
+            return None
+        return self._call(
+            step.prompt_logprobs, batch.shape.tokens, self._leaves, hidden, targets, skeleton=self._skeleton
+        )
+
     @property
     def _statics(self) -> dict[str, Any]:
         return {"skeleton": self._skeleton, "config": self.config}
@@ -226,6 +252,19 @@ class Runner:
         )
         self.executables.compile(step.resident_step, shape, *shapes, **self._statics)
 
+    def _compile_adjusted_choice(self, B: int) -> None:
+        V = self.config.vocab_size
+        logits = jax.ShapeDtypeStruct((B, V), np.float32, sharding=self._residency.slab.sharding)
+        sampling = dataclasses.replace(SamplingArrays.of([], B), adjustments=Adjustments.none(B, V))
+        self.executables.compile(step.choose_tokens, (B, True), logits, sampling, np.asarray(False))
+
+    def _compile_prompt_logprobs(self, T: int) -> None:
+        targets = np.zeros(T, np.int32)
+        embed = functools.partial(step.embed, skeleton=self._skeleton)
+        hidden = jax.eval_shape(embed, self._leaves, targets[None])
+        hidden = jax.ShapeDtypeStruct(hidden.shape, hidden.dtype, sharding=self._residency.slab.sharding)
+        self.executables.compile(step.prompt_logprobs, T, self._leaves, hidden, targets, skeleton=self._skeleton)
+
     def _call(self, function: Callable[..., Any], key: Any, *args: Any, **statics: Any) -> Any:
         return self.executables.call(function, key, *args, **statics)
 
@@ -234,5 +273,21 @@ def _sampled_token(sequence: Sequence, sampled: Sampled, row: int) -> SampledTok
     token, wanted = int(sampled.tokens[row]), sequence.params.logprobs
     if wanted is None:
         return SampledToken(token)
-    alternatives = zip(sampled.top_ids[row, :wanted], sampled.top_logprobs[row, :wanted], strict=True)
-    return SampledToken(token, float(sampled.logprob[row]), tuple((int(i), float(p)) for i, p in alternatives))
+    return SampledToken(token, float(sampled.logprob[row]), _alternatives(sampled, row, wanted))
+
+
+def _keep_prompt_logprobs(piece: Piece, logprobs: TokenLogprobs) -> None:
+    """Book what a prompt's chunk tells of the tokens after each of its own, once even if it is computed again."""
+    sequence, known = piece.sequence, len(piece.sequence.prompt_logprobs)
+    following = sequence.prompt_token_ids[piece.start + 1 : piece.start + 1 + piece.length]
+    for row, token in enumerate(following):
+        if piece.start + row == known:
+            top = _alternatives(logprobs, row, sequence.params.prompt_logprobs or 0)
+            sequence.prompt_logprobs.append(TokenLogprob(token, float(logprobs.logprob[row]), top))
+            known += 1
+
+
+def _alternatives(logprobs: Sampled | TokenLogprobs, row: int, count: int) -> tuple[tuple[int, float], ...]:
+    """The `count` most probable tokens of a row, best first."""
+    pairs = zip(logprobs.top_ids[row, :count], logprobs.top_logprobs[row, :count], strict=True)
+    return tuple((int(token), float(logprob)) for token, logprob in pairs)

@@ -1,8 +1,8 @@
 """Choosing the next token, for a batch whose rows all ask for something else, with one compilation.
 
-Whatever the parameters, the compiled function is the same; what is costly (noise over the vocabulary, the filters, top
-log probabilities) runs only in steps in which a row needs it. A row's token depends on its own logits and parameters
-alone, never on the rest of the batch.
+Whatever the parameters, the compiled function is the same (a second one takes the penalties and biases of rows that
+have any); what is costly (noise over the vocabulary, the filters, top log probabilities) runs only in steps in which a
+row needs it. A row's token depends on its own logits and parameters alone, never on the rest of the batch.
 
 The filters search a threshold by bisection over the bits of the logits instead of sorting: on CPU 25 times faster at a
 vocabulary of 32,000. Their sums are of integers, so the order of summation, and with it the batch, cannot matter.
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
 
+from emoe_jax.engine.adjust import Adjustments
 from emoe_jax.engine.request import MAX_LOGPROBS
 from emoe_jax.engine.sequence import Sequence
 
@@ -38,6 +39,8 @@ class SamplingArrays:
     top_k: Int32[Array | np.ndarray, " B"]
     seed: UInt32[Array | np.ndarray, "B 2"]
     step: Int32[Array | np.ndarray, " B"]
+    adjustments: Adjustments | None = None
+    """None, and another compilation, where no row changes its logits."""
 
     @classmethod
     def of(cls, sequences: Rows[Sequence], size: int) -> "SamplingArrays":
@@ -60,11 +63,25 @@ class SamplingArrays:
             arrays.top_k[row] = params.top_k
             arrays.seed[row] = seed_words(sequence.seed, sequence.index)
             arrays.step[row] = len(sequence.generated)
-        return arrays
+            if sequence.adjustment is not None:
+                sequence.adjustment.update(sequence.generated)
+        adjustments = Adjustments.of([sequence.adjustment for sequence in sequences], size)
+        return dataclasses.replace(arrays, adjustments=adjustments)
+
+
+class TokenLogprobs(NamedTuple):
+    """Natural-log probability of one token per row, and of the row's `n` most probable ones, best first.
+
+    All of the raw distribution: before penalties, temperature and filters.
+    """
+
+    logprob: Float[Array, " B"]
+    top_ids: Int32[Array, "B n"]
+    top_logprobs: Float[Array, "B n"]
 
 
 class Sampled(NamedTuple):
-    """`logprob` and `top_*` are of the raw distribution (before temperature and filters), zero when not wanted."""
+    """The fields besides `tokens` are those of `TokenLogprobs`, zero when not wanted."""
 
     tokens: Int32[Array, " B"]
     logprob: Float[Array, " B"]
@@ -86,11 +103,13 @@ def sample(
 ) -> Sampled:
     """One token per row: argmax at temperature 0, else a draw from the filtered distribution.
 
-    Filters in order: temperature, top-k, top-p (the smallest set of most probable tokens that reaches `p` of what
-    top-k left), min-p (relative to the most probable token). The noise of a row comes from its seed and the number of
-    tokens it has generated, so a seed gives the same tokens in any batch and after a preemption.
+    Penalties and biases come first. Filters in order: temperature, top-k, top-p (the smallest set of most probable
+    tokens that reaches `p` of what top-k left), min-p (relative to the most probable token). The noise of a row comes
+    from its seed and the number of tokens it has generated, so a seed gives the same tokens in any batch and after a
+    preemption.
     """
-    logits = logits.astype(jnp.float32)
+    raw_logits = logits.astype(jnp.float32)
+    logits = raw_logits if sampling.adjustments is None else sampling.adjustments.apply(raw_logits)
     greedy = _argmax(logits)
     is_random = jnp.asarray(sampling.temperature) >= GREEDY_BELOW
     tokens = jax.lax.cond(
@@ -99,16 +118,24 @@ def sample(
         lambda: greedy,
     )
     n = min(num_top, logits.shape[-1])
-    logprob, top_ids, top_logprobs = jax.lax.cond(
+    logprobs = jax.lax.cond(
         want_logprobs,
-        lambda: _logprobs(logits, tokens, n),
-        lambda: (
+        lambda: token_logprobs(raw_logits, tokens, n),
+        lambda: TokenLogprobs(
             jnp.zeros(tokens.shape, jnp.float32),
             jnp.zeros((*tokens.shape, n), jnp.int32),
             jnp.zeros((*tokens.shape, n), jnp.float32),
         ),
     )
-    return Sampled(tokens, logprob, top_ids, top_logprobs)
+    return Sampled(tokens, *logprobs)
+
+
+def token_logprobs(logits: Float[Array, "B V"], tokens: Int[Array, " B"], num_top: int = MAX_LOGPROBS) -> TokenLogprobs:
+    """Log probabilities of `tokens`, one per row, and of the best alternatives."""
+    logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    top_logprobs, top_ids = jax.lax.top_k(logprobs, min(num_top, logits.shape[-1]))
+    logprob = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+    return TokenLogprobs(logprob, top_ids.astype(jnp.int32), top_logprobs)
 
 
 def _draw(logits: Float[Array, "B V"], sampling: SamplingArrays, is_random: Bool[Array, " B"]) -> Int32[Array, " B"]:
@@ -209,11 +236,3 @@ def _argmax(x: Float[Array, "B V"]) -> Int32[Array, " B"]:
 def _noise(seed: UInt32[Array, " 2"], step: Int32[Array, ""], size: int) -> Float[Array, " V"]:
     key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), step)
     return jax.random.gumbel(key, (size,), jnp.float32)
-
-
-def _logprobs(
-    logits: Float[Array, "B V"], tokens: Int[Array, " B"], n: int
-) -> tuple[Float[Array, " B"], Int32[Array, "B n"], Float[Array, "B n"]]:
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
-    top_logprobs, top_ids = jax.lax.top_k(logprobs, n)
-    return jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0], top_ids.astype(jnp.int32), top_logprobs

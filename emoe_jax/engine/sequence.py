@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Int
 
 from emoe_jax.engine.adjust import LogitAdjustment
-from emoe_jax.engine.request import SLO, FinishReason, RoutingContract, SamplingParams
+from emoe_jax.engine.request import SLO, FinishReason, RoutingContract, SamplingParams, TokenLogprob
 
 
 class SequenceStatus(enum.Enum):
@@ -46,6 +46,8 @@ class Sequence:
     order: int = -1
     """Rank of arrival among all sequences of the scheduler; it decides who is preempted."""
     num_preemptions: int = 0
+    prompt_logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
+    """Of the prompt's tokens from the second on, as far as they have been computed; empty when nobody asks."""
     expected_tokens: float = 0.0
     """How many tokens the answer was expected to have when the sequence came; 0 where nobody expects anything."""
     slo_unattainable: bool = False

@@ -19,12 +19,15 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from emoe_jax.config import ModelConfig
 from emoe_jax.engine.kv_cache import KVCache, KVView, LayerKV, paged_attend
-from emoe_jax.engine.sampling import Sampled, SamplingArrays, sample
+from emoe_jax.engine.sampling import Sampled, SamplingArrays, TokenLogprobs, sample, token_logprobs
 from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models.decoder import AttendFunction, Decoder, Layer, causal_attend
 from emoe_jax.models.routing import Routing, Substituted, substituted
 from emoe_jax.moe import moe_ffn
 from emoe_jax.traces.parts import expert_dtype
+
+PROMPT_ROWS = 32
+"""Rows of a prompt whose logits exist together while their log probabilities are computed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +82,11 @@ class Wishes(NamedTuple):
 
 
 class StepOutputs(NamedTuple):
-    """Logits of each sequence's last token, what the routers wished for, and what of it was substituted."""
+    """Hidden states of all tokens, logits of each sequence's last one, what the routers wished for, and what of it was
+    substituted.
+    """
 
+    hidden: Float[Array, "B T D"]
     logits: Float[Array, "B V"]
     wish_counts: Int[Array | np.ndarray, "M E"]
     substituted: Substituted
@@ -158,7 +164,7 @@ def resident_step(
     missed = Substituted(
         *(jnp.sum(jnp.stack(field).reshape(-1, B, T), axis=(0, 2)) for field in zip(*replaced, strict=True))
     )
-    return tuple(new_cache), StepOutputs(logits, jnp.stack(counts), missed, stacked)
+    return tuple(new_cache), StepOutputs(x, logits, jnp.stack(counts), missed, stacked)
 
 
 @partial(jax.jit, static_argnames=("skeleton",))
@@ -249,6 +255,23 @@ def last_logits(
 def all_logits(leaves: tuple[Array, ...], x: Float[Array, "B T D"], *, skeleton: Skeleton) -> Float[Array, "B T V"]:
     """Float32 logits of every position."""
     return skeleton.join(leaves).logits(x)
+
+
+@partial(jax.jit, static_argnames=("skeleton",))
+def prompt_logprobs(
+    leaves: tuple[Array, ...],
+    x: Float[Array, "1 T D"],
+    targets: Int[Array | np.ndarray, " T"],
+    *,
+    skeleton: Skeleton,
+) -> TokenLogprobs:
+    """How probable each target was after the hidden states of the same row, a few rows of logits at a time."""
+    model: Decoder = skeleton.join(leaves)
+
+    def of_row(row: tuple[Float[Array, " D"], Int[Array, ""]]) -> TokenLogprobs:
+        return jax.tree.map(lambda field: field[0], token_logprobs(model.logits(row[0][None]), row[1][None]))
+
+    return jax.lax.map(of_row, (x[0], jnp.asarray(targets)), batch_size=min(PROMPT_ROWS, x.shape[1]))
 
 
 @jax.jit

@@ -180,6 +180,8 @@ def test_nothing_compiles_after_warm_up(tiny_checkpoint: Path) -> None:
                         temperature=float(rng.choice([0.0, 0.8])),
                         top_k=int(rng.choice([0, 5])),
                         logprobs=[None, 3][index % 2],
+                        presence_penalty=[0.0, 1.0, 0.5][index % 3],
+                        prompt_logprobs=[None, None, 1][index % 3],
                     )
                     engine.add_request(f"{seed}-{index}", prompt, params, routing=CONTRACTS[index % 2])
                 while engine.has_work():

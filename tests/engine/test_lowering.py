@@ -74,6 +74,11 @@ class Pieces:
     def all_logits(self) -> Call:
         return step.all_logits, (self.leaves, self.x), {"skeleton": self.skeleton}
 
+    def prompt_logprobs(self) -> Call:
+        targets = np.zeros(self.batch.shape.tokens, np.int32)
+        x: Any = jax.ShapeDtypeStruct((1, *self.x.shape[1:]), jnp.float32)
+        return step.prompt_logprobs, (self.leaves, x, targets), {"skeleton": self.skeleton}
+
     def choose_tokens(self) -> Call:
         return step.choose_tokens, (self.logits, self.batch.sampling, self.batch.want_logprobs), {}
 

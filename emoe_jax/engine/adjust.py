@@ -1,0 +1,88 @@
+"""Penalties and biases: what requests change about logits before a token is chosen.
+
+The arrays over the vocabulary are kept on the host, token by token, and go to the device only in steps in which a row
+asks for them, so requests without penalties pay nothing.
+"""
+
+import dataclasses
+from collections.abc import Sequence as Rows
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from emoe_jax.engine.request import SamplingParams
+
+
+class LogitAdjustment:
+    """What one sequence adds to its logits (`bias`), and which tokens its `repetition_penalty` holds back (`seen`).
+
+    As in vLLM, frequency and presence count the tokens of the answer, repetition those of the prompt too.
+    """
+
+    def __init__(self, params: SamplingParams, prompt: Rows[int], vocab_size: int):
+        self.bias = np.zeros(vocab_size, np.float32)
+        self.seen = np.zeros(vocab_size, np.bool_)
+        self.repetition = params.repetition_penalty
+        self._frequency, self._presence = params.frequency_penalty, params.presence_penalty
+        for token, value in params.logit_bias.items():
+            self.bias[token] = value
+        self.seen[list(prompt)] = True
+        self._generated: set[int] = set()
+        self._num_counted = 0
+
+    @classmethod
+    def of(cls, params: SamplingParams, prompt: Rows[int], vocab_size: int) -> "LogitAdjustment | None":
+        """None for parameters that leave the logits as they are."""
+        return cls(params, prompt, vocab_size) if params.adjusts_logits else None
+
+    def update(self, generated: Rows[int]) -> None:
+        """Count the tokens of the answer that have not been counted yet."""
+        for token in generated[self._num_counted :]:
+            self.bias[token] -= self._frequency
+            if token not in self._generated:
+                self.bias[token] -= self._presence
+                self._generated.add(token)
+            self.seen[token] = True
+        self._num_counted = len(generated)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Adjustments:
+    """The adjustments of `B` rows; rows without one keep their logits, bit for bit."""
+
+    bias: Float[Array | np.ndarray, "B V"]
+    seen: Bool[Array | np.ndarray, "B V"]
+    repetition: Float[Array | np.ndarray, " B"]
+
+    @classmethod
+    def none(cls, size: int, vocab_size: int) -> "Adjustments":
+        """NumPy arrays that change nothing."""
+        return cls(
+            np.zeros((size, vocab_size), np.float32),
+            np.zeros((size, vocab_size), np.bool_),
+            np.ones(size, np.float32),
+        )
+
+    @classmethod
+    def of(cls, rows: Rows[LogitAdjustment | None], size: int) -> "Adjustments | None":
+        """The rows in order, padded to `size`; None when no row has an adjustment."""
+        vocab_size = next((len(row.bias) for row in rows if row is not None), None)
+        if vocab_size is None:
+            return None
+        arrays = cls.none(size, vocab_size)
+        for index, row in enumerate(rows):
+            if row is not None:
+                arrays.bias[index], arrays.seen[index], arrays.repetition[index] = row.bias, row.seen, row.repetition
+        return arrays
+
+    def apply(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+        """Repetition divides positive logits of seen tokens and multiplies negative ones; then the bias is added.
+
+        Worked example, repetition 2, tokens 0 and 1 seen, bias -1 on token 2: [4, -1, 3] -> [2, -2, 2].
+        """
+        repetition = jnp.asarray(self.repetition)[:, None]
+        repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
+        return jnp.where(self.seen, repeated, logits) + self.bias
