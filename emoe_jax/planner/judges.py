@@ -1,0 +1,89 @@
+"""Whether predictions hold: `Drift` within the prompts they were made for, `Gate` over many of them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+
+def best_experts(shares: Float[np.ndarray, "M E"], capacities: Sequence[int]) -> Bool[np.ndarray, "M E"]:
+    """The experts that a plan by these shares makes resident: the largest of each layer, as many as it has slots."""
+    order = np.argsort(-shares, axis=1, kind="stable")
+    mask = np.zeros(shares.shape, bool)
+    for layer, capacity in enumerate(capacities):
+        mask[layer, order[layer, :capacity]] = True
+    return mask
+
+
+def coverage(counts: Int[np.ndarray, "M E"], resident: Bool[np.ndarray, "M E"]) -> float:
+    """Share of the wishes whose expert is resident; 1 where there are none."""
+    return float(counts[resident].sum() / max(1, counts.sum())) if counts.any() else 1.0
+
+
+class Drift:
+    """Coverage of the last steps' wishes against what the plan promises."""
+
+    def __init__(self, half_life: float = 64.0, tolerance: float = 0.1, patience: int = 128):
+        """`half_life` of the mean is in steps. Coverage below the promise by a share of `tolerance` is a drift, once
+        `patience` steps have passed since the last `restart`."""
+        self.promised: float | None = None
+        self.coverage: float | None = None
+        self._keep = 0.5 ** (1 / half_life)
+        self._tolerance, self._patience = tolerance, patience
+        self._steps = 0
+
+    def restart(self) -> None:
+        """A new prediction is being made: it gets time to show what it is worth."""
+        self.coverage, self._steps = None, 0
+
+    def promise(self, coverage: float) -> None:
+        """The present plan expects this coverage, 0 to 1."""
+        self.promised = coverage
+
+    def observe(self, wishes: int, covered: int) -> None:
+        """A step's wishes, and how many of them were resident."""
+        if wishes:
+            share = covered / wishes
+            before = share if self.coverage is None else self.coverage
+            self.coverage = self._keep * before + (1 - self._keep) * share
+            self._steps += 1
+
+    @property
+    def drifted(self) -> bool:
+        if self.promised is None or self.coverage is None or self._steps < self._patience:
+            return False
+        return self.coverage < (1 - self._tolerance) * self.promised
+
+
+class Gate:
+    """Open while the predictor's sets cover at least what decayed frequency's would have, over the last prompts."""
+
+    def __init__(self, window: int = 64, fewest: int = 16, margin: float = 0.005):
+        """Closes when prediction is `margin` behind over the last `window` prompts (at least `fewest`), and opens when
+        it is as far ahead."""
+        self.is_open = True
+        self._fewest, self._margin = fewest, margin
+        self._pairs: deque[tuple[float, float]] = deque(maxlen=window)
+
+    def observe(self, predicted: float, frequency: float) -> None:
+        """What both would have covered of a finished prompt."""
+        self._pairs.append((predicted, frequency))
+        if len(self._pairs) >= self._fewest:
+            ahead = self.predicted - self.frequency
+            if self.is_open and ahead < -self._margin:
+                self.is_open = False
+            elif not self.is_open and ahead > self._margin:
+                self.is_open = True
+
+    @property
+    def predicted(self) -> float:
+        """Mean coverage of predictions over the window; NaN before the first."""
+        return float(np.mean([pair[0] for pair in self._pairs])) if self._pairs else float("nan")
+
+    @property
+    def frequency(self) -> float:
+        """The same of decayed frequency."""
+        return float(np.mean([pair[1] for pair in self._pairs])) if self._pairs else float("nan")

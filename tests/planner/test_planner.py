@@ -1,0 +1,228 @@
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from emoe_jax.errors import ConfigError
+from emoe_jax.planner import ResidencyPlanner
+from emoe_jax.planner.judges import Drift, Gate, best_experts
+from emoe_jax.tasks import Task, TaskProfile
+
+M, E, K = 2, 8, 2
+CAPACITIES = (4, 4)
+
+
+def favouring(*experts: int) -> np.ndarray:
+    """Shares, nine tenths of which go to these experts."""
+    shares = np.full((M, E), 0.1 / E)
+    shares[:, experts] += 0.9 / len(experts)
+    return shares
+
+
+def counts_of(shares: np.ndarray, tokens: int = 100) -> np.ndarray:
+    return np.round(shares * tokens).astype(np.int64)
+
+
+QA, SUM = favouring(0, 1, 2, 3), favouring(4, 5, 6, 7)
+PROFILE = TaskProfile(M, E, K, tasks={"qa": Task(routing=QA), "sum": Task(routing=SUM)})
+
+
+class FakePredictor:
+    """Says `answer` of every prompt, after `gate` seconds; counts what it was told."""
+
+    num_unlearned = 0
+
+    def __init__(self, answer: np.ndarray | Exception):
+        self.answer = answer
+        self.asked: list[str] = []
+        self.observed: list[str] = []
+
+    def observe(self, task: str, counts: np.ndarray, embedding: Any = None) -> None:
+        self.observed.append(task)
+
+    def predict(self, task: str, embedding: Any = None) -> np.ndarray:
+        self.asked.append(task)
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+def planner_of(predictor: Any = None, **options: Any) -> ResidencyPlanner:
+    return ResidencyPlanner(PROFILE, CAPACITIES, predictor, **options)
+
+
+def begin(planner: ResidencyPlanner, name: str, task: str | None = "qa") -> None:
+    planner.begin(name, task, 10, 16, None)
+
+
+def settled_plan(planner: ResidencyPlanner, *names: str) -> Any:
+    """The plan once predictions under way have arrived."""
+    deadline = time.monotonic() + 10
+    job = planner._forecaster and planner._forecaster._job
+    assert job is not None
+    while not job.done():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    return planner.plan_for(names)
+
+
+def wanted(plan: Any) -> list[int]:
+    return np.flatnonzero(best_experts(plan.rates, CAPACITIES)[0]).tolist()
+
+
+def test_first_prompts_are_planned_from_the_profile():
+    planner = planner_of()
+    begin(planner, "a")
+    assert wanted(planner.plan_for(["a"])) == [0, 1, 2, 3]
+
+
+def test_the_plan_follows_who_runs():
+    planner = planner_of()
+    begin(planner, "a")
+    begin(planner, "b", "sum")
+    first: Any = planner.plan_for(["a"])
+    assert (first.kept, planner.plan_for(["a"])) == (0.0, None)
+    both: Any = planner.plan_for(["a", "b"])
+    assert both.kept == 1.0
+    np.testing.assert_allclose(both.joined, K * SUM, rtol=1e-5)
+    planner.end("a", None)
+    last: Any = planner.plan_for(["b"])
+    assert last.kept == 0.5
+    assert not last.joined.any()
+    assert wanted(last) == [4, 5, 6, 7]
+
+
+def test_every_pth_prompt_asks_the_predictor_and_its_task_keeps_the_answer():
+    predictor = FakePredictor(SUM)
+    planner = planner_of(predictor, predict_every=3)
+    for name in "ab":
+        begin(planner, name)
+        assert wanted(planner.plan_for([name])) == [0, 1, 2, 3]
+        planner.end(name, counts_of(QA))
+    begin(planner, "c")
+    assert wanted(settled_plan(planner, "c")) == [4, 5, 6, 7]
+    assert (predictor.observed, predictor.asked) == (["qa", "qa"], ["qa"])
+    begin(planner, "d")
+    assert wanted(planner.plan_for(["d"])) == [4, 5, 6, 7]
+    assert planner.state()["predictions"] == 1
+    planner.close()
+
+
+def test_without_a_predictor_a_task_follows_its_decayed_frequency():
+    planner = planner_of()
+    for index in range(60):
+        begin(planner, str(index))
+        planner.end(str(index), counts_of(SUM))
+    begin(planner, "last")
+    assert wanted(planner.plan_for(["last"])) == [4, 5, 6, 7]
+
+
+def test_a_planner_that_does_not_learn_keeps_the_profile():
+    planner = planner_of(learns=False)
+    for index in range(60):
+        begin(planner, str(index))
+        planner.end(str(index), counts_of(SUM))
+    begin(planner, "last")
+    assert wanted(planner.plan_for(["last"])) == [0, 1, 2, 3]
+
+
+def test_a_predictor_that_is_worse_than_frequency_is_switched_off_and_on_again():
+    predictor = FakePredictor(SUM)
+    planner = planner_of(predictor, predict_every=1)
+    name = 0
+
+    def prompt(routed: np.ndarray) -> list[int]:
+        nonlocal name
+        name += 1
+        begin(planner, str(name))
+        plan = settled_plan(planner, str(name))
+        planner.end(str(name), counts_of(routed))
+        return wanted(plan)
+
+    assert prompt(QA) == [4, 5, 6, 7]
+    for _ in range(40):
+        prompt(QA)
+    assert prompt(QA) == [0, 1, 2, 3]
+    assert planner.state()["open"] is False
+    predictor.answer = favouring(1, 3, 5, 7)
+    switches = []
+    for index in range(160):  # routing that only the predictor foresees: it turns about with every prompt
+        odd = index % 2 == 1
+        predictor.answer = favouring(1, 3, 5, 7) if odd else favouring(0, 2, 4, 6)
+        prompt(predictor.answer)
+        switches.append(planner.state()["open"])
+    assert switches[-1] is True
+    planner.close()
+
+
+def test_drift_asks_early():
+    predictor = FakePredictor(SUM)
+    planner = planner_of(predictor, predict_every=1000)
+    begin(planner, "a")
+    planner.plan_for(["a"])
+    for _ in range(127):
+        planner.observe(100, 10)
+    assert predictor.asked == []
+    planner.observe(100, 10)
+    assert wanted(settled_plan(planner, "a")) == [4, 5, 6, 7]
+    assert planner.state()["early_predictions"] == 1
+    planner.close()
+
+
+def test_tasks_that_are_insensitive_everywhere_trigger_no_prediction():
+    profile = PROFILE.with_task("qa", sensitivity=(0.0, 0.0))
+    predictor = FakePredictor(SUM)
+    planner = ResidencyPlanner(profile, CAPACITIES, predictor, predict_every=1)  # pyright: ignore[reportArgumentType]
+    begin(planner, "a")
+    plan = planner.plan_for(["a"])
+    assert plan is not None
+    assert not plan.sensitivity.any()
+    assert planner.state()["prompts_since"] == 0
+    planner.close()
+
+
+def test_a_predictor_that_fails_is_named_and_no_longer_asked():
+    predictor = FakePredictor(ValueError("no\nsense"))
+    planner = planner_of(predictor, predict_every=1)
+    begin(planner, "a")
+    assert wanted(settled_plan(planner, "a")) == [0, 1, 2, 3]
+    assert planner.state()["error"] == "ValueError: no sense"
+    begin(planner, "b")
+    planner.plan_for(["b"])
+    assert len(predictor.asked) == 1
+    planner.close()
+
+
+def test_the_gate_needs_a_margin_both_ways():
+    gate = Gate(window=4, fewest=2, margin=0.1)
+    for _ in range(4):
+        gate.observe(0.5, 0.55)
+    assert gate.is_open
+    for _ in range(4):
+        gate.observe(0.5, 0.7)
+    assert not gate.is_open
+    for _ in range(4):
+        gate.observe(0.7, 0.65)
+    assert not gate.is_open
+    for _ in range(4):
+        gate.observe(0.9, 0.65)
+    assert gate.is_open
+
+
+def test_drift_waits_for_patience_and_starts_afresh():
+    drift = Drift(half_life=2, tolerance=0.1, patience=3)
+    drift.promise(0.9)
+    for _ in range(2):
+        drift.observe(10, 5)
+    assert not drift.drifted
+    drift.observe(10, 5)
+    assert drift.drifted
+    drift.restart()
+    assert not drift.drifted
+
+
+@pytest.mark.parametrize("every", [0, -3])
+def test_predicting_less_than_every_prompt_is_refused(every):
+    with pytest.raises(ConfigError, match="predict_every"):
+        planner_of(predict_every=every)
