@@ -23,10 +23,12 @@ class EmoeAnswer(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
+    """Null stands for the first token of an echoed prompt, which nothing precedes."""
+
     text_offset: list[int]
-    token_logprobs: list[float]
+    token_logprobs: list[float | None]
     tokens: list[str]
-    top_logprobs: list[dict[str, float]]
+    top_logprobs: list[dict[str, float] | None]
 
 
 class CompletionChoice(BaseModel):

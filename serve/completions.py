@@ -7,8 +7,8 @@ import uuid
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from emoe_jax.engine.request import RequestOutput
-from serve.answers import CompletionChoice, CompletionResponse
+from emoe_jax.engine.request import RequestOutput, TokenLogprob
+from serve.answers import CompletionChoice, CompletionLogprobs, CompletionResponse
 from serve.body import JsonRoute
 from serve.logprobs import completion_logprobs
 from serve.schema import DEFAULT_COMPLETION_TOKENS, CompletionRequest
@@ -31,7 +31,12 @@ def completion_routes(service: Service) -> APIRouter:
         params = []
         for prompt in prompts:
             budget = service.token_budget(prompt, "prompt", body.max_tokens, "max_tokens")
-            params.append(body.to_params(body.max_tokens or min(budget, DEFAULT_COMPLETION_TOKENS), body.logprobs))
+            # An answer of no tokens is one of which the only token is not shown.
+            count = max(1, min(budget, DEFAULT_COMPLETION_TOKENS) if body.max_tokens is None else body.max_tokens)
+            sampling = body.to_params(count, body.logprobs)
+            if body.scores_prompt:
+                sampling = dataclasses.replace(sampling, prompt_logprobs=body.logprobs)
+            params.append(sampling)
         writer = CompletionWriter(service, body, prompts, await _echoes(service, body))
         generation = await service.begin(prompts, params, body.emoe)
         if body.stream:
@@ -40,6 +45,8 @@ def completion_routes(service: Service) -> APIRouter:
             outputs = await until_disconnect(request, generation.outputs())
         finally:
             generation.abort()
+        if body.max_tokens == 0:
+            outputs = [_without_answer(output) for output in outputs]
         return Response(writer.whole(outputs).model_dump_json(), media_type="application/json")
 
     return router
@@ -52,6 +59,21 @@ async def _echoes(service: Service, body: CompletionRequest) -> list[str]:
     return [
         prompt if isinstance(prompt, str) else await service.text.decode(prompt, "prompt") for prompt in body.prompt
     ]
+
+
+def _without_answer(output: RequestOutput) -> RequestOutput:
+    """The output as if no token had been generated."""
+    completions = [
+        dataclasses.replace(
+            completion,
+            text="",
+            token_ids=[],
+            logprobs=None if completion.logprobs is None else [],
+            finish_reason="length",
+        )
+        for completion in output.completions
+    ]
+    return dataclasses.replace(output, completions=completions)
 
 
 @dataclasses.dataclass
@@ -77,7 +99,8 @@ class CompletionWriter:
                     finish_reason=completion.finish_reason,
                 )
                 if completion.logprobs is not None:
-                    choice.logprobs = completion_logprobs(completion.logprobs, self.service.text.token_text, 0)
+                    items = [*(output.prompt_logprobs or ()), *completion.logprobs]
+                    choice.logprobs = self._logprobs(items, position, is_first=True, offset=0)
                 if self.request.return_token_ids:
                     choice.prompt_token_ids = self.prompts[position]
                     choice.token_ids = completion.token_ids
@@ -95,7 +118,8 @@ class CompletionWriter:
             self.offsets[index] = 0
             choice.text = self.echoes[progress.position] + delta.text
         if delta.logprobs:
-            choice.logprobs = completion_logprobs(delta.logprobs, self.service.text.token_text, self.offsets[index])
+            items = [*delta.prompt_logprobs, *delta.logprobs]
+            choice.logprobs = self._logprobs(items, progress.position, is_first=first, offset=self.offsets[index])
             self.offsets[index] += sum(map(len, choice.logprobs.tokens))
         if self.request.return_token_ids:
             choice.token_ids = list(delta.token_ids)
@@ -109,6 +133,11 @@ class CompletionWriter:
 
     def empty(self) -> CompletionResponse:
         return CompletionResponse(id=self.id, created=self.created, model=self.service.names[0], choices=[])
+
+    def _logprobs(self, items: list[TokenLogprob], position: int, *, is_first: bool, offset: int) -> CompletionLogprobs:
+        """An echoed prompt opens with a token that has no log probability."""
+        opening = self.prompts[position][0] if is_first and self.request.scores_prompt else None
+        return completion_logprobs(items, self.service.text.token_text, offset, opening)
 
     def _choice(self, position: int, index: int) -> int:
         return position * (self.request.n or 1) + index

@@ -11,9 +11,15 @@ LOWEST_LOGPROB = -9999.0
 TokenText = Callable[[int], str]
 
 
-def completion_logprobs(items: Sequence[TokenLogprob], token_text: TokenText, offset: int) -> CompletionLogprobs:
-    """`offset` is where the first token's text begins in the answer, in characters."""
-    tokens = [token_text(item.token_id) for item in items]
+def completion_logprobs(
+    items: Sequence[TokenLogprob], token_text: TokenText, offset: int, opening: int | None = None
+) -> CompletionLogprobs:
+    """`offset` is where the first token's text begins in the answer, in characters; `opening` the token before `items`
+    of which nothing is known.
+    """
+    unknown = [] if opening is None else [None]
+    tokens = [token_text(token) for token in ([] if opening is None else [opening])]
+    tokens += [token_text(item.token_id) for item in items]
     offsets = []
     for token in tokens:
         offsets.append(offset)
@@ -21,8 +27,8 @@ def completion_logprobs(items: Sequence[TokenLogprob], token_text: TokenText, of
     return CompletionLogprobs(
         text_offset=offsets,
         tokens=tokens,
-        token_logprobs=[max(item.logprob, LOWEST_LOGPROB) for item in items],
-        top_logprobs=[_by_text(item, token_text) for item in items],
+        token_logprobs=[*unknown, *(max(item.logprob, LOWEST_LOGPROB) for item in items)],
+        top_logprobs=[*unknown, *(_by_text(item, token_text) for item in items)],
     )
 
 

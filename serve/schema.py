@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from emoe_jax.engine.request import (
+    MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
     MAX_N,
     MAX_STOP_LENGTH,
@@ -22,7 +23,14 @@ MAX_PROMPT_TOKENS = 2**20
 MAX_MESSAGES = 4096
 DEFAULT_COMPLETION_TOKENS = 16
 
+GIVEN_OR_DEFAULT = (
+    "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty",
+)  # fmt: skip
+"""Sampling parameters that requests and engine call the same."""
+
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT32)]
+TokenIdKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+"""A token id where JSON has only strings."""
 Prompt = str | list[int]
 Positive = Annotated[float, Field(gt=0, le=1e9)]
 
@@ -113,20 +121,16 @@ class SamplingRequest(StrictModel):
     refused: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "allowed_token_ids": (),
         "bad_words": ([],),
-        "frequency_penalty": (0,),
         "guided_choice": (),
         "guided_grammar": (),
         "guided_json": (),
         "guided_regex": (),
         "include_stop_str_in_output": (False,),
         "length_penalty": (1,),
-        "logit_bias": ({},),
         "logits_processors": ([],),
         "min_tokens": (0,),
-        "presence_penalty": (0,),
         "priority": (0,),
         "prompt_logprobs": (),
-        "repetition_penalty": (1,),
         "response_format": ({"type": "text"},),
         "skip_special_tokens": (True,),
         "spaces_between_special_tokens": (True,),
@@ -141,6 +145,12 @@ class SamplingRequest(StrictModel):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=MAX_INT32)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    logit_bias: (
+        Annotated[dict[TokenIdKey, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_LOGIT_BIAS)] | None
+    ) = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     max_tokens: Annotated[int, Field(ge=1, le=MAX_INT32)] | None = None
@@ -173,9 +183,10 @@ class SamplingRequest(StrictModel):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def to_params(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
-        given = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
+        given = {name: getattr(self, name) for name in GIVEN_OR_DEFAULT}
         return SamplingParams(
             max_tokens=max_tokens,
+            logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
             seed=self.seed,
             n=self.n or 1,
             stop=tuple(self.stop or ()),
@@ -195,15 +206,21 @@ class CompletionRequest(SamplingRequest):
         list[str] | list[list[int]],
         BeforeValidator(_prompt_list, json_schema_input_type=str | list[TokenId] | list[str] | list[list[TokenId]]),
     ]
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_INT32)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
     add_special_tokens: bool = True
 
     @model_validator(mode="after")
     def _check_echo(self) -> "CompletionRequest":
-        if self.echo and self.logprobs is not None:
-            raise RequestError("echo together with logprobs is not supported by this server", param="echo")
+        if self.max_tokens == 0 and (self.stream or not self.echo):
+            raise RequestError("max_tokens of 0 needs echo to be true and stream to be false", param="max_tokens")
         return self
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log probabilities of the prompt's own tokens are asked for."""
+        return bool(self.echo) and self.logprobs is not None
 
 
 class TextPart(StrictModel):

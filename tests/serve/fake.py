@@ -85,6 +85,8 @@ class FakeEngine:
             raise RequestError("token id outside the vocabulary", param="prompt")
         completions = [Completion(index, logprobs=None if params.logprobs is None else []) for index in range(params.n)]
         output = RequestOutput(request_id, prompt, completions, task or "conv", routing or "resident", 0.25)
+        if params.prompt_logprobs is not None:
+            output.prompt_logprobs = [TokenLogprob(token, -2.0, ((ord("A"), -1.0),)) for token in prompt[1:]]
         streams = [TextStream(self.tokenizer, params.stop) for _ in range(params.n)]
         self.running[request_id] = Running(output, params, streams)
         self.requests.append({"prompt": prompt, "params": params, "task": task, "routing": routing, "slo": slo})
@@ -123,7 +125,16 @@ class FakeEngine:
             top = tuple((ord("A") + rank, -1.0 - rank) for rank in range(running.params.logprobs or 0))
             logprobs = (TokenLogprob(token, -0.5 if top else float("-inf"), top),)
             completion.logprobs.extend(logprobs)
-        return Delta(running.output.request_id, completion.index, text, (token,), logprobs, completion.finish_reason)
+        prompt_logprobs = tuple(running.output.prompt_logprobs or ()) if len(completion.token_ids) == 1 else ()
+        return Delta(
+            running.output.request_id,
+            completion.index,
+            text,
+            (token,),
+            logprobs,
+            completion.finish_reason,
+            prompt_logprobs,
+        )
 
     def output(self, request_id: str) -> RequestOutput:
         return self.running[request_id].output

@@ -81,6 +81,29 @@ def test_echo(client: httpx.Client) -> None:
     assert [event["choices"][0]["text"] for event in events] == ["hia", "b"]
 
 
+def test_echo_with_logprobs_scores_the_prompt(client: httpx.Client) -> None:
+    body = {"echo": True, "logprobs": 1, "prompt": [104, 105, 33]}
+    expected = {
+        "tokens": ["h", "i", "!", "a"],
+        "text_offset": [0, 1, 2, 3],
+        "token_logprobs": [None, -2.0, -2.0, -0.5],
+        "top_logprobs": [None, {"A": -1.0, "i": -2.0}, {"A": -1.0, "!": -2.0}, {"a": -0.5, "A": -1.0}],
+    }
+    answer = complete(client, **body, max_tokens=1)
+    assert answer["choices"][0]["text"] == "hi!a"
+    assert answer["choices"][0]["logprobs"] == expected
+    streamed = events_of(client, "/v1/completions", **body, max_tokens=2, stream=True)
+    assert streamed[0]["choices"][0]["logprobs"] == expected
+    assert streamed[1]["choices"][0]["logprobs"]["text_offset"] == [4]
+
+    scored = complete(client, **body, max_tokens=0, n=2)
+    assert scored["usage"] == {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3}
+    for choice in scored["choices"]:
+        assert (choice["text"], choice["finish_reason"]) == ("hi!", "length")
+        assert choice["logprobs"] == {name: values[:3] for name, values in expected.items()}
+    assert complete(client, prompt="hi", echo=True, max_tokens=0)["choices"][0]["text"] == "hi"
+
+
 def test_return_token_ids(client: httpx.Client) -> None:
     choice = complete(client, return_token_ids=True, prompt=[7])["choices"][0]
     assert choice["prompt_token_ids"] == [7]
@@ -128,6 +151,10 @@ def test_request_extension_and_sampling_reach_the_engine(start_server: StartServ
             seed=3,
             stop_token_ids=[9],
             ignore_eos=True,
+            frequency_penalty=0.5,
+            presence_penalty=-1,
+            repetition_penalty=1.2,
+            logit_bias={"5": -100, "7": 2.5},
             emoe={"task": "qa", "routing": "exact", "slo": {"ttft_ms": 200, "latency_ms": 2000.5}},
         )
     assert answer["emoe"]["task"] == "qa"
@@ -137,6 +164,8 @@ def test_request_extension_and_sampling_reach_the_engine(start_server: StartServ
     assert (request["slo"].ttft_ms, request["slo"].latency_ms) == (200, 2000.5)
     params = request["params"]
     assert (params.temperature, params.top_p, params.top_k, params.min_p) == (0.5, 0.9, 7, 0.1)
+    assert (params.frequency_penalty, params.presence_penalty, params.repetition_penalty) == (0.5, -1, 1.2)
+    assert params.logit_bias == {5: -100, 7: 2.5}
     assert (params.stop_token_ids, params.ignore_eos) == ((9,), True)
 
 
