@@ -24,3 +24,10 @@ class RequestError(EmoeError):
         super().__init__(message)
         self.param = param
         self.code = code
+
+
+class SloUnattainable(RequestError):
+    """A request insists on deadlines that cannot be kept now; it may be sent again later."""
+
+    def __init__(self, message: str):
+        super().__init__(message, param="slo", code="slo_unattainable")

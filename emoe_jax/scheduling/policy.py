@@ -5,11 +5,13 @@ from collections.abc import Collection, Iterator
 from typing import Any, Protocol
 
 from emoe_jax.engine.sequence import Sequence
-from emoe_jax.scheduling.plan import StepPlan
+from emoe_jax.scheduling.plan import PrefillChunk, StepPlan
 
 
 class AdmissionPolicy(Protocol):
     """Owns the queue of waiting sequences. The scheduler tells it what happens; all times are seconds of its clock."""
+
+    name: str
 
     def __len__(self) -> int:
         """How many wait."""
@@ -20,7 +22,7 @@ class AdmissionPolicy(Protocol):
         """Those that wait; those that came first, first."""
         ...
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: Sequence, running: Collection[Sequence]) -> None:
         """A new sequence waits. Raises `RequestError`, queueing nothing, when it refuses the sequence."""
         ...
 
@@ -32,12 +34,13 @@ class AdmissionPolicy(Protocol):
         """A sequence waits no more: it was started or ended."""
         ...
 
-    def candidates(self, running: Collection[Sequence], now: float) -> Iterator[Sequence]:
-        """Sequences to start in this step, in order; asking for the next one means that the last one was started."""
-        ...
+    def candidates(
+        self, running: Collection[Sequence], planned: Collection[PrefillChunk], now: float
+    ) -> Iterator[Sequence]:
+        """Sequences to start in this step, in order, beside those `running`, of which `planned` compute prompts.
 
-    def prefill_tokens(self, running: Collection[Sequence], budget: int, now: float) -> int:
-        """How many prompt tokens this step may compute, 1 to `budget`."""
+        Asking for the next one means that the last one was started.
+        """
         ...
 
     def observe(self, plan: StepPlan, seconds: float) -> None:
@@ -68,7 +71,7 @@ class FcfsPolicy:
     def waiting(self) -> tuple[Sequence, ...]:
         return tuple(self._queue)
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: Sequence, running: Collection[Sequence]) -> None:
         self._queue[sequence] = None
 
     def put_back(self, sequence: Sequence) -> None:
@@ -78,12 +81,11 @@ class FcfsPolicy:
     def remove(self, sequence: Sequence) -> None:
         del self._queue[sequence]
 
-    def candidates(self, running: Collection[Sequence], now: float) -> Iterator[Sequence]:
+    def candidates(
+        self, running: Collection[Sequence], planned: Collection[PrefillChunk], now: float
+    ) -> Iterator[Sequence]:
         while self._queue:
             yield next(iter(self._queue))
-
-    def prefill_tokens(self, running: Collection[Sequence], budget: int, now: float) -> int:
-        return budget
 
     def observe(self, plan: StepPlan, seconds: float) -> None:
         pass

@@ -17,6 +17,7 @@ from emoe_jax.engine.pages import PagePool
 from emoe_jax.engine.request import FinishReason
 from emoe_jax.engine.sequence import Sequence, SequenceStatus
 from emoe_jax.errors import CapacityError, ConfigError, RequestError
+from emoe_jax.scheduling.attainment import Attainment
 from emoe_jax.scheduling.plan import PrefillChunk, StepPlan, StepResult
 from emoe_jax.scheduling.policy import AdmissionPolicy, FcfsPolicy
 
@@ -24,8 +25,8 @@ from emoe_jax.scheduling.policy import AdmissionPolicy, FcfsPolicy
 class Scheduler:
     """Owns all sequences from `add` to their end, and their pages. The policy says who starts next.
 
-    When pages run out, the latest sequence is preempted: it goes back to the front of the queue with its tokens kept and
-    is prefilled again.
+    When pages run out, the latest sequence is preempted: it goes back to the front of the queue with its tokens kept,
+    and is prefilled again.
 
     Raises `ConfigError` when the step's token budget cannot hold a token of every running sequence, and
     `CapacityError` when the pool cannot hold one sequence of `max_model_len` tokens.
@@ -61,9 +62,11 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.prefill_chunk = prefill_chunk
-        self.policy = policy or FcfsPolicy()
+        self.policy: AdmissionPolicy = FcfsPolicy() if policy is None else policy
         self.eos_token_ids = frozenset(eos_token_ids)
         self.num_preemptions = 0
+        self.attainment = Attainment()
+        self._now = 0.0  # end of the last step
         self._next_order = 0
         self._running: list[Sequence] = []  # by order of arrival
         self._requests: dict[str, list[Sequence]] = {}
@@ -104,7 +107,7 @@ class Scheduler:
             )
         if sequence.order != -1:
             raise ValueError(f"sequence {sequence.request_id}/{sequence.index} was added before")
-        self.policy.add(sequence)
+        self.policy.add(sequence, self._running)
         sequence.order = self._next_order
         self._next_order += 1
         self._requests.setdefault(sequence.request_id, []).append(sequence)
@@ -131,6 +134,8 @@ class Scheduler:
             else:
                 self.policy.remove(sequence)
             self._release(sequence)
+            if reason == "stop":
+                self._book(sequence)
         sequence.finish_reason = reason
 
     def schedule(self, now: float) -> StepPlan:
@@ -167,12 +172,17 @@ class Scheduler:
             self._admit(prefills, prefill_budget, now)
         return StepPlan(tuple(decodes), tuple(prefills), now)
 
-    def update(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
+    def update(self, plan: StepPlan, result: StepResult, seconds: float | None = None) -> list[Sequence]:
         """Book a step: append its tokens, free the pages of sequences that ended, and return these.
+
+        `seconds` is what the step took from `schedule` on; policies learn from it. None where nobody measured.
 
         Token conditions end a sequence here: "stop" for an end-of-sequence or stop token (kept as the last token),
         "length" for `max_tokens` and `max_model_len`. Sequences that ended while the plan was in flight are skipped.
         """
+        if seconds is not None:
+            self.policy.observe(plan, seconds)
+        self._now = plan.now + (seconds or 0.0)
         finished: list[Sequence] = []
         sampled = result.sampled
         for sequence in plan.decodes:
@@ -199,7 +209,7 @@ class Scheduler:
         )
         if budget == 0 or len(self._running) == self.max_num_seqs:
             return
-        for sequence in self.policy.candidates(self._running, now):
+        for sequence in self.policy.candidates(self._running, tuple(prefills), now):
             total = sequence.num_tokens
             if not pool.can_allocate(promised + pool.pages_for(total)):
                 break
@@ -228,6 +238,8 @@ class Scheduler:
 
     def _append(self, sequence: Sequence, token: int, finished: list[Sequence]) -> None:
         sequence.generated.append(token)
+        if sequence.first_token_at is None:
+            sequence.first_token_at = self._now
         params = sequence.params
         if (token in self.eos_token_ids and not params.ignore_eos) or token in params.stop_token_ids:
             sequence.finish_reason = "stop"
@@ -236,7 +248,13 @@ class Scheduler:
         else:
             return
         self._release(sequence)
+        self._book(sequence)
         finished.append(sequence)
+
+    def _book(self, sequence: Sequence) -> None:
+        """Learn from a sequence that came to its own end."""
+        self.attainment.record(sequence, self._now)
+        self.policy.ended(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         """Forget a sequence that ended; the caller takes it out of its queue."""

@@ -1,0 +1,69 @@
+"""What the future of a sequence looks like, from the cost model and the expected length of its answer."""
+
+import math
+
+from emoe_jax.engine.sequence import Sequence
+from emoe_jax.scheduling.cost import CostModel
+from emoe_jax.scheduling.lengths import OutputLengths, remaining_tokens
+from emoe_jax.scheduling.plan import StepPlan
+
+PACE_MEMORY = 0.05
+"""Weight of the newest step in the average step time."""
+
+
+class Estimates:
+    """All times in seconds. `pace` is what a token of a running sequence takes: the average step, prompts of others
+    included, which is `c` of eMoE eq. 3 for a machine that is kept busy.
+    """
+
+    def __init__(
+        self, lengths: OutputLengths, model: CostModel, max_num_seqs: int, max_model_len: int, prefill_chunk: int
+    ):
+        self.lengths = lengths
+        self.model = model
+        self.max_num_seqs = max_num_seqs
+        self._max_model_len = max_model_len
+        self._prefill_chunk = prefill_chunk
+        self.pace = model.cost.seconds(max_num_seqs)
+
+    def observe(self, plan: StepPlan, seconds: float) -> None:
+        """A step of this plan took `seconds`."""
+        self.model.observe(plan, seconds)
+        if plan.decodes:
+            self.pace += PACE_MEMORY * (seconds - self.pace)
+
+    def expect(self, sequence: Sequence) -> None:
+        """Note on a new sequence how long its answer will be."""
+        sequence.expected_tokens = self.lengths.expected(sequence, self._max_model_len)
+
+    def remaining(self, sequence: Sequence) -> float:
+        """`G_i` of eMoE eq. 3: tokens that it has still to generate."""
+        return remaining_tokens(sequence.expected_tokens, len(sequence.generated))
+
+    def prefill(self, sequence: Sequence) -> float:
+        """What is left of computing its prompt (`W * c` of eMoE eq. 3), and its own tokens after a preemption."""
+        tokens = sequence.num_tokens - sequence.num_computed
+        return self.model.cost.prefill(tokens, -(-tokens // self._prefill_chunk))
+
+    def work(self, sequence: Sequence) -> float:
+        """Its share of the machine's time when all places are taken."""
+        cost = self.model.cost
+        return self.prefill(sequence) + self.remaining(sequence) * (cost.decode + cost.step / self.max_num_seqs)
+
+    def latest_start(self, sequence: Sequence) -> float:
+        """When a waiting sequence must start to keep its deadlines; infinite when it has none."""
+        slo, start = sequence.slo, math.inf
+        if slo.ttft_ms is None and slo.latency_ms is None:
+            return start
+        prefill = self.prefill(sequence)
+        if slo.ttft_ms is not None and sequence.first_token_at is None:
+            start = slo.ttft_ms / 1e3 - prefill - self.model.cost.step
+        if slo.latency_ms is not None:
+            start = min(start, slo.latency_ms / 1e3 - prefill - self.remaining(sequence) * self.pace)
+        return sequence.arrival + start
+
+    def slack(self, sequence: Sequence, now: float) -> float:
+        """How much later than expected a running sequence may end; infinite without a deadline for its end."""
+        if sequence.slo.latency_ms is None:
+            return math.inf
+        return sequence.arrival + sequence.slo.latency_ms / 1e3 - now - self.remaining(sequence) * self.pace

@@ -1,0 +1,49 @@
+"""A priority queue from which any member can leave."""
+
+import heapq
+import math
+
+from emoe_jax.engine.sequence import Sequence
+
+
+class Ranking:
+    """Sequences by rank, lowest first, equal ranks by arrival. Changes take O(log n): entries of those that left stay
+    until they come first.
+    """
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, int, Sequence]] = []
+        self._entries: dict[Sequence, int] = {}  # the number of the entry that counts
+        self._next = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, sequence: Sequence) -> bool:
+        return sequence in self._entries
+
+    def add(self, sequence: Sequence, rank: float) -> None:
+        """Rank a sequence, in place of the rank that it had."""
+        self._next += 1
+        self._entries[sequence] = self._next
+        heapq.heappush(self._heap, (rank, sequence.order, self._next, sequence))
+
+    def discard(self, sequence: Sequence) -> None:
+        """Forget a sequence; nothing happens when it has no rank."""
+        if self._entries.pop(sequence, None) is not None and len(self._heap) > 2 * len(self._entries) + 16:
+            self._heap = [entry for entry in self._heap if self._entries.get(entry[3]) == entry[2]]
+            heapq.heapify(self._heap)
+
+    def first(self) -> Sequence | None:
+        """The sequence of the lowest rank."""
+        heap, entries = self._heap, self._entries
+        while heap:
+            _, _, number, sequence = heap[0]
+            if entries.get(sequence) == number:
+                return sequence
+            heapq.heappop(heap)
+        return None
+
+    def first_rank(self) -> float:
+        """The lowest rank; infinite when there is none."""
+        return self._heap[0][0] if self.first() is not None else math.inf

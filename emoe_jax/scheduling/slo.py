@@ -1,0 +1,226 @@
+"""Admission by deadlines, expected work and shared experts: eMoE's task-aware scheduling (section 1.5, Algorithm 1).
+
+Where the paper leaves a choice, or its rule would idle the machine:
+
+- Algorithm 1 goes through the queue by stringency. Here that order counts for those who must start now; as long as
+  nobody must, the shortest work goes first, which lowers the mean latency.
+- Whoever cannot keep its deadlines any more goes behind those who can.
+- When nothing runs, somebody is always admitted; whoever waited for long goes first whatever it costs; and when many
+  wait, places are filled even if that makes a running sequence late, because idle places make more of them late.
+- Prompts are started step by step, not all in one: each step's tokens come out at its end. How many seconds of prompts
+  a step takes grows with the queue, so that a long queue is served at full throughput.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+from emoe_jax.engine.request import RoutingContract
+from emoe_jax.engine.sequence import Sequence
+from emoe_jax.errors import ConfigError, SloUnattainable
+from emoe_jax.scheduling.estimates import Estimates
+from emoe_jax.scheduling.plan import PrefillChunk, StepPlan
+from emoe_jax.scheduling.waiting import WaitingQueue
+
+MAX_WAIT = 30.0
+AGED = 0.75
+"""From this share of the longest wait on a sequence goes first, so that a place comes free within the rest."""
+PREFILL_STEPS = 4
+"""A step computes prompts for as long as so many empty steps take, and one more for each waiting sequence."""
+CROWDED = 0.5
+"""When more wait than this share of the places, throughput counts: admissions may make running sequences late."""
+AFFINITY_WEIGHT = 0.25
+"""How much shorter a sequence counts when all its task's experts are also those of the tasks that run."""
+
+Task = str | None
+LoadingSeconds = Callable[[Task, RoutingContract], float]
+"""`dE` of eMoE eq. 3: how long running sequences wait for the experts of an admitted one."""
+Affinity = Callable[[Task, Task], float]
+"""Share of the first task's hot experts that are also the second's, 0 to 1."""
+
+
+def loads_nothing(task: Task, routing: RoutingContract) -> float:
+    return 0.0
+
+
+def shares_nothing(task: Task, other: Task) -> float:
+    return 0.0
+
+
+class SloPolicy:
+    """Deadlines first, then little work. `max_wait` is in seconds: nobody waits longer while sequences like it end.
+
+    A sequence whose deadlines were given up has `slo_unattainable`. One that is `strict` about them is refused when
+    it comes, with `SloUnattainable`, if they cannot be kept with those ahead of it.
+    """
+
+    name = "slo"
+
+    def __init__(
+        self,
+        estimates: Estimates,
+        *,
+        max_wait: float = MAX_WAIT,
+        loading_seconds: LoadingSeconds = loads_nothing,
+        affinity: Affinity = shares_nothing,
+    ):
+        if not max_wait > 0:
+            raise ConfigError(f"max_wait is {max_wait}; it must be above 0 seconds")
+        self.max_wait = max_wait
+        self._estimates = estimates
+        self._loading_seconds = loading_seconds
+        self._affinity = affinity
+        self._queue = WaitingQueue()
+        self._unattainable = 0
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    @property
+    def waiting(self) -> tuple[Sequence, ...]:
+        return tuple(self._queue)
+
+    def add(self, sequence: Sequence, running: Collection[Sequence]) -> None:
+        estimates = self._estimates
+        estimates.expect(sequence)
+        latest_start = estimates.latest_start(sequence)
+        if sequence.slo.strict:
+            self._check_attainable(sequence, latest_start, running)
+        self._queue.add(sequence, latest_start, estimates.work(sequence))
+
+    def put_back(self, sequence: Sequence) -> None:
+        self._queue.add_first(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        self._queue.remove(sequence)
+
+    def candidates(
+        self, running: Collection[Sequence], planned: Collection[PrefillChunk], now: float
+    ) -> Iterator[Sequence]:
+        queue, estimates, cost = self._queue, self._estimates, self._estimates.model.cost
+        spent = cost.prefill(sum(chunk.length for chunk in planned), len(planned)) if planned else 0.0
+        budget = cost.step * (PREFILL_STEPS + len(queue))
+        if spent and spent >= budget:
+            return
+        guard = _Guard(estimates, running, now)
+        tasks = Counter(sequence.task for sequence in running)
+        crowded = len(queue) > CROWDED * estimates.max_num_seqs
+        while len(queue) and (not spent or spent < budget):
+            oldest, since = queue.oldest()
+            if now - since >= AGED * self.max_wait:
+                sequence = oldest
+            else:
+                self._defer_late(now)
+                allowed = (
+                    choice
+                    for choice in self._choices(tasks, now)
+                    if crowded or not tasks or guard.allows(choice, self._loading_seconds(choice.task, choice.routing))
+                )
+                sequence = next(allowed, None)
+                if sequence is None:
+                    return
+            spent += estimates.prefill(sequence)
+            guard.admit(sequence)
+            tasks[sequence.task] += 1
+            yield sequence
+
+    def observe(self, plan: StepPlan, seconds: float) -> None:
+        self._estimates.observe(plan, seconds)
+
+    def ended(self, sequence: Sequence) -> None:
+        self._estimates.lengths.observe(sequence)
+
+    def state(self) -> dict[str, Any]:
+        estimates = self._estimates
+        return {
+            "max_wait_s": self.max_wait,
+            "late": self._queue.num_late,
+            "unattainable": self._unattainable,
+            "seconds_per_token": estimates.pace,
+            "cost": estimates.model.state(),
+            "output_tokens": estimates.lengths.state(),
+        }
+
+    def _choices(self, tasks: Counter[Task], now: float) -> Iterator[Sequence]:
+        """Whom to start, best first: who must, the least work of each task, who is late anyway."""
+        urgent, latest_start = self._queue.most_urgent()
+        if urgent is not None and latest_start < now + self._estimates.pace:
+            yield urgent
+        by_work = [
+            (work * self._discount(sequence.task, tasks), sequence.order, sequence)
+            for sequence, work in self._queue.shortest()
+        ]
+        for _, _, sequence in sorted(by_work):
+            yield sequence
+        late = self._queue.shortest_late()
+        if late is not None:
+            yield late
+
+    def _discount(self, task: Task, tasks: Counter[Task]) -> float:
+        """What the work of a task counts, beside running tasks that share experts with it."""
+        count = tasks.total()
+        if not count:
+            return 1.0
+        shared = sum(self._affinity(task, other) * times for other, times in tasks.items())
+        return 1 - AFFINITY_WEIGHT * shared / count
+
+    def _defer_late(self, now: float) -> None:
+        """Give up deadlines that cannot be kept any more."""
+        while True:
+            sequence, latest_start = self._queue.most_urgent()
+            if sequence is None or latest_start >= now:
+                return
+            latest_start = self._estimates.latest_start(sequence)  # by what was learned since it came
+            if latest_start >= now:
+                self._queue.postpone(sequence, latest_start)
+            else:
+                self._queue.defer(sequence, self._estimates.work(sequence))
+                sequence.slo_unattainable = True
+                self._unattainable += 1
+
+    def _check_attainable(self, sequence: Sequence, latest_start: float, running: Collection[Sequence]) -> None:
+        """Raise `SloUnattainable` when a sequence, started after those due before it, would be late."""
+        estimates, now = self._estimates, sequence.arrival
+        start = now
+        if len(running) >= estimates.max_num_seqs:
+            start += min(estimates.remaining(other) for other in running) * estimates.pace
+        start += sum(estimates.work(other) for other in self._queue if estimates.latest_start(other) <= latest_start)
+        if start > latest_start:
+            raise SloUnattainable(
+                f"the deadlines need a start {max(0.0, latest_start - now) * 1e3:.0f} ms from now; "
+                f"the earliest is expected in {(start - now) * 1e3:.0f} ms"
+            )
+
+
+class _Guard:
+    """Keeps admissions of one step from making running sequences late: the first condition of Algorithm 1."""
+
+    def __init__(self, estimates: Estimates, running: Collection[Sequence], now: float):
+        self._estimates = estimates
+        self._now = now
+        # What prompts, running or admitted in this step, put on top of decoding.
+        self._delay = sum(estimates.prefill(sequence) for sequence in running if not sequence.decodes)
+        self._slacks: list[tuple[float, float]] = []  # slack without the delay, and tokens to generate
+        for sequence in running:
+            self._protect(sequence)
+
+    def allows(self, sequence: Sequence, loading: float) -> bool:
+        """Whether all stay in time beside `sequence`, whose experts take `loading` seconds to come.
+
+        eMoE eq. 3: it delays a running sequence by `dE`, by its prompt, and by its token in each step they share.
+        """
+        delay = self._delay + loading + self._estimates.prefill(sequence)
+        tokens, cost = self._estimates.remaining(sequence), self._estimates.model.cost
+        return all(slack >= delay + cost.decode * min(tokens, theirs) for slack, theirs in self._slacks)
+
+    def admit(self, sequence: Sequence) -> None:
+        """`sequence` starts."""
+        self._delay += self._estimates.prefill(sequence)
+        self._protect(sequence)
+
+    def _protect(self, sequence: Sequence) -> None:
+        """Watch over a sequence, if it has a deadline for its end that can be kept."""
+        slack = self._estimates.slack(sequence, self._now)
+        if self._delay <= slack < math.inf and not sequence.slo_unattainable:
+            self._slacks.append((slack, self._estimates.remaining(sequence)))

@@ -1,0 +1,289 @@
+import random
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from emoe_jax.engine.pages import PagePool
+from emoe_jax.engine.request import SLO, SamplingParams
+from emoe_jax.engine.sequence import Sequence
+from emoe_jax.errors import ConfigError, SloUnattainable
+from emoe_jax.scheduling.cost import CostModel, StepCost
+from emoe_jax.scheduling.estimates import Estimates
+from emoe_jax.scheduling.lengths import OutputLengths
+from emoe_jax.scheduling.plan import SampledToken, StepPlan, StepResult
+from emoe_jax.scheduling.registry import make_admission_policy
+from emoe_jax.scheduling.scheduler import Scheduler
+from emoe_jax.scheduling.slo import SloPolicy
+
+COST = StepCost(step=0.010, chunk=0.0, prefill_token=0.0001, decode=0.001)
+
+
+class Machine:
+    """A scheduler on a fake clock: each step takes what the cost model says; answers have `max_tokens` tokens."""
+
+    def __init__(self, max_num_seqs: int = 4, *, pages: int = 400, budget: int = 256, **options):
+        self.estimates = Estimates(OutputLengths(), CostModel(COST), max_num_seqs, 4000, budget)
+        self.policy = SloPolicy(self.estimates, **options)
+        self.scheduler = Scheduler(PagePool(pages + 1, 16), max_num_seqs, budget, 4000, budget, policy=self.policy)
+        self.now = 0.0
+        self.started: list[str] = []
+        self.ended: dict[str, float] = {}
+
+    def add(
+        self,
+        name: str,
+        prompt: int = 10,
+        tokens: int = 4,
+        *,
+        ttft: float | None = None,
+        latency: float | None = None,
+        **rest,
+    ) -> Sequence:
+        slo = SLO(
+            None if ttft is None else ttft * 1e3, None if latency is None else latency * 1e3, rest.pop("strict", False)
+        )
+        params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+        sequence = Sequence(name, [3] * prompt, params, slo=slo, arrival=self.now, **rest)
+        self.scheduler.add(sequence)
+        return sequence
+
+    def step(self) -> StepPlan:
+        plan = self.scheduler.schedule(self.now)
+        assert plan or not self.scheduler.has_work, "nothing planned although there is work"
+        self.started += [chunk.sequence.request_id for chunk in plan.prefills if chunk.start == 0]
+        seconds = COST.seconds(len(plan.decodes), plan.num_prefill_tokens, len(plan.prefills))
+        self.now += seconds
+        last = [chunk.sequence for chunk in plan.prefills if chunk.is_last]
+        result = StepResult({sequence: SampledToken(7) for sequence in (*plan.decodes, *last)})
+        for sequence in self.scheduler.update(plan, result, seconds):
+            self.ended[sequence.request_id] = self.now
+        return plan
+
+    def run(self) -> None:
+        while self.scheduler.has_work:
+            self.step()
+
+
+def test_the_shortest_work_goes_first_while_nothing_is_due():
+    machine = Machine(max_num_seqs=1)
+    machine.add("running")
+    machine.step()
+    machine.add("long", tokens=50)
+    machine.add("long prompt", prompt=2000, tokens=5)
+    machine.add("short", tokens=5)
+    machine.run()
+    assert machine.started == ["running", "short", "long prompt", "long"]
+
+
+def test_whoever_must_start_now_goes_before_shorter_ones():
+    machine = Machine(max_num_seqs=1)
+    machine.add("running", tokens=10)
+    machine.step()
+    machine.add("short", tokens=2)
+    machine.add("urgent", tokens=20, ttft=0.12)
+    machine.run()
+    assert machine.started == ["running", "urgent", "short"]
+    assert machine.scheduler.attainment.total.attained == 1
+
+
+def test_an_admission_that_would_make_a_running_sequence_late_waits():
+    """Algorithm 1: a relaxed request waits when admitting it now would break a running one's SLO."""
+    machine = Machine()
+    tight = machine.add("tight", tokens=20, latency=0.30)
+    machine.step()
+    machine.add("relaxed", prompt=1500, tokens=3, latency=60)
+    machine.run()
+    assert machine.started == ["tight", "relaxed"]
+    assert machine.ended["tight"] <= 0.30
+    assert not tight.slo_unattainable
+    assert machine.scheduler.attainment.state()["attainment"] == 1.0
+    alone = Machine()
+    alone.add("loose", tokens=20, latency=30)
+    alone.step()
+    alone.add("relaxed", prompt=1500, tokens=3, latency=60)
+    alone.step()
+    assert alone.started == ["loose", "relaxed"]
+
+
+def test_an_admission_waits_for_what_its_experts_would_take_to_load():
+    """eMoE eq. 3: dE counts against the running ones."""
+    loading = {"a": 0.0, "b": 5.0}
+    machine = Machine(loading_seconds=lambda task, routing: loading[task or "a"])
+    machine.add("running", tokens=20, latency=2.0, task="a")
+    machine.step()
+    machine.add("other experts", tokens=3, task="b")
+    machine.add("same experts", tokens=6, task="a")
+    machine.run()
+    assert machine.started == ["running", "same experts", "other experts"]
+
+
+def test_tasks_that_share_experts_are_batched():
+    machine = Machine(max_num_seqs=2, affinity=lambda one, other: float(one == other))
+    machine.add("running", tokens=30, task="a")
+    machine.add("ends", tokens=2, task="c")
+    machine.step()
+    machine.step()
+    machine.add("b", tokens=10, task="b")
+    machine.add("a", tokens=11, task="a")
+    machine.run()
+    assert machine.started == ["ends", "running", "a", "b"]
+
+
+def test_deadlines_that_cannot_be_kept_are_flagged_and_served_last():
+    machine = Machine(max_num_seqs=1)
+    machine.add("running", tokens=30)
+    machine.step()
+    late = machine.add("late", tokens=2, ttft=0.001)
+    machine.add("in time", tokens=40, latency=50)
+    machine.add("no deadline", tokens=41)
+    machine.run()
+    assert machine.started == ["running", "in time", "no deadline", "late"]
+    assert late.slo_unattainable
+    assert [machine.policy.state()[key] for key in ("late", "unattainable")] == [0, 1]
+    assert machine.scheduler.attainment.total.attained == 1
+
+
+def test_a_strict_request_that_cannot_be_served_in_time_is_refused():
+    machine = Machine(max_num_seqs=1)
+    machine.add("running", tokens=100)
+    machine.step()
+    with pytest.raises(SloUnattainable, match="deadlines need a start 39 ms from now") as caught:
+        machine.add("a", ttft=0.05, strict=True)
+    assert (caught.value.code, machine.scheduler.num_waiting) == ("slo_unattainable", 0)
+    machine.add("b", latency=30, strict=True)
+    for index in range(40):
+        machine.add(f"queued {index}", tokens=50, latency=20)
+    with pytest.raises(SloUnattainable):
+        machine.add("c", latency=20, strict=True)
+    machine.run()
+    assert len(machine.ended) == 42
+
+
+def test_nothing_running_admits_whatever_comes():
+    machine = Machine()
+    sequence = machine.add("impossible", prompt=3000, ttft=0.001, latency=0.002)
+    machine.run()
+    assert sequence.finish_reason == "length"
+    assert sequence.slo_unattainable
+
+
+def test_nobody_waits_longer_than_max_wait():
+    """A long request among short ones that never stop coming."""
+    waits = {}
+    for max_wait in (2.0, 1e6):
+        machine = Machine(max_num_seqs=1, max_wait=max_wait)
+        machine.add("first", tokens=3)
+        machine.step()
+        long = machine.add("long", tokens=60)
+        for index in range(400):
+            machine.add(f"short {index}", tokens=3)
+            while machine.scheduler.num_waiting > 1:
+                machine.step()
+        assert long.first_token_at is not None or max_wait == 1e6
+        machine.run()
+        assert long.first_token_at is not None
+        waits[max_wait] = long.first_token_at
+    assert waits[2.0] <= 2.0 < 10 < waits[1e6]
+
+
+def test_prompts_are_not_all_started_in_one_step():
+    """Each step's tokens come out at its end, so a step's prompts take no longer than a few empty steps."""
+    machine = Machine(max_num_seqs=8, budget=4000)
+    for index in range(8):
+        machine.add(str(index), prompt=500)
+    assert len(machine.step().prefills) == 3
+    machine.run()
+
+
+def test_a_preempted_sequence_goes_first():
+    machine = Machine(max_num_seqs=3, pages=250)
+    machine.add("a", prompt=1300, tokens=900)
+    machine.add("b", prompt=1300, tokens=901)
+    while not machine.scheduler.num_preemptions:
+        machine.step()
+    machine.add("short", tokens=1)
+    preempted = machine.scheduler.waiting[0].request_id
+    machine.run()
+    assert machine.started[2] == preempted
+    assert set(machine.ended) == {"a", "b", "short"}
+
+
+def test_bad_settings():
+    with pytest.raises(ConfigError, match="max_wait is 0"):
+        Machine(max_wait=0)
+    with pytest.raises(ConfigError, match="'lifo'; expected one of slo, fcfs"):
+        make_admission_policy("lifo", max_num_seqs=1, max_model_len=9, prefill_chunk=9)
+
+
+requests = st.tuples(
+    st.integers(0, 20),  # steps before it comes
+    st.integers(1, 300),
+    st.integers(1, 40),
+    st.sampled_from([None, 0.001, 0.05, 0.5, 5.0]),
+    st.sampled_from([None, 0.001, 0.1, 1.0, 10.0]),
+    st.sampled_from([None, "a", "b"]),
+)
+
+
+@given(st.lists(requests, min_size=1, max_size=25), st.integers(1, 4), st.sampled_from([0.05, 1.0, 30.0]))
+@settings(max_examples=80, deadline=None)
+def test_any_workload_completes(workload: list[tuple], max_num_seqs: int, max_wait: float):
+    """No deadlock (`step` checks), whatever the deadlines; attainment counts what the clock says."""
+    machine = Machine(max_num_seqs, max_wait=max_wait)
+    sequences = []
+    for index, (steps, prompt, tokens, ttft, latency, task) in enumerate(workload):
+        for _ in range(steps):
+            machine.step()
+        sequences.append(machine.add(str(index), prompt, tokens, ttft=ttft, latency=latency, task=task))
+    machine.run()
+    assert sorted(machine.started) == sorted(machine.ended) == sorted(s.request_id for s in sequences)
+    assert machine.scheduler.pool.num_used == 0
+    assert len(machine.policy) == machine.policy.state()["late"] == 0
+    kept = 0
+    for sequence in sequences:
+        slo, first = sequence.slo, sequence.first_token_at
+        assert first is not None
+        in_time = slo.ttft_ms is None or first - sequence.arrival <= slo.ttft_ms / 1e3
+        ended = machine.ended[sequence.request_id] - sequence.arrival
+        in_time = in_time and (slo.latency_ms is None or ended <= slo.latency_ms / 1e3)
+        kept += in_time and not (slo.ttft_ms is None and slo.latency_ms is None)
+    assert machine.scheduler.attainment.total.attained == kept
+    assert machine.scheduler.attainment.total.ended == len(sequences)
+
+
+def test_ten_thousand_requests_cost_little():
+    """The host's share per request must stay small beside the device's. Measured at 0.9 s on a busy one."""
+    policy = SloPolicy(Estimates(OutputLengths(), CostModel(COST), 64, 512, 128))
+    scheduler = Scheduler(PagePool(4097, 16), 64, 512, 512, 128, policy=policy)
+    rng = random.Random(0)
+    slos = [SLO(), SLO(ttft_ms=2000), SLO(latency_ms=60_000), SLO(ttft_ms=60_000, latency_ms=600_000)]
+    sequences = [
+        Sequence(
+            str(index),
+            [3] * rng.randint(1, 200),
+            SamplingParams(max_tokens=rng.randint(1, 32)),
+            task=rng.choice("abcde"),
+            slo=rng.choice(slos),
+        )
+        for index in range(10_000)
+    ]
+    now, spent = 0.0, 0.0
+    start = time.process_time()
+    for sequence in sequences:
+        scheduler.add(sequence)
+    spent += time.process_time() - start
+    while scheduler.has_work:
+        start = time.process_time()
+        plan = scheduler.schedule(now)
+        spent += time.process_time() - start
+        last = [chunk.sequence for chunk in plan.prefills if chunk.is_last]
+        result = StepResult({sequence: SampledToken(7) for sequence in (*plan.decodes, *last)})
+        seconds = COST.seconds(len(plan.decodes), plan.num_prefill_tokens, len(plan.prefills))
+        now += seconds
+        start = time.process_time()
+        scheduler.update(plan, result, seconds)
+        spent += time.process_time() - start
+    assert scheduler.attainment.total.ended == 10_000
+    assert spent < 2.0
