@@ -133,7 +133,7 @@ def _build_parser() -> _Parser:
     add(
         "--allowed-origins",
         nargs="+",
-        type=_name,
+        type=_origin,
         default=[],
         metavar="ORIGIN",
         help="web pages that browsers may let call the server (CORS), for example https://example.org; * is all",
@@ -181,6 +181,12 @@ def _bytes(text: str) -> str:
 def _name(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("an empty text is none")
+    return text
+
+
+def _origin(text: str) -> str:
+    if text != "*" and not re.fullmatch(r"https?://[^/\s]+", text):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is neither * nor of the form https://example.org")
     return text
 
 

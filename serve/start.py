@@ -51,7 +51,9 @@ def keep_compilations() -> None:
 def load(options: Options) -> Engine:
     if options.record_traces is not None:
         check_trace_file(options.record_traces)
-    with loading_progress(Console(stderr=True)) as report:
+    console = Console(stderr=True)
+    console.print(f"loading: {options.model}", markup=False, highlight=False, soft_wrap=True)
+    with loading_progress(console) as report:
         engine = Engine.load(
             options.model,
             expert_memory=options.expert_memory,

@@ -50,6 +50,8 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--record-traces", "trace.csv"], "--record-traces: trace.csv"),
         (["--record-traces", "/nonexistent/trace.npz"], "--record-traces: /nonexistent/trace.npz"),
         (["--model", ""], "--model"),
+        (["--allowed-origins", '["*"]'], "--allowed-origins"),
+        (["--allowed-origins", "https://example.org/page"], "--allowed-origins"),
         (["--max-model-len", "1e3"], "--max-model-len"),
         (["--routing", "best"], "--routing"),
         (["--policy", "emoe"], "--policy"),

@@ -54,6 +54,7 @@ def test_tells_what_it_serves(server: ServerProcess) -> None:
 
 def test_progress_is_printed_without_a_terminal(server: ServerProcess) -> None:
     progress = [line for line in server.output if line.startswith("loading: ")]
+    assert "/tiny" in progress[0]
     for expected in ("weights 100%", "experts 100%", "compile 0%", "compile 50%", "compile 100%"):
         assert sum(expected in line for line in progress) == 1
     assert len(progress) < 20
