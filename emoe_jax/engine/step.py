@@ -3,8 +3,8 @@
 `resident_step` is a whole forward in one call. The `exact` contract stops between each layer's router and its experts
 so that the host can load what is missing: `embed`, then per layer `attend_and_route`, `expert_wave` (once per wave)
 and `close_moe` (or `dense_layer`), then `last_logits`. Without a cache the same pieces make an uncached forward.
-`choose_tokens` follows either, compiled twice per batch size (with and without penalties), and `prompt_logprobs` where a
-request asks for them.
+`choose_tokens` follows either, compiled twice per batch size (with and without penalties), and `prompt_logprobs` where
+a request asks for them.
 """
 
 import dataclasses
