@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Float
 
 from emoe_jax.config import ModelConfig
-from emoe_jax.errors import ConfigError
+from emoe_jax.engine.request import SLO
+from emoe_jax.errors import ConfigError, RequestError
 
 VERSION = 1
 OTHER = "other"
@@ -45,6 +46,8 @@ class Task:
     """Per MoE layer, 0 (the wrong expert does no harm) to 1: `s` of eMoE eq. 2."""
     routing: Float[np.ndarray, "M E"] | None = None
     """Mean share of each expert; each layer sums to 1."""
+    slo: SLO | None = None
+    """Deadlines of requests that name none."""
     prompts: int = 0
     tokens: int = 0
 
@@ -147,6 +150,7 @@ class TaskProfile:
                 },
                 "sensitivity": None if task.sensitivity is None else list(task.sensitivity),
                 "routing": None if task.routing is None else np.round(task.routing, 6).tolist(),
+                "slo": None if task.slo is None else dataclasses.asdict(task.slo),
                 "prompts": task.prompts,
                 "tokens": task.tokens,
             }
@@ -202,9 +206,23 @@ def _task(raw: dict[str, Any], where: str, M: int, E: int) -> Task:
         None if lengths is None else _lengths(_object(lengths, f"{where}.output_length"), f"{where}.output_length"),
         sensitivity,
         routing,
+        _slo(raw.get("slo"), f"{where}.slo"),
         _integer(raw.get("prompts", 0), f"{where}.prompts", 0),
         _integer(raw.get("tokens", 0), f"{where}.tokens", 0),
     )
+
+
+def _slo(raw: Any, where: str) -> SLO | None:
+    if raw is None:
+        return None
+    raw = _object(raw, where)
+    known = {field.name for field in dataclasses.fields(SLO)}
+    if unknown := sorted(set(raw) - known):
+        raise _Invalid(f"{where} has {unknown[0][:40]!r}; it can have {', '.join(sorted(known))}")
+    try:
+        return SLO(**raw)
+    except RequestError as error:
+        raise _Invalid(f"{where}: {error}") from None
 
 
 def _lengths(raw: dict[str, Any], where: str) -> Lengths:

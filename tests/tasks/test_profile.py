@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from emoe_jax.config import ModelConfig
+from emoe_jax.engine.request import SLO
 from emoe_jax.errors import ConfigError
 from emoe_jax.tasks import Lengths, TaskProfile
 from tests.engine.conftest import TINY
@@ -20,7 +21,8 @@ def full_profile() -> TaskProfile:
     routing = np.random.default_rng(0).dirichlet(np.ones(8), size=3)
     profile = TaskProfile.empty(CONFIG).with_task("qa", keywords={"answer the": 5.5, "question": 2.25})
     profile = profile.with_task("qa", output_length=Lengths.of([1, 2, 3, 10]), sensitivity=(0.0, 0.5, 1.0))
-    return profile.with_task("qa", routing=routing, prompts=4, tokens=99).with_task("sum", keywords={"summary": 4.0})
+    profile = profile.with_task("qa", routing=routing, slo=SLO(ttft_ms=200), prompts=4, tokens=99)
+    return profile.with_task("sum", keywords={"summary": 4.0})
 
 
 def raw_profile() -> dict[str, Any]:
@@ -36,7 +38,9 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     assert loaded.threshold == saved.threshold
     assert loaded.tasks["sum"].output_length is None
     assert loaded.tasks["sum"].sensitivity is None
+    assert loaded.tasks["sum"].slo is None
     ours, theirs = saved.tasks["qa"], loaded.tasks["qa"]
+    assert theirs.slo == SLO(ttft_ms=200)
     assert ours.routing is not None
     assert theirs.routing is not None
     np.testing.assert_allclose(theirs.routing, ours.routing, atol=1e-6)
@@ -101,6 +105,12 @@ def changed(*keys: Any, value: Any) -> dict[str, Any]:
         (changed("tasks", "qa", "output_length", "count", value=0), "output_length.count is 0"),
         (changed("tasks", "qa", "output_length", "quantiles", "0.9", value=0.5), "quantiles must not fall"),
         (changed("tasks", "qa", "output_length", "quantiles", value={}), r"quantiles\[0.1\] is None"),
+        (
+            changed("tasks", "qa", "slo", value={"ttft": 5}),
+            "qa.slo has 'ttft'; it can have latency_ms, strict, ttft_ms",
+        ),
+        (changed("tasks", "qa", "slo", value={"ttft_ms": -1}), r"qa.slo: ttft_ms is -1; expected a number in \(0"),
+        (changed("tasks", "qa", "slo", value=7), "qa.slo is int; it must be a JSON object"),
     ],
 )
 def test_bad_content_is_told_in_one_line(tmp_path: Path, raw: Any, match: str) -> None:
