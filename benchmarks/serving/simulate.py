@@ -1,0 +1,87 @@
+"""The real scheduler on a virtual clock: a cost model stands for the device."""
+
+import dataclasses
+import random
+from collections.abc import Callable, Sequence
+
+from benchmarks.serving.devices import Device
+from benchmarks.serving.report import Record
+from benchmarks.serving.workload import Job
+from emoe_jax.engine.pages import PagePool
+from emoe_jax.engine.request import SamplingParams
+from emoe_jax.engine.sequence import Sequence as EngineSequence
+from emoe_jax.scheduling.plan import SampledToken, StepPlan, StepResult
+from emoe_jax.scheduling.policy import AdmissionPolicy
+from emoe_jax.scheduling.scheduler import Scheduler
+
+END = 1
+"""The fake model's end of sequence; its other tokens are 7."""
+
+
+def simulate(
+    jobs: Sequence[Job], device: Device, policy: AdmissionPolicy, seed: int = 0, max_tokens: int = 1000
+) -> list[Record]:
+    """Run all jobs to their end; the policy does not know how long an answer will be. Records in order of arrival."""
+    scheduler = Scheduler(
+        PagePool(device.kv_tokens // device.page_size + 1, device.page_size),
+        device.max_num_seqs,
+        device.max_num_batched_tokens,
+        device.max_model_len,
+        device.max_num_batched_tokens,
+        (END,),
+        policy,
+    )
+    rng = random.Random(seed)
+    arriving = [
+        (
+            EngineSequence(
+                str(index),
+                [0] * min(job.sample.prompt_tokens, device.max_model_len - 2),
+                SamplingParams(max_tokens=max(max_tokens, job.sample.output_tokens)),
+                task=job.task,
+                slo=job.slo,
+                arrival=job.arrival,
+            ),
+            job,
+        )
+        for index, job in enumerate(sorted(jobs, key=lambda job: job.arrival))
+    ]
+    times: dict[EngineSequence, list[float]] = {sequence: [] for sequence, _ in arriving}
+    started: dict[EngineSequence, float] = {}
+    lengths = {sequence: job.sample.output_tokens for sequence, job in arriving}
+    now, following = 0.0, 0
+    while following < len(arriving) or scheduler.has_work:
+        while following < len(arriving) and arriving[following][0].arrival <= now:
+            scheduler.add(arriving[following][0])
+            following += 1
+        plan = scheduler.schedule(now)
+        if not plan:
+            now = arriving[following][0].arrival
+            continue
+        for chunk in plan.prefills:
+            started.setdefault(chunk.sequence, now)
+        seconds = device.cost.seconds(len(plan.decodes), plan.num_prefill_tokens, len(plan.prefills))
+        seconds *= max(0.5, rng.gauss(1.0, device.noise))
+        scheduler.update(plan, _result(plan, lengths), seconds)
+        now += seconds
+        for sequence in (*plan.decodes, *(chunk.sequence for chunk in plan.prefills if chunk.is_last)):
+            times[sequence].append(now)
+    return [
+        Record(job, started[sequence], tuple(times[sequence]), sequence.slo_unattainable) for sequence, job in arriving
+    ]
+
+
+def capacity(jobs: Sequence[Job], device: Device, policy: Callable[[], AdmissionPolicy]) -> float:
+    """Requests/s that the machine finishes when all of them are there from the start."""
+    records = simulate([dataclasses.replace(job, arrival=0.0) for job in jobs], device, policy())
+    return len(records) / max(record.end for record in records)
+
+
+def _result(plan: StepPlan, lengths: dict[EngineSequence, int]) -> StepResult:
+    last = [chunk.sequence for chunk in plan.prefills if chunk.is_last]
+    return StepResult(
+        {
+            sequence: SampledToken(END if len(sequence.generated) + 1 >= lengths[sequence] else 7)
+            for sequence in (*plan.decodes, *last)
+        }
+    )

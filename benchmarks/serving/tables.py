@@ -1,0 +1,70 @@
+"""Runs as a table and as a picture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+COLUMNS = {
+    "policy": "{}",
+    "rate_fraction": "{:.2f}",
+    "rate_rps": "{:.2f}",
+    "slo_attainment": "{:.1%}",
+    "mean_latency_s": "{:.3f}",
+    "p99_latency_s": "{:.3f}",
+    "p50_ttft_s": "{:.3f}",
+    "p99_ttft_s": "{:.3f}",
+    "p50_tpot_s": "{:.4f}",
+    "p99_itl_s": "{:.3f}",
+    "goodput_rps": "{:.2f}",
+    "throughput_tok_s": "{:.0f}",
+    "max_wait_s": "{:.1f}",
+}
+
+
+def print_runs(runs: Sequence[dict[str, Any]], title: str) -> None:
+    """All runs, and below them the attainment per task."""
+    table = Table(title=title)
+    for name in COLUMNS:
+        table.add_column(name.replace("_", " "), justify="right")
+    for run in runs:
+        cells = ["-" if run.get(name) is None else form.format(run[name]) for name, form in COLUMNS.items()]
+        table.add_row(*cells)
+    tasks = Table(title="SLO attainment per task")
+    names = sorted(runs[0]["slo_attainment_per_task"])
+    for name in ("policy", "rate fraction", *names):
+        tasks.add_column(name, justify="right")
+    for run in runs:
+        shares = [f"{run['slo_attainment_per_task'][name]:.1%}" for name in names]
+        tasks.add_row(run["policy"], f"{run['rate_fraction']:.2f}", *shares)
+    console = Console(width=200)
+    console.print(table)
+    console.print(tasks)
+
+
+def plot_runs(runs: Sequence[dict[str, Any]], path: str | Path, title: str) -> None:
+    """Attainment, mean latency and the 99th percentile of the first token over the rate, a line per policy."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = {
+        "slo_attainment": "SLO attainment",
+        "mean_latency_s": "mean latency, s",
+        "p99_ttft_s": "99th percentile of the first token, s",
+    }
+    figure, axes = plt.subplots(1, len(panels), figsize=(13, 4), layout="constrained")
+    for axis, (key, label) in zip(axes, panels.items(), strict=True):
+        for policy in dict.fromkeys(run["policy"] for run in runs):
+            points = sorted((run["rate_fraction"], run[key]) for run in runs if run["policy"] == policy)
+            axis.plot(*zip(*points, strict=True), marker="o", label=policy)
+        axis.set_xlabel("arrival rate, share of capacity")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
