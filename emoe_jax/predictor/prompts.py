@@ -17,7 +17,9 @@ from emoe_jax.traces import RoutingTrace
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """`P` prompts in arrival order. `first` counts only the first few answer tokens."""
+    """`P` prompts in arrival order. `first` counts the first few answer tokens, `counts` all: also the prompt's own
+    where the trace holds them.
+    """
 
     tasks: tuple[str, ...]
     embedding: Float[np.ndarray, "P d"]  # a row of zeros where there is none; d is 0 where no prompt can have one

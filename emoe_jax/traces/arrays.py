@@ -24,6 +24,7 @@ FORMAT = {
     "token_pos": Wanted(("int32", "int64"), 1),
     "task": Wanted(_INTEGERS, 1),
     "task_names": Wanted(("str",), 1),
+    "prompt_length": Wanted(("int32", "int64"), 1, optional=True),
     "prompt_embedding": Wanted(("float16", "float32"), 2, optional=True),
     "num_experts": Wanted((*_INTEGERS, "uint8", "uint16"), 0),
     "top_k": Wanted((*_INTEGERS, "uint8", "uint16"), 0),

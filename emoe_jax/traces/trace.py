@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from emoe_jax.errors import EmoeError
 from emoe_jax.traces.arrays import read_arrays
@@ -32,6 +32,7 @@ class RoutingTrace:
     task_names: tuple[str, ...]
     num_experts: int
     prompt_embedding: Float[np.ndarray, "P d"] | None = None
+    prompt_length: Int[np.ndarray, " P"] | None = None  # tokens before the answer; None: only answers are recorded
     source: str = "trace"  # the file's name, for messages
 
     @staticmethod
@@ -52,6 +53,7 @@ class RoutingTrace:
             task_names=tuple(str(name) for name in arrays["task_names"]),
             num_experts=int(arrays["num_experts"]),
             prompt_embedding=arrays.get("prompt_embedding"),
+            prompt_length=arrays.get("prompt_length"),
             source=str(path),
         )
         trace.validate()
@@ -60,8 +62,9 @@ class RoutingTrace:
     def save(self, path: str | Path) -> None:
         """Write the whole trace as one compressed `.npz`."""
         arrays = {name: getattr(self, name) for name in ("experts", "probs", "sample", "token_pos", "task")}
-        if self.prompt_embedding is not None:
-            arrays["prompt_embedding"] = self.prompt_embedding
+        for name in ("prompt_embedding", "prompt_length"):
+            if getattr(self, name) is not None:
+                arrays[name] = getattr(self, name)
         with Path(path).open("wb") as file:
             np.savez_compressed(
                 file,
@@ -105,8 +108,8 @@ class RoutingTrace:
         return rank
 
     def counts(self, first: int | None = None) -> Int[np.ndarray, "P M E"]:
-        """How often each prompt chose each expert: over all its tokens, or over the `first` recorded ones."""
-        chosen = slice(None) if first is None else self.rank() < first
+        """How often each prompt chose each expert: over all its tokens, or over the `first` ones of its answer."""
+        chosen = slice(None) if first is None else self._answer_begins(first)
         sample, experts = self.sample[chosen].astype(np.int64), self.experts[chosen]
         shape = (self.num_prompts, self.num_experts)
         counts = np.empty((self.num_prompts, self.num_layers, self.num_experts), np.int32)
@@ -114,6 +117,14 @@ class RoutingTrace:
             flat = sample[:, None] * self.num_experts + experts[:, layer]
             counts[:, layer] = np.bincount(flat.ravel(), minlength=shape[0] * shape[1]).reshape(shape)
         return counts
+
+    def _answer_begins(self, first: int) -> Bool[np.ndarray, " N"]:
+        """Which tokens are among the `first` of their answer."""
+        rank = self.rank()
+        if self.prompt_length is not None:
+            of_prompt = self.token_pos < self.prompt_length[self.sample]
+            rank = rank - np.bincount(self.sample[of_prompt], minlength=self.num_prompts)[self.sample]
+        return (rank >= 0) & (rank < first)
 
     def select(self, prompts: Sequence[int] | Int[np.ndarray, " p"]) -> RoutingTrace:
         """The trace of these prompts only, renumbered in the order given."""
@@ -136,6 +147,7 @@ class RoutingTrace:
             token_pos=self.token_pos[tokens],
             task=self.task[wanted],
             prompt_embedding=None if self.prompt_embedding is None else self.prompt_embedding[wanted],
+            prompt_length=None if self.prompt_length is None else self.prompt_length[wanted],
         )
 
     def without_embedding(self) -> RoutingTrace:
@@ -176,6 +188,11 @@ class RoutingTrace:
             yield f"task reaches from {self.task.min()} to {self.task.max()}; there are {len(self.task_names)} tasks"
         if not np.isfinite(self.probs).all():
             yield "probs holds values that are not finite"
+        if self.prompt_length is not None:
+            if len(self.prompt_length) != prompts:
+                yield f"prompt_length has {len(self.prompt_length)} entries for {prompts} prompts"
+            if self.prompt_length.min() < 0:
+                yield f"prompt_length is {self.prompt_length.min()} somewhere; it is a number of tokens"
         if self.prompt_embedding is not None:
             if self.prompt_embedding.shape[0] != prompts:
                 yield f"prompt_embedding has {self.prompt_embedding.shape[0]} rows for {prompts} prompts"

@@ -49,6 +49,27 @@ def test_first_tokens_are_those_of_lowest_position_however_tokens_are_ordered(tr
     np.testing.assert_array_equal(trace.counts(first=100), trace.counts())
 
 
+def test_first_tokens_of_an_engines_trace_are_those_of_the_answer(trace, tmp_path):
+    """Positions 0 to 6 of each prompt are recorded; the answers begin at 0, 2, 5, 7 (none) and 6."""
+    recorded = dataclasses.replace(trace, prompt_length=np.array([0, 2, 5, 7, 6], np.int32))
+    counts = recorded.counts(first=3)
+    assert (counts.sum(-1) == 2 * np.array([3, 3, 2, 0, 1])[:, None]).all()
+    of_answer = trace.experts[(trace.sample == 1) & (trace.token_pos >= 2) & (trace.token_pos < 5)][:, 0]
+    np.testing.assert_array_equal(counts[1, 0], np.bincount(of_answer.ravel(), minlength=8))
+    np.testing.assert_array_equal(recorded.counts(), trace.counts())
+    np.testing.assert_array_equal(recorded.select([2, 1]).counts(first=3), counts[[2, 1]])
+    recorded.save(tmp_path / "recorded.npz")
+    np.testing.assert_array_equal(RoutingTrace.load(tmp_path / "recorded.npz").counts(first=3), counts)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"), [([1, 2], "prompt_length has 2 entries for 5 prompts"), ([1, 1, 1, 1, -1], "is -1")]
+)
+def test_prompt_lengths_are_checked(trace, lengths, message):
+    with pytest.raises(TraceError, match=message):
+        dataclasses.replace(trace, prompt_length=np.array(lengths)).validate()
+
+
 def test_selecting_renumbers_prompts_in_the_order_given(trace):
     part = trace.select([3, 1])
     np.testing.assert_array_equal(part.counts(), trace.counts()[[3, 1]])
