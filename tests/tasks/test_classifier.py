@@ -7,32 +7,11 @@ import pytest
 from emoe_jax.errors import ConfigError
 from emoe_jax.tasks import OTHER, TaskClassifier, TaskProfile
 from emoe_jax.tasks.classifier import END_CHARS
+from train.classifier import UNRELATED
 from train.keywords import demo_prompts, with_demo_keywords, with_keywords
 from train.tasks import TASKS
 
 EMPTY = TaskProfile(num_layers=1, num_experts=8, top_k=2)
-UNRELATED = (
-    "The mitochondrion produces most of the chemical energy of a cell.",
-    "def add(a, b):\n    return a + b",
-    "Write a JavaScript function that debounces another function.",
-    "Translate 'good luck' into Japanese.",
-    "What is 17 times 23?",
-    "What is the capital of Mongolia?",
-    "Generate a random password with twelve characters.",
-    "Simmer the onions in butter for ten minutes, then add the stock.",
-    "The bill was passed by the senate with a majority of six votes.",
-    "Gold has the atomic number 79.",
-    "Explain quantum entanglement in simple terms.",
-    "Error: cannot open shared object file",
-    "x = [1, 2, 3]; print(sum(x))",
-    "The knight rode through the dark forest until he reached the river.",
-    "Die Sonne scheint, und die Vögel singen.",
-    "今日は天気がいいですね",
-    "asdf qwer zxcv",
-    "1 2 3 4 5",
-    "...",
-    "",
-)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""`python -m train.sensitivity`: which layers of a model a task needs routed right."""
