@@ -3,6 +3,7 @@
 import dataclasses
 import time
 import uuid
+from collections.abc import Sequence
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -99,8 +100,7 @@ class CompletionWriter:
                     finish_reason=completion.finish_reason,
                 )
                 if completion.logprobs is not None:
-                    items = [*(output.prompt_logprobs or ()), *completion.logprobs]
-                    choice.logprobs = self._logprobs(items, position, is_first=True, offset=0)
+                    choice.logprobs = self._first_logprobs(position, output.prompt_logprobs or (), completion.logprobs)
                 if self.request.return_token_ids:
                     choice.prompt_token_ids = self.prompts[position]
                     choice.token_ids = completion.token_ids
@@ -115,12 +115,15 @@ class CompletionWriter:
         first = index not in self.offsets
         choice = CompletionChoice(index=index, text=delta.text, finish_reason=delta.finish_reason)
         if first:
-            self.offsets[index] = 0
+            self.offsets[index] = len(self.echoes[progress.position]) if self.request.scores_prompt else 0
             choice.text = self.echoes[progress.position] + delta.text
         if delta.logprobs:
-            items = [*delta.prompt_logprobs, *delta.logprobs]
-            choice.logprobs = self._logprobs(items, progress.position, is_first=first, offset=self.offsets[index])
-            self.offsets[index] += sum(map(len, choice.logprobs.tokens))
+            token_text = self.service.text.token_text
+            if first:
+                choice.logprobs = self._first_logprobs(progress.position, delta.prompt_logprobs, delta.logprobs)
+            else:
+                choice.logprobs = completion_logprobs(delta.logprobs, token_text, self.offsets[index])
+            self.offsets[index] += sum(len(token_text(item.token_id)) for item in delta.logprobs)
         if self.request.return_token_ids:
             choice.token_ids = list(delta.token_ids)
             if first:
@@ -134,10 +137,17 @@ class CompletionWriter:
     def empty(self) -> CompletionResponse:
         return CompletionResponse(id=self.id, created=self.created, model=self.service.names[0], choices=[])
 
-    def _logprobs(self, items: list[TokenLogprob], position: int, *, is_first: bool, offset: int) -> CompletionLogprobs:
-        """An echoed prompt opens with a token that has no log probability."""
-        opening = self.prompts[position][0] if is_first and self.request.scores_prompt else None
-        return completion_logprobs(items, self.service.text.token_text, offset, opening)
+    def _first_logprobs(
+        self, position: int, prompt: Sequence[TokenLogprob], answer: Sequence[TokenLogprob]
+    ) -> CompletionLogprobs:
+        """Those of the answer, after those of its prompt when it is echoed."""
+        token_text = self.service.text.token_text
+        if not self.request.scores_prompt:
+            return completion_logprobs(answer, token_text, 0)
+        ids = self.prompts[position]
+        # The echo need not show all that tokens hold: a first blank, a token that begins the text.
+        offset = len(self.echoes[position]) - sum(len(token_text(token)) for token in ids)
+        return completion_logprobs([*prompt, *answer], token_text, offset, opening=ids[0])
 
     def _choice(self, position: int, index: int) -> int:
         return position * (self.request.n or 1) + index

@@ -14,15 +14,15 @@ TokenText = Callable[[int], str]
 def completion_logprobs(
     items: Sequence[TokenLogprob], token_text: TokenText, offset: int, opening: int | None = None
 ) -> CompletionLogprobs:
-    """`offset` is where the first token's text begins in the answer, in characters; `opening` the token before `items`
-    of which nothing is known.
+    """`offset` is where the first token's text begins in the answer, in characters; negative when the answer does not
+    show all of it. `opening` is the token before `items` of which nothing is known.
     """
     unknown = [] if opening is None else [None]
     tokens = [token_text(token) for token in ([] if opening is None else [opening])]
     tokens += [token_text(item.token_id) for item in items]
     offsets = []
     for token in tokens:
-        offsets.append(offset)
+        offsets.append(max(0, offset))
         offset += len(token)
     return CompletionLogprobs(
         text_offset=offsets,

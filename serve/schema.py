@@ -1,5 +1,6 @@
 """Request bodies. Names, defaults and meaning are OpenAI's, with vLLM's additions; `emoe` is ours."""
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -29,9 +30,8 @@ GIVEN_OR_DEFAULT = (
 """Sampling parameters that requests and engine call the same."""
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT32)]
-TokenIdKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
-"""A token id where JSON has only strings."""
 Prompt = str | list[int]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 Positive = Annotated[float, Field(gt=0, le=1e9)]
 
 
@@ -66,6 +66,17 @@ def _stop_list(value: Any) -> list[str] | None:
     if not all(isinstance(string, str) and 0 < len(string) <= MAX_STOP_LENGTH for string in strings):
         raise ValueError(f"strings must have 1 to {MAX_STOP_LENGTH} characters")
     return strings
+
+
+def _by_token_id(value: Any) -> Any:
+    """A mapping from token ids, which JSON has to write as strings."""
+    if isinstance(value, dict):
+        if len(value) > MAX_LOGIT_BIAS:
+            raise ValueError(f"has {len(value)} tokens; at most {MAX_LOGIT_BIAS} are taken")
+        for token in value:
+            if not re.fullmatch("[0-9]{1,9}", token):
+                raise ValueError(f"has the key {token[:40]!r}; expected token ids")
+    return value
 
 
 def _joined_content(value: Any) -> str:
@@ -148,9 +159,7 @@ class SamplingRequest(StrictModel):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
-    logit_bias: (
-        Annotated[dict[TokenIdKey, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_LOGIT_BIAS)] | None
-    ) = None
+    logit_bias: Annotated[dict[str, Bias] | None, BeforeValidator(_by_token_id)] = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     max_tokens: Annotated[int, Field(ge=1, le=MAX_INT32)] | None = None

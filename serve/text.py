@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import functools
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
@@ -11,6 +12,9 @@ Result = TypeVar("Result")
 
 MAX_CHARS_PER_TOKEN = 128
 """No text needs fewer tokens than its length over this: longer tokens exist, but not all of them are."""
+
+MAX_CACHED_TEXTS = 1 << 16
+"""Tokens whose text is remembered: log probabilities of a long prompt ask for many, and often."""
 
 
 class ServedTokenizer(Protocol):
@@ -37,6 +41,7 @@ class TextCodec:
         self._tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
+        self.token_text = functools.lru_cache(MAX_CACHED_TEXTS)(self._token_text)
         self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -56,7 +61,7 @@ class TextCodec:
             raise RequestError(f"token ids must be below the vocabulary size of {self.vocab_size}", param)
         return await self._run(lambda: tokenizer.decode(ids, skip_special_tokens=False))
 
-    def token_text(self, token_id: int) -> str:
+    def _token_text(self, token_id: int) -> str:
         """The text of one token, or vLLM's `token_id:N` where there is no tokenizer."""
         return f"token_id:{token_id}" if self._tokenizer is None else self._tokenizer.token_text(token_id)
 

@@ -101,6 +101,9 @@ def test_echo_with_logprobs_scores_the_prompt(client: httpx.Client) -> None:
     for choice in scored["choices"]:
         assert (choice["text"], choice["finish_reason"]) == ("hi!", "length")
         assert choice["logprobs"] == {name: values[:3] for name, values in expected.items()}
+    text = complete(client, **{**body, "prompt": "hi!"}, max_tokens=1)["choices"][0]  # the tokenizer puts one in front
+    assert text["logprobs"]["tokens"] == ["\x01", "h", "i", "!", "a"]
+    assert text["logprobs"]["text_offset"] == [0, 0, 1, 2, 3]
     assert complete(client, prompt="hi", echo=True, max_tokens=0)["choices"][0]["text"] == "hi"
 
 
