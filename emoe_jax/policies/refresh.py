@@ -8,7 +8,7 @@ from jaxtyping import Float, Shaped
 from emoe_jax.policies.dynamics import Dynamics
 from emoe_jax.policies.rule import Matrix, Plan, Rule, namespace
 
-MARGIN = 0.1
+MARGIN = 0.12
 """Wishes per step that a swap must gain. Chosen on the third quarter of a trace, trained on the first two."""
 
 

@@ -54,7 +54,7 @@ class ActivationMatrix(Rule[ActivationState]):
     sharpness = 50.0
     planned_tokens = 8.0
 
-    def __init__(self, matrices: Float[np.ndarray, "P M E"], margin: float = 0.0):
+    def __init__(self, matrices: Float[np.ndarray, "P M E"], margin: float = 0.05):
         """`matrices`: recorded prompts' wishes, each layer as shares."""
         self.margin = margin
         flat = matrices.reshape(len(matrices), -1).astype(np.float32)

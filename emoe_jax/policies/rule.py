@@ -71,7 +71,14 @@ def best_exchange(scores: Matrix, loadable: Bool[Any, "*lead M E"], evictable: B
     """The highest-scoring loadable expert and the lowest-scoring evictable one; of equals, the first."""
     xp = namespace(scores)
     gained, lost = xp.where(loadable, scores, -xp.inf), xp.where(evictable, scores, xp.inf)
-    return Exchange(gained.argmax(-1), lost.argmin(-1), gained.max(-1) - lost.min(-1))
+    most, least = gained.max(-1), lost.min(-1)
+    return Exchange(_first(gained == most[..., None]), _first(lost == least[..., None]), most - least)
+
+
+def _first(found: Bool[Any, "*lead E"]) -> Int[Any, " *lead"]:
+    """Where in each row the first True is. XLA does this several times faster than an argmax."""
+    E = found.shape[-1]
+    return found.argmax(-1) if isinstance(found, np.ndarray) else jnp.where(found, jnp.arange(E), E).min(-1)
 
 
 def namespace(array: Any) -> ModuleType:

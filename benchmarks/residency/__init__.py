@@ -1,0 +1,1 @@
+"""What each residency policy covers and what it moves, on recorded traces."""

@@ -1,0 +1,110 @@
+"""`python -m benchmarks.residency --trace FILE`: every residency policy replayed on a routing trace."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+
+from benchmarks.residency.forecasts import check_traces, learn_from, predicted
+from benchmarks.residency.grid import NAMES, measure
+from benchmarks.residency.report import plot_grid, print_grid
+from emoe_jax.engine.memory import parse_bandwidth, parse_bytes
+from emoe_jax.errors import ConfigError, EmoeError
+from emoe_jax.predictor import Predictor
+from emoe_jax.traces import RoutingTrace
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    given = parse(argv)
+    console = Console()
+    try:
+        results = replay_trace(given, console)
+        if given.json is not None:
+            given.json.write_text(json.dumps(results, indent=1) + "\n")
+    except (EmoeError, ImportError, OSError) as error:
+        _fail(" ".join(str(error).split()))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.residency", description=__doc__)
+    add = parser.add_argument
+    add("--trace", type=Path, required=True, metavar="FILE", help="routing trace to replay")
+    add(
+        "--train-trace",
+        type=Path,
+        metavar="FILE",
+        help="learn from this trace and replay all of --trace (default: learn from its first three quarters of "
+        "prompts, replay the last)",
+    )
+    add("--predictor", type=Path, metavar="DIR", help="trained predictor (default: the closed-form prior)")
+    add("--predict-every", type=int, default=1, metavar="P", help="prompts that share a prediction (default 1)")
+    add("--concurrency", type=int, nargs="+", default=[1, 8, 32], metavar="R", help="requests side by side")
+    add("--policies", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}")
+    add("--expert-bytes", default="13.2MB", help="size of an expert (default 13.2MB, gpt-oss-20b in MXFP4)")
+    add("--link-bandwidth", default="25GB", help="bytes per second to the device (default 25GB, PCIe 4.0 x16)")
+    add("--json", type=Path, metavar="FILE", help="write the numbers here")
+    add("--plots", type=Path, metavar="DIR", help="write curves as PNG files here")
+    return parser.parse_args(argv)
+
+
+def replay_trace(given: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """`replay` is one request at a time (or the first of `--concurrency`); `replay_concurrent` has all of them."""
+    cost = _cost(given.expert_bytes, given.link_bandwidth)
+    for option, values in (("--predict-every", [given.predict_every]), ("--concurrency", given.concurrency)):
+        if min(values) < 1:
+            raise ConfigError(f"{option} is {min(values)}; it must be at least 1")
+    trace = RoutingTrace.load(given.trace)
+    if given.train_trace is not None:
+        trained = RoutingTrace.load(given.train_trace)
+        check_traces(trained, trace)
+    else:
+        quarter = 3 * trace.num_prompts // 4
+        if quarter < 2:
+            raise ConfigError(f"{given.trace} has {trace.num_prompts} prompts; 3 are needed to learn from some of them")
+        trained, trace = trace.select(range(quarter)), trace.select(range(quarter, trace.num_prompts))
+    predictor = None if given.predictor is None else Predictor.load(given.predictor)
+    console.print(f"{trace.describe()}: learning from {trained.num_prompts} prompts, replaying {trace.num_prompts}")
+    learned = learn_from(trained, predictor)
+    by_prompt = predicted(learned.predictor, trace, given.predict_every)
+    by_concurrency = {}
+    for concurrency in given.concurrency:
+        grid = measure(
+            trace,
+            learned,
+            by_prompt,
+            concurrency,
+            given.policies,
+            cost,
+            lambda policy, seconds: console.print(f"{policy}: {seconds:.1f} s", style="dim"),
+        )
+        by_concurrency[str(concurrency)] = grid
+        title = "one request at a time" if concurrency == 1 else f"{concurrency} requests side by side"
+        print_grid(grid, title, console)
+        if given.plots is not None:
+            plot_grid(grid, f"{trace.describe()}, {title}", given.plots / f"residency_{concurrency}.png")
+    first = "1" if "1" in by_concurrency else str(given.concurrency[0])
+    described = {"trained_prompts": trained.num_prompts, "replayed_prompts": trace.num_prompts}
+    described |= {"replayed_tokens": trace.num_tokens, "predict_every": given.predict_every} | cost
+    return {"replay": by_concurrency[first], "replay_concurrent": by_concurrency, "setting": described}
+
+
+def _cost(expert_bytes: str, link_bandwidth: str) -> dict[str, float]:
+    size, bandwidth = parse_bytes("expert bytes", expert_bytes), parse_bandwidth(link_bandwidth)
+    if size < 1 or not bandwidth:
+        raise ConfigError(f"--expert-bytes {expert_bytes} and --link-bandwidth {link_bandwidth} must be more than 0")
+    return {"expert_bytes": float(size), "link_bandwidth": bandwidth}
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

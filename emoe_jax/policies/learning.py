@@ -1,0 +1,202 @@
+"""What policies learn from the prompts of a trace, in closed form; offline work of seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from emoe_jax.policies.dynamics import HALF_LIVES, LATENT_HALF_LIVES, Dynamics
+from emoe_jax.policies.refresh import Refresh, RefreshState
+from emoe_jax.policies.registry import Knowledge
+from emoe_jax.policies.rule import Plan
+from emoe_jax.traces import RoutingTrace
+
+# Chosen on the third quarter of the gpt-oss-20b trace, trained on its first half.
+HORIZON = 6.0
+"""Steps, on average, that a forecast looks ahead."""
+NUM_DIRECTIONS = 128
+_RIDGE_TOKENS = 3000.0
+_FIRST_TOKENS = 16
+_MAX_TOKENS = 1 << 17
+_WEIGHT_TOKENS = 1 << 14
+_CHUNK = 4096
+_DIRECTION_TOKENS = 1 << 13
+_MAX_MATRICES = 256
+
+
+class _Prompts(NamedTuple):
+    """Tokens of a trace in order, with each prompt's planned rates."""
+
+    experts: Int[np.ndarray, "N M k"]
+    rank: Int[np.ndarray, " N"]
+    prompt: Int[np.ndarray, " N"]
+    start: Float[np.ndarray, "P M E"]
+    later: Float[np.ndarray, "P M E"]
+
+
+class _Step(NamedTuple):
+    """One token."""
+
+    experts: Int[Array, "M k"]
+    rank: Int[Array, ""]
+    prompt: Int[Array, ""]
+
+
+def learn(
+    trace: RoutingTrace, start: Float[np.ndarray, "P M E"], later: Float[np.ndarray, "P M E"], seed: int = 0
+) -> Knowledge:
+    """Everything there is to know. `start` and `later` are what a predictor that has not seen the prompt says of it, at
+    its start and after 16 answer tokens (`KernelPrior.left_out`): one that has seen it would be trusted too much.
+    """
+    return Knowledge(learn_dynamics(trace, start, later, seed), learn_transitions(trace), learn_matrices(trace))
+
+
+def learn_transitions(trace: RoutingTrace) -> Float[np.ndarray, "M-1 E E"]:
+    """See `NextLayerRouter`; an expert never chosen is followed by what its layer's mean is."""
+    M, E = trace.num_layers, trace.num_experts
+    counts = np.zeros((M - 1, E * E))
+    for layer in range(M - 1):
+        pairs = trace.experts[:, layer, :, None].astype(np.int64) * E + trace.experts[:, layer + 1, None, :]
+        counts[layer] = np.bincount(pairs.ravel(), minlength=E * E)
+    counts = counts.reshape(M - 1, E, E) + 1e-3 * counts.reshape(M - 1, E, E).mean(1, keepdims=True) + 1e-9
+    return (trace.top_k * counts / counts.sum(-1, keepdims=True)).astype(np.float32)
+
+
+def learn_matrices(trace: RoutingTrace) -> Float[np.ndarray, "P M E"]:
+    """See `ActivationMatrix`: the latest prompts, each layer's counts as shares."""
+    counts = trace.counts()
+    counts = counts[counts.sum((1, 2)) > 0][-_MAX_MATRICES:]
+    return (counts / counts.sum(-1, keepdims=True)).astype(np.float32)
+
+
+def learn_dynamics(
+    trace: RoutingTrace, start: Float[np.ndarray, "P M E"], later: Float[np.ndarray, "P M E"], seed: int = 0
+) -> Dynamics:
+    """Least squares of the wishes in the steps that follow (a mean with weights falling by 1 - 1 / `HORIZON`).
+
+    First the weights of planned rates and decayed means, the same for all experts; then, for what those leave over,
+    ridge regression on the latent means.
+    """
+    tokens = _tokens(trace, start, later, seed)
+    M, E = trace.num_layers, trace.num_experts
+    untrained = Dynamics.untrained(M, E)
+    directions = _directions(tokens, E, seed)
+    draft = Dynamics(
+        np.array(HALF_LIVES, np.float32),
+        untrained.weights,
+        np.array(LATENT_HALF_LIVES, np.float32),
+        directions,
+        np.zeros((len(LATENT_HALF_LIVES) * directions.shape[1], M * E), np.float32),
+    )
+    targets = _targets(tokens, E)
+    products, features = _run(draft, tokens, targets[:_WEIGHT_TOKENS], _own_products), 1 + len(HALF_LIVES)
+    own, own_target = products[:, :features], products[:, features]
+    weights = np.linalg.solve(own + 1e-6 * np.trace(own) * np.eye(features), own_target).astype(np.float32)
+    products = _run(draft._replace(weights=weights), tokens, targets, _latent_products)
+    latent, rest = products[:, : len(draft.readout)], products[:, len(draft.readout) :]
+    ridge = _RIDGE_TOKENS * latent.diagonal().mean() / len(targets)
+    readout = np.linalg.solve(latent + (ridge + 1e-9) * np.eye(len(latent)), rest)
+    return draft._replace(weights=weights, readout=readout.astype(np.float32))
+
+
+def _tokens(
+    trace: RoutingTrace, start: Float[np.ndarray, "P M E"], later: Float[np.ndarray, "P M E"], seed: int
+) -> _Prompts:
+    """At most `_MAX_TOKENS`, of prompts drawn at random."""
+    lengths = np.bincount(trace.sample, minlength=trace.num_prompts)
+    drawn = np.random.default_rng(seed).permutation(trace.num_prompts)
+    drawn = drawn[np.cumsum(lengths[drawn]) <= max(_MAX_TOKENS, lengths[drawn[0]])]
+    order = np.lexsort((trace.token_pos, trace.sample))
+    order = order[np.isin(trace.sample[order], drawn)]
+    return _Prompts(
+        trace.experts[order].astype(np.int16),
+        trace.rank()[order].astype(np.int32),
+        trace.sample[order].astype(np.int32),
+        trace.top_k * start,
+        trace.top_k * later,
+    )
+
+
+def _directions(tokens: _Prompts, num_experts: int, seed: int) -> Float[np.ndarray, "ME r"]:
+    """The leading principal directions of how tokens deviate from their plan, by subspace iteration."""
+    rng = np.random.default_rng(seed)
+    rows = np.sort(rng.permutation(len(tokens.prompt))[:_DIRECTION_TOKENS])
+    chosen = (tokens.experts[rows][..., None] == np.arange(num_experts)).any(2)
+    early = (tokens.rank[rows] < _FIRST_TOKENS)[:, None, None]
+    prompts = tokens.prompt[rows]
+    deviation = chosen - np.where(early, tokens.start[prompts], tokens.later[prompts])
+    deviation = deviation.reshape(len(rows), -1).astype(np.float32)
+    r = min(NUM_DIRECTIONS, *deviation.shape)
+    basis = rng.standard_normal((deviation.shape[1], r)).astype(np.float32)
+    for _ in range(6):
+        basis, _ = np.linalg.qr(deviation.T @ (deviation @ basis))
+    return basis
+
+
+def _targets(tokens: _Prompts, num_experts: int) -> Float[np.ndarray, "N ME"]:
+    """Of every token, the weighted mean of wishes from it on to the end of its prompt."""
+    keep = np.float32(1 - 1 / HORIZON)
+    ends = np.append(tokens.prompt[1:] != tokens.prompt[:-1], True)
+
+    def step(carry: tuple[Array, Array], token: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
+        (total, weight), (experts, is_last) = carry, token
+        goes_on = jnp.where(is_last, 0, keep)
+        total = goes_on * total + (experts[..., None] == jnp.arange(num_experts)).any(1)
+        weight = goes_on * weight + 1
+        return (total, weight), (total / weight).astype(jnp.float16).ravel()
+
+    start = (jnp.zeros((tokens.experts.shape[1], num_experts)), jnp.zeros(()))
+    return np.asarray(jax.lax.scan(step, start, (jnp.asarray(tokens.experts), jnp.asarray(ends)), reverse=True)[1])
+
+
+def _run(
+    dynamics: Dynamics,
+    tokens: _Prompts,
+    targets: Float[np.ndarray, "n ME"],
+    products: Callable[[RefreshState, Float[Array, "n ME"], Dynamics], Array],
+) -> Float[np.ndarray, "a b"]:
+    """Sum of `products` over the first `n` tokens, each prompt followed alone."""
+    rule = Refresh(dynamics)
+    start, later = jnp.asarray(tokens.start), jnp.asarray(tokens.later)
+
+    def follow(state: RefreshState, step: _Step) -> tuple[RefreshState, RefreshState]:
+        rates = jnp.where(step.rank < _FIRST_TOKENS, start[step.prompt], later[step.prompt])
+        is_first = step.rank == 0
+        state = rule.plan(state, Plan(rates, jnp.where(is_first, rates, 0), jnp.where(is_first, 0.0, 1.0)))
+        counts = (step.experts[..., None] == jnp.arange(rates.shape[-1])).sum(1)
+        return rule.observe(state, counts), state
+
+    @jax.jit
+    def part(state: RefreshState, steps: _Step, targets: Float[Array, "n ME"]) -> tuple[RefreshState, Array]:
+        state, seen = jax.lax.scan(follow, state, steps)
+        return state, products(seen, targets.astype(jnp.float32), dynamics)
+
+    state, total = rule.start(jnp.zeros(start.shape[1:], jnp.float32)), np.zeros(())
+    for begin in range(0, len(targets), _CHUNK):
+        rows = slice(begin, min(begin + _CHUNK, len(targets)))
+        steps = _Step(*(jnp.asarray(array[rows]) for array in tokens[:3]))
+        state, sums = part(state, steps, jnp.asarray(targets[rows]))
+        total = total + np.asarray(sums, np.float64)
+    return total
+
+
+def _own(seen: RefreshState) -> Float[Array, "n F ME"]:
+    """What weights are learned for: the planned rate and the decayed means of every expert."""
+    return jnp.concatenate([seen.rates[:, None], seen.recent], 1).reshape(len(seen.rates), seen.recent.shape[1] + 1, -1)
+
+
+def _own_products(seen: RefreshState, targets: Float[Array, "n ME"], dynamics: Dynamics) -> Float[Array, "F F+1"]:
+    own = _own(seen)
+    squares, cross = jnp.einsum("nfx,ngx->fg", own, own), jnp.einsum("nfx,nx->f", own, targets)
+    return jnp.concatenate([squares, cross[:, None]], 1)
+
+
+def _latent_products(seen: RefreshState, targets: Float[Array, "n ME"], dynamics: Dynamics) -> Float[Array, "Jr Jr+ME"]:
+    latent = seen.latent.reshape(len(targets), -1)
+    rest = targets - jnp.einsum("f,nfx->nx", dynamics.weights, _own(seen))
+    return latent.T @ jnp.concatenate([latent, rest], 1)
