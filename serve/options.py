@@ -14,6 +14,7 @@ from emoe_jax.engine.memory import parse_bytes
 from emoe_jax.engine.request import RoutingContract
 from emoe_jax.errors import ConfigError
 from emoe_jax.experts.budget import parse_expert_memory
+from emoe_jax.policies import POLICIES
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO_MODEL = REPOSITORY / "checkpoints" / "demo"
@@ -37,6 +38,9 @@ class Options:
     routing: RoutingContract
     policy: str
     task_profile: str
+    predictor: str
+    predict_every: int
+    link_bandwidth: str | None
     record_traces: str | None
     api_key: list[str]
     allowed_origins: list[str]
@@ -121,13 +125,21 @@ def _build_parser() -> _Parser:
         help="host memory that may hold experts off the device, for example 90GiB",
     )
     add("--routing", choices=("resident", "exact"), default="resident", help="routing of requests that name none")
-    add("--policy", choices=("lru", "static"), default="lru", help="which experts are kept on the device")
+    add("--policy", choices=sorted(POLICIES), default="emoe", help="which experts are kept on the device")
     add(
         "--task-profile",
         default="auto",
         metavar="FILE",
         help="tells tasks by keywords; auto is the model's own; or none",
     )
+    add(
+        "--predictor",
+        default="auto",
+        metavar="DIR",
+        help="tells which experts a prompt will use; auto is the model's own; or none",
+    )
+    add("--predict-every", type=_integer(1), default=40, help="prompts from one prediction to the next")
+    add("--link-bandwidth", metavar="SIZE", help="bytes per second that background loads may take, for example 2GiB")
     add("--record-traces", metavar="FILE.npz", help="record the routing of all requests here")
     add("--api-key", nargs="+", type=_name, default=[], metavar="KEY", help="keys of which a client must send one")
     add(

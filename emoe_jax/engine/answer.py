@@ -15,6 +15,15 @@ class Answer:
         self._streams = streams
 
     @property
+    def sequences(self) -> list[Sequence]:
+        """One per completion."""
+        return self._sequences
+
+    @property
+    def finished(self) -> bool:
+        return self._output.finished
+
+    @property
     def output(self) -> RequestOutput:
         """The request so far."""
         assigned = sum(sequence.assigned for sequence in self._sequences)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
@@ -11,29 +12,29 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from emoe_jax.checkpoint import Checkpoint, Tokenizer
 from emoe_jax.config import ModelConfig
+from emoe_jax.engine.accounts import TaskAccounts
 from emoe_jax.engine.adjust import LogitAdjustment
 from emoe_jax.engine.answer import Answer
 from emoe_jax.engine.batch import Buckets
+from emoe_jax.engine.knowledge import RoutingKnowledge
 from emoe_jax.engine.kv_cache import PAGE_SIZE, new_cache
-from emoe_jax.engine.memory import MemoryPlan, device_memory
+from emoe_jax.engine.memory import MemoryPlan, device_memory, parse_bandwidth
+from emoe_jax.engine.opening import open_residency
 from emoe_jax.engine.pages import PagePool
-from emoe_jax.engine.request import SLO, Completion, Delta, RequestOutput, RoutingContract, SamplingParams
+from emoe_jax.engine.request import SLO, Completion, Delta, FinishReason, RequestOutput, RoutingContract, SamplingParams
 from emoe_jax.engine.runner import Runner
 from emoe_jax.engine.sequence import Sequence
 from emoe_jax.engine.text import TextStream
 from emoe_jax.errors import ConfigError, RequestError
 from emoe_jax.experts.residency import Residency
-from emoe_jax.experts.weights import ExpertLayout
+from emoe_jax.planner import ResidencyPlanner
 from emoe_jax.scheduling.scheduler import Scheduler
 from emoe_jax.tasks import TaskClassifier, TaskProfile
 from emoe_jax.traces.recorder import TraceRecorder
-
-PROFILE_FILE = "task_profile.json"
-"""The task profile of a checkpoint directory that brings one along."""
 
 Progress = Callable[[str, int, int], None]
 """Called with `(stage, done, total)`."""
@@ -59,6 +60,7 @@ class Engine:
         runner: Runner,
         scheduler: Scheduler,
         residency: Residency,
+        planner: ResidencyPlanner | None,
         memory: MemoryPlan,
         routing: RoutingContract,
         seed: int,
@@ -71,6 +73,8 @@ class Engine:
         self._runner = runner
         self._scheduler = scheduler
         self._residency = residency
+        self._planner = planner
+        self._accounts = TaskAccounts(self.config.top_k)
         self._answers: dict[str, Answer] = {}
         self._seeds = np.random.default_rng(seed)
         self._next_id = 0
@@ -89,11 +93,14 @@ class Engine:
         max_model_len: int | None = None,
         max_num_seqs: int = 16,
         max_num_batched_tokens: int = 512,
-        policy: str = "lru",
+        policy: str = "emoe",
         host_memory: str | int = 0,
         kv_memory: str | int | None = None,
         router_capacity_factor: float | None = None,
         task_profile: str | Path | None = "auto",
+        predictor: str | Path | None = "auto",
+        predict_every: int = 40,
+        link_bandwidth: str | float | None = None,
         record_traces: str | Path | None = None,
         seed: int = 0,
         progress: Progress | None = None,
@@ -102,8 +109,10 @@ class Engine:
 
         `expert_memory` is a share ("40%"), bytes ("6GiB") or slots per layer ("8 slots"). `dtype="auto"` is the
         checkpoint's on an accelerator and float32 on CPU, where half-precision matrix products are slow. `host_memory`
-        and `kv_memory` are bytes ("2GiB"). `task_profile` is a file, by default the checkpoint's own
-        `task_profile.json` if it has one; `record_traces` is where to record routing from the start. Raises
+        and `kv_memory` are bytes ("2GiB"). `policy` says which experts are kept (`emoe_jax.policies`). `task_profile`
+        and `predictor` are a file and a directory, by default the checkpoint's own `task_profile.json` and `predictor`
+        if it has them; the predictor is asked every `predict_every` prompts. Background loads keep below
+        `link_bandwidth` bytes/s ("2GiB"). `record_traces` is where to record routing from the start. Raises
         `CheckpointError`, `ConfigError` or `CapacityError` with one line that names what is wrong; nothing stays
         allocated then.
         """
@@ -111,11 +120,10 @@ class Engine:
             raise ConfigError(f"routing is {routing!r}; expected 'resident' or 'exact'")
         checkpoint = Checkpoint.open(path, router_capacity_factor=router_capacity_factor)
         config = checkpoint.config
-        profile = _load_profile(task_profile, checkpoint.directory, config)
-        device = jax.devices()[0]
+        known = RoutingKnowledge.load(checkpoint.directory, config, task_profile, predictor)
         memory = MemoryPlan.of(
             config,
-            platform=device.platform,
+            platform=jax.devices()[0].platform,
             device_bytes=device_memory(),
             dtype=dtype,
             expert_memory=expert_memory,
@@ -124,6 +132,8 @@ class Engine:
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
         )
+        if memory.may_split:
+            memory = dataclasses.replace(memory, capacities=known.split(memory.capacities, config))
         prefill_chunk = min(max_num_batched_tokens, memory.max_model_len)
         scheduler = Scheduler(
             PagePool(memory.num_pages, PAGE_SIZE),
@@ -139,27 +149,22 @@ class Engine:
             return None if progress is None else functools.partial(progress, stage)
 
         model = nnx.merge(*checkpoint.load_dense(memory.dtype, report("weights")))
-        layout = ExpertLayout.of(config, memory.dtype)
-        residency = Residency(
-            config,
-            layout,
-            memory.capacities,
-            _CheckpointReader(checkpoint, layout),
-            policy,
-            host_bytes=memory.host_bytes,
-            memory_kind=None if device.platform == "cpu" else "pinned_host",
-        )
+        residency = open_residency(checkpoint, memory, policy, known, parse_bandwidth(link_bandwidth))
+        planner = None
         try:
+            planner = known.planner(policy, config, memory.capacities, predict_every)
             residency.fill(report("experts"))
             cache = new_cache(config, memory.num_pages, memory.dtype)
             buckets = Buckets.of(max_num_seqs, prefill_chunk, memory.max_model_len)
             runner = Runner(model, residency, cache, buckets)
-            engine = cls(Path(path).name, tokenizer, runner, scheduler, residency, memory, routing, seed)
-            engine.use_task_profile(profile)
+            engine = cls(Path(path).name, tokenizer, runner, scheduler, residency, planner, memory, routing, seed)
+            engine.use_task_profile(known.profile)
             if record_traces is not None:
                 engine.record_traces(record_traces)
         except BaseException:
             residency.close()
+            if planner is not None:
+                planner.close()
             raise
         return engine
 
@@ -288,7 +293,7 @@ class Engine:
         ]
         for sequence in sequences:
             self._scheduler.add(sequence)
-        self._begin_recording(sequences)
+        self._foresee(sequences)
         completions = [Completion(index, logprobs=None if params.logprobs is None else []) for index in range(params.n)]
         output = RequestOutput(request_id, token_ids, completions, task, contract)
         output.prompt_logprobs = None if params.prompt_logprobs is None else []
@@ -306,6 +311,7 @@ class Engine:
         """
         self._residency.commit()
         plan = self._scheduler.schedule(time.monotonic())
+        self._plan_residency()
         if not plan:
             return []
         try:
@@ -313,23 +319,25 @@ class Engine:
         except Exception:
             for sequence in plan.sequences:
                 self._scheduler.finish(sequence, "error")
-                self._answers[sequence.request_id].end(sequence, "error")
+                self._end(sequence, "error")
             raise
         self._steps += 1
         self._scheduler.update(plan, result)
-        self._residency.observe(result.wish_counts)
+        self._observe(result.wish_counts)
         deltas = []
         for sequence, sampled in result.sampled.items():
             delta, stopped = self._answers[sequence.request_id].add(sequence, sampled)
             if stopped:
                 self._scheduler.finish(sequence, "stop")
             deltas.append(delta)
+            if delta.finish_reason is not None and self._answers[sequence.request_id].finished:
+                self._book(sequence.request_id)
         return deltas
 
     def abort(self, request_id: str) -> None:
         """End a request and free its pages. Unknown and finished ids are fine."""
         for sequence in self._scheduler.abort(request_id):
-            self._answers[request_id].end(sequence, "abort")
+            self._end(sequence, "abort")
 
     def output(self, request_id: str) -> RequestOutput:
         """The request so far. Raises `KeyError` for an unknown id."""
@@ -351,6 +359,8 @@ class Engine:
             "routing": self.routing,
             "steps": self._steps,
             "residency": self._residency.state(),
+            "planner": None if self._planner is None else self._planner.state(),
+            "tasks": self._accounts.state(),
             "scheduler": {
                 "waiting": scheduler.num_waiting,
                 "running": scheduler.num_running,
@@ -368,6 +378,8 @@ class Engine:
     def close(self) -> None:
         """Stop the loader's threads and finish the trace, if one is recorded. The engine cannot step afterwards."""
         self._residency.close()
+        if self._planner is not None:
+            self._planner.close()
         self.stop_recording()
 
     def __enter__(self) -> "Engine":
@@ -386,14 +398,54 @@ class Engine:
             return None
         return self._classifier.classify(prompt if isinstance(prompt, str) else self.tokenizer.decode(token_ids))
 
-    def _begin_recording(self, sequences: Rows[Sequence]) -> None:
-        recorder = self._runner.recorder
-        if recorder is None:
+    def _foresee(self, sequences: Rows[Sequence]) -> None:
+        """Tell recorder and planner of a request that came."""
+        recorder, planner = self._runner.recorder, self._planner
+        if recorder is None and planner is None:
             return
-        token_ids = sequences[0].prompt_token_ids
+        first = sequences[0]
+        token_ids = first.prompt_token_ids
         embedding = self._runner.embedding_table()[token_ids].mean(axis=0, dtype=np.float32)
-        for sequence in sequences:
-            sequence.sample = recorder.begin(sequence.task, len(token_ids), embedding)
+        if planner is not None:
+            planner.begin(first.request_id, first.task, len(token_ids), first.params.max_tokens, embedding)
+        if recorder is not None:
+            for sequence in sequences:
+                sequence.sample = recorder.begin(sequence.task, len(token_ids), embedding)
+
+    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
+        """End a completion without a token, and with the last one its request."""
+        answer = self._answers[sequence.request_id]
+        answer.end(sequence, reason)
+        if answer.finished:
+            self._book(sequence.request_id)
+
+    def _plan_residency(self) -> None:
+        """Plan for the requests that run now or next, where those have changed."""
+        if self._planner is None:
+            return
+        scheduler = self._scheduler
+        coming = itertools.islice(scheduler.waiting, max(0, scheduler.max_num_seqs - scheduler.num_running))
+        at_hand = dict.fromkeys(sequence.request_id for sequence in (*scheduler.running, *coming))
+        plan = self._planner.plan_for(list(at_hand))
+        if plan is not None:
+            self._residency.plan(*plan)
+
+    def _observe(self, wish_counts: Int[np.ndarray, "M E"]) -> None:
+        covered = self._residency.observe(wish_counts)
+        if self._planner is not None:
+            self._planner.observe(int(wish_counts.sum()), covered)
+
+    def _book(self, request_id: str) -> None:
+        """Learn from a request that ended."""
+        sequences = self._answers[request_id].sequences
+        if all(sequence.routing_counts is None for sequence in sequences):
+            if self._planner is not None:
+                self._planner.end(request_id, None)
+            return
+        self._accounts.add(sequences)
+        if self._planner is not None:
+            counts = sum(sequence.routing_counts for sequence in sequences if sequence.routing_counts is not None)
+            self._planner.end(request_id, counts)  # pyright: ignore[reportArgumentType]
 
     def _tokenize(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -415,30 +467,6 @@ class Engine:
 
     def _text_stream(self, prompt: list[int], params: SamplingParams) -> TextStream:
         return TextStream(None if self.tokenizer is None else self.tokenizer.stream(prompt), params.stop)
-
-
-@dataclasses.dataclass(frozen=True)
-class _CheckpointReader:
-    """A checkpoint as the expert store's source."""
-
-    checkpoint: Checkpoint
-    layout: ExpertLayout
-
-    def read(self, layer: int, expert: int, record: np.ndarray) -> None:
-        self.checkpoint.read_expert(layer, expert, record, self.layout)
-
-
-def _load_profile(path: str | Path | None, directory: Path, config: ModelConfig) -> TaskProfile | None:
-    """The task profile named, or with "auto" the checkpoint's own; checked against the model."""
-    if path == "auto":
-        path = directory / PROFILE_FILE
-        if not path.exists():
-            return None
-    if path is None:
-        return None
-    profile = TaskProfile.load(path)
-    profile.check(config)
-    return profile
 
 
 def _as_prompts(prompts: Prompt | Rows[Prompt]) -> list[Prompt]:

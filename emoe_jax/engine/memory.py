@@ -34,6 +34,8 @@ class MemoryPlan:
     capacities: tuple[int, ...]
     num_pages: int
     max_model_len: int
+    may_split: bool
+    """Whether layers may get different numbers of slots; not where the budget names slots per layer."""
 
     @classmethod
     def of(
@@ -63,7 +65,8 @@ class MemoryPlan:
                 f"the model's weights without experts take {format_bytes(dense)}; "
                 f"{format_bytes(usable)} of the device's {format_bytes(device_bytes)} can be used"
             )
-        slots = tuple(capacities(config, layout, parse_expert_memory(str(expert_memory)), usable - dense))
+        expert_budget = parse_expert_memory(str(expert_memory))
+        slots = tuple(capacities(config, layout, expert_budget, usable - dense))
         slab = sum(slots) * layout.nbytes
         left = usable - dense - slab
         if max_model_len is not None and not 2 <= max_model_len <= config.max_position:
@@ -93,6 +96,7 @@ class MemoryPlan:
             capacities=slots,
             num_pages=pages + 1,
             max_model_len=max_model_len or min(config.max_position, pages * PAGE_SIZE),
+            may_split=expert_budget.kind != "slots",
         )
 
     def report(self) -> dict[str, int]:
@@ -129,6 +133,13 @@ def dense_parameters(config: ModelConfig) -> int:
     """Numbers in all weights but the experts'."""
     state = nnx.state(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
+
+
+def parse_bandwidth(amount: str | float | None) -> float | None:
+    """Bytes per second: a number, or text such as `2GiB`; None is no limit. Raises `ConfigError`."""
+    if amount is None:
+        return None
+    return float(parse_bytes("link_bandwidth", amount) if isinstance(amount, str) else amount)
 
 
 def parse_bytes(name: str, amount: str | int) -> int:

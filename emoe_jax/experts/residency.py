@@ -111,16 +111,17 @@ class Residency:
         self._policy.plan(rates, joined, kept, sensitivity)
         self._follow_policy(self._config.num_experts)
 
-    def observe(self, wish_counts: Int[np.ndarray, "M E"]) -> None:
-        """Count the wishes of a step and ask for the experts that the policy now prefers."""
-        resident = self.table.resident_mask
+    def observe(self, wish_counts: Int[np.ndarray, "M E"]) -> int:
+        """Count the wishes of a step and ask for the experts that the policy now prefers. How many were resident."""
+        covered = int(wish_counts[self.table.resident_mask].sum())
         self._wishes += int(wish_counts.sum())
-        self._wishes_resident += int(wish_counts[resident].sum())
+        self._wishes_resident += covered
         proven = self._unproven & (wish_counts > 0)
         self._useful += int(proven.sum())
         self._unproven &= ~proven
         self._policy.observe(wish_counts)
         self._follow_policy(SWAPS_PER_LAYER)
+        return covered
 
     def _follow_policy(self, limit_per_layer: int) -> None:
         self._sort_out_tickets()

@@ -1,0 +1,98 @@
+"""What a checkpoint directory brings along about its model's routing, for planning which experts are resident."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from emoe_jax.config import ModelConfig
+from emoe_jax.errors import ConfigError
+from emoe_jax.planner import ResidencyPlanner, split_slots
+from emoe_jax.policies import POLICIES, Knowledge
+from emoe_jax.policies.dynamics import Dynamics
+from emoe_jax.predictor import Predictor
+from emoe_jax.tasks import TaskProfile
+
+PROFILE_FILE = "task_profile.json"
+PREDICTOR_FOLDER = "predictor"
+DYNAMICS_FILE = "dynamics.npz"
+"""Beside the predictor's files: how wishes go on, learned from the same traces."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutingKnowledge:
+    """All that is known before the first request; None where nothing is."""
+
+    profile: TaskProfile | None
+    predictor: Predictor | None
+    dynamics: Dynamics | None
+
+    @classmethod
+    def load(
+        cls,
+        directory: Path,
+        config: ModelConfig,
+        task_profile: str | Path | None,
+        predictor: str | Path | None,
+    ) -> "RoutingKnowledge":
+        """ "auto" is what the checkpoint directory has, if it has it; a path must be there; None is nothing.
+
+        Raises `ConfigError` or `PredictorError` when something is damaged or of another model.
+        """
+        profile_path = _found(task_profile, directory / PROFILE_FILE)
+        predictor_path = _found(predictor, directory / PREDICTOR_FOLDER)
+        profile = loaded = dynamics = None
+        if profile_path is not None:
+            profile = TaskProfile.load(profile_path)
+            profile.check(config)
+        if predictor_path is not None:
+            loaded = Predictor.load(predictor_path)
+            loaded.config.check_model(len(config.moe_layers), config.num_experts, config.top_k, "the served model")
+            if (predictor_path / DYNAMICS_FILE).exists():
+                dynamics = Dynamics.load(predictor_path / DYNAMICS_FILE, len(config.moe_layers), config.num_experts)
+        return cls(profile, loaded, dynamics)
+
+    def for_policies(self) -> Knowledge:
+        """What policies learn from traces."""
+        matrices = None
+        if self.predictor is not None:
+            counts = self.predictor.trained.counts
+            matrices = (counts / np.maximum(counts.sum(axis=2, keepdims=True), 1)).astype(np.float32)
+        return Knowledge(dynamics=self.dynamics, matrices=matrices)
+
+    def rates(self, config: ModelConfig) -> np.ndarray | None:
+        """What one request of no known task is expected to wish for per step, `[M, E]`; None without a profile."""
+        if self.profile is None:
+            return None
+        return (config.top_k * self.profile.frequency(None)).astype(np.float32)
+
+    def split(self, capacities: tuple[int, ...], config: ModelConfig) -> tuple[int, ...]:
+        """The same number of slots, more of them in layers where they cover more by the task profile."""
+        ones = (1.0,) * len(capacities)
+        tasks = {} if self.profile is None else self.profile.tasks
+        routed = [(task.routing, task.sensitivity or ones) for task in tasks.values() if task.routing is not None]
+        if not routed:
+            return capacities
+        shares, sensitivity = (np.stack(part) for part in zip(*routed, strict=True))
+        if not sensitivity.any():
+            return capacities
+        return tuple(split_slots(sum(capacities), shares, sensitivity, config.top_k))
+
+    def planner(
+        self, policy: str, config: ModelConfig, capacities: tuple[int, ...], predict_every: int
+    ) -> ResidencyPlanner | None:
+        """The planner that the policy needs; None for one that does not plan by request."""
+        if predict_every < 1:
+            raise ConfigError(f"predict_every is {predict_every}; predictions can be made every 1 or more prompts")
+        forecast = POLICIES[policy].forecast
+        if forecast not in ("prompt", "task"):
+            return None
+        profile = self.profile or TaskProfile.empty(config)
+        predictor = self.predictor if forecast == "prompt" else None
+        return ResidencyPlanner(profile, capacities, predictor, predict_every, learns=forecast == "prompt")
+
+
+def _found(given: str | Path | None, usual: Path) -> Path | None:
+    if given == "auto":
+        return usual if usual.exists() else None
+    return None if given is None else Path(given)
