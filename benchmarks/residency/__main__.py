@@ -1,4 +1,5 @@
-"""`python -m benchmarks.residency --trace FILE`: every residency policy replayed on a routing trace."""
+"""`python -m benchmarks.residency`: residency policies replayed on a routing trace (`--trace FILE`), or live in an
+engine that answers the demo tasks (`--live MODEL`)."""
 
 from __future__ import annotations
 
@@ -13,18 +14,27 @@ from rich.console import Console
 
 from benchmarks.residency.forecasts import check_traces, learn_from, predicted
 from benchmarks.residency.grid import NAMES, measure
+from benchmarks.residency.live import measure_live
+from benchmarks.residency.live_report import plot_live, print_live
 from benchmarks.residency.report import plot_grid, print_grid
 from emoe_jax.engine.memory import parse_bandwidth, parse_bytes
 from emoe_jax.errors import ConfigError, EmoeError
+from emoe_jax.policies import POLICIES
 from emoe_jax.predictor import Predictor
 from emoe_jax.traces import RoutingTrace
+
+LIVE_POLICIES = sorted(POLICIES)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     given = parse(argv)
     console = Console()
     try:
-        results = replay_trace(given, console)
+        results: dict[str, Any] = {}
+        if given.trace is not None:
+            results |= replay_trace(given, console)
+        if given.live is not None:
+            results |= run_live(given, console)
         if given.json is not None:
             given.json.write_text(json.dumps(results, indent=1) + "\n")
     except (EmoeError, ImportError, OSError) as error:
@@ -34,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.residency", description=__doc__)
     add = parser.add_argument
-    add("--trace", type=Path, required=True, metavar="FILE", help="routing trace to replay")
+    add("--trace", type=Path, metavar="FILE", help="routing trace to replay")
+    add("--live", metavar="MODEL", help="checkpoint to answer the demo tasks with, for example checkpoints/demo")
     add(
         "--train-trace",
         type=Path,
@@ -48,9 +59,38 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--policies", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}")
     add("--expert-bytes", default="13.2MB", help="size of an expert (default 13.2MB, gpt-oss-20b in MXFP4)")
     add("--link-bandwidth", default="25GB", help="bytes per second to the device (default 25GB, PCIe 4.0 x16)")
+    live = parser.add_argument_group("with --live")
+    live.add_argument("--shares", type=float, nargs="+", default=[0.75, 0.6, 0.5, 0.4, 0.3, 0.2], metavar="SHARE")
+    live.add_argument("--live-policies", nargs="+", choices=LIVE_POLICIES, default=["emoe"], metavar="NAME")
+    live.add_argument("--per-task", type=int, default=60, metavar="N", help="test prompts of each task (default 60)")
+    live.add_argument("--repetitions", type=int, default=5, metavar="N", help="of each timing (default 5)")
+    live.add_argument("--switch-share", type=float, default=0.4, metavar="SHARE", help="residency of the topic switch")
     add("--json", type=Path, metavar="FILE", help="write the numbers here")
     add("--plots", type=Path, metavar="DIR", help="write curves as PNG files here")
-    return parser.parse_args(argv)
+    given = parser.parse_args(argv)
+    if given.trace is None and given.live is None:
+        parser.error("give --trace FILE, --live MODEL or both")
+    if not all(0 < share <= 1 for share in (*given.shares, given.switch_share)):
+        parser.error("shares of resident experts lie between 0 and 1")
+    if min(given.per_task, given.repetitions) < 1:
+        parser.error("--per-task and --repetitions must be at least 1")
+    return given
+
+
+def run_live(given: argparse.Namespace, console: Console) -> dict[str, Any]:
+    results = measure_live(
+        given.live,
+        given.shares,
+        given.live_policies,
+        given.per_task,
+        given.repetitions,
+        given.switch_share,
+        lambda text: console.print(text, style="dim"),
+    )
+    print_live(results, console)
+    if given.plots is not None:
+        plot_live(results, given.plots / "residency_live.png")
+    return results
 
 
 def replay_trace(given: argparse.Namespace, console: Console) -> dict[str, Any]:

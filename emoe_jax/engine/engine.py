@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
@@ -12,14 +11,14 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from emoe_jax.checkpoint import Checkpoint, Tokenizer
 from emoe_jax.config import ModelConfig
-from emoe_jax.engine.accounts import TaskAccounts
 from emoe_jax.engine.adjust import LogitAdjustment
 from emoe_jax.engine.answer import Answer
 from emoe_jax.engine.batch import Buckets
+from emoe_jax.engine.foresight import Foresight
 from emoe_jax.engine.knowledge import RoutingKnowledge
 from emoe_jax.engine.kv_cache import PAGE_SIZE, new_cache
 from emoe_jax.engine.memory import MemoryPlan, device_memory, parse_bandwidth
@@ -73,8 +72,8 @@ class Engine:
         self._runner = runner
         self._scheduler = scheduler
         self._residency = residency
-        self._planner = planner
-        self._accounts = TaskAccounts(self.config.top_k)
+        self._foresight = Foresight(residency, planner, self.config.top_k)
+        self._step_seconds = 0.0
         self._answers: dict[str, Answer] = {}
         self._seeds = np.random.default_rng(seed)
         self._next_id = 0
@@ -309,9 +308,10 @@ class Engine:
         An exception of the device or of the expert store ends the requests of the batch with `error` and is raised
         after that; other requests go on with the next step.
         """
+        began = time.monotonic()
         self._residency.commit()
-        plan = self._scheduler.schedule(time.monotonic())
-        self._plan_residency()
+        plan = self._scheduler.schedule(began)
+        self._foresight.before_step(self._scheduler)
         if not plan:
             return []
         try:
@@ -323,15 +323,17 @@ class Engine:
             raise
         self._steps += 1
         self._scheduler.update(plan, result)
-        self._observe(result.wish_counts)
+        self._foresight.after_step(result.wish_counts)
         deltas = []
         for sequence, sampled in result.sampled.items():
-            delta, stopped = self._answers[sequence.request_id].add(sequence, sampled)
+            answer = self._answers[sequence.request_id]
+            delta, stopped = answer.add(sequence, sampled)
             if stopped:
                 self._scheduler.finish(sequence, "stop")
             deltas.append(delta)
-            if delta.finish_reason is not None and self._answers[sequence.request_id].finished:
-                self._book(sequence.request_id)
+            if answer.finished:
+                self._foresight.ended(answer.sequences)
+        self._step_seconds += time.monotonic() - began
         return deltas
 
     def abort(self, request_id: str) -> None:
@@ -358,9 +360,8 @@ class Engine:
             "family": self.config.family,
             "routing": self.routing,
             "steps": self._steps,
-            "residency": self._residency.state(),
-            "planner": None if self._planner is None else self._planner.state(),
-            "tasks": self._accounts.state(),
+            "step_seconds": round(self._step_seconds, 6),
+            **self._foresight.state(),
             "scheduler": {
                 "waiting": scheduler.num_waiting,
                 "running": scheduler.num_running,
@@ -377,9 +378,7 @@ class Engine:
 
     def close(self) -> None:
         """Stop the loader's threads and finish the trace, if one is recorded. The engine cannot step afterwards."""
-        self._residency.close()
-        if self._planner is not None:
-            self._planner.close()
+        self._foresight.close()
         self.stop_recording()
 
     def __enter__(self) -> "Engine":
@@ -400,14 +399,12 @@ class Engine:
 
     def _foresee(self, sequences: Rows[Sequence]) -> None:
         """Tell recorder and planner of a request that came."""
-        recorder, planner = self._runner.recorder, self._planner
-        if recorder is None and planner is None:
+        recorder = self._runner.recorder
+        if recorder is None and not self._foresight.plans:
             return
-        first = sequences[0]
-        token_ids = first.prompt_token_ids
+        token_ids = sequences[0].prompt_token_ids
         embedding = self._runner.embedding_table()[token_ids].mean(axis=0, dtype=np.float32)
-        if planner is not None:
-            planner.begin(first.request_id, first.task, len(token_ids), first.params.max_tokens, embedding)
+        self._foresight.arrived(sequences[0], embedding)
         if recorder is not None:
             for sequence in sequences:
                 sequence.sample = recorder.begin(sequence.task, len(token_ids), embedding)
@@ -417,35 +414,7 @@ class Engine:
         answer = self._answers[sequence.request_id]
         answer.end(sequence, reason)
         if answer.finished:
-            self._book(sequence.request_id)
-
-    def _plan_residency(self) -> None:
-        """Plan for the requests that run now or next, where those have changed."""
-        if self._planner is None:
-            return
-        scheduler = self._scheduler
-        coming = itertools.islice(scheduler.waiting, max(0, scheduler.max_num_seqs - scheduler.num_running))
-        at_hand = dict.fromkeys(sequence.request_id for sequence in (*scheduler.running, *coming))
-        plan = self._planner.plan_for(list(at_hand))
-        if plan is not None:
-            self._residency.plan(*plan)
-
-    def _observe(self, wish_counts: Int[np.ndarray, "M E"]) -> None:
-        covered = self._residency.observe(wish_counts)
-        if self._planner is not None:
-            self._planner.observe(int(wish_counts.sum()), covered)
-
-    def _book(self, request_id: str) -> None:
-        """Learn from a request that ended."""
-        sequences = self._answers[request_id].sequences
-        if all(sequence.routing_counts is None for sequence in sequences):
-            if self._planner is not None:
-                self._planner.end(request_id, None)
-            return
-        self._accounts.add(sequences)
-        if self._planner is not None:
-            counts = sum(sequence.routing_counts for sequence in sequences if sequence.routing_counts is not None)
-            self._planner.end(request_id, counts)  # pyright: ignore[reportArgumentType]
+            self._foresight.ended(answer.sequences)
 
     def _tokenize(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):

@@ -1,0 +1,87 @@
+"""Live results as tables and curves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.residency.report import STYLES
+
+_COLUMNS = (
+    ("CLSFY", lambda cell: f"{cell['exact_match']['clsfy']:.1%}"),
+    ("COMP", lambda cell: f"{cell['exact_match']['comp']:.1%}"),
+    ("QA", lambda cell: f"{cell['exact_match']['qa']:.1%}"),
+    ("perplexity", lambda cell: f"{cell['perplexity']:.3f}"),
+    ("ratio", lambda cell: _ratio(cell, "perplexity_ratio")),
+    ("substituted", lambda cell: f"{cell['substituted']:.1%}"),
+    ("coverage", lambda cell: f"{cell['coverage']:.1%}"),
+    ("decode b1", lambda cell: _ratio(cell, "decode_ratio_b1")),
+    ("decode b16", lambda cell: _ratio(cell, "decode_ratio_b16")),
+    ("host", lambda cell: f"{sum(cell.get(f'{part}_share', 0) for part in ('planning', 'prediction', 'commit')):.1%}"),
+)
+
+
+def print_live(results: dict[str, Any], console: Console) -> None:
+    """One row per policy and residency; `host` is planning, prediction and commits as a share of step time."""
+    table = Table(title="live: exact match and cost against all experts resident", title_justify="left")
+    table.add_column("policy")
+    table.add_column("resident", justify="right")
+    for name, _ in _COLUMNS:
+        table.add_column(name, justify="right")
+    for policy, cells in results["live_policies"].items():
+        for share, cell in cells.items():
+            table.add_row(policy, f"{float(share):.0%}", *(show(cell) for _, show in _COLUMNS))
+    console.print(table)
+    switch = results["topic_switch"]
+    console.print(
+        f"topic switch at {switch['residency']:.0%}: coverage is back at 95 % of its steady "
+        f"{switch['steady_coverage']:.1%} after {switch['prompts_to_recover']} prompts"
+    )
+
+
+def plot_live(results: dict[str, Any], path: Path) -> None:
+    """Perplexity and substitution by residency, and coverage around the topic switch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 3, figsize=(19, 5.5), layout="constrained")
+    for policy, cells in results["live_policies"].items():
+        if policy not in STYLES:
+            continue
+        colour, line = STYLES[policy]
+        shares = [100 * float(share) for share in cells]
+        style = {"color": colour, "linestyle": line, "marker": "o", "markersize": 4, "label": policy}
+        panels[0].plot(shares, [cell["perplexity_ratio"] for cell in cells.values()], **style)
+        panels[1].plot(shares, [100 * cell["substituted"] for cell in cells.values()], **style)
+    panels[0].set_ylabel("perplexity of reference answers, over all resident")
+    panels[1].set_ylabel("assignments substituted, %")
+    for panel in panels[:2]:
+        panel.set_xlabel("experts resident, %")
+        panel.invert_xaxis()
+        panel.legend()
+    switch = results["topic_switch"]
+    panels[2].plot([100 * value for value in switch["coverage_by_prompt"]], color="#D55E00", linewidth=1)
+    panels[2].axvline(switch["prompts_of_each"], color="#000000", linestyle=":", linewidth=1)
+    panels[2].annotate(
+        f"{switch['from']} | {switch['to']}",
+        (switch["prompts_of_each"], 0.02),
+        (-30, 0),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+    )
+    panels[2].set_xlabel("prompt")
+    panels[2].set_ylabel("assignments served by the wished expert, %")
+    for panel in panels:
+        panel.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _ratio(cell: dict[str, Any], name: str) -> str:
+    return f"{cell[name]:.2f}" if name in cell else ""

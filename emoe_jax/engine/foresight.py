@@ -1,0 +1,83 @@
+"""Residency kept ahead of requests: planner and policy told of requests and wishes, and what that costs the host."""
+
+import contextlib
+import itertools
+import time
+from collections.abc import Iterator
+from collections.abc import Sequence as Rows
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from emoe_jax.engine.accounts import TaskAccounts
+from emoe_jax.engine.sequence import Sequence
+from emoe_jax.experts.residency import Residency
+from emoe_jax.planner import ResidencyPlanner
+from emoe_jax.scheduling.scheduler import Scheduler
+
+
+class Foresight:
+    """`arrived`, then `before_step` and `after_step` around every step, then `ended`. Owned by the step's owner."""
+
+    def __init__(self, residency: Residency, planner: ResidencyPlanner | None, top_k: int):
+        self.plans = planner is not None
+        self._residency = residency
+        self._planner = planner
+        self._accounts = TaskAccounts(top_k)
+        self._seconds = 0.0
+
+    def arrived(self, sequence: Sequence, embedding: Float[np.ndarray, " d"]) -> None:
+        """A request came, of which this is the first sequence; `embedding` is the mean of its prompt's."""
+        if self._planner is not None:
+            prompt_tokens, params = len(sequence.prompt_token_ids), sequence.params
+            with self._timed():
+                self._planner.begin(sequence.request_id, sequence.task, prompt_tokens, params.max_tokens, embedding)
+
+    def before_step(self, scheduler: Scheduler) -> None:
+        """Plan for the requests that run now or next, where those have changed."""
+        if self._planner is None:
+            return
+        with self._timed():
+            coming = itertools.islice(scheduler.waiting, max(0, scheduler.max_num_seqs - scheduler.num_running))
+            at_hand = dict.fromkeys(sequence.request_id for sequence in (*scheduler.running, *coming))
+            plan = self._planner.plan_for(list(at_hand))
+            if plan is not None:
+                self._residency.plan(*plan)
+
+    def after_step(self, wish_counts: Int[np.ndarray, "M E"]) -> None:
+        """Let the policy follow a step's wishes."""
+        with self._timed():
+            covered = self._residency.observe(wish_counts)
+            if self._planner is not None:
+                self._planner.observe(int(wish_counts.sum()), covered)
+
+    def ended(self, sequences: Rows[Sequence]) -> None:
+        """A request ended; these were its sequences."""
+        routed = [sequence.routing_counts for sequence in sequences if sequence.routing_counts is not None]
+        if routed:
+            self._accounts.add(sequences)
+        if self._planner is not None:
+            with self._timed():
+                self._planner.end(sequences[0].request_id, np.sum(routed, axis=0) if routed else None)
+
+    def state(self) -> dict[str, Any]:
+        """The engine state's parts on residency, planning and tasks."""
+        planner = {"planning_seconds": round(self._seconds, 6)}
+        if self._planner is not None:
+            planner |= self._planner.state()
+        return {"residency": self._residency.state(), "planner": planner, "tasks": self._accounts.state()}
+
+    def close(self) -> None:
+        """Join the threads of loader and predictor."""
+        self._residency.close()
+        if self._planner is not None:
+            self._planner.close()
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds += time.perf_counter() - began
