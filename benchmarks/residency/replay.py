@@ -98,7 +98,7 @@ def _replay(
         return (state, resident, last), Totals(*(of.sum(0) for of in sums))
 
     state = () if rule is None else rule.start(plans.rates[0])
-    last = jnp.ones(resident.shape[1:], bool)
+    last = jnp.zeros(resident.shape[1:], bool)  # nothing was wished for yet
     return jax.lax.scan(one_chunk, (state, resident, last), chunks)[1]
 
 

@@ -73,6 +73,7 @@ def plot_grid(grid: Grid, title: str, path: Path) -> None:
         (panel.set_yscale if panel is panels[1] else panel.set_xscale)("symlog", linthresh=0.01)
     for panel in panels:
         panel.grid(alpha=0.3)
+    panels[1].set_ylim(bottom=0)
     panels[0].legend(loc="lower left", fontsize=9)
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
