@@ -23,14 +23,17 @@ from emoe_jax.tasks import Lengths, TaskProfile
 from emoe_jax.traces import RoutingTrace
 from emoe_jax.traces.parts import parts_of
 from emoe_jax.traces.recorder import recover
-from train.keywords import with_demo_keywords
-from train.tasks import TASKS, examples
+from train import prompts as labelled
+from train.keywords import with_demo_keywords, with_keywords
+from train.prompts import Prompt
+from train.tasks import TASKS, unrelated
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m train.traces", description=__doc__)
     add = parser.add_argument
     add("--model", default="checkpoints/demo", help="checkpoint directory or hub id")
+    add("--prompts", type=Path, metavar="FILE", help="JSONL of task and prompt or messages, instead of drawn prompts")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="tasks to draw prompts of")
     add("--per-task", type=int, default=200, help="prompts per task")
     add("--split", choices=("train", "test"), default="train", help="which phrases and names prompts may use")
@@ -40,7 +43,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max-num-seqs", type=int, default=16, help="sequences computed together")
     add("--out", type=Path, metavar="FILE.npz", help="the trace")
     add("--profile", type=Path, metavar="FILE", help="task profile to make, or to update where it exists")
-    add("--keyword-prompts", type=int, default=600, help="prompts per task to learn keywords from; 0 leaves them")
+    add(
+        "--keyword-prompts",
+        type=int,
+        default=600,
+        help="prompts per task to draw and learn keywords from (with --prompts, the file's); 0 leaves keywords",
+    )
     add("--json", type=Path, metavar="FILE", help="write the numbers here")
     add("--recover", type=Path, metavar="FILE.npz", help="only finish the trace of a run that was killed")
     options = parser.parse_args(argv)
@@ -96,17 +104,20 @@ def record(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     ) as engine:
         path: Path | None = options.profile
         profile = None if path is None else _open_profile(path, engine)
-        prompts = _prompts(options, engine)
+        prompts = _prompts(options)
+        encoded = _encoded(prompts, options, engine)
         engine.record_traces(options.out)
-        outputs = _answers(engine, prompts, options, console)
+        outputs = _answers(engine, encoded, options, console)
     trace = RoutingTrace.load(options.out)
     numbers = {"model": engine.model_name, "trace": str(options.out), "tokens": trace.num_tokens}
-    numbers["tasks"] = {
-        task: _numbers(task, [output for output in outputs if output.task == task], trace) for task in options.tasks
-    }
+    by_task = {task: [output for output in outputs if output.task == task] for task in labelled.tasks_of(prompts)}
+    numbers["tasks"] = {task: _numbers(task, some, trace) for task, some in by_task.items()}
     if profile is not None and path is not None:
         numbers["profile"] = str(path)
-        _updated(profile, outputs, trace, options).save(path)
+        profile = _with_answers(profile, by_task, trace)
+        if options.keyword_prompts:
+            profile = _with_keywords(profile, prompts, options)
+        profile.save(path)
     return numbers
 
 
@@ -118,26 +129,27 @@ def _open_profile(path: Path, engine: Engine) -> TaskProfile:
     return profile
 
 
-def _prompts(options: argparse.Namespace, engine: Engine) -> list[tuple[str, list[int]]]:
-    """Task and token ids of every prompt, in a random order of arrival, each as the server would render it."""
-    tokenizer = engine.tokenizer
-    if tokenizer is None:
-        raise ConfigError(f"{options.model} has no tokenizer, so prompts in words cannot be run")
-    prompts: list[tuple[str, list[int]]] = []
-    for task in options.tasks:
-        for example in examples(task, options.split, options.seed, options.per_task):
-            if tokenizer.has_chat_template:
-                token_ids = tokenizer.chat(example.messages)
-            else:
-                token_ids = tokenizer.encode(example.prompt)
-            if len(token_ids) + options.max_tokens > engine.max_model_len:
-                raise ConfigError(
-                    f"a prompt of {task} has {len(token_ids)} tokens; with --max-tokens {options.max_tokens} that "
-                    f"exceeds the model's {engine.max_model_len}"
-                )
-            prompts.append((task, token_ids))
+def _prompts(options: argparse.Namespace) -> list[Prompt]:
+    """The file's prompts in its order, or drawn ones in a random order of arrival."""
+    if options.prompts is not None:
+        return labelled.read(options.prompts)
+    prompts = labelled.drawn(options.tasks, options.split, options.seed, options.per_task)
     random.Random(options.seed).shuffle(prompts)
     return prompts
+
+
+def _encoded(prompts: list[Prompt], options: argparse.Namespace, engine: Engine) -> list[tuple[str, list[int]]]:
+    """Task and token ids of every prompt."""
+    if engine.tokenizer is None:
+        raise ConfigError(f"{options.model} has no tokenizer, so prompts in words cannot be run")
+    encoded = [(prompt.task, prompt.token_ids(engine.tokenizer)) for prompt in prompts]
+    for task, token_ids in encoded:
+        if len(token_ids) + options.max_tokens > engine.max_model_len:
+            raise ConfigError(
+                f"a prompt of {task} has {len(token_ids)} tokens; with --max-tokens {options.max_tokens} that "
+                f"exceeds the model's {engine.max_model_len}"
+            )
+    return encoded
 
 
 def _answers(
@@ -196,19 +208,26 @@ def _frequency(task: str, trace: RoutingTrace) -> tuple[np.ndarray, int]:
     return np.array(counts) / max(1, experts.shape[0] * trace.top_k), len(experts)
 
 
-def _updated(
-    profile: TaskProfile, outputs: list[RequestOutput], trace: RoutingTrace, options: argparse.Namespace
-) -> TaskProfile:
-    """The profile with this run's answer lengths and mean routing, and keywords unless they are to be left."""
-    for task in options.tasks:
-        lengths = [len(output.token_ids) for output in outputs if output.task == task]
+def _with_answers(profile: TaskProfile, outputs: dict[str, list[RequestOutput]], trace: RoutingTrace) -> TaskProfile:
+    """The profile with this run's answer lengths and mean routing by task."""
+    for task, some in outputs.items():
+        lengths = [len(output.token_ids) for output in some]
         frequency, tokens = _frequency(task, trace)
         profile = profile.with_task(
             task, output_length=Lengths.of(lengths), routing=frequency, prompts=len(lengths), tokens=tokens
         )
-    if options.keyword_prompts:
-        profile = with_demo_keywords(profile, options.tasks, options.seed, options.keyword_prompts)
     return profile
+
+
+def _with_keywords(profile: TaskProfile, prompts: list[Prompt], options: argparse.Namespace) -> TaskProfile:
+    """The profile with keywords of the prompts' tasks; those of demo tasks are learned from more prompts than run."""
+    if options.prompts is None:
+        return with_demo_keywords(profile, options.tasks, options.seed, options.keyword_prompts)
+    texts = {
+        task: [prompt.text for prompt in prompts if prompt.task == task][: options.keyword_prompts]
+        for task in labelled.tasks_of(prompts)
+    }
+    return with_keywords(profile, texts, unrelated.REQUESTS, unrelated.prose())
 
 
 def print_table(numbers: dict[str, Any], console: Console) -> None:

@@ -54,6 +54,23 @@ def test_a_run_makes_trace_profile_and_numbers(model: Path, tmp_path: Path, caps
         assert engine.generate(question, params, task="qa")[0].task == "qa"
 
 
+def test_prompts_of_a_file_are_run_in_its_order(model: Path, tmp_path: Path) -> None:
+    texts = ["rhyme a poem on rain", "solve the sum"] * 6
+    lines = [{"task": text.split()[-1], "prompt": f"{text} {number}"} for number, text in enumerate(texts)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["--model", str(model), "--prompts", str(tmp_path / "prompts.jsonl"), "--max-tokens", "3"]
+    command += ["--max-num-seqs", "1", "--out", str(tmp_path / "t.npz"), "--profile", str(tmp_path / "p.json")]
+    assert traces.main(command) == 0
+    trace = RoutingTrace.load(tmp_path / "t.npz")
+    assert trace.tasks == ["rain", "sum"] * 6
+    assert trace.prompt_length is not None
+    assert (trace.counts(first=2).sum(-1) <= 2 * 2).all()
+    assert (trace.counts().sum((1, 2)) > trace.prompt_length).all()
+    profile = TaskProfile.load(tmp_path / "p.json")
+    assert set(profile.tasks) == {"rain", "sum"}
+    assert "poem" in " ".join(profile.tasks["rain"].keywords)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -63,6 +80,7 @@ def test_a_run_makes_trace_profile_and_numbers(model: Path, tmp_path: Path, caps
         (["--out", "{}/trace.txt"], "must be named *.npz"),
         (["--out", "{}/t.npz", "--max-tokens", "600"], "exceeds the model's 640"),
         (["--out", "{}/t.npz", "--profile", "{}/bad.json"], "task profile"),
+        (["--out", "{}/t.npz", "--prompts", "{}/none.jsonl"], "none.jsonl: No such file"),
         (["--recover", "{}/t.npz"], "there is no recording to recover"),
         (["--out", "{}/t.npz", "--model", "{}/none"], "none"),
     ],
