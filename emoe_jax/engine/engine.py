@@ -24,6 +24,7 @@ from emoe_jax.engine.kv_cache import PAGE_SIZE, new_cache
 from emoe_jax.engine.memory import MemoryPlan, device_memory, parse_bandwidth
 from emoe_jax.engine.opening import open_residency
 from emoe_jax.engine.pages import PagePool
+from emoe_jax.engine.quality import Quality
 from emoe_jax.engine.request import SLO, Completion, Delta, FinishReason, RequestOutput, RoutingContract, SamplingParams
 from emoe_jax.engine.runner import Runner
 from emoe_jax.engine.sequence import Sequence
@@ -247,6 +248,16 @@ class Engine:
         """Float32 logits of one uncached forward under the routing contract."""
         self._check_tokens(token_ids)
         return self._runner.logits(token_ids, routing or self.routing)
+
+    def quality(self, text: Prompt) -> Quality:
+        """Perplexity of a text under the present residents and under all experts, and the KL between the two.
+
+        Two uncached forwards. Raises `RequestError` for a text of fewer than two tokens.
+        """
+        token_ids = self._tokenize(text)
+        if len(token_ids) < 2:
+            raise RequestError(f"the text has {len(token_ids)} tokens; 2 are needed to predict one", param="text")
+        return Quality.of(token_ids, self.logits(token_ids, "resident"), self.logits(token_ids, "exact"))
 
     def add_request(
         self,

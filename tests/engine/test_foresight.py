@@ -1,0 +1,126 @@
+"""Residency planned by request, seen through a whole engine."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from emoe_jax import ConfigError, Engine, RequestError, SamplingParams
+from emoe_jax.config import ModelConfig
+from emoe_jax.engine.quality import Quality
+from emoe_jax.tasks import Lengths, Task, TaskProfile
+from tests.engine.conftest import TINY
+
+LAYERS, EXPERTS, TOP_K = 3, 8, 2
+PARAMS = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+
+
+def favouring(*experts: int) -> np.ndarray:
+    shares = np.full((LAYERS, EXPERTS), 0.05 / EXPERTS)
+    shares[:, experts] += 0.95 / len(experts)
+    return shares
+
+
+PROFILE = TaskProfile(
+    LAYERS,
+    EXPERTS,
+    TOP_K,
+    tasks={
+        "odd": Task(routing=favouring(1, 3, 5), output_length=Lengths.of([6])),
+        "even": Task(routing=favouring(0, 2, 4), output_length=Lengths.of([6])),
+        "deaf": Task(routing=favouring(5, 6, 7), sensitivity=(0.0,) * LAYERS),
+    },
+)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    path = tmp_path_factory.mktemp("profile") / "tasks.json"
+    PROFILE.save(path)
+    options = {"max_num_seqs": 2, "max_num_batched_tokens": 16, "policy": "emoe-no-refresh"}
+    with Engine.load(tiny_checkpoint, expert_memory="3 slots", task_profile=path, **options) as engine:
+        yield engine
+
+
+def serve(engine: Engine, task: str) -> list[list[int]]:
+    """Answer prompts of a task until their loads are in; the residents of each layer."""
+    for _ in range(3):
+        engine.generate([3, 1, 4, 1, 5], PARAMS, task=task)
+        assert engine._residency._loader.wait_idle(10)
+    return [layer.tolist() if hasattr(layer, "tolist") else layer for layer in engine.state()["residency"]["experts"]]
+
+
+def test_residents_follow_the_task_at_hand(engine: Engine) -> None:
+    assert serve(engine, "odd") == [[1, 3, 5]] * LAYERS
+    assert serve(engine, "even") == [[0, 2, 4]] * LAYERS
+
+
+def test_a_task_that_needs_no_expert_in_particular_loads_none(engine: Engine) -> None:
+    before = serve(engine, "odd")
+    assert serve(engine, "deaf") == before
+
+
+def test_what_answers_lost_is_booked_by_task(engine: Engine) -> None:
+    serve(engine, "odd")
+    booked = engine.state()["tasks"]["odd"]
+    assert booked["requests"] >= 3
+    assert 0 < booked["substituted"] < 1
+    assert 0 < booked["substituted_mass"] < 1
+    requests = booked["requests"]
+    engine.generate([3, 1, 4], PARAMS, task="odd", routing="exact")
+    assert engine.state()["tasks"]["odd"]["requests"] == requests + 1
+
+
+def test_quality_compares_the_residents_with_all_experts(engine: Engine) -> None:
+    serve(engine, "odd")
+    text = [3, 1, 4, 1, 5, 9, 2, 6]
+    resident = engine.logits(text, "resident")  # before `exact`, which loads other experts
+    quality = engine.quality(text)
+    full = engine.logits(text, "exact")
+    picked = np.arange(len(text) - 1), text[1:]
+    for logits, perplexity in ((resident, quality.perplexity), (full, quality.full_perplexity)):
+        odds = np.exp(logits[:-1] - logits[:-1].max(axis=-1, keepdims=True))
+        odds /= odds.sum(axis=-1, keepdims=True)
+        assert perplexity == pytest.approx(np.exp(-np.log(odds[picked]).mean()), rel=1e-3)
+    assert quality.kl > 0
+    assert Quality.of(text, full, full).kl == pytest.approx(0, abs=1e-6)
+    with pytest.raises(RequestError, match="1 tokens"):
+        engine.quality([3])
+
+
+def test_layers_that_spread_get_more_slots(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    shares = favouring(1, 3)
+    shares[0] = 1 / EXPERTS
+    path = tmp_path / "tasks.json"
+    TaskProfile(LAYERS, EXPERTS, TOP_K, tasks={"odd": Task(routing=shares)}).save(path)
+    with Engine.load(tiny_checkpoint, expert_memory="50%", task_profile=path) as engine:
+        assert engine.state()["residency"]["slots"] == [8, 2, 2]
+    with Engine.load(tiny_checkpoint, expert_memory="4 slots", task_profile=path) as engine:
+        assert engine.state()["residency"]["slots"] == [4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"predict_every": 0}, "predict_every"),
+        ({"link_bandwidth": 0.0}, "link bandwidth"),
+        ({"link_bandwidth": "fast"}, "link_bandwidth"),
+        ({"policy": "belady"}, "unknown residency policy"),
+        ({"policy": "next-layer-router"}, "learned from a trace"),
+        ({"predictor": "/nowhere"}, "nowhere"),
+    ],
+)
+def test_bad_options_are_refused_by_name(tiny_checkpoint: Path, options: dict, message: str) -> None:
+    with pytest.raises(Exception, match=message) as caught:
+        Engine.load(tiny_checkpoint, **options)
+    assert "\n" not in str(caught.value)
+    if "predictor" not in options:
+        assert isinstance(caught.value, ConfigError)
+
+
+def test_a_profile_of_another_model_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    config = ModelConfig.from_hf(TINY | {"num_local_experts": 4})
+    TaskProfile.empty(config).save(tmp_path / "tasks.json")
+    with pytest.raises(ConfigError, match="of a model with"):
+        Engine.load(tiny_checkpoint, task_profile=tmp_path / "tasks.json")
