@@ -9,14 +9,12 @@ from emoe_jax.config import ModelConfig
 from emoe_jax.errors import ConfigError
 from emoe_jax.planner import ResidencyPlanner, split_slots
 from emoe_jax.policies import POLICIES, Knowledge
-from emoe_jax.policies.dynamics import Dynamics
+from emoe_jax.policies.dynamics import DYNAMICS_FILE, Dynamics
 from emoe_jax.predictor import Predictor
 from emoe_jax.tasks import TaskProfile
 
 PROFILE_FILE = "task_profile.json"
 PREDICTOR_FOLDER = "predictor"
-DYNAMICS_FILE = "dynamics.npz"
-"""Beside the predictor's files: how wishes go on, learned from the same traces."""
 
 
 @dataclasses.dataclass(frozen=True)

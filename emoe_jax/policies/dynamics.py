@@ -18,6 +18,8 @@ from jaxtyping import Float
 
 from emoe_jax.errors import ConfigError
 
+DYNAMICS_FILE = "dynamics.npz"
+"""Its name in a predictor's directory."""
 HALF_LIVES = (2.0, 8.0, 32.0, 128.0)
 LATENT_HALF_LIVES = (1.0, 4.0)
 # Least squares on 264 prompts of the gpt-oss-20b trace; for what has no dynamics of its own.

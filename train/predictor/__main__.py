@@ -17,6 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from emoe_jax.errors import EmoeError
+from emoe_jax.policies.dynamics import DYNAMICS_FILE, Dynamics
+from emoe_jax.policies.learning import learn_dynamics
 from emoe_jax.predictor import Predictor, PredictorConfig, PredictorError, Prompts
 from emoe_jax.predictor.predictor import CONFIG
 from emoe_jax.traces import RoutingTrace
@@ -77,6 +79,7 @@ def train(given: argparse.Namespace, console: Console) -> dict[str, Any]:
     improved = float(state.best_coverage) - before
     finished = Predictor(config, prompts, state.best)
     finished.save(out)
+    _learn_dynamics(trace, finished).save(out / DYNAMICS_FILE)
     report.plot(report.read(out / "history.jsonl"), before, out / "curves.png")
     predictor.weights = state.best
     # The held-out prompts are judged by a predictor that remembers the others only.
@@ -92,6 +95,14 @@ def train(given: argparse.Namespace, console: Console) -> dict[str, Any]:
         f"wrote {out}: step {int(state.best_step)} was best, {improved:+.4f} mean coverage over the prior alone"
     )
     return numbers
+
+
+def _learn_dynamics(trace: RoutingTrace, predictor: Predictor) -> Dynamics:
+    """How wishes go on after the prior's word on prompts that it has not seen; what residency policies follow."""
+    trace = trace.select(np.flatnonzero(np.bincount(trace.sample, minlength=trace.num_prompts)))
+    start, later = (prior.left_out() for prior in predictor.priors)
+    remembered = trace.select(range(trace.num_prompts - len(start), trace.num_prompts))
+    return learn_dynamics(remembered, start, later)
 
 
 def _run(
