@@ -41,6 +41,7 @@ class Options:
     predictor: str
     predict_every: int
     link_bandwidth: str | None
+    load_wait_ms: int
     record_traces: str | None
     api_key: list[str]
     allowed_origins: list[str]
@@ -140,6 +141,12 @@ def _build_parser() -> _Parser:
     )
     add("--predict-every", type=_integer(1), default=40, help="prompts from one prediction to the next")
     add("--link-bandwidth", metavar="SIZE", help="bytes per second that background loads may take, for example 2GiB")
+    add(
+        "--load-wait-ms",
+        type=_integer(0, 60_000),
+        default=50,
+        help="milliseconds that a prompt waits for its planned experts while nothing else runs",
+    )
     add("--record-traces", metavar="FILE.npz", help="record the routing of all requests here")
     add("--api-key", nargs="+", type=_name, default=[], metavar="KEY", help="keys of which a client must send one")
     add(

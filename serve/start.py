@@ -68,6 +68,7 @@ def load(options: Options) -> Engine:
             predictor=None if options.predictor == "none" else options.predictor,
             predict_every=options.predict_every,
             link_bandwidth=options.link_bandwidth,
+            load_wait_ms=options.load_wait_ms,
             record_traces=options.record_traces,
             seed=options.seed,
             progress=report,

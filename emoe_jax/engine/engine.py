@@ -63,6 +63,7 @@ class Engine:
         planner: ResidencyPlanner | None,
         memory: MemoryPlan,
         routing: RoutingContract,
+        load_wait: float,
         seed: int,
     ):
         self.model_name = model_name
@@ -75,6 +76,7 @@ class Engine:
         self._residency = residency
         self._foresight = Foresight(residency, planner, self.config.top_k)
         self._step_seconds = 0.0
+        self._load_wait = load_wait
         self._answers: dict[str, Answer] = {}
         self._seeds = np.random.default_rng(seed)
         self._next_id = 0
@@ -101,6 +103,7 @@ class Engine:
         predictor: str | Path | None = "auto",
         predict_every: int = 40,
         link_bandwidth: str | float | None = None,
+        load_wait_ms: float = 50.0,
         record_traces: str | Path | None = None,
         seed: int = 0,
         progress: Progress | None = None,
@@ -112,7 +115,8 @@ class Engine:
         and `kv_memory` are bytes ("2GiB"). `policy` says which experts are kept (`emoe_jax.policies`). `task_profile`
         and `predictor` are a file and a directory, by default the checkpoint's own `task_profile.json` and `predictor`
         if it has them; the predictor is asked every `predict_every` prompts. Background loads keep below
-        `link_bandwidth` bytes/s ("2GiB"). `record_traces` is where to record routing from the start. Raises
+        `link_bandwidth` bytes/s ("2GiB"); while nothing else runs, a prompt waits up to `load_wait_ms` for the experts
+        that are planned for it. `record_traces` is where to record routing from the start. Raises
         `CheckpointError`, `ConfigError` or `CapacityError` with one line that names what is wrong; nothing stays
         allocated then.
         """
@@ -120,6 +124,8 @@ class Engine:
             raise ConfigError(f"routing is {routing!r}; expected 'resident' or 'exact'")
         checkpoint = Checkpoint.open(path, router_capacity_factor=router_capacity_factor)
         config = checkpoint.config
+        if not 0 <= load_wait_ms <= 60_000:
+            raise ConfigError(f"load_wait_ms is {load_wait_ms}; expected 0 to 60000")
         known = RoutingKnowledge.load(checkpoint.directory, config, task_profile, predictor)
         memory = MemoryPlan.of(
             config,
@@ -157,7 +163,18 @@ class Engine:
             cache = new_cache(config, memory.num_pages, memory.dtype)
             buckets = Buckets.of(max_num_seqs, prefill_chunk, memory.max_model_len)
             runner = Runner(model, residency, cache, buckets)
-            engine = cls(Path(path).name, tokenizer, runner, scheduler, residency, planner, memory, routing, seed)
+            engine = cls(
+                Path(path).name,
+                tokenizer,
+                runner,
+                scheduler,
+                residency,
+                planner,
+                memory,
+                routing,
+                load_wait_ms / 1e3,
+                seed,
+            )
             engine.use_task_profile(known.profile)
             if record_traces is not None:
                 engine.record_traces(record_traces)
@@ -325,6 +342,8 @@ class Engine:
         self._foresight.before_step(self._scheduler)
         if not plan:
             return []
+        if not plan.decodes and self._load_wait:  # nobody's next token waits
+            self._residency.settle(self._load_wait)
         try:
             result = self._runner.run(plan)
         except Exception:

@@ -111,6 +111,15 @@ class Residency:
         self._policy.plan(rates, joined, kept, sensitivity)
         self._follow_policy(self._config.num_experts)
 
+    def settle(self, seconds: float) -> None:
+        """Commit what has been asked for as it arrives, until all of it is there or the time is over."""
+        deadline = time.monotonic() + seconds
+        self._sort_out_tickets()
+        while self._tickets and (left := deadline - time.monotonic()) > 0:
+            self._loader.wait_idle(left)
+            self.commit()
+            self._sort_out_tickets()
+
     def observe(self, wish_counts: Int[np.ndarray, "M E"]) -> int:
         """Count the wishes of a step and ask for the experts that the policy now prefers. How many were resident."""
         covered = int(wish_counts[self.table.resident_mask].sum())

@@ -69,6 +69,18 @@ def test_a_plan_brings_in_a_whole_set_at_once(made):
     assert residency.table.resident(0).tolist() == residency.table.resident(1).tolist() == [4, 5, 6, 7]
 
 
+def test_settling_brings_in_all_that_was_planned_and_ends_in_time(made):
+    residency, reader = made(rates=rates(0, 1, 2, 3))
+    plan(residency, rates(4, 5, 6, 7))
+    residency.settle(10)
+    assert residency.table.resident(0).tolist() == residency.table.resident(1).tolist() == [4, 5, 6, 7]
+    reader.gate.clear()
+    plan(residency, rates(0, 1, 2, 3))
+    began = time.monotonic()
+    residency.settle(0.05)
+    assert 0.05 <= time.monotonic() - began < 5
+
+
 def test_layers_that_are_not_sensitive_load_nothing(made):
     residency, reader = made(rates=rates(0, 1, 2, 3))
     before = len(reader.reads)
