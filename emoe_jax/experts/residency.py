@@ -66,7 +66,7 @@ class Residency:
         )
         self._loader = ExpertLoader(store, self.slab, self.table, bandwidth=link_bandwidth)
         self.waves = WaveLoader(self._loader, self.table, self._eviction_order)
-        self._wishes = 0
+        self._wishes: Int[np.ndarray, "M E"] = np.zeros(shape, np.int64)
         self._wishes_resident = 0
         self._link_bandwidth = link_bandwidth
         self._tickets: list[LoadTicket] = []  # asked for by the policy and not over
@@ -87,7 +87,8 @@ class Residency:
     @property
     def coverage(self) -> float | None:
         """Share of the routers' wishes that were resident when they arose, since the start; None before the first."""
-        return self._wishes_resident / self._wishes if self._wishes else None
+        wishes = int(self._wishes.sum())
+        return self._wishes_resident / wishes if wishes else None
 
     def commit(self) -> None:
         """Bring staged experts into the slab. Never waits."""
@@ -123,7 +124,7 @@ class Residency:
     def observe(self, wish_counts: Int[np.ndarray, "M E"]) -> int:
         """Count the wishes of a step and ask for the experts that the policy now prefers. How many were resident."""
         covered = int(wish_counts[self.table.resident_mask].sum())
-        self._wishes += int(wish_counts.sum())
+        self._wishes += wish_counts
         self._wishes_resident += covered
         proven = self._unproven & (wish_counts > 0)
         self._useful += int(proven.sum())
@@ -149,7 +150,7 @@ class Residency:
             if ticket.state is LoadState.FAILED:
                 self._unreadable_until[ticket.layer, ticket.expert] = time.monotonic() + SECONDS_BEFORE_RETRY
                 self._last_error = f"expert {ticket.expert} of MoE layer {ticket.layer}: {ticket.error}"
-            elif ticket.state in (LoadState.QUEUED, LoadState.STAGING, LoadState.READY):
+            elif ticket.is_active:
                 layer = scores[ticket.layer]
                 if ticket.evict is not None and layer[ticket.expert] < layer[ticket.evict]:
                     self._loader.cancel(ticket)
@@ -158,8 +159,11 @@ class Residency:
         self._tickets = active
 
     def state(self) -> dict[str, Any]:
-        """Residency and loads as JSON-able values."""
+        """Residency and loads as JSON-able values: per MoE layer, resident experts and how often routers wished for
+        each expert since the start; `loading` has pairs of MoE layer and expert.
+        """
         capacities, stats = self.table.capacities, self._loader.stats
+        loading = [[ticket.layer, ticket.expert] for ticket in self._tickets if ticket.is_active]
         return {
             "policy": self.policy_name,
             "num_experts": self._config.num_experts,
@@ -168,12 +172,14 @@ class Residency:
             "slots": list(capacities),
             "share": sum(capacities) / (len(capacities) * self._config.num_experts),
             "experts": [self.table.resident(layer).tolist() for layer in range(len(capacities))],
+            "loading": loading,
+            "wishes": self._wishes.tolist(),
             "coverage": self.coverage,
             "loads": dataclasses.asdict(stats)
             | {
                 "bandwidth": stats.bandwidth,
                 "link_bandwidth": self._link_bandwidth,
-                "in_flight": len(self._tickets),
+                "in_flight": len(loading),
                 "useful": self._useful,
                 "useless": self._useless,
                 "last_error": self._last_error,

@@ -46,6 +46,11 @@ class LoadTicket:
         self.delayed = False
         self.entry = 0
 
+    @property
+    def is_active(self) -> bool:
+        """Whether it may still be given up, or committed."""
+        return self.state in _CANCELLABLE
+
     def __repr__(self) -> str:
         return f"LoadTicket(layer={self.layer}, expert={self.expert}, priority={self.priority}, {self.state.value})"
 

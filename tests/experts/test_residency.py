@@ -121,6 +121,21 @@ def test_a_newer_plan_gives_up_loads_that_have_not_started(made):
     assert state["in_flight"] == 0
 
 
+def test_state_tells_what_is_loading_and_what_was_wished_for(made):
+    residency, reader = made(rates=rates(0, 1, 2, 3))
+    reader.gate.clear()
+    plan(residency, rates(4, 1, 2, 3))
+    assert sorted(residency.state()["loading"]) == [[0, 4], [1, 4]]
+    reader.gate.set()
+    settle(residency)
+    residency.observe(wishes(e4=2, e5=1))
+    residency.observe(wishes(e4=1))
+    state = residency.state()
+    assert state["loading"] == []
+    assert state["wishes"] == [[0, 0, 0, 0, 3, 1, 0, 0], [0] * 8]
+    assert state["coverage"] == 3 / 4
+
+
 def test_an_expert_that_cannot_be_read_is_left_alone_and_named(made, monkeypatch):
     residency, reader = made(rates=rates(0, 1, 2, 3))
     reader.fail(0, 4, times=100)
