@@ -61,8 +61,8 @@ def replay(
     if rule is None:
         steps["next_use"] = np.asarray(_next_use(jnp.asarray(steps["experts"]), num_experts))
     chunks = {name: array.reshape(-1, chunk, *array.shape[1:]) for name, array in steps.items()}
-    on_device, slots = Plans(*(jnp.asarray(array) for array in plans)), jnp.asarray(capacities)
-    by_chunk = _replay(chunks, on_device, slots, num_experts, rule, swaps_per_step, within_step)
+    slots = jnp.asarray(capacities)
+    by_chunk = _replay(chunks, plans, slots, num_experts, rule, swaps_per_step, within_step)
     return Totals(*(np.asarray(sums, np.float64).sum(0) for sums in by_chunk))
 
 

@@ -27,6 +27,8 @@ class Refresh(Rule[RefreshState]):
     def __init__(self, dynamics: Dynamics, margin: float = MARGIN):
         self.margin = margin
         self._dynamics = dynamics
+        self._steps = dynamics.steps[:, None, None]
+        self._latent_steps = dynamics.latent_steps[:, None]
 
     def start(self, rates: Float[Any, "M E"]) -> RefreshState:
         xp = namespace(rates)
@@ -41,14 +43,14 @@ class Refresh(Rule[RefreshState]):
 
     def observe(self, state: RefreshState, counts: Shaped[Any, "M E"]) -> RefreshState:
         xp = namespace(counts)
-        rates, dynamics = state.rates, self._dynamics
+        rates = state.rates
         # A step that reads prompts has many tokens of one request; it counts like one that writes answers.
         planned, wished = rates.sum(), xp.maximum(counts.sum(), 1)
         scale = xp.where(planned > 0, xp.minimum(planned / wished, 1), 1)
         wishes = counts.astype(np.float32) * scale
-        deviation = (wishes - rates).reshape(-1) @ dynamics.directions
-        recent = state.recent + dynamics.steps[:, None, None] * (wishes - state.recent)
-        latent = state.latent + dynamics.latent_steps[:, None] * (deviation - state.latent)
+        deviation = (wishes - rates).reshape(-1) @ self._dynamics.directions
+        recent = state.recent + self._steps * (wishes - state.recent)
+        latent = state.latent + self._latent_steps * (deviation - state.latent)
         return RefreshState(rates, recent, latent)
 
     def scores(self, state: RefreshState) -> Matrix:
