@@ -9,7 +9,7 @@ from emoe_jax.policies.dynamics import Dynamics
 from emoe_jax.policies.rule import Matrix, Plan, Rule, namespace
 
 MARGIN = 0.12
-"""Wishes per step that a swap must gain. Chosen on the third quarter of a trace, trained on the first two."""
+"""Wishes per step that a swap must gain. docs/residency.md says how it was chosen."""
 
 
 class RefreshState(NamedTuple):
