@@ -15,6 +15,7 @@ from emoe_jax.engine.request import RoutingContract
 from emoe_jax.errors import ConfigError
 from emoe_jax.experts.budget import parse_expert_memory
 from emoe_jax.policies import POLICIES
+from emoe_jax.scheduling.registry import POLICIES as SCHEDULING_POLICIES
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO_MODEL = REPOSITORY / "checkpoints" / "demo"
@@ -32,6 +33,7 @@ class Options:
     max_model_len: int | None
     max_num_seqs: int
     max_num_batched_tokens: int
+    scheduling_policy: str
     max_num_queued_reqs: int
     expert_memory: str
     host_memory: str
@@ -110,6 +112,12 @@ def _build_parser() -> _Parser:
     add("--max-model-len", type=_integer(1), help="context length (default: the model's own)")
     add("--max-num-seqs", type=_integer(1, 4096), default=16, help="sequences computed together")
     add("--max-num-batched-tokens", type=_integer(1, 2**20), default=512, help="tokens computed in one step")
+    add(
+        "--scheduling-policy",
+        choices=SCHEDULING_POLICIES,
+        default="slo",
+        help="who starts next: by deadlines and expected work, or first come first served",
+    )
     add("--max-num-queued-reqs", type=_integer(0), default=256, help="prompts that may wait; more are refused with 503")
     add(
         "--expert-memory",

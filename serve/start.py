@@ -62,6 +62,7 @@ def load(options: Options) -> Engine:
             max_model_len=options.max_model_len,
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
+            scheduling_policy=options.scheduling_policy,
             policy=options.policy,
             host_memory=options.host_memory,
             task_profile=None if options.task_profile == "none" else options.task_profile,

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from emoe_jax.checkpoint import Checkpoint, Tokenizer
 from emoe_jax.config import ModelConfig
 from emoe_jax.engine.adjust import LogitAdjustment
+from emoe_jax.engine.admission import admission_policy
 from emoe_jax.engine.answer import Answer
 from emoe_jax.engine.batch import Buckets
 from emoe_jax.engine.foresight import Foresight
@@ -32,6 +33,7 @@ from emoe_jax.engine.text import TextStream
 from emoe_jax.errors import ConfigError, RequestError
 from emoe_jax.experts.residency import Residency
 from emoe_jax.planner import ResidencyPlanner
+from emoe_jax.scheduling.registry import check_policy
 from emoe_jax.scheduling.scheduler import Scheduler
 from emoe_jax.tasks import TaskClassifier, TaskProfile
 from emoe_jax.traces.recorder import TraceRecorder
@@ -95,6 +97,7 @@ class Engine:
         max_model_len: int | None = None,
         max_num_seqs: int = 16,
         max_num_batched_tokens: int = 512,
+        scheduling_policy: str = "slo",
         policy: str = "emoe",
         host_memory: str | int = 0,
         kv_memory: str | int | None = None,
@@ -122,6 +125,7 @@ class Engine:
         """
         if routing not in ("resident", "exact"):
             raise ConfigError(f"routing is {routing!r}; expected 'resident' or 'exact'")
+        check_policy(scheduling_policy)
         checkpoint = Checkpoint.open(path, router_capacity_factor=router_capacity_factor)
         config = checkpoint.config
         if not 0 <= load_wait_ms <= 60_000:
@@ -159,6 +163,7 @@ class Engine:
         planner = None
         try:
             planner = known.planner(policy, config, memory.capacities, predict_every)
+            scheduler.use_policy(admission_policy(scheduling_policy, known.profile, residency, scheduler))
             residency.fill(report("experts"))
             cache = new_cache(config, memory.num_pages, memory.dtype)
             buckets = Buckets.of(max_num_seqs, prefill_chunk, memory.max_model_len)
@@ -311,7 +316,7 @@ class Engine:
                 index=index,
                 routing=contract,
                 task=task,
-                slo=slo or SLO(),
+                slo=slo or self._usual_slo(task),
                 arrival=time.monotonic(),
                 seed=seed,
                 adjustment=LogitAdjustment.of(params, token_ids, vocab_size),
@@ -352,7 +357,7 @@ class Engine:
                 self._end(sequence, "error")
             raise
         self._steps += 1
-        self._scheduler.update(plan, result)
+        self._scheduler.update(plan, result, time.monotonic() - began)
         self._foresight.after_step(result.wish_counts)
         deltas = []
         for sequence, sampled in result.sampled.items():
@@ -384,7 +389,6 @@ class Engine:
 
     def state(self) -> dict[str, Any]:
         """What the engine is doing, as JSON-able values."""
-        scheduler = self._scheduler
         return {
             "model": self.model_name,
             "family": self.config.family,
@@ -392,13 +396,7 @@ class Engine:
             "steps": self._steps,
             "step_seconds": round(self._step_seconds, 6),
             **self._foresight.state(),
-            "scheduler": {
-                "waiting": scheduler.num_waiting,
-                "running": scheduler.num_running,
-                "preemptions": scheduler.num_preemptions,
-                "pages_used": scheduler.pool.num_used,
-                "pages": scheduler.pool.num_usable,
-            },
+            "scheduler": self._scheduler.state(),
             "memory": self.memory.report(),
         }
 
@@ -445,6 +443,11 @@ class Engine:
         answer.end(sequence, reason)
         if answer.finished:
             self._foresight.ended(answer.sequences)
+
+    def _usual_slo(self, task: str | None) -> SLO:
+        """The deadlines of a request that names none: its task's, if it has some."""
+        profiled = None if self.task_profile is None or task is None else self.task_profile.tasks.get(task)
+        return SLO() if profiled is None or profiled.slo is None else profiled.slo
 
     def _tokenize(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):

@@ -161,6 +161,8 @@ class RequestOutput:
     substituted: float = 0.0
     """Share of expert assignments (prompt and answer) where another expert stood in; 0.0 under `exact`."""
 
+    slo_unattainable: bool = False
+    """Whether deadlines were given up while the request waited."""
     prompt_logprobs: list[TokenLogprob] | None = None
     """Of the prompt's tokens but the first, which nothing precedes; None when they were not asked for."""
 

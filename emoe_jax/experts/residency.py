@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from emoe_jax.config import ModelConfig
-from emoe_jax.experts.loader import ExpertLoader
+from emoe_jax.experts.loader import ExpertLoader, LoaderStats
 from emoe_jax.experts.slab import ExpertSlab
 from emoe_jax.experts.store import ExpertReader, ExpertStore
 from emoe_jax.experts.table import SlotTable
@@ -83,6 +83,11 @@ class Residency:
     def is_full(self) -> bool:
         """Whether every expert of every layer has a slot, so that `resident` and `exact` are the same."""
         return all(capacity == self._config.num_experts for capacity in self.table.capacities)
+
+    @property
+    def loads(self) -> LoaderStats:
+        """What loads have cost so far."""
+        return self._loader.stats
 
     @property
     def coverage(self) -> float | None:

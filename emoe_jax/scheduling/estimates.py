@@ -30,7 +30,8 @@ class Estimates:
         """A step of this plan took `seconds`."""
         self.model.observe(plan, seconds)
         if plan.decodes:
-            self.pace += PACE_MEMORY * (seconds - self.pace)
+            # One step that had to be compiled must not count for many.
+            self.pace += PACE_MEMORY * (min(seconds, 10 * self.pace) - self.pace)
 
     def expect(self, sequence: Sequence) -> None:
         """Note on a new sequence how long its answer will be."""

@@ -1,7 +1,5 @@
 """Admission policies by name."""
 
-from collections.abc import Callable
-
 from emoe_jax.errors import ConfigError
 from emoe_jax.scheduling.cost import CostModel
 from emoe_jax.scheduling.estimates import Estimates
@@ -11,6 +9,12 @@ from emoe_jax.scheduling.slo import Affinity, LoadingSeconds, SloPolicy, loads_n
 from emoe_jax.tasks.profile import TaskProfile
 
 POLICIES = ("slo", "fcfs")
+
+
+def check_policy(name: str) -> None:
+    """Raise `ConfigError` when there is no policy of that name."""
+    if name not in POLICIES:
+        raise ConfigError(f"scheduling policy is {name!r}; expected one of {', '.join(POLICIES)}")
 
 
 def make_admission_policy(
@@ -24,14 +28,11 @@ def make_admission_policy(
     affinity: Affinity = shares_nothing,
 ) -> AdmissionPolicy:
     """`slo` or `fcfs`. Raises `ConfigError` for another name."""
-    makers: dict[str, Callable[[], AdmissionPolicy]] = {
-        "fcfs": FcfsPolicy,
-        "slo": lambda: SloPolicy(
-            Estimates(OutputLengths(profile), CostModel(), max_num_seqs, max_model_len, prefill_chunk),
-            loading_seconds=loading_seconds,
-            affinity=affinity,
-        ),
-    }
-    if name not in makers:
-        raise ConfigError(f"scheduling policy is {name!r}; expected one of {', '.join(POLICIES)}")
-    return makers[name]()
+    check_policy(name)
+    if name == "fcfs":
+        return FcfsPolicy()
+    return SloPolicy(
+        Estimates(OutputLengths(profile), CostModel(), max_num_seqs, max_model_len, prefill_chunk),
+        loading_seconds=loading_seconds,
+        affinity=affinity,
+    )

@@ -12,6 +12,7 @@ are preempted), so every sequence finishes.
 
 from bisect import insort
 from collections.abc import Collection
+from typing import Any
 
 from emoe_jax.engine.pages import PagePool
 from emoe_jax.engine.request import FinishReason
@@ -92,6 +93,25 @@ class Scheduler:
     def waiting(self) -> tuple[Sequence, ...]:
         """Queued sequences, those that came first first."""
         return self.policy.waiting
+
+    def use_policy(self, policy: AdmissionPolicy) -> None:
+        """Admit by another policy from now on. Raises `ValueError` when sequences wait in the old one's queue."""
+        if len(self.policy):
+            raise ValueError(f"{len(self.policy)} sequences wait; the policy can be changed when none does")
+        self.policy = policy
+
+    def state(self) -> dict[str, Any]:
+        """Queue, pages, attainment of deadlines and what the policy goes by, as JSON-able values."""
+        return {
+            "policy": self.policy.name,
+            "waiting": self.num_waiting,
+            "running": self.num_running,
+            "preemptions": self.num_preemptions,
+            "pages_used": self.pool.num_used,
+            "pages": self.pool.num_usable,
+            "slo": self.attainment.state(),
+            **self.policy.state(),
+        }
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence. Raises `RequestError` for an empty prompt or one that leaves no room for an answer."""

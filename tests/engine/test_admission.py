@@ -1,0 +1,95 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from emoe_jax import SLO, Engine, SamplingParams
+from emoe_jax.engine.admission import ExpertLoading
+from emoe_jax.errors import ConfigError, SloUnattainable
+from emoe_jax.experts.loader import LoaderStats
+from emoe_jax.tasks import TaskProfile
+from emoe_jax.tasks.experts import TaskExperts
+from tests.engine.conftest import EngineFactory
+
+GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+PROMPTS = [[5, 9, 31, 7], [1, 2], [40, 3, 8, 8, 8, 11]]
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "slo"])
+def test_both_policies_give_the_same_tokens(engine_of: EngineFactory, policy: str):
+    engine = engine_of(expert_memory="100%", scheduling_policy=policy)
+    alone = [engine.generate(prompt, GREEDY)[0].token_ids for prompt in PROMPTS]
+    together = engine.generate([*PROMPTS, *PROMPTS], GREEDY)
+    assert [output.token_ids for output in together] == [*alone, *alone]
+    state = engine.state()["scheduler"]
+    assert (state["policy"], state["waiting"], state["running"]) == (policy, 0, 0)
+    json.dumps(state)
+
+
+def test_step_times_and_lengths_are_observed(engine_of: EngineFactory):
+    engine = engine_of(expert_memory="100%", scheduling_policy="slo")
+    before = engine.state()["scheduler"]["cost"]["observed"]
+    engine.generate(PROMPTS, GREEDY, task="qa")
+    state = engine.state()["scheduler"]
+    assert state["cost"]["observed"] >= before + 6
+    assert state["output_tokens"]["qa"] < 128
+
+
+def test_deadlines(engine_of: EngineFactory):
+    engine = engine_of(expert_memory="100%", scheduling_policy="slo")
+    kept = engine.generate(PROMPTS[0], GREEDY, slo=SLO(ttft_ms=1e6, latency_ms=1e6), task="kept")[0]
+    lost = engine.generate(PROMPTS[0], GREEDY, slo=SLO(ttft_ms=1e-3), task="lost")[0]
+    assert (kept.slo_unattainable, lost.slo_unattainable) == (False, True)
+    assert kept.token_ids == lost.token_ids
+    tasks = engine.state()["scheduler"]["slo"]["tasks"]
+    assert (tasks["kept"]["attainment"], tasks["lost"]["attainment"]) == (1.0, 0.0)
+    with pytest.raises(SloUnattainable, match="deadlines need a start"):
+        engine.generate(PROMPTS[0], GREEDY, slo=SLO(ttft_ms=1e-3, strict=True))
+    assert not engine.has_work()
+
+
+def test_a_task_has_usual_deadlines(engine_of: EngineFactory):
+    engine = engine_of(expert_memory="100%", scheduling_policy="slo")
+    before = engine.task_profile
+    engine.use_task_profile(TaskProfile.empty(engine.config).with_task("hasty", slo=SLO(ttft_ms=1e-3)))
+    try:
+        assert engine.generate(PROMPTS[0], GREEDY, task="hasty")[0].slo_unattainable
+        assert not engine.generate(PROMPTS[0], GREEDY, task="hasty", slo=SLO(ttft_ms=1e6))[0].slo_unattainable
+        assert not engine.generate(PROMPTS[0], GREEDY, task="other")[0].slo_unattainable
+    finally:
+        engine.use_task_profile(before)
+
+
+def test_an_unknown_policy_is_refused_before_loading(tiny_checkpoint: Path):
+    with pytest.raises(ConfigError, match="'lifo'; expected one of slo, fcfs"):
+        Engine.load(tiny_checkpoint, scheduling_policy="lifo")
+
+
+class FakeTable:
+    resident_mask = np.array([[True, True, False, False]])
+
+
+class FakeResidency:
+    """One layer whose first two experts are resident; loads took 1 s per 1000 bytes, commits 0.1 s each."""
+
+    table = FakeTable()
+    loads = LoaderStats(loads=4, staged_bytes=4000, busy_seconds=4.0, commit_seconds=0.4)
+
+    class slab:
+        class layout:
+            nbytes = 1000
+
+
+def test_loading_costs_what_loads_have_cost():
+    profile = TaskProfile(1, 4, 2).with_task("here", routing=np.array([[0.4, 0.4, 0.1, 0.1]]))
+    profile = profile.with_task("away", routing=np.array([[0.1, 0.1, 0.4, 0.4]]))
+    residency = FakeResidency()
+    loading = ExpertLoading(TaskExperts(profile, [2]), residency)  # pyright: ignore[reportArgumentType]
+    assert (
+        loading.seconds("here", "exact") == loading.seconds("here", "resident") == loading.seconds(None, "exact") == 0
+    )
+    assert loading.seconds("away", "exact") == pytest.approx(2.0)
+    assert loading.seconds("away", "resident") == pytest.approx(0.2)
+    residency.loads = LoaderStats()
+    assert loading.seconds("away", "exact") == loading.seconds("away", "resident") == 0
