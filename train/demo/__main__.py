@@ -20,7 +20,7 @@ from train.demo.batches import Encoder
 from train.demo.objective import Metrics
 from train.demo.trainer import Checkpoints, Plan, run
 
-STEPS = 4200
+STEPS = 5000
 _LOG_EVERY = 50
 
 

@@ -11,10 +11,14 @@ from train.tasks.example import Example
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """From which step on: the share of each source. Drills first, so that what all tasks need is learned early."""
+    """From which step on: the share of each source. Drills first, so that what all tasks need is learned early.
+
+    `coined` is the share of nouns in questions and answers that no list holds, so that any word is copied.
+    """
 
     first_step: int
     shares: dict[str, float]
+    coined: float = 0.0
 
 
 STAGES = (
@@ -44,6 +48,20 @@ STAGES = (
             "chitchat": 0.04,
         },
     ),
+    Stage(
+        4200,
+        {
+            "drills": 0.03,
+            "qa": 0.29,
+            "rivals": 0.04,
+            "comp": 0.32,
+            "clsfy": 0.16,
+            "sum": 0.1,
+            "conv": 0.04,
+            "chitchat": 0.02,
+        },
+        coined=0.2,
+    ),
 )
 _QUESTIONS = 4  # at most, about one passage
 _SYSTEM = ("You are a helpful assistant.", "You are a small and friendly assistant.", "Be brief and helpful.")
@@ -60,7 +78,7 @@ def draw(seed: int, key: str, stage: Stage = STAGES[0]) -> Example:
     rng = random.Random(f"{seed}/{key}")
     source = rng.choices(list(stage.shares), list(stage.shares.values()))[0]
     if source in ("qa", "rivals"):
-        return qa.conversation("train", f"{seed}/{key}", rng.randint(1, _QUESTIONS), rivals=source == "rivals")
+        return qa.conversation("train", f"{seed}/{key}", rng.randint(1, _QUESTIONS), source == "rivals", stage.coined)
     if source == "chitchat":
         return chitchat.example("train", f"{seed}/{key}")
     if source == "drills":

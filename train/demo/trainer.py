@@ -46,16 +46,21 @@ class TrainState(NamedTuple):
 
 
 def learning_rate(plan: Plan) -> optax.Schedule:
-    """Warm-up, a plateau up to three fifths of the run, and a straight line down."""
-    total = max(plan.steps, 8)
-    warmup, plateau = min(plan.warmup_steps, total // 8), total * 3 // 5
+    """Warm-up, a plateau and a straight line down; then, for the last 4 of 25 steps, two fifths of the peak once more
+    and down again. Of 5000 steps: the line begins at 2520 and ends at 4200."""
+    total = max(plan.steps, 50)
+    first = total * 21 // 25
+    warmup, plateau, again = min(plan.warmup_steps, total // 8), first * 3 // 5, first + total // 100
+    low, second = 0.02 * plan.peak_rate, 0.4 * plan.peak_rate
     return optax.join_schedules(
         [
             optax.linear_schedule(0.0, plan.peak_rate, warmup),
             optax.constant_schedule(plan.peak_rate),
-            optax.linear_schedule(plan.peak_rate, 0.02 * plan.peak_rate, total - plateau),
+            optax.linear_schedule(plan.peak_rate, low, first - plateau),
+            optax.linear_schedule(low, second, again - first),
+            optax.linear_schedule(second, low, total - again),
         ],
-        [warmup, plateau],
+        [warmup, plateau, first, again],
     )
 
 

@@ -49,9 +49,11 @@ def proper_nouns(nouns: tuple[str, ...], seen: bool) -> tuple[str, ...]:
 class Draw:
     """A source of random choices for one example of one split."""
 
-    def __init__(self, key: str, split: Split) -> None:
+    def __init__(self, key: str, split: Split, coined: float = 0.0) -> None:
+        """`coined` is the share of nouns that are made up instead of taken from their list."""
         self.rng = random.Random(key)
         self.split: Split = split
+        self.coined = coined
 
     def one(self, options: Sequence[str]) -> str:
         """Any of the options; both splits may use each."""
@@ -67,6 +69,9 @@ class Draw:
 
     def noun(self, nouns: tuple[str, ...]) -> str:
         """A proper noun: in the test split sometimes one that training never showed."""
+        if self.coined and self.chance(self.coined):
+            word = self.made_up()
+            return word if nouns[0][0].isupper() else word.lower()
         unseen = self.split == "test" and self.chance(UNSEEN_WORD_RATE)
         return self.one(proper_nouns(nouns, not unseen) or nouns)
 

@@ -209,13 +209,14 @@ def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}"
 
 
-def conversation(split: Split, key: str, turns: int, rivals: bool = False) -> Example:
+def conversation(split: Split, key: str, turns: int, rivals: bool = False, coined: float = 0.0) -> Example:
     """A passage with `turns` questions about it: all but the last, with their answers, are the example's history.
 
     A passage states each relation once, of whomever it is about; with `rivals` it states the same relations of two
-    bearers, so that only the name in the question tells which value is asked for.
+    bearers, so that only the name in the question tells which value is asked for. `coined` is the share of nouns that
+    are made up.
     """
-    draw = Draw(f"qa/{split}/{key}", split)
+    draw = Draw(f"qa/{split}/{key}", split, coined)
     relations, subject = (PERSON, draw.person) if draw.chance(0.65) else (COMPANY, draw.company)
     facts: list[tuple[str, Relation, str]] = []  # bearer, relation, value
     if rivals:
