@@ -18,8 +18,8 @@ from emoe_jax.experts.waves import WaveLoader
 from emoe_jax.experts.weights import ExpertLayout
 from emoe_jax.policies import Knowledge, make_policy
 
-SWAPS_PER_LAYER = 1
-"""Experts that the policy may exchange per layer and step; after a new plan, as many as it wants."""
+SWAPS_PER_LAYER = 4
+"""Experts that the policy may exchange per layer and step, at most one per token; after a new plan, all it wants."""
 
 SECONDS_BEFORE_RETRY = 30.0
 """How long an expert that could not be read is left alone."""
@@ -135,7 +135,8 @@ class Residency:
         self._useful += int(proven.sum())
         self._unproven &= ~proven
         self._policy.observe(wish_counts)
-        self._follow_policy(SWAPS_PER_LAYER)
+        tokens = int(wish_counts.sum()) // (self._config.top_k * len(wish_counts))
+        self._follow_policy(min(SWAPS_PER_LAYER, max(1, tokens)))
         return covered
 
     def _follow_policy(self, limit_per_layer: int) -> None:
