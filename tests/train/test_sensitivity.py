@@ -106,7 +106,7 @@ def test_the_command_finds_the_insensitive_layer(directory: Path, tmp_path: Path
     assert command.main(argv) == 0
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     riddle, poem = numbers["tasks"]["riddle"], numbers["tasks"]["poem"]
-    assert (riddle["prompts"], riddle["similarity"], poem["similarity"]) == (2, "exact_match", "rouge_l")
+    assert (riddle["prompts"], riddle["judged_by"], poem["judged_by"]) == (2, "exact_match", "rouge_l")
     assert [row["layers"] for row in riddle["progressive"]] == [1, 2]
     assert riddle["progressive"][0]["similarity"] == riddle["progressive"][0]["rouge_l"] == 1
     assert riddle["insensitive_layers"] == poem["insensitive_layers"] == 1

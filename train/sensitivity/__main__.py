@@ -18,6 +18,7 @@ from emoe_jax.checkpoint import Tokenizer
 from emoe_jax.errors import ConfigError
 from emoe_jax.tasks import TaskProfile
 from train import prompts as labelled
+from train.demo.evaluate import EXACT_TASKS
 from train.prompts import Prompt
 from train.sensitivity import profile, report
 from train.sensitivity.forward import RandomisedModel
@@ -25,8 +26,6 @@ from train.sensitivity.measure import Follower, generate
 from train.sensitivity.profile import EXACT, ROUGE, Outputs
 from train.tasks import TASKS
 
-ONE_ANSWER = ("clsfy", "comp", "qa")
-"""Demo tasks with one right answer."""
 DIVERGENCE, THRESHOLD = "divergence", "threshold"
 
 
@@ -49,7 +48,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=DIVERGENCE,
         help="what the profile's sensitivity is: the harm of each layer alone, or 0 and 1 as in the paper",
     )
-    add("--exact", nargs="*", metavar="TASK", default=list(ONE_ANSWER), help="tasks whose answers are right or wrong")
+    add("--exact", nargs="*", metavar="TASK", default=list(EXACT_TASKS), help="tasks whose answers are right or wrong")
     add("--batch", type=int, default=32, help="sequences computed together")
     add("--json", type=Path, metavar="FILE", help="write the numbers here")
     add("--plots", type=Path, metavar="DIR", help="write similarity.png and divergence.png there")
@@ -168,7 +167,7 @@ def _numbers(
         tasks[task] = {
             "prompts": len(rows),
             "answer_tokens": float(tokens[rows].mean()),
-            "similarity": judge,
+            "judged_by": judge,
             "progressive": depths,
             "single": [{"layer": layer, **row} for layer, row in enumerate(alone)],
             "insensitive_layers": profile.insensitive_layers(depths, options.threshold),

@@ -21,7 +21,7 @@ def print_tables(numbers: dict[str, Any], console: Console) -> None:
     table.add_column("insensitive", justify="right")
     for task, entry in tasks.items():
         shares = [f"{row['similarity']:.0%}" for row in entry["progressive"]]
-        table.add_row(task, entry["similarity"], *shares, str(entry["insensitive_layers"]))
+        table.add_row(task, entry["judged_by"], *shares, str(entry["insensitive_layers"]))
     console.print(table)
     _by_layer("KL to the resident model, nats per token, one layer random", "{:.3f}", numbers, console, "kl")
     _by_layer("sensitivity s", "{:.2f}", numbers, console, None)
@@ -52,7 +52,7 @@ def plot(numbers: dict[str, Any], directory: Path) -> None:
     figure, axis = pyplot.subplots(figsize=(6, 4), layout="constrained")
     for task, entry in numbers["tasks"].items():
         rows = [{"layers": 0, "similarity": 1.0}, *entry["progressive"]]
-        label = f"{task} ({entry['similarity'].replace('_', ' ')})"
+        label = f"{task} ({entry['judged_by'].replace('_', ' ')})"
         axis.plot([row["layers"] for row in rows], [row["similarity"] for row in rows], marker=".", label=label)
     axis.axhline(numbers["threshold"], color="grey", linestyle="--")
     axis.set_xlabel("MoE layers routed at random, from the input side")
