@@ -27,7 +27,7 @@ _COLUMNS = (
 def print_live(results: dict[str, Any], console: Console) -> None:
     """One row per policy and residency; `host` is planning, prediction and commits as a share of step time."""
     table = Table(title="live: exact match and cost against all experts resident", title_justify="left")
-    table.add_column("policy")
+    table.add_column("policy", no_wrap=True)
     table.add_column("resident", justify="right")
     for name, _ in _COLUMNS:
         table.add_column(name, justify="right")

@@ -35,7 +35,7 @@ def print_grid(grid: Grid, title: str, console: Console) -> None:
     """One table per measure, a row per policy and a column per residency."""
     for measure, (what, form) in TABLES.items():
         table = Table(title=f"{what} ({title})", title_justify="left")
-        table.add_column("policy")
+        table.add_column("policy", no_wrap=True)
         for share in next(iter(grid.values())):
             table.add_column(f"{float(share):.0%}", justify="right")
         for policy, cells in grid.items():
