@@ -12,7 +12,9 @@ from serve.chat import chat_routes
 from serve.completions import completion_routes
 from serve.errors import ErrorResponse, install_error_handlers
 from serve.guard import Guard
+from serve.metrics import RequestMetrics
 from serve.models import model_routes
+from serve.observer import Observer
 from serve.service import ClientGone, Service
 
 DESCRIPTION = "Mixture-of-Experts inference with a fixed number of experts on the device, behind OpenAI's API."
@@ -37,7 +39,8 @@ def create_app(service: Service, api_keys: Sequence[str] = (), allowed_origins: 
     app = FastAPI(title="eMoE-JAX", description=DESCRIPTION, version="1", lifespan=lifespan, responses=ERRORS)
     app.include_router(completion_routes(service))
     app.include_router(chat_routes(service))
-    app.include_router(model_routes(service))
+    metrics = RequestMetrics()
+    app.include_router(model_routes(service, metrics))
     install_error_handlers(app)
 
     @app.exception_handler(ClientGone)
@@ -45,6 +48,7 @@ def create_app(service: Service, api_keys: Sequence[str] = (), allowed_origins: 
         return Response(status_code=499)  # nobody is there to read it
 
     app.add_middleware(Guard, api_keys=api_keys)
+    app.add_middleware(Observer, metrics=metrics)
     if allowed_origins:  # outermost: a browser asks without a key whether it may send one
         app.add_middleware(
             CORSMiddleware,

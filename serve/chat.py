@@ -33,7 +33,7 @@ def chat_routes(service: Service) -> APIRouter:
         max_tokens = service.token_budget(prompt, "messages", asked, asked_param)
         params = body.to_params(max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
         writer = ChatWriter(service, body, prompt)
-        generation = await service.begin([prompt], [params], body.emoe)
+        generation = await service.begin(request, [prompt], [params], body.emoe)
         if body.stream:
             return EventStream(generation, writer, body.include_usage)
         try:

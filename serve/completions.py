@@ -39,7 +39,7 @@ def completion_routes(service: Service) -> APIRouter:
                 sampling = dataclasses.replace(sampling, prompt_logprobs=body.logprobs)
             params.append(sampling)
         writer = CompletionWriter(service, body, prompts, await _echoes(service, body))
-        generation = await service.begin(prompts, params, body.emoe)
+        generation = await service.begin(request, prompts, params, body.emoe)
         if body.stream:
             return EventStream(generation, writer, body.include_usage)
         try:

@@ -1,8 +1,9 @@
-"""Everything that answers without generating: models, tokens, health, the engine's state."""
+"""Everything that answers without generating: models, tokens, health, metrics, the engine's state."""
 
 from typing import Any
 
 from fastapi import APIRouter
+from fastapi.responses import Response
 
 from serve.answers import (
     DetokenizeResponse,
@@ -13,12 +14,16 @@ from serve.answers import (
     TokenizeResponse,
 )
 from serve.body import JsonRoute
+from serve.engine_metrics import engine_families
+from serve.metrics import CONTENT_TYPE, RequestMetrics, exposition
 from serve.schema import DetokenizeRequest, TokenizeRequest
 from serve.service import Service
 from serve.worker import Unavailable
 
+TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
-def model_routes(service: Service) -> APIRouter:
+
+def model_routes(service: Service, metrics: RequestMetrics) -> APIRouter:
     router = APIRouter(route_class=JsonRoute)
 
     def card(name: str) -> ModelCard:
@@ -58,6 +63,16 @@ def model_routes(service: Service) -> APIRouter:
         if not service.worker.healthy:
             raise Unavailable("the engine is not healthy")
         return HealthResponse()
+
+    @router.get("/metrics", tags=["server"], response_class=Response, responses=TEXT)
+    async def read_metrics() -> Response:
+        """Prometheus metrics: vLLM's names under `emoe:`, and those of experts. No engine, no metrics of it."""
+        try:
+            state = await service.worker.call(lambda engine: engine.state())
+        except Unavailable:
+            state = {}
+        name = service.names[0]
+        return Response(exposition([*metrics.families(name), *engine_families(state, name)]), media_type=CONTENT_TYPE)
 
     @router.get("/v1/emoe/state", tags=["server"], response_model=EngineState)
     async def state() -> Any:

@@ -68,9 +68,9 @@ class Service:
         return room if asked is None else asked
 
     async def begin(
-        self, prompts: Sequence[list[int]], params: Sequence[SamplingParams], emoe: EmoeRequest | None
+        self, request: Request, prompts: Sequence[list[int]], params: Sequence[SamplingParams], emoe: EmoeRequest | None
     ) -> Generation:
-        """Hand the prompts to the engine and wait until it has taken them."""
+        """Hand the prompts of a request to the engine and wait until it has taken them."""
         if len(prompts) > self.worker.max_unfinished:
             raise RequestError(
                 f"{len(prompts)} prompts in one request; at most {self.worker.max_unfinished} are taken", param="prompt"
@@ -84,7 +84,8 @@ class Service:
             [
                 Submission(prompt, sampling, task=emoe.task, routing=emoe.routing, slo=slo)
                 for prompt, sampling in zip(prompts, params, strict=True)
-            ]
+            ],
+            request.state.stats,
         )
         try:
             await generation.accepted()

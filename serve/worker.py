@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 from emoe_jax.engine.request import SLO, Delta, RequestOutput, RoutingContract, SamplingParams
 from emoe_jax.errors import RequestError
+from serve.stats import RequestStats
 
 log = logging.getLogger("serve")
 
@@ -82,9 +83,10 @@ class Progress:
 class Generation:
     """What one HTTP request has running in the engine: one or more prompts. Lives on the event loop."""
 
-    def __init__(self, worker: "EngineWorker", request_ids: list[str]):
+    def __init__(self, worker: "EngineWorker", request_ids: list[str], stats: RequestStats):
         self._worker = worker
         self.request_ids = request_ids
+        self.stats = stats
         self.unfinished = len(request_ids)
         self._events: asyncio.Queue[Progress | Exception | None] = asyncio.Queue()
 
@@ -123,6 +125,10 @@ class Generation:
         self._worker.abort(self)
 
     def deliver(self, event: Progress | Exception | None) -> None:
+        if isinstance(event, Progress):
+            self.stats.add(event.position, event.delta, event.output)
+        elif isinstance(event, EngineFailure | Unavailable):
+            self.stats.end("error")
         self._events.put_nowait(event)
 
 
@@ -174,13 +180,14 @@ class EngineWorker:
     def unfinished(self) -> int:
         return sum(generation.unfinished for generation in self._live)
 
-    def submit(self, submissions: Sequence[Submission]) -> Generation:
+    def submit(self, submissions: Sequence[Submission], stats: RequestStats) -> Generation:
         """Queue all prompts or none. Raises `QueueFull` or `Unavailable`."""
         if self._draining or not self._thread.is_alive():
             raise Unavailable("the server is shutting down" if self._draining else "the engine has stopped")
         if self.unfinished + len(submissions) > self.max_unfinished:
             raise QueueFull(f"{self.unfinished} prompts run or wait; at most {self.max_unfinished} are taken")
-        generation = Generation(self, [f"r{next(self._numbers)}" for _ in submissions])
+        generation = Generation(self, [f"r{next(self._numbers)}" for _ in submissions], stats)
+        stats.submitted([len(item.prompt) for item in submissions], sum(item.params.n for item in submissions))
         self._live.add(generation)
         self._command(lambda: self._admit(generation, submissions))
         return generation
@@ -188,6 +195,7 @@ class EngineWorker:
     def abort(self, generation: Generation) -> None:
         if generation in self._live:
             self._live.discard(generation)
+            generation.stats.end("abort")
             self._command(lambda: self._abort(generation))
 
     async def call(self, function: Callable[[ServedEngine], Result]) -> Result:

@@ -5,6 +5,8 @@ import asyncio
 import pytest
 
 from emoe_jax import SamplingParams
+from serve.metrics import RequestMetrics
+from serve.stats import RequestStats
 from serve.worker import EngineWorker, Submission, Unavailable
 from tests.serve.fake import FakeEngine, FakeTokenizer
 
@@ -15,7 +17,8 @@ def test_a_hurried_drain_fails_what_runs_at_once(hurried: bool) -> None:
         worker = EngineWorker(FakeEngine(FakeTokenizer(), step_seconds=0.02), 8)
         worker.start()
         try:
-            generation = worker.submit([Submission([1, 104], SamplingParams(max_tokens=40))])
+            submission = Submission([1, 104], SamplingParams(max_tokens=40))
+            generation = worker.submit([submission], RequestStats(RequestMetrics()))
             await generation.accepted()
             draining = asyncio.ensure_future(worker.drain(30))
             await asyncio.sleep(0.05)

@@ -1,0 +1,104 @@
+"""One snapshot of the engine's state as Prometheus metrics. What the state lacks is left out."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+MAX_TASKS = 64
+"""Tasks with metrics of their own, those with the most requests; clients may make up names."""
+
+GAUGES = (
+    ("num_requests_running", "Sequences being computed.", "scheduler.running"),
+    ("num_requests_waiting", "Sequences that wait.", "scheduler.waiting"),
+    ("expert_coverage", "Share of the routers' wishes that were resident, since the start.", "residency.coverage"),
+    ("expert_loads_in_flight", "Experts on their way to the device.", "residency.loads.in_flight"),
+    ("link_bandwidth_bytes_per_second", "Measured from store to device, staging.", "residency.loads.bandwidth"),
+    ("predictor_open", "Whether predictions count (1), or decayed frequency covers more (0).", "planner.open"),
+)
+"""Name, documentation, and where in the state the number is."""
+
+COUNTERS = (
+    ("num_preemptions", "Sequences whose pages were taken away.", "scheduler.preemptions"),
+    ("engine_steps", "Steps of the engine.", "steps"),
+    ("engine_step_seconds", "Time spent in steps.", "step_seconds"),
+    ("expert_loads", "Experts brought to the device.", "residency.loads.loads"),
+    ("expert_loaded_bytes", "Bytes of experts brought to the device.", "residency.loads.loaded_bytes"),
+    ("expert_loads_useful", "Loaded in the background and then wished for.", "residency.loads.useful"),
+    ("expert_loads_useless", "Loaded in the background and replaced unwished for.", "residency.loads.useless"),
+    ("expert_loads_cancelled", "Given up before they were there.", "residency.loads.cancelled"),
+    ("expert_load_failures", "Experts that could not be read.", "residency.loads.failures"),
+    ("predictions", "Times that the predictor was asked.", "planner.predictions"),
+    ("early_predictions", "Those asked early, because coverage fell.", "planner.early_predictions"),
+    ("prediction_seconds", "Time of the predictor's thread.", "planner.seconds"),
+    ("planning_seconds", "Time of planning and following wishes, within steps.", "planner.planning_seconds"),
+)
+
+PLANNER_COVERAGES = ("predicted", "frequency", "promised", "recent")
+
+BY_TASK = (
+    (GaugeMetricFamily, "task_substituted_ratio", "Share of expert choices substituted.", "tasks", "substituted"),
+    (GaugeMetricFamily, "task_substituted_mass", "The same by router probability.", "tasks", "substituted_mass"),
+    (CounterMetricFamily, "task_requests", "Requests that ended.", "tasks", "requests"),
+    (CounterMetricFamily, "task_slo_answers", "Answers with a deadline.", "scheduler.attainment.tasks", "with_slo"),
+    (CounterMetricFamily, "task_slo_attained", "Those that kept it.", "scheduler.attainment.tasks", "attained"),
+)
+"""Kind, name, documentation, where in the state the tasks are, and the number of each."""
+
+
+def engine_families(state: Mapping[str, Any], model_name: str) -> Iterator[Metric]:
+    for kind, readings in ((GaugeMetricFamily, GAUGES), (CounterMetricFamily, COUNTERS)):
+        for name, documentation, path in readings:
+            yield from _family(kind, name, documentation, model_name, "", {"": _at(state, path)})
+    used, pages = _at(state, "scheduler.pages_used"), _at(state, "scheduler.pages")
+    usage = used / pages if used is not None and pages else None
+    yield from _family(GaugeMetricFamily, "kv_cache_usage_perc", "Share of pages in use.", model_name, "", {"": usage})
+    yield from _residency(_at(state, "residency") or {}, model_name)
+    coverages = {name: _at(state, f"planner.coverage_{name}") for name in PLANNER_COVERAGES}
+    documentation = "Of the last prompts by prediction and by frequency; promised by the plan; of recent steps."
+    yield from _family(GaugeMetricFamily, "planner_coverage", documentation, model_name, "of", coverages)
+    for kind, name, documentation, path, key in BY_TASK:
+        tasks = _at(state, path) or {}
+        shown = sorted(tasks, key=lambda task: -tasks[task].get("requests", 0))[:MAX_TASKS]
+        values = {task: tasks[task][key] for task in shown}
+        yield from _family(kind, name, documentation, model_name, "task", values)
+
+
+def _residency(residency: Mapping[str, Any], model_name: str) -> Iterator[Metric]:
+    layers = [str(layer) for layer in residency.get("moe_layers", ())]
+    for name, documentation, values in (
+        ("experts_resident", "Experts on the device.", map(len, residency.get("experts", ()))),
+        ("expert_slots", "Experts that the device has room for.", residency.get("slots", ())),
+    ):
+        by_layer = dict(zip(layers, values, strict=False))
+        yield from _family(GaugeMetricFamily, name, documentation, model_name, "layer", by_layer)
+    wishes = {layer: sum(row) for layer, row in zip(layers, residency.get("wishes", ()), strict=False)}
+    documentation = "Experts that routers wished for."
+    yield from _family(CounterMetricFamily, "expert_wishes", documentation, model_name, "layer", wishes)
+    covered = round((residency.get("coverage") or 0) * sum(wishes.values()))
+    documentation = "Those of all layers that were resident."
+    yield from _family(CounterMetricFamily, "expert_wishes_resident", documentation, model_name, "", {"": covered})
+
+
+def _family(
+    kind: type[GaugeMetricFamily] | type[CounterMetricFamily],
+    name: str,
+    documentation: str,
+    model_name: str,
+    label: str,
+    values: Mapping[str, float | None],
+) -> Iterator[Metric]:
+    """One metric, its values by what `label` says; none when there is no value."""
+    known = {key: value for key, value in values.items() if value is not None}
+    if known:
+        family = kind(f"emoe:{name}", documentation, labels=["model_name", *([label] if label else [])])
+        for key, value in known.items():
+            family.add_metric([model_name, *([key] if label else [])], value)
+        yield family
+
+
+def _at(state: Any, path: str) -> Any:
+    """`state["a"]["b"]` for "a.b", None where there is no such thing."""
+    for key in path.split("."):
+        state = state.get(key) if isinstance(state, Mapping) else None
+    return state

@@ -1,0 +1,141 @@
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from serve.engine_metrics import MAX_TASKS, engine_families
+from serve.metrics import Histogram, exposition
+from tests.serve.conftest import StartServer
+from tests.serve.fake import FakeEngine, FakeTokenizer
+from tests.serve.states import engine_state
+from tests.serve.test_server import ask, wait_until
+
+Samples = dict[tuple[str, str], float]
+
+
+def parsed(text: str) -> Samples:
+    """Values by name and the label beside `model_name`, `""` without one."""
+    values: Samples = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = dict(sample.labels)
+            assert labels.pop("model_name") == "fake"
+            values[sample.name, next(iter(labels.values()), "")] = sample.value
+    return values
+
+
+def scrape(client: httpx.Client) -> Samples:
+    response = client.get("/metrics")
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    return parsed(response.text)
+
+
+def test_requests_are_counted_by_answer(start_server: StartServer) -> None:
+    with start_server(FakeEngine(FakeTokenizer(), step_seconds=0.02)) as client:
+        assert ask(client, prompt=["hi", "you"], n=2, max_tokens=5).status_code == 200
+        assert ask(client, stop="c", stream=True).status_code == 200
+        assert ask(client, max_tokens=-1).status_code == 400
+        values = scrape(client)
+    assert values["emoe:prompt_tokens_total", ""] == 3 + 4 + 3
+    assert values["emoe:generation_tokens_total", ""] == 4 * 5 + 3
+    assert values["emoe:request_success_total", "length"] == 4
+    assert values["emoe:request_success_total", "stop"] == 1
+    assert values["emoe:time_to_first_token_seconds_count", ""] == 5
+    assert values["emoe:inter_token_latency_seconds_count", ""] == 4 * 4 + 2
+    assert values["emoe:inter_token_latency_seconds_sum", ""] >= 0.018 * 18
+    assert values["emoe:inter_token_latency_seconds_bucket", "0.01"] == 0
+    assert values["emoe:request_time_per_output_token_seconds_count", ""] == 5
+    assert values["emoe:e2e_request_latency_seconds_sum", ""] >= values["emoe:time_to_first_token_seconds_sum", ""]
+    assert values["emoe:e2e_request_latency_seconds_bucket", "+Inf"] == 5
+
+
+def test_what_ends_early_is_counted_as_such(start_server: StartServer) -> None:
+    engine = FakeEngine(FakeTokenizer(), step_seconds=0.01)
+    with start_server(engine) as client:
+        body: dict[str, Any] = {"prompt": "hi", "n": 2, "max_tokens": 90, "stream": True}
+        with client.stream("POST", "/v1/completions", json=body) as response:
+            next(response.iter_lines())
+        wait_until(lambda: not engine.running)
+        engine.failures = [RuntimeError()]
+        assert ask(client).status_code == 500
+        values = scrape(client)
+    assert values["emoe:request_success_total", "abort"] == 2
+    assert values["emoe:request_success_total", "error"] == 1
+
+
+def test_the_engine_s_state_is_scraped(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeEngine, "state", lambda _: engine_state())
+    with start_server(FakeEngine(FakeTokenizer())) as client:
+        values = scrape(client)
+    expected = {
+        ("emoe:num_requests_running", ""): 1,
+        ("emoe:num_requests_waiting", ""): 2,
+        ("emoe:kv_cache_usage_perc", ""): 0.25,
+        ("emoe:num_preemptions_total", ""): 4,
+        ("emoe:expert_coverage", ""): 0.85,
+        ("emoe:experts_resident", "1"): 2,
+        ("emoe:expert_wishes_total", "3"): 10,
+        ("emoe:expert_wishes_resident_total", ""): 17,
+        ("emoe:expert_loads_total", ""): 6,
+        ("emoe:expert_loads_useless_total", ""): 1,
+        ("emoe:link_bandwidth_bytes_per_second", ""): 70000,
+        ("emoe:predictor_open", ""): 1,
+        ("emoe:planner_coverage", "recent"): 0.87,
+        ("emoe:planning_seconds_total", ""): 0.02,
+        ("emoe:engine_step_seconds_total", ""): 0.5,
+        ("emoe:task_substituted_ratio", "qa"): 0.1,
+        ("emoe:task_substituted_mass", "sum"): 0.05,
+    }
+    assert {key: values[key] for key in expected} == expected
+    assert ("emoe:planner_coverage", "promised") not in values
+
+
+def test_tasks_that_clients_make_up_are_bounded_and_escaped() -> None:
+    tasks = {f'a "task"\n{number}': {"requests": number} for number in range(1000)}
+    tasks = {name: {**task, "substituted": 0.0, "substituted_mass": 0.0} for name, task in tasks.items()}
+    values = parsed(exposition(engine_families({"tasks": tasks}, "fake")).decode())
+    shown = [label for name, label in values if name == "emoe:task_requests_total"]
+    assert len(shown) == MAX_TASKS
+    assert 'a "task"\n999' in shown
+
+
+def test_apps_do_not_share_metrics_and_need_no_key_for_them(start_server: StartServer) -> None:
+    with start_server(FakeEngine(FakeTokenizer()), api_keys=["secret"]) as client:
+        assert ask(client).status_code == 401
+        assert scrape(client)["emoe:generation_tokens_total", ""] == 0
+
+
+def test_a_dead_engine_leaves_the_requests_metrics(start_server: StartServer) -> None:
+    engine = FakeEngine(FakeTokenizer())
+    with start_server(engine) as client:
+        engine.failures = [SystemExit()]  # pyright: ignore[reportAttributeAccessIssue]
+        assert ask(client).status_code == 500
+        wait_until(lambda: client.get("/health").status_code == 503)
+        assert scrape(client)["emoe:request_success_total", "error"] == 1
+
+
+def test_scrapes_while_many_requests_run(start_server: StartServer) -> None:
+    with start_server(FakeEngine(FakeTokenizer())) as client, ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(ask, client, max_tokens=50) for _ in range(32)]
+        while not all(answer.done() for answer in answers):
+            scrape(client)
+        assert scrape(client)["emoe:generation_tokens_total", ""] == 32 * 50
+
+
+def test_observing_is_cheap() -> None:
+    histogram = Histogram("emoe:x", "x", (0.1, 1.0))
+    began = time.perf_counter()
+    for _ in range(10_000):
+        histogram.observe(0.5)
+    assert time.perf_counter() - began < 0.5
+    assert parsed(exposition([histogram.family("fake")]).decode()) == {
+        ("emoe:x_bucket", "0.1"): 0,
+        ("emoe:x_bucket", "1.0"): 10_000,
+        ("emoe:x_bucket", "+Inf"): 10_000,
+        ("emoe:x_count", ""): 10_000,
+        ("emoe:x_sum", ""): 5_000,
+    }
