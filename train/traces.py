@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from emoe_jax import EmoeError, Engine, SamplingParams
@@ -25,6 +24,7 @@ from emoe_jax.traces.parts import parts_of
 from emoe_jax.traces.recorder import recover
 from train import prompts as labelled
 from train.keywords import with_demo_keywords, with_keywords
+from train.progress import progress_bar
 from train.prompts import Prompt
 from train.tasks import TASKS, unrelated
 
@@ -157,18 +157,10 @@ def _answers(
 ) -> list[RequestOutput]:
     """Run all prompts, as many at a time as the engine computes together."""
     params = SamplingParams(max_tokens=options.max_tokens, temperature=options.temperature, seed=options.seed)
-    columns = (
-        TextColumn("prompts"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
     outputs: list[RequestOutput] = []
     waiting, tokens = list(reversed(list(enumerate(prompts)))), 0
     running = 0
-    with Progress(*columns, console=console) as progress:
+    with progress_bar(console, "prompts") as progress:
         bar = progress.add_task("compiling", total=len(prompts))
         while len(outputs) < len(prompts):
             while waiting and running < 2 * options.max_num_seqs:  # a queue, so that every step is full

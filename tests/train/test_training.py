@@ -13,6 +13,7 @@ from train.demo.attention import attend_packed, causal_within_documents
 from train.demo.batches import Encoder
 from train.demo.moe import dropped, moe_buffers
 from train.demo.trainer import Checkpoints, Plan
+from train.progress import History, read_history
 
 TINY = {
     "vocab_size": 600,
@@ -170,14 +171,13 @@ def test_rouge_and_divergence():
 
 
 def test_history_drops_what_came_after_the_checkpoint(tmp_path):
-    metrics = objective.Metrics(*(jnp.float32(value) for value in (2.0, 1.0, 0.5, 1.0, 0.0)))
-    history = report.History(tmp_path / "history.jsonl", 0)
+    history = History(tmp_path / "history.jsonl", 0)
     for step in (1, 2, 3):
-        history.add(step, metrics)
+        history.add({"step": step, "loss": 2.0, "answer_accuracy": 0.5})
     history.close()
     with history.path.open("a") as file:
         file.write('{"step": 4, "lo')
-    report.History(history.path, 2).close()
-    assert [line["step"] for line in report.read(history.path)] == [1, 2]
-    report.plot_loss(report.read(history.path), tmp_path / "loss.png")
+    History(history.path, 2).close()
+    assert [line["step"] for line in read_history(history.path)] == [1, 2]
+    report.plot_loss(read_history(history.path), tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 1000

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
 from emoe_jax.errors import EmoeError
@@ -19,6 +18,7 @@ from train.demo import evaluate, export, report, shape, tokenizer
 from train.demo.batches import Encoder
 from train.demo.objective import Metrics
 from train.demo.trainer import Checkpoints, Plan, run
+from train.progress import History, progress_bar, read_history
 
 STEPS = 5000
 _LOG_EVERY = 50
@@ -88,21 +88,13 @@ def _train(options: argparse.Namespace, console: Console) -> None:
     bpe = _tokenizer(work, plan, console)
     checkpoints = Checkpoints(work / "checkpoints")
     first = max(checkpoints.steps(), default=0)
-    history = report.History(work / "history.jsonl", first)
-    columns = (
-        TextColumn("step"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    history = History(work / "history.jsonl", first)
     began = time.monotonic()
-    with Progress(*columns, console=console) as progress:
+    with progress_bar(console, "step") as progress:
         bar = progress.add_task("compiling", total=plan.steps, completed=first)
 
         def show(step: int, metrics: Metrics) -> None:
-            history.add(step, metrics)
+            history.add({"step": step} | {name: round(float(value), 5) for name, value in metrics._asdict().items()})
             text = f"loss {metrics.loss:.3f}  answers {metrics.answer_accuracy:.1%}"
             progress.update(bar, completed=step, description=text)
             if not console.is_terminal and step % _LOG_EVERY == 0:
@@ -114,7 +106,7 @@ def _train(options: argparse.Namespace, console: Console) -> None:
         state = run(shape.model_config(), plan, bpe, checkpoints, show)
     history.close()
     export.write(options.out, shape.hf_config(), state.parameters, bpe)
-    report.plot_loss(report.read(history.path), options.out / "loss.png")
+    report.plot_loss(read_history(history.path), options.out / "loss.png")
     console.print(f"wrote {options.out} ({_megabytes(options.out):.1f} MB)")
 
 

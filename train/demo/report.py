@@ -5,43 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-
-from train.demo.objective import Metrics
-
-
-class History:
-    """Metrics of every step as JSON lines; a resumed run drops what the killed one wrote after its checkpoint."""
-
-    def __init__(self, path: Path, first_step: int) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read(path) if line["step"] <= first_step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._file: TextIO = path.open("a")
-
-    def add(self, step: int, metrics: Metrics) -> None:
-        values = {name: round(float(value), 5) for name, value in metrics._asdict().items()}
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def read(path: Path) -> list[dict[str, float]]:
-    """The lines of a history; the last one may be cut short by a kill and is then left out."""
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
 
 
 def plot_loss(history: Sequence[dict[str, float]], path: Path) -> None:

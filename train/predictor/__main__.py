@@ -13,8 +13,6 @@ from typing import Any, NoReturn
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
 from emoe_jax.errors import EmoeError
 from emoe_jax.policies.dynamics import DYNAMICS_FILE, Dynamics
@@ -24,6 +22,7 @@ from emoe_jax.predictor.predictor import CONFIG
 from emoe_jax.traces import RoutingTrace
 from train.predictor import evaluate, examples, options, report, trainer
 from train.predictor.trainer import Checkpoints, Plan, Progress
+from train.progress import History, progress_bar, read_history
 
 _LOG_EVERY = 25
 
@@ -80,7 +79,7 @@ def train(given: argparse.Namespace, console: Console) -> dict[str, Any]:
     finished = Predictor(config, prompts, state.best)
     finished.save(out)
     _learn_dynamics(trace, finished).save(out / DYNAMICS_FILE)
-    report.plot(report.read(out / "history.jsonl"), before, out / "curves.png")
+    report.plot(read_history(out / "history.jsonl"), before, out / "curves.png")
     predictor.weights = state.best
     # The held-out prompts are judged by a predictor that remembers the others only.
     judged = Predictor(config, prompts, state.best, remembered=prompts.take(split.train))
@@ -116,23 +115,15 @@ def _run(
 ) -> trainer.TrainState:
     checkpoints = Checkpoints(out / "checkpoints")
     first = max(checkpoints.steps(), default=0)
-    history = report.History(out / "history.jsonl", first)
-    columns = (
-        TextColumn("step"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    history = History(out / "history.jsonl", first)
     began = time.monotonic()
-    with Bar(*columns, console=console) as bar:
+    with progress_bar(console, "step") as bar:
         task = bar.add_task("compiling", total=plan.steps, completed=first)
         text = ""
 
         def show(progress: Progress) -> None:
             nonlocal text
-            history.add(progress)
+            history.add(progress._asdict())
             if progress.coverage is not None:
                 text = f"coverage {progress.coverage:.4f} (prior {before:.4f}, best {progress.best_coverage:.4f})"
             bar.update(task, completed=progress.step, description=f"loss {progress.loss:.4f}  {text}")

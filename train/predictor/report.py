@@ -5,40 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-
-from train.predictor.trainer import Progress
-
-
-class History:
-    """Progress of every step as JSON lines; a resumed run drops what the killed one wrote after its checkpoint."""
-
-    def __init__(self, path: Path, first_step: int) -> None:
-        self.path = path
-        kept = [line for line in read(path) if line["step"] <= first_step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._file: TextIO = path.open("a")
-
-    def add(self, progress: Progress) -> None:
-        self._file.write(json.dumps(progress._asdict()) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a history; the last one may be cut short by a kill and is then left out."""
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
 
 
 def plot(history: Sequence[dict[str, Any]], prior_coverage: float, path: Path) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from emoe_jax import EmoeError
 from emoe_jax.checkpoint import Tokenizer
@@ -19,6 +18,7 @@ from emoe_jax.errors import ConfigError
 from emoe_jax.tasks import TaskProfile
 from train import prompts as labelled
 from train.demo.evaluate import EXACT_TASKS
+from train.progress import progress_bar
 from train.prompts import Prompt
 from train.sensitivity import profile, report
 from train.sensitivity.forward import RandomisedModel
@@ -132,14 +132,7 @@ def _numbers(
     encoded = _encoded(prompts, model, tokenizer, options.max_tokens)
     num_layers = len(model.config.moe_layers)
     progressive, single = profile.patterns(num_layers, options.depths)
-    columns = (
-        TextColumn("{task.description}"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
+    with progress_bar(console, "prompts") as progress:
         bar = progress.add_task("resident answers", total=len(progressive) + 2)
 
         def answers(random_layers: np.ndarray) -> Outputs:
