@@ -10,6 +10,7 @@ from fastapi.responses import Response
 
 from serve.chat import chat_routes
 from serve.completions import completion_routes
+from serve.dashboard import dashboard_routes
 from serve.errors import ErrorResponse, install_error_handlers
 from serve.guard import Guard
 from serve.metrics import RequestMetrics
@@ -41,6 +42,7 @@ def create_app(service: Service, api_keys: Sequence[str] = (), allowed_origins: 
     app.include_router(chat_routes(service))
     metrics = RequestMetrics()
     app.include_router(model_routes(service, metrics))
+    app.include_router(dashboard_routes())
     install_error_handlers(app)
 
     @app.exception_handler(ClientGone)
