@@ -1,7 +1,7 @@
 """What a run of requests looked like from outside."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,12 +14,15 @@ PERCENTILES = (50, 90, 99)
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One finished request. `started` and `token_times` are in seconds since the run's start; one time per token."""
+    """One finished request, in seconds since the run's start; one time per token.
+
+    When it `started`, and whether its deadlines were given up as `unattainable`, cannot be seen from outside a server.
+    """
 
     job: Job
-    started: float
     token_times: tuple[float, ...]
-    unattainable: bool = False
+    started: float | None = None
+    unattainable: bool | None = None
 
     @property
     def end(self) -> float:
@@ -34,8 +37,8 @@ class Record:
         return self.end - self.job.arrival
 
     @property
-    def wait(self) -> float:
-        return self.started - self.job.arrival
+    def wait(self) -> float | None:
+        return None if self.started is None else self.started - self.job.arrival
 
     @property
     def tpot(self) -> float | None:
@@ -67,13 +70,18 @@ def summary(records: Sequence[Record]) -> dict[str, Any]:
         "goodput_rps": sum(record.attained for record in records) / seconds,
         "throughput_rps": len(records) / seconds,
         "throughput_tok_s": tokens / seconds,
-        "max_wait_s": max(record.wait for record in records),
-        "unattainable": sum(record.unattainable for record in records),
+        "max_wait_s": max((record.wait for record in records if record.wait is not None), default=None),
+        "unattainable": _count(record.unattainable for record in records),
         **_percentiles("ttft", [record.ttft for record in records]),
         **_percentiles("tpot", [record.tpot for record in records if record.tpot is not None]),
         **_percentiles("itl", gaps),
         **_percentiles("latency", [record.latency for record in records]),
     }
+
+
+def _count(flags: Iterable[bool | None]) -> int | None:
+    known = [flag for flag in flags if flag is not None]
+    return sum(known) if known else None
 
 
 def _share(records: Sequence[Record]) -> float:

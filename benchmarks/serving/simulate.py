@@ -67,7 +67,7 @@ def simulate(
         for sequence in (*plan.decodes, *(chunk.sequence for chunk in plan.prefills if chunk.is_last)):
             times[sequence].append(now)
     return [
-        Record(job, started[sequence], tuple(times[sequence]), sequence.slo_unattainable) for sequence, job in arriving
+        Record(job, tuple(times[sequence]), started[sequence], sequence.slo_unattainable) for sequence, job in arriving
     ]
 
 

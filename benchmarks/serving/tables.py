@@ -1,6 +1,6 @@
 """Runs as a table and as a picture."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ COLUMNS = {
     "throughput_tok_s": "{:.0f}",
     "max_wait_s": "{:.1f}",
 }
+RATIOS = ("throughput_ratio", "mean_latency_ratio", "max_batch_ratio")
 
 
 def print_runs(runs: Sequence[dict[str, Any]], title: str) -> None:
@@ -42,6 +43,15 @@ def print_runs(runs: Sequence[dict[str, Any]], title: str) -> None:
     console = Console(width=200)
     console.print(table)
     console.print(tasks)
+
+
+def print_ratios(report: Mapping[str, Any]) -> None:
+    """What a comparison of residencies comes to."""
+    table = Table(title="some experts resident over all resident, on equal memory")
+    for name in RATIOS:
+        table.add_column(name.replace("_", " "), justify="right")
+    table.add_row(*(f"{report[name]:.2f}" for name in RATIOS))
+    Console(width=200).print(table)
 
 
 def plot_runs(runs: Sequence[dict[str, Any]], path: str | Path, title: str) -> None:

@@ -12,11 +12,11 @@ from emoe_jax.scheduling.cost import StepCost
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A request of a task without its time: tokens of prompt and answer, and the prompt where there is a text."""
+    """A request of a task without its time: tokens of prompt and answer, and the conversation where there is one."""
 
     prompt_tokens: int
     output_tokens: int
-    text: str = ""
+    messages: tuple[dict[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ def demo_samples(count: int = 400) -> dict[str, list[Sample]]:
             Sample(
                 len(tokenizer.chat(example.messages)),
                 len(tokenizer.encode(example.answer)) + 1,  # and the token that ends it
-                example.prompt,
+                tuple(example.messages),
             )
             for example in examples(task, "test", 0, count)
         ]

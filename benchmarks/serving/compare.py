@@ -1,0 +1,112 @@
+"""Some of the experts resident, and the memory that frees for more sequences, against all of them resident.
+
+The device is as small as it can be for all experts and the KV cache of a given number of full sequences: there full
+residency runs out of KV. With fewer experts resident the same memory holds more sequences. A server of each kind gets
+as many as it has room for; full residency serves first come, first served, the other by deadlines.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.serving.client import closed_loop, connected, open_loop
+from benchmarks.serving.live import Load, Report, idle_slos, throughput
+from benchmarks.serving.report import summary
+from benchmarks.serving.server import started_server
+from emoe_jax.config import ModelConfig
+from emoe_jax.engine.kv_cache import pages_for
+from emoe_jax.engine.memory import WORKSPACE_SHARE, MemoryPlan
+from serve.options import parse_options
+
+MAX_BATCH = 4096
+"""What the server takes."""
+USERS = 2
+"""Users per sequence of the larger batch, so that in a closed loop somebody always waits."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """Sequences of `max_model_len` tokens that fit a device of `device_bytes`, by what is resident."""
+
+    device_bytes: int
+    max_model_len: int
+    full: int
+    partial: int
+
+    @classmethod
+    def of(cls, config: ModelConfig, dtype: str, share: str, max_model_len: int, full: int) -> "Batches":
+        """The smallest device for all experts and `full` sequences, and what it holds with `share` of the experts."""
+
+        def plan(device_bytes: int, expert_memory: str, batch: int) -> MemoryPlan:
+            return MemoryPlan.of(
+                config,
+                platform="cpu",
+                device_bytes=device_bytes,
+                dtype=dtype,
+                expert_memory=expert_memory,
+                max_model_len=max_model_len,
+                max_num_seqs=batch,
+            )
+
+        needed = plan(2**60, "100%", full)
+        used = needed.dense_bytes + needed.slab_bytes + needed.kv_bytes
+        device = math.ceil(used / (1 - WORKSPACE_SHARE)) + 1  # usable bytes are rounded down
+        pages = plan(device, share, MAX_BATCH).num_pages - 1
+        return cls(device, max_model_len, full, pages // pages_for(max_model_len))
+
+
+def run_comparison(
+    share: str, full_batch: int, load: Load, arguments: Sequence[str], report: Report
+) -> tuple[Batches, dict[str, Any]]:
+    """Ratios of `share` resident to all resident, and the runs they come from. Raises `ServerFailed`.
+
+    `throughput_ratio`: tokens/s of a closed loop with equally many users. `mean_latency_ratio`: at the first of the
+    load's rates, as a share of what full residency can do. `max_batch_ratio`: sequences that fit, by arithmetic.
+    Sequences are as long as `--max-model-len` of the server's `arguments`, or the load's longest; weights are float32
+    unless they name another `--dtype`.
+    """
+    options = parse_options(arguments)
+    dtype = "float32" if options.dtype == "auto" else options.dtype
+    length = options.max_model_len or load.longest
+    batches = Batches.of(ModelConfig.from_directory(options.model), dtype, share, length, full_batch)
+    load = dataclasses.replace(load, concurrency=USERS * max(batches.partial, batches.full))
+    flags = ["--dtype", dtype, "--max-model-len", str(length), "--max-num-queued-reqs", str(load.queued)]
+    with contextlib.ExitStack() as stack:
+        urls = {}
+        for kind, batch, policy in (("100%", batches.full, "fcfs"), (share, batches.partial, "slo")):
+            report(f"starting a server, {kind} resident, {batch} sequences")
+            own = ["--expert-memory", kind, "--max-num-seqs", str(batch), "--scheduling-policy", policy]
+            urls[kind] = stack.enter_context(started_server([*arguments, *flags, *own]))
+        measured = asyncio.run(_compare(urls, load, report))
+    ratio = {"max_batch_ratio": batches.partial / batches.full, "batches": dataclasses.asdict(batches)}
+    return batches, measured | ratio
+
+
+async def _compare(urls: dict[str, str], load: Load, report: Report) -> dict[str, Any]:
+    saturated, runs = {}, []
+    slos, rate = None, 0.0
+    for name, url in urls.items():  # full residency first: it sets rate and deadlines
+        async with connected(url, load.max_tokens) as client:
+            report(f"{name} resident: a closed loop of {load.concurrency} users")
+            records = await closed_loop(client, load.saturated(), load.concurrency)
+            saturated[name] = summary(records)
+            if slos is None:
+                slos = await idle_slos(client, load)
+                rate = load.fractions[0] * throughput(records)
+    assert slos is not None
+    for name, url in urls.items():
+        async with connected(url, load.max_tokens) as client:
+            report(f"{name} resident: {load.requests} requests at {rate:.2f} requests/s")
+            records = await open_loop(client, load.arriving(rate, slos))
+            run = {"policy": f"{name} resident", "rate_fraction": load.fractions[0], "rate_rps": rate}
+            runs.append(run | summary(records))
+    full, partial = urls
+    return {
+        "throughput_ratio": saturated[partial]["throughput_tok_s"] / saturated[full]["throughput_tok_s"],
+        "mean_latency_ratio": runs[1]["mean_latency_s"] / runs[0]["mean_latency_s"],
+        "saturated": saturated,
+        "runs": runs,
+    }
