@@ -3,15 +3,16 @@
 import dataclasses
 import time
 import uuid
+from typing import Annotated
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Header, Request
 from fastapi.responses import Response
 
 from emoe_jax.engine.request import RequestOutput
 from serve.answers import AssistantMessage, ChatChoice, ChatChunk, ChatChunkChoice, ChatDelta, ChatResponse
 from serve.body import JsonRoute
 from serve.logprobs import chat_logprobs
-from serve.schema import ChatRequest
+from serve.schema import ChatRequest, SloHeaders
 from serve.service import Service, emoe_of, until_disconnect, usage_of
 from serve.stream import OR_STREAM, EventStream
 from serve.worker import Progress
@@ -21,7 +22,9 @@ def chat_routes(service: Service) -> APIRouter:
     router = APIRouter(route_class=JsonRoute, tags=["generation"])
 
     @router.post("/v1/chat/completions", response_model=ChatResponse, responses=OR_STREAM)
-    async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
+    async def create_chat_completion(
+        body: ChatRequest, request: Request, slo: Annotated[SloHeaders, Header()]
+    ) -> Response:
         """Answer a conversation. A stream's events are `chat.completion.chunk` objects."""
         service.check_model(body.model)
         messages = [message.to_template() for message in body.messages]
@@ -33,7 +36,7 @@ def chat_routes(service: Service) -> APIRouter:
         max_tokens = service.token_budget(prompt, "messages", asked, asked_param)
         params = body.to_params(max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
         writer = ChatWriter(service, body, prompt)
-        generation = await service.begin(request, [prompt], [params], body.emoe)
+        generation = await service.begin(request, [prompt], [params], body.emoe, slo)
         if body.stream:
             return EventStream(generation, writer, body.include_usage)
         try:

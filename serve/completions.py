@@ -4,15 +4,16 @@ import dataclasses
 import time
 import uuid
 from collections.abc import Sequence
+from typing import Annotated
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Header, Request
 from fastapi.responses import Response
 
 from emoe_jax.engine.request import RequestOutput, TokenLogprob
 from serve.answers import CompletionChoice, CompletionLogprobs, CompletionResponse
 from serve.body import JsonRoute
 from serve.logprobs import completion_logprobs
-from serve.schema import DEFAULT_COMPLETION_TOKENS, CompletionRequest
+from serve.schema import DEFAULT_COMPLETION_TOKENS, CompletionRequest, SloHeaders
 from serve.service import Service, emoe_of, until_disconnect, usage_of
 from serve.stream import OR_STREAM, EventStream
 from serve.worker import Progress
@@ -22,7 +23,9 @@ def completion_routes(service: Service) -> APIRouter:
     router = APIRouter(route_class=JsonRoute, tags=["generation"])
 
     @router.post("/v1/completions", response_model=CompletionResponse, responses=OR_STREAM)
-    async def create_completion(body: CompletionRequest, request: Request) -> Response:
+    async def create_completion(
+        body: CompletionRequest, request: Request, slo: Annotated[SloHeaders, Header()]
+    ) -> Response:
         """Continue a prompt. A stream's events have the shape of the whole answer."""
         service.check_model(body.model)
         prompts = [
@@ -39,7 +42,7 @@ def completion_routes(service: Service) -> APIRouter:
                 sampling = dataclasses.replace(sampling, prompt_logprobs=body.logprobs)
             params.append(sampling)
         writer = CompletionWriter(service, body, prompts, await _echoes(service, body))
-        generation = await service.begin(request, prompts, params, body.emoe)
+        generation = await service.begin(request, prompts, params, body.emoe, slo)
         if body.stream:
             return EventStream(generation, writer, body.include_usage)
         try:

@@ -20,6 +20,9 @@ GAUGES = (
 
 COUNTERS = (
     ("num_preemptions", "Sequences whose pages were taken away.", "scheduler.preemptions"),
+    ("slo_answers", "Answers that had a deadline.", "scheduler.slo.with_slo"),
+    ("slo_attained", "Those that kept all of theirs.", "scheduler.slo.attained"),
+    ("slo_given_up", "Sequences whose deadlines were given up while they waited.", "scheduler.unattainable"),
     ("engine_steps", "Steps of the engine.", "steps"),
     ("engine_step_seconds", "Time spent in steps.", "step_seconds"),
     ("expert_loads", "Experts brought to the device.", "residency.loads.loads"),
@@ -40,8 +43,8 @@ BY_TASK = (
     (GaugeMetricFamily, "task_substituted_ratio", "Share of expert choices substituted.", "tasks", "substituted"),
     (GaugeMetricFamily, "task_substituted_mass", "The same by router probability.", "tasks", "substituted_mass"),
     (CounterMetricFamily, "task_requests", "Requests that ended.", "tasks", "requests"),
-    (CounterMetricFamily, "task_slo_answers", "Answers with a deadline.", "scheduler.attainment.tasks", "with_slo"),
-    (CounterMetricFamily, "task_slo_attained", "Those that kept it.", "scheduler.attainment.tasks", "attained"),
+    (CounterMetricFamily, "task_slo_answers", "Answers with a deadline.", "scheduler.slo.tasks", "with_slo"),
+    (CounterMetricFamily, "task_slo_attained", "Those that kept it.", "scheduler.slo.tasks", "attained"),
 )
 """Kind, name, documentation, where in the state the tasks are, and the number of each."""
 

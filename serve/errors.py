@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from emoe_jax.errors import CheckpointError, RequestError
+from emoe_jax.errors import CheckpointError, RequestError, SloUnattainable
 from serve.worker import EngineFailure, QueueFull, Unavailable
 
 log = logging.getLogger("serve")
@@ -55,6 +55,9 @@ def describe(error: Exception) -> tuple[int, ErrorBody, Mapping[str, str] | None
             kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
             body = ErrorBody(message=error.detail, type=kind, param=error.param, code=error.code)
             return error.status_code, body, error.headers
+        case SloUnattainable():
+            body = ErrorBody(message=str(error), type="server_error", param=error.param, code=error.code)
+            return 503, body, {"retry-after": str(RETRY_AFTER_SECONDS)}
         case RequestError():
             body = ErrorBody(message=str(error), type="invalid_request_error", param=error.param, code=error.code)
             return 400, body, None

@@ -40,6 +40,7 @@ class Guard:
                 headers={"www-authenticate": "Bearer"},
             )
         request_id = request_id or uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -16,6 +16,7 @@ from emoe_jax.errors import ConfigError
 from emoe_jax.experts.budget import parse_expert_memory
 from emoe_jax.policies import POLICIES
 from emoe_jax.scheduling.registry import POLICIES as SCHEDULING_POLICIES
+from serve.logs import LogFormat
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO_MODEL = REPOSITORY / "checkpoints" / "demo"
@@ -48,6 +49,7 @@ class Options:
     api_key: list[str]
     allowed_origins: list[str]
     seed: int
+    log_format: LogFormat
     shutdown_timeout: float
 
 
@@ -166,6 +168,7 @@ def _build_parser() -> _Parser:
         help="web pages that browsers may let call the server (CORS), for example https://example.org; * is all",
     )
     add("--seed", type=_integer(0, 2**63 - 1), default=0, help="seed of requests that name none")
+    add("--log-format", choices=("text", "json"), default="text", help="of lines on stderr, one for each request")
     add("--shutdown-timeout", type=_seconds, default=30.0, help="seconds that running requests get after SIGTERM")
     add("--config", metavar="FILE", help="YAML file with any of these options, by the same names")
     return parser

@@ -100,15 +100,30 @@ class StrictModel(BaseModel):
 
 
 class SloRequest(StrictModel):
-    """Deadlines of one request, milliseconds from its arrival."""
+    """Deadlines of one request, milliseconds from its arrival; a `strict` one is refused if they cannot be kept."""
 
     model_config = ConfigDict(extra="forbid")
 
     ttft_ms: Positive | None = None
     latency_ms: Positive | None = None
+    strict: bool | None = None
 
-    def to_slo(self) -> SLO:
-        return SLO(ttft_ms=self.ttft_ms, latency_ms=self.latency_ms)
+
+class SloHeaders(BaseModel):
+    """The same as headers; what the body says wins."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    x_slo_ttft_ms: Positive | None = None
+    x_slo_latency_ms: Positive | None = None
+
+    def to_slo(self, body: SloRequest | None) -> SLO:
+        body = body or SloRequest()
+        return SLO(
+            ttft_ms=self.x_slo_ttft_ms if body.ttft_ms is None else body.ttft_ms,
+            latency_ms=self.x_slo_latency_ms if body.latency_ms is None else body.latency_ms,
+            strict=bool(body.strict),
+        )
 
 
 class EmoeRequest(StrictModel):

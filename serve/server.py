@@ -47,6 +47,7 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, worker: EngineWorker, shutdown_timeout: float, on_ready: Callable[[], None]):
         config = uvicorn.Config(
             app,
+            log_config=None,  # through the root logger, like everything
             log_level="warning",
             access_log=False,
             server_header=False,

@@ -13,7 +13,7 @@ from emoe_jax.errors import RequestError
 from emoe_jax.tasks.profile import OTHER
 from serve.answers import EmoeAnswer, Usage
 from serve.errors import ApiError
-from serve.schema import EmoeRequest
+from serve.schema import EmoeRequest, SloHeaders
 from serve.text import TextCodec
 from serve.worker import EngineWorker, Generation, Submission
 
@@ -68,7 +68,12 @@ class Service:
         return room if asked is None else asked
 
     async def begin(
-        self, request: Request, prompts: Sequence[list[int]], params: Sequence[SamplingParams], emoe: EmoeRequest | None
+        self,
+        request: Request,
+        prompts: Sequence[list[int]],
+        params: Sequence[SamplingParams],
+        emoe: EmoeRequest | None,
+        slo: SloHeaders,
     ) -> Generation:
         """Hand the prompts of a request to the engine and wait until it has taken them."""
         if len(prompts) > self.worker.max_unfinished:
@@ -79,10 +84,9 @@ class Service:
         if emoe.task is not None and self.tasks is not None and emoe.task not in (*self.tasks, OTHER):
             known = ", ".join((*self.tasks, OTHER))
             raise RequestError(f"the task {emoe.task!r} is not in the task profile; it has {known}", "emoe.task")
-        slo = emoe.slo.to_slo() if emoe.slo else None
         generation = self.worker.submit(
             [
-                Submission(prompt, sampling, task=emoe.task, routing=emoe.routing, slo=slo)
+                Submission(prompt, sampling, task=emoe.task, routing=emoe.routing, slo=slo.to_slo(emoe.slo))
                 for prompt, sampling in zip(prompts, params, strict=True)
             ],
             request.state.stats,

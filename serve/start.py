@@ -1,7 +1,6 @@
 """From the command line to a server that answers, and to its end."""
 
 import asyncio
-import logging
 import os
 import socket
 import sys
@@ -14,6 +13,7 @@ from rich.console import Console
 from emoe_jax import EmoeError, Engine
 from serve.app import create_app
 from serve.console import loading_progress, start_up_table
+from serve.logs import configure_logging
 from serve.options import Options, as_flags, parse_options
 from serve.recording import check_trace_file
 from serve.server import Server, bind, url_of
@@ -25,7 +25,7 @@ from serve.worker import EngineWorker
 def run(arguments: Sequence[str], on_loaded: Callable[[], None]) -> int:
     """Load and serve until a signal; `on_loaded` is called between the two. Returns the exit status."""
     options = parse_options(arguments)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    configure_logging(options.log_format)
     keep_compilations()
     try:
         with bind(options.host, options.port) as listener:

@@ -59,6 +59,21 @@ def engine_state() -> dict[str, Any]:
             "qa": {"requests": 3, "substituted": 0.1, "substituted_mass": 0.04},
             "sum": {"requests": 1, "substituted": 0.2, "substituted_mass": 0.05},
         },
-        "scheduler": {"waiting": 2, "running": 1, "preemptions": 4, "pages_used": 5, "pages": 20},
+        "scheduler": {
+            "policy": "slo",
+            "waiting": 2,
+            "running": 1,
+            "preemptions": 4,
+            "pages_used": 5,
+            "pages": 20,
+            "slo": {
+                "ended": 4,
+                "with_slo": 2,
+                "attained": 1,
+                "attainment": 0.5,
+                "tasks": {"qa": {"ended": 3, "with_slo": 2, "attained": 1, "attainment": 0.5}},
+            },
+            "unattainable": 1,
+        },
         "memory": {"weights": 100, "slab": 200, "kv_cache": 300, "host": 0, "device": 1000},
     }

@@ -56,6 +56,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--routing", "best"], "--routing"),
         (["--policy", "belady"], "--policy"),
         (["--dtype", "int4"], "--dtype"),
+        (["--log-format", "xml"], "--log-format"),
         (["--shutdown-timeout", "nan"], "--shutdown-timeout"),
         (["--seed"], "--seed"),
         (["--api-key", "secret", ""], "--api-key"),

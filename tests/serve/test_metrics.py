@@ -89,6 +89,9 @@ def test_the_engine_s_state_is_scraped(start_server: StartServer, monkeypatch: p
         ("emoe:engine_step_seconds_total", ""): 0.5,
         ("emoe:task_substituted_ratio", "qa"): 0.1,
         ("emoe:task_substituted_mass", "sum"): 0.05,
+        ("emoe:slo_answers_total", ""): 2,
+        ("emoe:slo_given_up_total", ""): 1,
+        ("emoe:task_slo_attained_total", "qa"): 1,
     }
     assert {key: values[key] for key in expected} == expected
     assert ("emoe:planner_coverage", "promised") not in values

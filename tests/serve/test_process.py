@@ -1,5 +1,6 @@
 """The real server with a real engine, from the command line to SIGTERM."""
 
+import json
 import signal
 import threading
 import time
@@ -29,7 +30,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(tiny: Path) -> Iterator[ServerProcess]:
     arguments = ("--model", str(tiny), "--expert-memory", "50%", "--max-num-seqs", "2")
-    with server_process(*arguments, "--max-num-batched-tokens", "16", "--api-key", "secret") as server:
+    with server_process(
+        *arguments, "--max-num-batched-tokens", "16", "--api-key", "secret", "--log-format", "json"
+    ) as server:
         yield server
 
 
@@ -132,6 +135,11 @@ def test_tokens_and_state(http: httpx.Client) -> None:
     assert http.post("/detokenize", json={"tokens": chat}).json()["prompt"] == "user: hello there\nassistant:"
     state = http.get("/v1/emoe/state").json()
     assert [len(layer) for layer in state["residency"]["experts"]] == [4]
+    metrics = http.get("/metrics", headers={"authorization": ""}).text
+    for name in ("num_requests_running", "kv_cache_usage_perc", "expert_loads_total", "planning_seconds_total"):
+        assert f'\nemoe:{name}{{model_name="tiny"}} ' in metrics
+    assert 'emoe:experts_resident{layer="0",model_name="tiny"} 4.0' in metrics
+    assert http.get("/").headers["content-type"].startswith("text/html")
 
 
 def test_a_client_that_leaves_frees_the_engine(http: httpx.Client) -> None:
@@ -159,6 +167,9 @@ def test_sigterm_lets_running_requests_finish(server: ServerProcess, http: httpx
     printed = "".join(server.output)
     assert "Traceback" not in printed
     assert "hello" not in printed, "prompts must not be logged"
+    requests = [json.loads(line) for line in server.output if line.startswith("{")]
+    assert requests[-1]["route"] == "/v1/completions"
+    assert requests[-1]["completion_tokens"] == 200
 
 
 @pytest.mark.skipif(not (DEMO_MODEL / "config.json").is_file(), reason="the demo model has not been trained")

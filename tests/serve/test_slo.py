@@ -1,0 +1,69 @@
+"""Deadlines: in the body, in headers, and what happens when they cannot be kept."""
+
+from typing import Any
+
+import httpx
+import pytest
+
+from emoe_jax.engine.request import SLO
+from emoe_jax.errors import SloUnattainable
+from tests.serve.conftest import StartServer
+from tests.serve.fake import FakeEngine, FakeTokenizer
+
+CHAT = "/v1/chat/completions"
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "hi", "max_tokens": 2},
+    CHAT: {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
+}
+
+
+@pytest.mark.parametrize("path", list(BODIES))
+@pytest.mark.parametrize(
+    ("headers", "body", "expected"),
+    [
+        ({}, None, SLO()),
+        ({"x-slo-ttft-ms": "200", "x-slo-latency-ms": "1500.5"}, None, SLO(200, 1500.5)),
+        ({"X-SLO-TTFT-MS": "200"}, {"latency_ms": 900}, SLO(200, 900)),
+        ({"x-slo-ttft-ms": "200"}, {"ttft_ms": 50, "strict": True}, SLO(50, None, strict=True)),
+    ],
+)
+def test_headers_and_body(
+    start_server: StartServer, path: str, headers: dict[str, str], body: dict[str, Any] | None, expected: SLO
+) -> None:
+    engine = FakeEngine(FakeTokenizer())
+    with start_server(engine) as client:
+        answer = client.post(path, json={**BODIES[path], "emoe": {"slo": body}}, headers=headers)
+    assert answer.status_code == 200, answer.text
+    assert engine.requests[0]["slo"] == expected
+
+
+@pytest.mark.parametrize("path", list(BODIES))
+@pytest.mark.parametrize("name", ["x-slo-ttft-ms", "x-slo-latency-ms"])
+@pytest.mark.parametrize("value", ["", "fast", "0", "-5", "nan", "inf", "1e300", "1, 2", "9" * 400])
+def test_bad_headers_are_named(client: httpx.Client, path: str, name: str, value: str) -> None:
+    answer = client.post(path, json={**BODIES[path], "emoe": {"slo": {"ttft_ms": 5}}}, headers={name: value})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == name
+    assert error["message"].startswith(f"{name}: ")
+    assert len(error["message"]) < 200
+
+
+def test_headers_are_documented(client: httpx.Client) -> None:
+    parameters = client.get("/openapi.json").json()["paths"][CHAT]["post"]["parameters"]
+    assert {(item["name"], item["in"]) for item in parameters} == {
+        ("x-slo-ttft-ms", "header"),
+        ("x-slo-latency-ms", "header"),
+    }
+
+
+def test_deadlines_that_cannot_be_kept(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise SloUnattainable("the deadlines need a start 0 ms from now")
+
+    monkeypatch.setattr(FakeEngine, "add_request", refuse)
+    with start_server(FakeEngine(FakeTokenizer())) as client:
+        answer = client.post(CHAT, json={**BODIES[CHAT], "emoe": {"slo": {"ttft_ms": 1, "strict": True}}})
+    assert answer.status_code == 503
+    assert answer.json()["error"]["code"] == "slo_unattainable"
+    assert int(answer.headers["retry-after"]) >= 1
