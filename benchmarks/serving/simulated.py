@@ -32,7 +32,7 @@ def poisson_workload(device: Device, count: int, seed: int, scale: float) -> Wor
     samples: Samples = demo_samples()
     slos = task_slos(samples, device.cost, scale)
     saturated = drawn([0.0] * SATURATED, samples, slos, seed + 1)
-    limit = capacity(saturated, device, lambda: _policy("fcfs", device))
+    limit = capacity(saturated, device, lambda: make_policy("fcfs", device))
     return Workload(
         "five tasks, Poisson",
         limit,
@@ -49,7 +49,7 @@ def trace_workload(device: Device, paths: Sequence[str], seconds: float, scale: 
         raise ConfigError("two traces have the same name; each must be a task of its own")
     slos = task_slos(trace_samples(traces), device.cost, scale)
     recorded = replayed(traces, slos, 1.0)
-    limit = capacity(recorded, device, lambda: _policy("fcfs", device))
+    limit = capacity(recorded, device, lambda: make_policy("fcfs", device))
     natural = len(recorded) / max(recorded[-1].arrival, 1e-9)
     names = ", ".join(traces)
     return Workload(names, limit, lambda fraction: replayed(traces, slos, fraction * limit / natural))
@@ -62,13 +62,13 @@ def run_simulated(
     runs = []
     for fraction in fractions:
         for name in policies:
-            records = simulate(workload.jobs(fraction), device, _policy(name, device), seed)
+            records = simulate(workload.jobs(fraction), device, make_policy(name, device), seed)
             rate = fraction * workload.capacity
             runs.append({"policy": name, "rate_fraction": fraction, "rate_rps": rate, **summary(records)})
     return runs
 
 
-def _policy(name: str, device: Device) -> AdmissionPolicy:
+def make_policy(name: str, device: Device) -> AdmissionPolicy:
     return make_admission_policy(
         name,
         max_num_seqs=device.max_num_seqs,
