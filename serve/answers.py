@@ -1,6 +1,6 @@
 """Response bodies. `Omittable` fields are left out of the JSON when None; others appear as null, as OpenAI has it."""
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, Field
 
@@ -146,11 +146,3 @@ class DetokenizeResponse(BaseModel):
 
 class HealthResponse(BaseModel):
     status: Literal["ok"] = "ok"
-
-
-class EngineState(BaseModel):
-    """The engine's residency, coverage, loads and scheduler; its keys are the engine's own."""
-
-    model_config = {"extra": "allow"}
-
-    model: Any

@@ -7,7 +7,6 @@ from fastapi.responses import Response
 
 from serve.answers import (
     DetokenizeResponse,
-    EngineState,
     HealthResponse,
     ModelCard,
     ModelList,
@@ -18,6 +17,7 @@ from serve.engine_metrics import engine_families
 from serve.metrics import CONTENT_TYPE, RequestMetrics, exposition
 from serve.schema import DetokenizeRequest, TokenizeRequest
 from serve.service import Service
+from serve.state import EngineState
 from serve.worker import Unavailable
 
 TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
@@ -74,7 +74,7 @@ def model_routes(service: Service, metrics: RequestMetrics) -> APIRouter:
         name = service.names[0]
         return Response(exposition([*metrics.families(name), *engine_families(state, name)]), media_type=CONTENT_TYPE)
 
-    @router.get("/v1/emoe/state", tags=["server"], response_model=EngineState)
+    @router.get("/v1/emoe/state", tags=["server"], response_model=EngineState, response_model_exclude_unset=True)
     async def state() -> Any:
         """Residency, coverage, loads and scheduler of the engine, taken between two steps."""
         return await service.worker.call(lambda engine: engine.state())

@@ -12,6 +12,7 @@ import pytest
 from tests.serve.conftest import StartServer
 from tests.serve.events import events_of
 from tests.serve.fake import MAX_MODEL_LEN, FakeEngine, FakeTokenizer
+from tests.serve.states import engine_state
 
 COMPLETIONS = "/v1/completions"
 
@@ -75,6 +76,14 @@ def test_web_pages_of_allowed_origins_only(start_server: StartServer, client: ht
 
 def test_state(client: httpx.Client) -> None:
     assert client.get("/v1/emoe/state").json() == {"model": "fake", "residency": {"experts": [[0, 1]]}, "running": 0}
+
+
+def test_all_of_the_state_is_passed_on(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeEngine, "state", lambda _: engine_state() | {"more": {"than": ["described"]}})
+    with start_server(FakeEngine(FakeTokenizer())) as client:
+        assert client.get("/v1/emoe/state").json() == engine_state() | {"more": {"than": ["described"]}}
+        described = client.get("/openapi.json").json()["components"]["schemas"]["ResidencyState"]["properties"]
+    assert engine_state()["residency"].keys() <= described.keys()
 
 
 def test_openapi_describes_every_route(client: httpx.Client) -> None:

@@ -1,0 +1,104 @@
+"""What `/v1/emoe/state` says, for its documentation. The engine may know more than what is described here."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Described(BaseModel):
+    """Everything may be missing: a model without predictor has none of its numbers."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class LoadsState(Described):
+    """Totals since the start."""
+
+    loads: Annotated[int, Field(description="Experts brought to the device.")] = 0
+    loaded_bytes: int = 0
+    bandwidth: Annotated[float | None, Field(description="Measured while staging, bytes/s.")] = None
+    link_bandwidth: Annotated[float | None, Field(description="What loads may take, bytes/s; null is no limit.")] = None
+    in_flight: Annotated[int, Field(description="Asked for and not there yet.")] = 0
+    useful: Annotated[int, Field(description="Loaded in the background and then wished for.")] = 0
+    useless: Annotated[int, Field(description="Loaded in the background and replaced unwished for.")] = 0
+    cancelled: Annotated[int, Field(description="Given up, because a newer plan no longer wanted them.")] = 0
+    failures: Annotated[int, Field(description="Experts that could not be read, after all retries.")] = 0
+    retries: int = 0
+    last_error: str | None = None
+
+
+class ResidencyState(Described):
+    """Lists have an item per MoE layer, in the order of `moe_layers`."""
+
+    policy: str = ""
+    num_experts: Annotated[int, Field(description="Per MoE layer.")] = 0
+    top_k: int = 0
+    moe_layers: Annotated[list[int], Field(description="Which layers of the model these are.")] = []
+    slots: Annotated[list[int], Field(description="Experts that each layer has room for.")] = []
+    share: Annotated[float, Field(description="Slots over all experts.")] = 0.0
+    experts: Annotated[list[list[int]], Field(description="Those on the device.")] = []
+    loading: Annotated[list[tuple[int, int]], Field(description="Pairs of item and expert on their way in.")] = []
+    wishes: Annotated[list[list[int]], Field(description="How often routers chose each expert, since the start.")] = []
+    coverage: Annotated[float | None, Field(description="Share of the wishes that were resident at the time.")] = None
+    loads: LoadsState = LoadsState()
+
+
+class PlannerState(Described):
+    """Coverages are shares of wishes, null before anything is known of them."""
+
+    planning_seconds: Annotated[float, Field(description="Planning and following wishes, within steps.")] = 0.0
+    predictor: Annotated[bool, Field(description="Whether there is one.")] = False
+    open: Annotated[bool, Field(description="Whether it counts; false while decayed frequency covers more.")] = False
+    predict_every: Annotated[int, Field(description="Prompts from one prediction to the next.")] = 0
+    predictions: int = 0
+    early_predictions: Annotated[int, Field(description="Those made because coverage fell.")] = 0
+    seconds: Annotated[float, Field(description="Of the predictor's thread.")] = 0.0
+    coverage_predicted: Annotated[float | None, Field(description="Of the last prompts, by prediction.")] = None
+    coverage_frequency: Annotated[float | None, Field(description="The same by decayed frequency.")] = None
+    coverage_promised: Annotated[float | None, Field(description="What the plan at hand expects.")] = None
+    coverage_recent: Annotated[float | None, Field(description="Of recent steps.")] = None
+    error: Annotated[str | None, Field(description="What ended the predictor.")] = None
+
+
+class DeadlinesState(Described):
+    """Counts of answers since the start."""
+
+    ended: int = 0
+    with_slo: Annotated[int, Field(description="Those that had a deadline.")] = 0
+    attained: Annotated[int, Field(description="Those that kept all of theirs.")] = 0
+    attainment: Annotated[float | None, Field(description="Their share.")] = None
+
+
+class AllDeadlinesState(DeadlinesState):
+    tasks: dict[str, DeadlinesState] = {}
+
+
+class SchedulerState(Described):
+    policy: str = ""
+    waiting: int = 0
+    running: int = 0
+    preemptions: Annotated[int, Field(description="Sequences whose pages were taken away, since the start.")] = 0
+    pages_used: Annotated[int, Field(description="Of the KV cache.")] = 0
+    pages: int = 0
+    slo: AllDeadlinesState = AllDeadlinesState()
+
+
+class TaskState(Described):
+    requests: int = 0
+    substituted: Annotated[float, Field(description="Share of expert choices for which another stood in.")] = 0.0
+    substituted_mass: Annotated[float, Field(description="The same by router probability.")] = 0.0
+
+
+class EngineState(Described):
+    """The engine between two steps. Times are in seconds, sizes in bytes, shares from 0 to 1."""
+
+    model: str = ""
+    family: str = ""
+    routing: str = ""
+    steps: int = 0
+    step_seconds: Annotated[float, Field(description="Time spent in them.")] = 0.0
+    residency: ResidencyState = ResidencyState()
+    planner: PlannerState = PlannerState()
+    tasks: Annotated[dict[str, TaskState], Field(description="What ended requests lost, by task.")] = {}
+    scheduler: SchedulerState = SchedulerState()
+    memory: Annotated[dict[str, int], Field(description="Planned bytes by purpose.")] = {}
