@@ -20,7 +20,7 @@ from train.demo.objective import Metrics
 from train.demo.trainer import Checkpoints, Plan, run
 from train.progress import History, progress_bar, read_history
 
-STEPS = 5000
+STEPS = 5400
 _LOG_EVERY = 50
 
 
