@@ -123,7 +123,6 @@ def install_error_handlers(app: FastAPI) -> None:
         Unavailable,
         EngineFailure,
         CheckpointError,
-        Exception,
     ):
         app.add_exception_handler(kind, on_known)
     app.add_exception_handler(StarletteHTTPException, on_http)

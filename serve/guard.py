@@ -1,7 +1,8 @@
-"""ASGI middleware in front of every route: API keys and request ids."""
+"""ASGI middleware in front of every route: API keys, request ids, and an answer when a route fails."""
 
 import hashlib
 import hmac
+import logging
 import re
 import uuid
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.errors import ApiError, error_response
+
+log = logging.getLogger("serve")
 
 OPEN_PATHS = frozenset({"/", "/health", "/metrics"})
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -42,12 +45,22 @@ class Guard:
         request_id = request_id or uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
 
+        answered = False
+
         async def send_with_id(message: Message) -> None:
+            nonlocal answered
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["x-request-id"] = request_id
+                answered = True
             await send(message)
 
-        await (error_response(refusal) if refusal else self.app)(scope, receive, send_with_id)
+        try:
+            await (error_response(refusal) if refusal else self.app)(scope, receive, send_with_id)
+        except Exception as error:
+            if answered:
+                raise
+            log.error("a route failed", exc_info=error, extra={"fields": {"request_id": request_id}})
+            await error_response(error)(scope, receive, send_with_id)
 
     def _authorized(self, headers: Headers) -> bool:
         scheme, _, key = headers.get("authorization", "").partition(" ")

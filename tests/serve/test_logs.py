@@ -87,6 +87,23 @@ def test_refused_keys_are_logged_without_them(start_server: StartServer, stream:
     assert "wrong" not in line
 
 
+def test_a_failure_of_ours_is_logged_and_answered_under_its_id(
+    start_server: StartServer, stream: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: FakeEngine) -> None:
+        raise ValueError("inner matters")
+
+    monkeypatch.setattr(FakeEngine, "state", fail)
+    with start_server(FakeEngine(FakeTokenizer())) as client:
+        answer = client.get("/v1/emoe/state", headers={"x-request-id": "mine-1"})
+    assert (answer.status_code, answer.headers["x-request-id"]) == (500, "mine-1")
+    assert answer.json()["error"]["message"] == "internal server error"
+    lines = stream.getvalue().splitlines()
+    assert "mine-1" in lines[0]
+    assert "inner matters" in stream.getvalue()
+    assert fields_of(lines[-1])["status"] == 500
+
+
 def test_json_lines_hold_exceptions() -> None:
     try:
         raise RuntimeError("device\nlost")

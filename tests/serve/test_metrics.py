@@ -1,4 +1,3 @@
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -129,16 +128,14 @@ def test_scrapes_while_many_requests_run(start_server: StartServer) -> None:
         assert scrape(client)["emoe:generation_tokens_total", ""] == 32 * 50
 
 
-def test_observing_is_cheap() -> None:
-    histogram = Histogram("emoe:x", "x", (0.1, 1.0))
-    began = time.perf_counter()
-    for _ in range(10_000):
-        histogram.observe(0.5)
-    assert time.perf_counter() - began < 0.5
+def test_histograms_count_up_to_and_with_each_bound() -> None:
+    histogram = Histogram("emoe:x", "x", (0.5, 1.0))
+    for value in (0.5, 0.75, 1.0, 2.0):
+        histogram.observe(value)
     assert parsed(exposition([histogram.family("fake")]).decode()) == {
-        ("emoe:x_bucket", "0.1"): 0,
-        ("emoe:x_bucket", "1.0"): 10_000,
-        ("emoe:x_bucket", "+Inf"): 10_000,
-        ("emoe:x_count", ""): 10_000,
-        ("emoe:x_sum", ""): 5_000,
+        ("emoe:x_bucket", "0.5"): 1,
+        ("emoe:x_bucket", "1.0"): 3,
+        ("emoe:x_bucket", "+Inf"): 4,
+        ("emoe:x_count", ""): 4,
+        ("emoe:x_sum", ""): 4.25,
     }
