@@ -4,8 +4,7 @@ Where the paper leaves a choice, or its rule would idle the machine:
 
 - Algorithm 1 goes through the queue by stringency. Here that order counts for those who must start now; as long as
   nobody must, the shortest work goes first, which lowers the mean latency.
-- Whoever cannot keep its deadlines any more counts as twice as long: it has latency to lose, but no deadline. Behind
-  all who can, late short ones would wait long for nobody's good; with equal weight, fewer deadlines are kept.
+- Whoever cannot keep its deadlines any more goes behind those who can.
 - When nothing runs, somebody is always admitted; whoever waited for long goes first whatever it costs; and when many
   wait, places are filled even if that makes a running sequence late, because idle places make more of them late.
 - Prompts are started step by step, not all in one: each step's tokens come out at its end. How many seconds of prompts
@@ -31,8 +30,6 @@ PREFILL_STEPS = 4
 """A step computes prompts for as long as so many empty steps take, and one more for each waiting sequence."""
 CROWDED = 0.5
 """When more wait than this share of the places, throughput counts: admissions may make running sequences late."""
-LATE_WEIGHT = 2.0
-"""How much longer a sequence counts when its deadlines cannot be kept any more."""
 AFFINITY_WEIGHT = 0.25
 """How much shorter a sequence counts when all its task's experts are also those of the tasks that run."""
 
@@ -146,7 +143,7 @@ class SloPolicy:
         }
 
     def _choices(self, tasks: Counter[Task], now: float) -> Iterator[Sequence]:
-        """Whom to start, best first: who must, then the least work among each task's and among the late ones."""
+        """Whom to start, best first: who must, the least work of each task, who is late anyway."""
         urgent, latest_start = self._queue.most_urgent()
         if urgent is not None and latest_start < now + self._estimates.pace:
             yield urgent
@@ -154,11 +151,11 @@ class SloPolicy:
             (work * self._discount(sequence.task, tasks), sequence.order, sequence)
             for sequence, work in self._queue.shortest()
         ]
-        late, work = self._queue.shortest_late()
-        if late is not None:
-            by_work.append((LATE_WEIGHT * work * self._discount(late.task, tasks), late.order, late))
         for _, _, sequence in sorted(by_work):
             yield sequence
+        late = self._queue.shortest_late()
+        if late is not None:
+            yield late
 
     def _discount(self, task: Task, tasks: Counter[Task]) -> float:
         """What the work of a task counts, beside running tasks that share experts with it."""

@@ -81,9 +81,8 @@ class WaitingQueue:
             if sequence is not None:
                 yield sequence, ranking.first_rank()
 
-    def shortest_late(self) -> tuple[Sequence | None, float]:
-        """The late one of the least work, and its work; infinite when none is late."""
-        return self._late.first(), self._late.first_rank()
+    def shortest_late(self) -> Sequence | None:
+        return self._late.first()
 
     def _ranking(self, task: str | None) -> Ranking:
         if task not in self._by_work and len(self._by_work) >= MAX_TASKS:
