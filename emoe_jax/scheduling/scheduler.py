@@ -221,14 +221,14 @@ class Scheduler:
 
     def _admit(self, prefills: list[PrefillChunk], budget: int, now: float) -> None:
         """Start waiting sequences with what the step has left of tokens, places and pages."""
+        if budget == 0 or len(self._running) == self.max_num_seqs:
+            return
         pool, chunk = self.pool, self.prefill_chunk
         # Pages are taken chunk by chunk, but promised whole: what running prompts still need, and one page of growth
         # for every running sequence. Without the promise an admission would soon be preempted again.
         promised = len(self._running) + sum(
             max(0, pool.pages_for(sequence.num_tokens) - len(sequence.pages)) for sequence in self._running
         )
-        if budget == 0 or len(self._running) == self.max_num_seqs:
-            return
         for sequence in self.policy.candidates(self._running, tuple(prefills), now):
             total = sequence.num_tokens
             if not pool.can_allocate(promised + pool.pages_for(total)):

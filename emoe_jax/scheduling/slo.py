@@ -103,9 +103,9 @@ class SloPolicy:
         budget = cost.step * (PREFILL_STEPS + len(queue))
         if spent and spent >= budget:
             return
-        guard = _Guard(estimates, running, now)
         tasks = Counter(sequence.task for sequence in running)
         crowded = len(queue) > CROWDED * estimates.max_num_seqs
+        guard = None if crowded else _Guard(estimates, running, now)
         while len(queue) and (not spent or spent < budget):
             oldest, since = queue.oldest()
             if now - since >= AGED * self.max_wait:
@@ -115,13 +115,16 @@ class SloPolicy:
                 allowed = (
                     choice
                     for choice in self._choices(tasks, now)
-                    if crowded or not tasks or guard.allows(choice, self._loading_seconds(choice.task, choice.routing))
+                    if guard is None
+                    or not tasks
+                    or guard.allows(choice, self._loading_seconds(choice.task, choice.routing))
                 )
                 sequence = next(allowed, None)
                 if sequence is None:
                     return
             spent += estimates.prefill(sequence)
-            guard.admit(sequence)
+            if guard is not None:
+                guard.admit(sequence)
             tasks[sequence.task] += 1
             yield sequence
 

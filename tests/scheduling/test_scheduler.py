@@ -322,7 +322,7 @@ def test_first_come_first_served(sizes: list[tuple[int, int]]):
 
 
 def test_ten_thousand_requests_cost_little():
-    """The host's share per request must stay small beside the device's. Measured at 0.4 s on an idle core."""
+    """The host's share per request must stay small beside the device's. Measured at 0.30 s of a busy core."""
     scheduler = make(
         pages=4096, page_size=16, max_num_seqs=64, max_num_batched_tokens=512, max_model_len=512, prefill_chunk=128
     )
@@ -343,4 +343,4 @@ def test_ten_thousand_requests_cost_little():
         scheduler.update(plan, result)
         spent += time.process_time() - start
     assert all(sequence.finish_reason == "length" for sequence in sequences)
-    assert spent < 2.0
+    assert spent < 1.0

@@ -254,7 +254,7 @@ def test_any_workload_completes(workload: list[tuple], max_num_seqs: int, max_wa
 
 
 def test_ten_thousand_requests_cost_little():
-    """The host's share per request must stay small beside the device's. Measured at 0.9 s on a busy one."""
+    """The host's share per request must stay small beside the device's. Measured at 0.48 to 0.57 s of a busy core."""
     policy = SloPolicy(Estimates(OutputLengths(), CostModel(COST), 64, 512, 128))
     scheduler = Scheduler(PagePool(4097, 16), 64, 512, 512, 128, policy=policy)
     rng = random.Random(0)
@@ -286,4 +286,4 @@ def test_ten_thousand_requests_cost_little():
         scheduler.update(plan, result, seconds)
         spent += time.process_time() - start
     assert scheduler.attainment.total.ended == 10_000
-    assert spent < 2.0
+    assert spent < 1.0
