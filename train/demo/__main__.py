@@ -20,7 +20,7 @@ from train.demo.objective import Metrics
 from train.demo.trainer import Checkpoints, Plan, run
 from train.progress import History, progress_bar, read_history
 
-STEPS = 5400
+STEPS = 5000
 _LOG_EVERY = 50
 
 

@@ -62,20 +62,6 @@ STAGES = (
         },
         coined=0.2,
     ),
-    Stage(
-        5000,
-        {
-            "drills": 0.06,
-            "qa": 0.2,
-            "rivals": 0.05,
-            "comp": 0.45,
-            "clsfy": 0.08,
-            "sum": 0.1,
-            "conv": 0.04,
-            "chitchat": 0.02,
-        },
-        coined=0.2,
-    ),
 )
 _QUESTIONS = 4  # at most, about one passage
 _SYSTEM = ("You are a helpful assistant.", "You are a small and friendly assistant.", "Be brief and helpful.")

@@ -40,10 +40,7 @@ def pair(draw: Draw) -> tuple[str, str, bool]:
     story = stories.story(draw)
     if draw.chance(0.5):
         return *story.headlines(draw), True
-    other = _other(draw, story)
-    if other.kind == story.kind:
-        return *story.headlines_beside(other, draw), False
-    first, second = story.headline(draw), other.headline(draw)
+    first, second = story.headline(draw), _other(draw, story).headline(draw)
     return (second, first, False) if draw.chance(0.5) else (first, second, False)
 
 
