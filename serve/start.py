@@ -1,6 +1,7 @@
 """From the command line to a server that answers, and to its end."""
 
 import asyncio
+import gc
 import os
 import socket
 import sys
@@ -101,6 +102,8 @@ def serve(options: Options, engine: Engine, listener: socket.socket) -> None:
     worker = EngineWorker(engine, options.max_num_seqs + options.max_num_queued_reqs)
     text = TextCodec(engine.tokenizer, engine.config.vocab_size, engine.max_model_len)
     app = create_app(Service(names, text, worker, tasks), options.api_key, options.allowed_origins)
+    gc.collect()
+    gc.freeze()  # what is there now stays: no collection looks at it again, at exit neither, which took seconds
     server = Server(app, worker, options.shutdown_timeout, on_ready=lambda: print(f"Serving on {url}", flush=True))
     try:
         asyncio.run(server.serve([listener]))
