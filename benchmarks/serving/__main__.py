@@ -72,6 +72,7 @@ def _live(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         options.slo_scale,
         options.max_tokens,
         options.seed,
+        options.turns,
     )
     if options.compare_residency:
         batches, report = run_comparison(
@@ -105,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     live(
         "--concurrency", type=_count, default=16, help="users whose closed loop tells the capacity; the server's batch"
     )
+    live("--turns", type=_count, default=4, help="parts of a run, between which the servers take turns")
     live("--max-tokens", type=_count, default=128, help="tokens of an answer at most")
     live(
         "--compare-residency",

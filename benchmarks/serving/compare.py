@@ -12,8 +12,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.serving.client import closed_loop, connected, open_loop
-from benchmarks.serving.live import Load, Report, idle_slos, throughput
+from benchmarks.serving.client import closed_loop, connected
+from benchmarks.serving.live import Load, Report, idle_slos, in_turns
 from benchmarks.serving.report import summary
 from benchmarks.serving.server import started_server
 from emoe_jax.config import ModelConfig
@@ -86,24 +86,20 @@ def run_comparison(
 
 
 async def _compare(urls: dict[str, str], load: Load, report: Report) -> dict[str, Any]:
-    saturated, runs = {}, []
-    slos, rate = None, 0.0
-    for name, url in urls.items():  # full residency first: it sets rate and deadlines
-        async with connected(url, load.max_tokens) as client:
-            report(f"{name} resident: a closed loop of {load.concurrency} users")
-            records = await closed_loop(client, load.saturated(), load.concurrency)
-            saturated[name] = summary(records)
-            if slos is None:
-                slos = await idle_slos(client, load)
-                rate = load.fractions[0] * throughput(records)
-    assert slos is not None
-    for name, url in urls.items():
-        async with connected(url, load.max_tokens) as client:
-            report(f"{name} resident: {load.requests} requests at {rate:.2f} requests/s")
-            records = await open_loop(client, load.arriving(rate, slos))
-            run = {"policy": f"{name} resident", "rate_fraction": load.fractions[0], "rate_rps": rate}
-            runs.append(run | summary(records))
     full, partial = urls
+    async with contextlib.AsyncExitStack() as stack:
+        clients = {name: await stack.enter_async_context(connected(url, load.max_tokens)) for name, url in urls.items()}
+        saturated = {}
+        for name, client in clients.items():
+            report(f"{name} resident: a closed loop of {load.concurrency} users")
+            saturated[name] = summary(await closed_loop(client, load.saturated(), load.concurrency))
+        slos = await idle_slos(clients[full], load)
+        rate = load.fractions[0] * saturated[full]["throughput_rps"]
+        measured = await in_turns(clients, load, rate, slos, report)
+    runs = [
+        {"policy": f"{name} resident", "rate_fraction": load.fractions[0], "rate_rps": rate, **summary(records)}
+        for name, records in measured.items()
+    ]
     return {
         "throughput_ratio": saturated[partial]["throughput_tok_s"] / saturated[full]["throughput_tok_s"],
         "mean_latency_ratio": runs[1]["mean_latency_s"] / runs[0]["mean_latency_s"],

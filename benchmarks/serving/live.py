@@ -36,6 +36,8 @@ class Load:
     slo_scale: float = 5.0
     max_tokens: int = 128
     seed: int = 0
+    turns: int = 4
+    """Parts of a run, between which servers take turns, so that a machine that slows down slows all of them."""
 
     @property
     def longest(self) -> int:
@@ -52,9 +54,10 @@ class Load:
         count = max(self.requests // 4, 4 * self.concurrency)
         return drawn([0.0] * count, self.samples, dict.fromkeys(self.samples, NO_SLO), self.seed + 1)
 
-    def arriving(self, rate: float, slos: Mapping[str, SLO]) -> list[Job]:
-        """A run's jobs; the same for every policy."""
-        return drawn(poisson(rate, self.requests, self.seed), self.samples, slos, self.seed)
+    def arriving(self, rate: float, slos: Mapping[str, SLO], turn: int) -> list[Job]:
+        """The jobs of one part of a run; the same for every server."""
+        count = self.requests * (turn + 1) // self.turns - self.requests * turn // self.turns
+        return drawn(poisson(rate, count, self.seed + turn), self.samples, slos, self.seed + turn)
 
 
 @contextlib.contextmanager
@@ -81,15 +84,15 @@ async def _run(urls: Sequence[str], load: Load, report: Report) -> dict[str, Any
         capacities = []
         for name, client in zip(names, clients, strict=True):
             report(f"{name}: a closed loop of {load.concurrency} users")
-            capacities.append(throughput(await closed_loop(client, load.saturated(), load.concurrency)))
+            records = await closed_loop(client, load.saturated(), load.concurrency)
+            capacities.append(summary(records)["throughput_rps"])
         capacity = float(np.mean(capacities))
         slos = await idle_slos(clients[0], load)
         runs = []
         for fraction in load.fractions:
             rate = fraction * capacity
-            for name, client in zip(names, clients, strict=True):
-                report(f"{name}: {load.requests} requests at {rate:.2f} requests/s")
-                records = await open_loop(client, load.arriving(rate, slos))
+            measured = await in_turns(dict(zip(names, clients, strict=True)), load, rate, slos, report)
+            for name, records in measured.items():
                 runs.append({"policy": name, "rate_fraction": fraction, "rate_rps": rate, **summary(records)})
     return {
         "capacity_rps": capacity,
@@ -99,9 +102,20 @@ async def _run(urls: Sequence[str], load: Load, report: Report) -> dict[str, Any
     }
 
 
-def throughput(records: Sequence[Record]) -> float:
-    """Requests/s of a closed loop."""
-    return len(records) / max(record.end for record in records)
+async def in_turns(
+    clients: Mapping[str, Client], load: Load, rate: float, slos: Mapping[str, SLO], report: Report
+) -> dict[str, list[Record]]:
+    """A run at `rate` requests/s against each server, by its name. The parts of a run are put end to end."""
+    measured: dict[str, list[Record]] = {name: [] for name in clients}
+    for turn in range(load.turns):
+        jobs = load.arriving(rate, slos, turn)
+        for name, client in clients.items():
+            if jobs:
+                report(f"{name}: {len(jobs)} requests at {rate:.2f} requests/s")
+                records = await open_loop(client, jobs)
+                begin = max((record.end for record in measured[name]), default=0.0)
+                measured[name] += [record.later(begin) for record in records]
+    return measured
 
 
 async def idle_slos(client: Client, load: Load) -> dict[str, SLO]:

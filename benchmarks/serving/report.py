@@ -46,6 +46,15 @@ class Record:
         count = len(self.token_times) - 1
         return (self.end - self.token_times[0]) / count if count else None
 
+    def later(self, seconds: float) -> "Record":
+        """The same request in a run that began so much earlier."""
+        return Record(
+            dataclasses.replace(self.job, arrival=self.job.arrival + seconds),
+            tuple(time + seconds for time in self.token_times),
+            None if self.started is None else self.started + seconds,
+            self.unattainable,
+        )
+
     @cached_property
     def attained(self) -> bool:
         slo = self.job.slo

@@ -184,5 +184,6 @@ def test_a_summary_by_hand():
     assert found["p50_ttft_s"] == pytest.approx(1.75)
     assert found["p50_tpot_s"] == 0.75  # of the first alone: the other has one token
     assert found["p50_itl_s"] == 0.75
+    assert summary([record.later(7.0) for record in records]) == found
     outside = [Record(record.job, record.token_times) for record in records]
     assert summary(outside) == found | {"unattainable": None, "max_wait_s": None}
