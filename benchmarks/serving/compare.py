@@ -63,8 +63,9 @@ def run_comparison(
 ) -> tuple[Batches, dict[str, Any]]:
     """Ratios of `share` resident to all resident, and the runs they come from. Raises `ServerFailed`.
 
-    `throughput_ratio`: tokens/s of a closed loop with equally many users. `mean_latency_ratio`: at the first of the
-    load's rates, as a share of what full residency can do. `max_batch_ratio`: sequences that fit, by arithmetic.
+    `throughput_ratio`, `requests_ratio`: tokens/s and requests/s of a closed loop with equally many users; they differ
+    where missing experts make answers longer or shorter. `mean_latency_ratio`: at the first of the load's rates, as
+    a share of what full residency can do. `max_batch_ratio`: sequences that fit, by arithmetic.
     Sequences are as long as `--max-model-len` of the server's `arguments`, or the load's longest; weights are float32
     unless they name another `--dtype`.
     """
@@ -100,8 +101,11 @@ async def _compare(urls: dict[str, str], load: Load, report: Report) -> dict[str
         {"policy": f"{name} resident", "rate_fraction": load.fractions[0], "rate_rps": rate, **summary(records)}
         for name, records in measured.items()
     ]
-    return {
-        "throughput_ratio": saturated[partial]["throughput_tok_s"] / saturated[full]["throughput_tok_s"],
+    ratios = {
+        f"{name}_ratio": saturated[partial][key] / saturated[full][key]
+        for name, key in (("throughput", "throughput_tok_s"), ("requests", "throughput_rps"))
+    }
+    return ratios | {
         "mean_latency_ratio": runs[1]["mean_latency_s"] / runs[0]["mean_latency_s"],
         "saturated": saturated,
         "runs": runs,

@@ -22,7 +22,7 @@ COLUMNS = {
     "throughput_tok_s": "{:.0f}",
     "max_wait_s": "{:.1f}",
 }
-RATIOS = ("throughput_ratio", "mean_latency_ratio", "max_batch_ratio")
+RATIOS = ("throughput_ratio", "requests_ratio", "mean_latency_ratio", "max_batch_ratio")
 
 
 def print_runs(runs: Sequence[dict[str, Any]], title: str) -> None:

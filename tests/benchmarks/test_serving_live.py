@@ -184,6 +184,9 @@ def test_residencies_are_compared_on_equal_memory(log: Path, tmp_path: Path, cap
     assert report["throughput_ratio"] == pytest.approx(
         saturated["40%"]["throughput_tok_s"] / saturated["100%"]["throughput_tok_s"]
     )
+    assert report["requests_ratio"] == pytest.approx(
+        saturated["40%"]["throughput_rps"] / saturated["100%"]["throughput_rps"]
+    )
     assert_none_is_left(log)
     assert "max batch ratio" in capsys.readouterr().out
 
