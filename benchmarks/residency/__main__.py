@@ -28,7 +28,7 @@ LIVE_POLICIES = sorted(POLICIES)
 
 def main(argv: Sequence[str] | None = None) -> None:
     given = parse(argv)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)
     try:
         results: dict[str, Any] = {}
         if given.trace is not None:

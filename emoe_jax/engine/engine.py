@@ -223,6 +223,7 @@ class Engine:
     def warm_up(self, progress: Progress | None = None) -> None:
         """Compile all step shapes now, so that no request waits for the compiler."""
         self._runner.warm_up(None if progress is None else functools.partial(progress, "compile"))
+        self._foresight.warm_up()
 
     def generate(
         self,

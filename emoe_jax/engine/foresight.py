@@ -27,6 +27,11 @@ class Foresight:
         self._accounts = TaskAccounts(top_k)
         self._seconds = 0.0
 
+    def warm_up(self) -> None:
+        """Compile the predictor, if there is one."""
+        if self._planner is not None:
+            self._planner.warm_up()
+
     def arrived(self, sequence: Sequence, embedding: Float[np.ndarray, " d"]) -> None:
         """A request came, of which this is the first sequence; `embedding` is the mean of its prompt's."""
         if self._planner is not None:

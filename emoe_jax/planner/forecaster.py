@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from emoe_jax.predictor import Predictor
+from emoe_jax.tasks import OTHER
 
 REFIT_EVERY = 128
 """Finished prompts after which the predictor's prior learns from them."""
@@ -49,6 +50,10 @@ class Forecaster:
         self._refit_every = refit_every
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="expert-predictor")
         self._job: Future[Forecast] | None = None
+
+    def warm_up(self) -> None:
+        """Compile what a prediction runs; waits for it."""
+        self._thread.submit(self._predictor.predict, OTHER).result()
 
     @property
     def busy(self) -> bool:

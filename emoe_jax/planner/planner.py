@@ -148,6 +148,11 @@ class ResidencyPlanner:
             "error": self._forecaster.error if self._forecaster is not None else None,
         }
 
+    def warm_up(self) -> None:
+        """Compile the predictor, so that no prediction waits for the compiler."""
+        if self._forecaster is not None:
+            self._forecaster.warm_up()
+
     def close(self) -> None:
         """Join the predictor's thread."""
         if self._forecaster is not None:

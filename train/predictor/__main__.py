@@ -29,7 +29,7 @@ _LOG_EVERY = 25
 
 def main(argv: list[str] | None = None) -> None:
     given = options.arguments(argv)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)
     try:
         if given.evaluate:
             predictor = Predictor.load(given.evaluate)
