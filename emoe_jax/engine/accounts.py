@@ -5,6 +5,10 @@ from collections.abc import Sequence as Rows
 from typing import Any
 
 from emoe_jax.engine.sequence import Sequence
+from emoe_jax.tasks import OTHER
+
+MOST_TASKS = 64
+"""Clients may name tasks of their own; what comes beyond so many is booked as `other`."""
 
 
 @dataclasses.dataclass
@@ -24,7 +28,10 @@ class TaskAccounts:
 
     def add(self, sequences: Rows[Sequence]) -> None:
         """Book a request that ended."""
-        account = self._by_task.setdefault(sequences[0].task or "unclassified", _Account())
+        task = sequences[0].task or "unclassified"
+        if task not in self._by_task and len(self._by_task) >= MOST_TASKS:
+            task = OTHER
+        account = self._by_task.setdefault(task, _Account())
         account.requests += 1
         account.assigned += sum(sequence.assigned for sequence in sequences)
         account.substituted += sum(sequence.substituted for sequence in sequences)

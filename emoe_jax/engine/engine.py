@@ -324,8 +324,12 @@ class Engine:
             )
             for index in range(params.n)
         ]
-        for sequence in sequences:
-            self._scheduler.add(sequence)
+        try:
+            for sequence in sequences:
+                self._scheduler.add(sequence)
+        except RequestError:
+            self._scheduler.abort(request_id)  # those of its sequences that came before the one refused
+            raise
         self._foresee(sequences)
         completions = [Completion(index, logprobs=None if params.logprobs is None else []) for index in range(params.n)]
         output = RequestOutput(request_id, token_ids, completions, task, contract)

@@ -8,7 +8,9 @@ import pytest
 
 from emoe_jax import ConfigError, Engine, RequestError, SamplingParams
 from emoe_jax.config import ModelConfig
+from emoe_jax.engine.accounts import MOST_TASKS, TaskAccounts
 from emoe_jax.engine.quality import Quality
+from emoe_jax.engine.sequence import Sequence
 from emoe_jax.tasks import Lengths, Task, TaskProfile
 from tests.engine.conftest import TINY
 
@@ -70,6 +72,15 @@ def test_what_answers_lost_is_booked_by_task(engine: Engine) -> None:
     requests = booked["requests"]
     engine.generate([3, 1, 4], PARAMS, task="odd", routing="exact")
     assert engine.state()["tasks"]["odd"]["requests"] == requests + 1
+
+
+def test_tasks_that_clients_make_up_are_not_kept_without_end() -> None:
+    accounts = TaskAccounts(TOP_K)
+    for number in range(3 * MOST_TASKS):
+        accounts.add([Sequence("id", [1], task=f"task {number}", assigned=4, substituted=1)])
+    state = accounts.state()
+    assert len(state) == MOST_TASKS + 1
+    assert state["other"] == {"requests": 2 * MOST_TASKS, "substituted": 0.25, "substituted_mass": 0.0}
 
 
 def test_quality_compares_the_residents_with_all_experts(engine: Engine) -> None:
