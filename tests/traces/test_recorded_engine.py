@@ -80,7 +80,7 @@ def test_every_token_is_recorded_once_with_its_routers_choices(engine: Engine, t
         assert archive["prompt_length"].tolist() == [3, 17, 1]
 
 
-def test_nothing_is_transferred_without_a_recorder(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probabilities_stay_on_the_device_without_a_recorder(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[Any] = []
     device_get = jax.device_get
 
@@ -91,7 +91,9 @@ def test_nothing_is_transferred_without_a_recorder(engine: Engine, monkeypatch: 
     monkeypatch.setattr(running.jax, "device_get", spy)
     engine.generate(PROMPTS[0], GREEDY)
     assert len(fetched) == GREEDY.max_tokens  # one wait per step
-    assert not any(isinstance(part, Wishes) for outputs in fetched for output in outputs for part in output)
+    wishes = [part for outputs in fetched for output in outputs for part in output if isinstance(part, Wishes)]
+    assert len(wishes) == GREEDY.max_tokens
+    assert all(part.probs is None for part in wishes)
 
 
 def test_a_recorder_attached_after_warm_up_compiles_nothing(checkpoint: Path, tmp_path: Path) -> None:
