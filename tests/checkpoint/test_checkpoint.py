@@ -318,7 +318,7 @@ class TestLocation:
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
         with pytest.raises(
-            CheckpointError, match="could not be fetched from the Hugging Face hub: no route to host$"
+            CheckpointError, match=r"could not be fetched from the Hugging Face hub: no route to host$"
         ) as error:
             Checkpoint.open("someone/some-model")
         assert "\n" not in str(error.value)

@@ -16,6 +16,7 @@ from emoe_jax.scheduling.plan import SampledToken, StepPlan, StepResult
 from emoe_jax.scheduling.registry import make_admission_policy
 from emoe_jax.scheduling.scheduler import Scheduler
 from emoe_jax.scheduling.slo import SloPolicy
+from tests.scheduling.pace import slowness
 
 COST = StepCost(step=0.010, chunk=0.0, prefill_token=0.0001, decode=0.001)
 
@@ -269,7 +270,7 @@ def test_ten_thousand_requests_cost_little():
         )
         for index in range(10_000)
     ]
-    now, spent = 0.0, 0.0
+    now, spent, before = 0.0, 0.0, slowness()
     start = time.process_time()
     for sequence in sequences:
         scheduler.add(sequence)
@@ -286,4 +287,4 @@ def test_ten_thousand_requests_cost_little():
         scheduler.update(plan, result, seconds)
         spent += time.process_time() - start
     assert scheduler.attainment.total.ended == 10_000
-    assert spent < 1.0
+    assert spent < max(before, slowness())
