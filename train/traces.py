@@ -26,6 +26,7 @@ from train import prompts as labelled
 from train.keywords import with_demo_keywords, with_keywords
 from train.progress import progress_bar
 from train.prompts import Prompt
+from train.ranges import check_ranges
 from train.tasks import TASKS, unrelated
 
 
@@ -52,17 +53,15 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="write the numbers here")
     add("--recover", type=Path, metavar="FILE.npz", help="only finish the trace of a run that was killed")
     options = parser.parse_args(argv)
-    for name, low, high in (
-        ("per_task", 1, 10**6),
-        ("seed", 0, 2**31 - 1),
-        ("max_tokens", 1, 10**6),
-        ("temperature", 0, 100),
-        ("max_num_seqs", 1, 1024),
-        ("keyword_prompts", 0, 10**5),
-    ):
-        value = getattr(options, name)
-        if not low <= value <= high:
-            parser.error(f"--{name.replace('_', '-')} is {value}; it must be between {low} and {high}")
+    ranges = {
+        "per_task": (1, 10**6),
+        "seed": (0, 2**31 - 1),
+        "max_tokens": (1, 10**6),
+        "temperature": (0, 100),
+        "max_num_seqs": (1, 1024),
+        "keyword_prompts": (0, 10**5),
+    }
+    check_ranges(parser, options, ranges)
     if (options.out is None) == (options.recover is None):
         parser.error("give either --out or --recover")
     options.tasks = list(dict.fromkeys(options.tasks))

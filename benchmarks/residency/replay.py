@@ -80,9 +80,10 @@ def _replay(
     resident = first < capacities[:, :, None]  # [G, M, E]
 
     def follow(state: Any, step: dict[str, Array]) -> tuple[Any, Any]:
+        assert rule is not None
         plan = Plan(*(array[step["plan"]] for array in plans))
-        before = jax.lax.cond(step["is_new"], lambda: rule.plan(state, plan), lambda: state)  # type: ignore[union-attr]
-        after = rule.observe(before, _counts(step["experts"], num_experts))  # type: ignore[union-attr]
+        before = jax.lax.cond(step["is_new"], rule.plan, lambda state, _: state, state, plan)
+        after = rule.observe(before, _counts(step["experts"], num_experts))
         return after, after if within_step else before
 
     def one_chunk(carry: Any, steps: dict[str, Array]) -> tuple[Any, Totals]:

@@ -352,8 +352,7 @@ class Engine:
         self._foresight.before_step(self._scheduler)
         if not plan:
             return []
-        if not plan.decodes and self._load_wait:  # nobody's next token waits
-            self._residency.settle(self._load_wait)
+        self._foresight.settle(plan, self._load_wait)
         try:
             result = self._runner.run(plan)
         except Exception:
@@ -433,10 +432,9 @@ class Engine:
     def _foresee(self, sequences: Rows[Sequence]) -> None:
         """Tell recorder and planner of a request that came."""
         recorder = self._runner.recorder
-        if recorder is None and not self._foresight.plans:
-            return
-        token_ids = sequences[0].prompt_token_ids
-        embedding = self._runner.embedding_table()[token_ids].mean(axis=0, dtype=np.float32)
+        token_ids, embedding = sequences[0].prompt_token_ids, None
+        if recorder is not None or self._foresight.wants_embeddings:
+            embedding = self._runner.embedding_table()[token_ids].mean(axis=0, dtype=np.float32)
         self._foresight.arrived(sequences[0], embedding)
         if recorder is not None:
             for sequence in sequences:

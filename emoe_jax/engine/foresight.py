@@ -14,6 +14,7 @@ from emoe_jax.engine.accounts import TaskAccounts
 from emoe_jax.engine.sequence import Sequence
 from emoe_jax.experts.residency import Residency
 from emoe_jax.planner import ResidencyPlanner
+from emoe_jax.scheduling.plan import StepPlan
 from emoe_jax.scheduling.scheduler import Scheduler
 
 
@@ -21,7 +22,7 @@ class Foresight:
     """`arrived`, then `before_step` and `after_step` around every step, then `ended`. Owned by the step's owner."""
 
     def __init__(self, residency: Residency, planner: ResidencyPlanner | None, top_k: int):
-        self.plans = planner is not None
+        self.wants_embeddings = planner is not None and planner.predicts
         self._residency = residency
         self._planner = planner
         self._accounts = TaskAccounts(top_k)
@@ -32,8 +33,8 @@ class Foresight:
         if self._planner is not None:
             self._planner.warm_up()
 
-    def arrived(self, sequence: Sequence, embedding: Float[np.ndarray, " d"]) -> None:
-        """A request came, of which this is the first sequence; `embedding` is the mean of its prompt's."""
+    def arrived(self, sequence: Sequence, embedding: Float[np.ndarray, " d"] | None) -> None:
+        """A request came, of which this is the first sequence; `embedding` is the mean of its prompt's, if wanted."""
         if self._planner is not None:
             prompt_tokens, params = len(sequence.prompt_token_ids), sequence.params
             with self._timed():
@@ -49,6 +50,12 @@ class Foresight:
             plan = self._planner.plan_for(list(at_hand))
             if plan is not None:
                 self._residency.plan(*plan)
+
+    def settle(self, plan: StepPlan, seconds: float) -> None:
+        """Wait for what was planned, where nobody's next token and no `exact` step waits with it."""
+        resident = any(sequence.routing == "resident" for sequence in plan.sequences)
+        if self._planner is not None and resident and not plan.decodes:
+            self._residency.settle(seconds)
 
     def after_step(self, wish_counts: Int[np.ndarray, "M E"]) -> None:
         """Let the policy follow a step's wishes."""

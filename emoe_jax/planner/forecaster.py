@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import numpy as np
@@ -53,7 +53,9 @@ class Forecaster:
 
     def warm_up(self) -> None:
         """Compile what a prediction runs; waits for it."""
-        self._thread.submit(self._predictor.predict, OTHER).result()
+        self.submit((), [Question("", OTHER, None)])
+        wait([self._job] if self._job else [])
+        self.poll()
 
     @property
     def busy(self) -> bool:

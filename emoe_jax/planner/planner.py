@@ -77,6 +77,11 @@ class ResidencyPlanner:
         self._predictions = self._early = 0
         self._seconds = 0.0
 
+    @property
+    def predicts(self) -> bool:
+        """Whether it has a predictor, which wants prompts' embeddings."""
+        return self._forecaster is not None
+
     def begin(
         self,
         request_id: str,
@@ -132,10 +137,9 @@ class ResidencyPlanner:
 
     def state(self) -> dict[str, Any]:
         """Prediction as JSON-able values."""
-        predicting = self._forecaster is not None
         return {
-            "predictor": predicting,
-            "open": predicting and self._gate.is_open,
+            "predictor": self.predicts,
+            "open": self.predicts and self._gate.is_open,
             "predict_every": self._every,
             "prompts_since": self._since,
             "predictions": self._predictions,

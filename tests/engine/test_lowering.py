@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax import export
 
 from emoe_jax.config import ModelConfig
 from emoe_jax.engine import step
@@ -16,13 +15,12 @@ from emoe_jax.engine.kv_cache import new_cache
 from emoe_jax.experts.weights import ExpertLayout
 from emoe_jax.models.decoder import Decoder
 from tests.engine.conftest import TINY
+from tests.lowering import export_for_cuda
 
 # Sizes that a GPU kernel can tile, so that lowering takes the path that a GPU would.
 CONFIG = ModelConfig.from_hf(TINY | {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2})
 Call = tuple[Any, tuple, dict[str, Any]]
 """A jitted function, its array arguments and its static ones."""
-
-TRITON = export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
 
 
 class Pieces:
@@ -90,7 +88,7 @@ FUNCTIONS = [name for name, member in vars(Pieces).items() if callable(member) a
 @pytest.mark.parametrize("shape", [Shape(4, 1, 6), Shape(1, 32, 6)], ids=["decode", "prefill"])
 def test_lowers_for_cuda(function: str, shape: Shape) -> None:
     jitted, arguments, statics = getattr(Pieces(shape, 3), function)()
-    exported = export.export(jitted, platforms=["cuda"], disabled_checks=[TRITON])(*arguments, **statics)
+    exported = export_for_cuda(jitted, *arguments, **statics)
     assert exported.platforms == ("cuda",)
     if function in ("resident_step", "expert_wave"):
         assert "__gpu$xla.gpu.triton" in exported.mlir_module()
@@ -108,7 +106,7 @@ def test_a_dense_layer_lowers_for_cuda() -> None:
     pieces = Pieces(Shape(4, 1, 6), 3, ModelConfig.from_hf(raw))
     statics = {"skeleton": pieces.layer_skeleton, "config": pieces.config, "window": None}
     arguments = (pieces.layer_leaves, pieces.x, pieces.cache[0], pieces.batch.inputs)
-    assert export.export(step.dense_layer, platforms=["cuda"])(*arguments, **statics).platforms == ("cuda",)
+    assert export_for_cuda(step.dense_layer, *arguments, **statics).platforms == ("cuda",)
 
 
 @pytest.mark.parametrize("shape", [Shape(4, 1, 6), Shape(1, 32, 6)], ids=["decode", "prefill"])

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax import export
 
 from emoe_jax.engine.request import MAX_LOGPROBS, SamplingParams
 from emoe_jax.engine.sampling import SamplingArrays, kept, sample, seed_words
 from emoe_jax.engine.sequence import Sequence
+from tests.lowering import export_for_cuda
 
 jitted = jax.jit(sample, static_argnames="num_top")
 kept_jitted = jax.jit(kept)
@@ -234,7 +234,7 @@ def test_host_arrays():
 
 def test_lowers_for_cuda():
     B, V = 4, 32000
-    exported = export.export(jax.jit(sample), platforms=["cuda"])(
-        jax.ShapeDtypeStruct((B, V), jnp.float32), SamplingArrays.of([], B), YES
+    exported = export_for_cuda(
+        jax.jit(sample), jax.ShapeDtypeStruct((B, V), jnp.float32), SamplingArrays.of([], B), YES
     )
     assert exported.platforms == ("cuda",)

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import export
 
 from emoe_jax.experts.huge_pages import use_huge_pages
 from emoe_jax.experts.slab import COMMIT_SIZES, ExpertSlab, commit_experts
 from emoe_jax.experts.store import ExpertStore
 from emoe_jax.experts.weights import ExpertLayout, ExpertWeights
 from tests.experts.fake_reader import LAYOUT, FakeReader, expected
+from tests.lowering import export_for_cuda
 
 WIDE = ExpertLayout((512, 128), (128, 256), np.dtype(np.float32))
 
@@ -129,5 +129,5 @@ def test_lowers_for_cuda(size: int, dtype: type):
     weights = jax.eval_shape(lambda: layout.empty_weights(8))
     record = jax.ShapeDtypeStruct((layout.size,), dtype)
     slots = jax.ShapeDtypeStruct((size,), np.int32)
-    exported = export.export(commit_experts, platforms=["cuda"])(weights, (record,) * size, slots)
+    exported = export_for_cuda(commit_experts, weights, (record,) * size, slots)
     assert exported.platforms == ("cuda",)

@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax import export
 
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.moe import BACKENDS, moe_ffn
+from tests.lowering import export_for_cuda
 
 D, F = 32, 48
 OP = jax.jit(moe_ffn, static_argnames=("config", "backend"))
-TRITON_CHECK = export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
 WAVE_EXACT = [name for name, backend in BACKENDS.items() if backend.wave_exact]
 
 
@@ -186,9 +185,7 @@ class TestEveryBackend:
 
     def test_lowers_for_cuda(self, backend: str):
         config, R = model(8, 2), 200
-        exported = export.export(OP, platforms=["cuda"], disabled_checks=[TRITON_CHECK])(
-            *abstract_operands(config, R, 6, "bfloat16"), config=config, backend=backend
-        )
+        exported = export_for_cuda(OP, *abstract_operands(config, R, 6, "bfloat16"), config=config, backend=backend)
         assert exported.platforms == ("cuda",)
         assert ("xla.gpu.triton" in exported.mlir_module()) == (backend == "triton")
 
@@ -230,9 +227,7 @@ class TestAuto:
     @pytest.mark.parametrize(("hidden", "uses_triton"), [(32, True), (24, False)])
     def test_is_triton_on_cuda_where_it_fits(self, hidden: int, uses_triton: bool):
         config = model(4, 2, hidden=hidden)
-        exported = export.export(OP, platforms=["cuda"], disabled_checks=[TRITON_CHECK])(
-            *abstract_operands(config, 5, 3, "bfloat16"), config=config
-        )
+        exported = export_for_cuda(OP, *abstract_operands(config, 5, 3, "bfloat16"), config=config)
         assert ("xla.gpu.triton" in exported.mlir_module()) == uses_triton
 
 
@@ -288,9 +283,7 @@ class TestTriton:
     def test_a_slab_beyond_32_bit_offsets_lowers(self):
         config = model(256, 2, hidden=4096, expert_hidden=14336)
         operands = abstract_operands(config, 16, 256, "bfloat16")
-        exported = export.export(OP, platforms=["cuda"], disabled_checks=[TRITON_CHECK])(
-            *operands, config=config, backend="triton"
-        )
+        exported = export_for_cuda(OP, *operands, config=config, backend="triton")
         assert "xla.gpu.triton" in exported.mlir_module()
 
     def test_sizes_it_cannot_tile(self):

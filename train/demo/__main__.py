@@ -19,6 +19,7 @@ from train.demo.batches import Encoder
 from train.demo.objective import Metrics
 from train.demo.trainer import Checkpoints, Plan, run
 from train.progress import History, progress_bar, read_history
+from train.ranges import check_ranges
 
 STEPS = 5000
 _LOG_EVERY = 50
@@ -44,16 +45,14 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--eval-generated", type=int, default=64, help="how many of them SUM and CONV answer for ROUGE-L"
     )
     options = parser.parse_args(argv)
-    for name, low, high in (
-        ("steps", 1, 10**7),
-        ("seed", 0, 2**31 - 1),
-        ("rows", 4, 4096),
-        ("length", 64, 256),
-        ("eval_examples", 1, 10**6),
-    ):
-        value = getattr(options, name)
-        if not low <= value <= high:
-            parser.error(f"--{name.replace('_', '-')} is {value}; it must be between {low} and {high}")
+    ranges = {
+        "steps": (1, 10**7),
+        "seed": (0, 2**31 - 1),
+        "rows": (4, 4096),
+        "length": (64, 256),
+        "eval_examples": (1, 10**6),
+    }
+    check_ranges(parser, options, ranges)
     if options.rows % 4:
         parser.error(f"--rows is {options.rows}; it must be a multiple of 4")
     if not 1 <= options.eval_generated <= options.eval_examples:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from emoe_jax.predictor.config import ARCHITECTURES, VARIANTS, PredictorConfig
 from train.predictor.trainer import Plan
+from train.ranges import check_ranges
 
 STEPS = 300
 
@@ -37,17 +38,15 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shuffle-labels", action="store_true", help="control: deal routing to other prompts")
     parser.add_argument("--no-updates", action="store_true", help="evaluate without learning from the trace's prompts")
     options = parser.parse_args(argv)
-    for name, low, high in (
-        ("steps", 1, 10**7),
-        ("epochs", 1, 10**6),
-        ("seed", 0, 2**31 - 1),
-        ("first_tokens", 1, 10**4),
-        ("width", 4, 4096),
-        ("members", 1, 64),
-    ):
-        value = getattr(options, name)
-        if value is not None and not low <= value <= high:
-            parser.error(f"--{name.replace('_', '-')} is {value}; it must be between {low} and {high}")
+    ranges = {
+        "steps": (1, 10**7),
+        "epochs": (1, 10**6),
+        "seed": (0, 2**31 - 1),
+        "first_tokens": (1, 10**4),
+        "width": (4, 4096),
+        "members": (1, 64),
+    }
+    check_ranges(parser, options, ranges)
     if options.width % PredictorConfig.heads:
         parser.error(f"--width is {options.width}; it must be a multiple of {PredictorConfig.heads}")
     if not 0 < options.rate < 1e6:

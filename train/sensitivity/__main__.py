@@ -20,6 +20,7 @@ from train import prompts as labelled
 from train.demo.evaluate import EXACT_TASKS
 from train.progress import progress_bar
 from train.prompts import Prompt
+from train.ranges import check_ranges
 from train.sensitivity import profile, report
 from train.sensitivity.forward import RandomisedModel
 from train.sensitivity.measure import Follower, generate
@@ -53,17 +54,15 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="write the numbers here")
     add("--plots", type=Path, metavar="DIR", help="write similarity.png and divergence.png there")
     options = parser.parse_args(argv)
-    for name, low, high in (
-        ("prompts_per_task", 1, 10**6),
-        ("seed", 0, 2**31 - 1),
-        ("max_tokens", 1, 10**6),
-        ("depths", 1, 10**4),
-        ("threshold", 0, 1),
-        ("batch", 1, 4096),
-    ):
-        value = getattr(options, name)
-        if not low <= value <= high:
-            parser.error(f"--{name.replace('_', '-')} is {value}; it must be between {low} and {high}")
+    ranges = {
+        "prompts_per_task": (1, 10**6),
+        "seed": (0, 2**31 - 1),
+        "max_tokens": (1, 10**6),
+        "depths": (1, 10**4),
+        "threshold": (0, 1),
+        "batch": (1, 4096),
+    }
+    check_ranges(parser, options, ranges)
     return options
 
 

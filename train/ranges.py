@@ -1,0 +1,13 @@
+"""Bounds of command-line options, checked alike by all training commands."""
+
+import argparse
+
+
+def check_ranges(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, ranges: dict[str, tuple[float, float]]
+) -> None:
+    """End the program with one line when an option that was given lies outside its `(low, high)`."""
+    for name, (low, high) in ranges.items():
+        value = getattr(options, name)
+        if value is not None and not low <= value <= high:
+            parser.error(f"--{name.replace('_', '-')} is {value}; it must be between {low} and {high}")
