@@ -1,10 +1,11 @@
 """Bounds of command-line options, checked alike by all training commands."""
 
 import argparse
+from collections.abc import Mapping
 
 
 def check_ranges(
-    parser: argparse.ArgumentParser, options: argparse.Namespace, ranges: dict[str, tuple[float, float]]
+    parser: argparse.ArgumentParser, options: argparse.Namespace, ranges: Mapping[str, tuple[float, float]]
 ) -> None:
     """End the program with one line when an option that was given lies outside its `(low, high)`."""
     for name, (low, high) in ranges.items():
