@@ -61,7 +61,7 @@ def test_a_line_for_each_request_and_nothing_of_its_content(start_server: StartS
 
 
 def test_what_ends_early_says_so(start_server: StartServer, stream: io.StringIO) -> None:
-    engine = FakeEngine(FakeTokenizer(), step_seconds=0.01)
+    engine = FakeEngine(FakeTokenizer(), step_seconds=0.1)
     with start_server(engine) as client:
         with client.stream("POST", "/v1/completions", json={"prompt": "hi", "stream": True, "max_tokens": 90}) as cut:
             next(cut.iter_lines())

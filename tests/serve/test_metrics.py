@@ -53,7 +53,7 @@ def test_requests_are_counted_by_answer(start_server: StartServer) -> None:
 
 
 def test_what_ends_early_is_counted_as_such(start_server: StartServer) -> None:
-    engine = FakeEngine(FakeTokenizer(), step_seconds=0.01)
+    engine = FakeEngine(FakeTokenizer(), step_seconds=0.1)
     with start_server(engine) as client:
         body: dict[str, Any] = {"prompt": "hi", "n": 2, "max_tokens": 90, "stream": True}
         with client.stream("POST", "/v1/completions", json=body) as response:

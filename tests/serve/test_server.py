@@ -125,7 +125,7 @@ def test_full_queue_answers_at_once_and_recovers(start_server: StartServer) -> N
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_the_engine(start_server: StartServer, stream: bool) -> None:
-    engine = FakeEngine(FakeTokenizer(), step_seconds=0.01)
+    engine = FakeEngine(FakeTokenizer(), step_seconds=0.1)
     with start_server(engine, max_unfinished=1) as client:
         if stream:
             engine.gate.clear()
@@ -139,7 +139,7 @@ def test_a_client_that_leaves_frees_the_engine(start_server: StartServer, stream
 
 
 def test_a_stream_cut_in_the_middle_frees_the_engine(start_server: StartServer) -> None:
-    engine = FakeEngine(FakeTokenizer(), step_seconds=0.01)
+    engine = FakeEngine(FakeTokenizer(), step_seconds=0.1)
     with start_server(engine) as client:
         body = {"prompt": ["hi", "you"], "max_tokens": 90, "stream": True}
         with client.stream("POST", COMPLETIONS, json=body) as response:
@@ -170,7 +170,7 @@ def test_a_failing_step_fails_its_batch_only(start_server: StartServer, caplog: 
 
 
 def test_a_failure_reaches_open_streams_as_an_event(start_server: StartServer) -> None:
-    engine = FakeEngine(FakeTokenizer(), step_seconds=0.01)
+    engine = FakeEngine(FakeTokenizer(), step_seconds=0.1)
     with start_server(engine) as client:
         threading.Timer(0.1, lambda: engine.failures.append(RuntimeError())).start()
         events = events_of(client, COMPLETIONS, prompt="hi", max_tokens=90, stream=True)
