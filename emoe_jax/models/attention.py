@@ -1,8 +1,11 @@
 """Grouped-query attention over keys and values that are already in place."""
 
-import jax
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+_MASKED = jnp.finfo(jnp.float32).min
 
 
 def attention_mask(
@@ -14,6 +17,48 @@ def attention_mask(
     return mask if window is None else mask & (distance < window)
 
 
+class AttentionSums(NamedTuple):
+    """Softmax attention over the keys seen so far, by kv head and its group of query heads, in float32.
+
+    Sums are relative to the highest score yet (Milakov and Gimelshein 2018, "Online normalizer calculation for
+    softmax"). Masked scores are the lowest float32: sums that hold nothing else vanish with the first key seen.
+    """
+
+    highest: Float[Array, "B K G T"]
+    weight: Float[Array, "B K G T"]
+    values: Float[Array, "B K G T H"]
+
+    @classmethod
+    def zero(cls, q: Float[Array, "B T N H"], kv_heads: int) -> "AttentionSums":
+        B, T, N, H = q.shape
+        rows = (B, kv_heads, N // kv_heads, T)
+        return cls(jnp.full(rows, _MASKED), jnp.zeros(rows, jnp.float32), jnp.zeros((*rows, H), jnp.float32))
+
+    def add(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B S K H"],
+        v: Float[Array, "B S K H"],
+        mask: Bool[Array, "B T S"],
+        scale: float,
+    ) -> "AttentionSums":
+        """With `S` more keys; query head `n` reads kv head `n // (N / K)`."""
+        grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
+        scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k, preferred_element_type=jnp.float32) * scale
+        scores = jnp.where(mask[:, None, None, :, :], scores, _MASKED)
+        highest = jnp.maximum(self.highest, jnp.max(scores, axis=-1))
+        kept = jnp.exp(self.highest - highest)
+        powers = jnp.exp(scores - highest[..., None])
+        added = jnp.einsum("BKGTS,BSKH->BKGTH", powers.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        weight = self.weight * kept + jnp.sum(powers, axis=-1)
+        return AttentionSums(highest, weight, self.values * kept[..., None] + added)
+
+    def output(self, dtype: jnp.dtype) -> Float[Array, "B T N H"]:
+        B, K, G, T, H = self.values.shape
+        mean = self.values / self.weight[..., None]
+        return mean.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H).astype(dtype)
+
+
 def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
@@ -21,11 +66,5 @@ def attend(
     mask: Bool[Array, "B T S"],
     scale: float,
 ) -> Float[Array, "B T N H"]:
-    """Softmax attention in float32; query head `n` reads kv head `n // (N / K)`."""
-    B, T, N, H = q.shape
-    K = k.shape[2]
-    grouped = q.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k, preferred_element_type=jnp.float32) * scale
-    scores = jnp.where(mask[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min)
-    probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", probs, v).reshape(B, T, N, H)
+    """Softmax attention in float32 over all keys at once."""
+    return AttentionSums.zero(q, k.shape[2]).add(q, k, v, mask, scale).output(q.dtype)
