@@ -2,6 +2,7 @@
 
 from emoe_jax.engine.engine import Engine
 from emoe_jax.engine.request import SLO, Completion, Delta, RequestOutput, SamplingParams, TokenLogprob
+from emoe_jax.engine.structured import StructuredOutputsParams
 from emoe_jax.errors import CapacityError, CheckpointError, ConfigError, EmoeError, RequestError
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "RequestError",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TokenLogprob",
 ]

@@ -17,6 +17,8 @@ from emoe_jax.engine.request import (
     SamplingParams,
 )
 from emoe_jax.errors import RequestError
+from serve.strict import StrictModel
+from serve.structured import StructuredRequest
 
 MAX_INT32 = 2**31 - 1
 MAX_PROMPTS = 256
@@ -31,6 +33,7 @@ GIVEN_OR_DEFAULT = (
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT32)]
 Prompt = str | list[int]
+Refused = Mapping[str, tuple[Any, ...]]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Positive = Annotated[float, Field(gt=0, le=1e9)]
 
@@ -93,12 +96,6 @@ def _joined_content(value: Any) -> str:
     return "\n".join(part["text"] for part in value)
 
 
-class StrictModel(BaseModel):
-    """No coercion ("5" is not 5, true is not 1), no NaN or infinity, unknown fields ignored as vLLM does."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore")
-
-
 class SloRequest(StrictModel):
     """Deadlines of one request, milliseconds from its arrival; a `strict` one is refused if they cannot be kept."""
 
@@ -141,26 +138,21 @@ class StreamOptions(StrictModel):
     continuous_usage_stats: Literal[False] | None = None
 
 
-class SamplingRequest(StrictModel):
+class SamplingRequest(StructuredRequest):
     """What `/v1/completions` and `/v1/chat/completions` have in common."""
 
-    refused: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+    refused: ClassVar[Refused] = {
         "allowed_token_ids": (),
         "bad_words": ([],),
-        "guided_choice": (),
         "guided_grammar": (),
-        "guided_json": (),
-        "guided_regex": (),
         "include_stop_str_in_output": (False,),
         "length_penalty": (1,),
         "logits_processors": ([],),
         "min_tokens": (0,),
         "priority": (0,),
         "prompt_logprobs": (),
-        "response_format": ({"type": "text"},),
         "skip_special_tokens": (True,),
         "spaces_between_special_tokens": (True,),
-        "structured_outputs": (),
         "truncate_prompt_tokens": (),
         "use_beam_search": (False,),
     }
@@ -217,6 +209,7 @@ class SamplingRequest(StrictModel):
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
             logprobs=logprobs,
+            structured_outputs=self.to_structured_outputs(),
             **{name: value for name, value in given.items() if value is not None},
         )
 
@@ -224,7 +217,7 @@ class SamplingRequest(StrictModel):
 class CompletionRequest(SamplingRequest):
     """Body of `/v1/completions`."""
 
-    refused = {**SamplingRequest.refused, "best_of": (1,), "prompt_embeds": (), "suffix": ("",)}
+    refused: ClassVar[Refused] = {**SamplingRequest.refused, "best_of": (1,), "prompt_embeds": (), "suffix": ("",)}
 
     prompt: Annotated[
         list[str] | list[list[int]],
@@ -272,7 +265,7 @@ class ChatMessage(StrictModel):
 class ChatRequest(SamplingRequest):
     """Body of `/v1/chat/completions`."""
 
-    refused = {
+    refused: ClassVar[Refused] = {
         **SamplingRequest.refused,
         "add_special_tokens": (False,),
         "audio": (),

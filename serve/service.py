@@ -80,6 +80,7 @@ class Service:
             raise RequestError(
                 f"{len(prompts)} prompts in one request; at most {self.worker.max_unfinished} are taken", param="prompt"
             )
+        await self.text.prepare(params[0].structured_outputs)
         emoe = emoe or EmoeRequest()
         if emoe.task is not None and self.tasks is not None and emoe.task not in (*self.tasks, OTHER):
             known = ", ".join((*self.tasks, OTHER))

@@ -100,7 +100,7 @@ def serve(options: Options, engine: Engine, listener: socket.socket) -> None:
     )
     Console().print(table)
     worker = EngineWorker(engine, options.max_num_seqs + options.max_num_queued_reqs)
-    text = TextCodec(engine.tokenizer, engine.config.vocab_size, engine.max_model_len)
+    text = TextCodec(engine.tokenizer, engine.config.vocab_size, engine.max_model_len, engine.grammars)
     app = create_app(Service(names, text, worker, tasks), options.api_key, options.allowed_origins)
     gc.collect()
     gc.freeze()  # what is there now stays: no collection looks at it again, at exit neither, which took seconds

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
+from emoe_jax.engine.structured import StructuredOutputsParams
 from emoe_jax.errors import RequestError
 
 Result = TypeVar("Result")
@@ -31,14 +32,30 @@ class ServedTokenizer(Protocol):
     def token_text(self, token_id: int) -> str: ...
 
 
+class ServedGrammars(Protocol):
+    """What the server needs of the engine's grammars."""
+
+    def compile(self, wanted: StructuredOutputsParams) -> object:
+        """Raises `RequestError` for what answers cannot be held to."""
+        ...
+
+
 class TextCodec:
     """The tokenizer behind one thread, so that a long prompt stalls neither other requests nor the engine.
 
     `tokenizer` is None for a checkpoint without tokenizer files: such a model takes and returns token ids only.
+    `grammars` keep what they have compiled here, so that the engine need not.
     """
 
-    def __init__(self, tokenizer: ServedTokenizer | None, vocab_size: int, max_model_len: int):
+    def __init__(
+        self,
+        tokenizer: ServedTokenizer | None,
+        vocab_size: int,
+        max_model_len: int,
+        grammars: ServedGrammars | None = None,
+    ):
         self._tokenizer = tokenizer
+        self._grammars = grammars
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self.token_text = functools.lru_cache(MAX_CACHED_TEXTS)(self._token_text)
@@ -60,6 +77,12 @@ class TextCodec:
         if any(token >= self.vocab_size for token in ids):
             raise RequestError(f"token ids must be below the vocabulary size of {self.vocab_size}", param)
         return await self._run(lambda: tokenizer.decode(ids, skip_special_tokens=False))
+
+    async def prepare(self, wanted: StructuredOutputsParams | None) -> None:
+        """Compile what answers have to match. Raises `RequestError` that says why they cannot be held to it."""
+        grammars = self._grammars
+        if wanted is not None and grammars is not None:
+            await self._run(lambda: grammars.compile(wanted))
 
     def _token_text(self, token_id: int) -> str:
         """The text of one token, or vLLM's `token_id:N` where there is no tokenizer."""

@@ -1,5 +1,6 @@
 """Text to token ids and back with the tokenizer and chat template that a checkpoint brings along."""
 
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -109,6 +110,14 @@ class Tokenizer:
             raise CheckpointError(f"the model's chat template failed on the messages: {_reason(error)}") from None
         return ids if self._prepend_bos_id is None else [self._prepend_bos_id, *ids]
 
+    def continuation_json(self) -> str:
+        """The `tokenizer.json` of what encodes a text in the middle of another: no blank is put before it.
+
+        Raises `AttributeError` for a tokenizer that has no such form.
+        """
+        spec = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        return json.dumps(_without_prefix({**spec, "padding": None, "truncation": None}))
+
     def stream(self, prompt: Sequence[int] = ()) -> "TokenStream":
         """An incremental decoder of what follows a prompt."""
         return TokenStream(self, prompt)
@@ -184,6 +193,16 @@ def _broken_file(directory: Path, present: Sequence[str]) -> Path:
             except CheckpointError:
                 return path
     return directory / present[0]
+
+
+def _without_prefix(spec: Any) -> Any:
+    """A part of a `tokenizer.json`, without what puts a blank before every text."""
+    if isinstance(spec, list):
+        return [_without_prefix(part) for part in spec]
+    if not isinstance(spec, dict):
+        return spec
+    never = {"add_prefix_space": False, "prepend_scheme": "never"}
+    return {name: never.get(name, _without_prefix(part)) for name, part in spec.items()}
 
 
 def _reason(error: Exception) -> str:

@@ -1,7 +1,7 @@
-"""Penalties and biases: what requests change about logits before a token is chosen.
+"""Penalties, biases and grammars: what requests change about logits before a token is chosen.
 
 The arrays over the vocabulary are kept on the host, token by token, and go to the device only in steps in which a row
-asks for them, so requests without penalties pay nothing.
+asks for them, so requests without any pay nothing.
 """
 
 import dataclasses
@@ -10,18 +10,20 @@ from collections.abc import Sequence as Rows
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, UInt32
 
+from emoe_jax.engine.grammar import Guide
 from emoe_jax.engine.request import SamplingParams
 
 
 class LogitAdjustment:
-    """What one sequence adds to its logits (`bias`), and which tokens its `repetition_penalty` holds back (`seen`).
+    """What one sequence adds to its logits (`bias`), which tokens its `repetition_penalty` holds back (`seen`), and
+    which may come next at all (`allowed`, a bit each; None for all).
 
     As in vLLM, frequency and presence count the tokens of the answer, repetition those of the prompt too.
     """
 
-    def __init__(self, params: SamplingParams, prompt: Rows[int], vocab_size: int):
+    def __init__(self, params: SamplingParams, prompt: Rows[int], vocab_size: int, guide: Guide | None = None):
         self.bias = np.zeros(vocab_size, np.float32)
         self.seen = np.zeros(vocab_size, np.bool_)
         self.repetition = params.repetition_penalty
@@ -29,22 +31,37 @@ class LogitAdjustment:
         for token, value in params.logit_bias.items():
             self.bias[token] = value
         self.seen[list(prompt)] = True
+        self._guide = guide
         self._generated: set[int] = set()
         self._num_counted = 0
 
     @classmethod
-    def of(cls, params: SamplingParams, prompt: Rows[int], vocab_size: int) -> "LogitAdjustment | None":
+    def of(
+        cls, params: SamplingParams, prompt: Rows[int], vocab_size: int, guide: Guide | None = None
+    ) -> "LogitAdjustment | None":
         """None for parameters that leave the logits as they are."""
-        return cls(params, prompt, vocab_size) if params.adjusts_logits else None
+        return cls(params, prompt, vocab_size, guide) if params.adjusts_logits or guide is not None else None
+
+    @property
+    def allowed(self) -> UInt32[np.ndarray, " W"] | None:
+        return None if self._guide is None else self._guide.allowed
+
+    @property
+    def failed(self) -> bool:
+        """Whether what the answer has to match could not be followed to its end."""
+        return self._guide is not None and self._guide.failed
 
     def update(self, generated: Rows[int]) -> None:
         """Count the tokens of the answer that have not been counted yet."""
-        for token in generated[self._num_counted :]:
+        new = generated[self._num_counted :]
+        for token in new:
             self.bias[token] -= self._frequency
             if token not in self._generated:
                 self.bias[token] -= self._presence
                 self._generated.add(token)
             self.seen[token] = True
+        if new and self._guide is not None:
+            self._guide.update(new)
         self._num_counted = len(generated)
 
 
@@ -56,6 +73,8 @@ class Adjustments:
     bias: Float[Array | np.ndarray, "B V"]
     seen: Bool[Array | np.ndarray, "B V"]
     repetition: Float[Array | np.ndarray, " B"]
+    allowed: UInt32[Array | np.ndarray, "B W"]
+    """A bit per token, the lowest first."""
 
     @classmethod
     def none(cls, size: int, vocab_size: int) -> "Adjustments":
@@ -64,6 +83,7 @@ class Adjustments:
             np.zeros((size, vocab_size), np.float32),
             np.zeros((size, vocab_size), np.bool_),
             np.ones(size, np.float32),
+            np.full((size, -(-vocab_size // 32)), 2**32 - 1, np.uint32),
         )
 
     @classmethod
@@ -76,13 +96,18 @@ class Adjustments:
         for index, row in enumerate(rows):
             if row is not None:
                 arrays.bias[index], arrays.seen[index], arrays.repetition[index] = row.bias, row.seen, row.repetition
+                if row.allowed is not None:
+                    arrays.allowed[index] = row.allowed
         return arrays
 
     def apply(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
-        """Repetition divides positive logits of seen tokens and multiplies negative ones; then the bias is added.
+        """Repetition divides positive logits of seen tokens and multiplies negative ones; then the bias is added, and
+        what is not allowed becomes impossible.
 
         Worked example, repetition 2, tokens 0 and 1 seen, bias -1 on token 2: [4, -1, 3] -> [2, -2, 2].
         """
         repetition = jnp.asarray(self.repetition)[:, None]
         repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
-        return jnp.where(self.seen, repeated, logits) + self.bias
+        adjusted = jnp.where(self.seen, repeated, logits) + self.bias
+        bits = (jnp.asarray(self.allowed)[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+        return jnp.where(bits.reshape(len(logits), -1)[:, : logits.shape[1]] == 1, adjusted, -jnp.inf)

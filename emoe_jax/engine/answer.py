@@ -43,6 +43,8 @@ class Answer:
         if sequence.finish_reason is not None:
             text += stream.flush()
         reason: FinishReason | None = "stop" if stream.stopped else sequence.finish_reason
+        if reason == "stop" and sequence.adjustment is not None and sequence.adjustment.failed:
+            reason = "error"
         logprobs: tuple[TokenLogprob, ...] = ()
         if completion.logprobs is not None:
             logprobs = (TokenLogprob(sampled.token_id, sampled.logprob, sampled.top),)

@@ -20,6 +20,7 @@ from emoe_jax.engine.admission import admission_policy
 from emoe_jax.engine.answer import Answer
 from emoe_jax.engine.batch import Buckets
 from emoe_jax.engine.foresight import Foresight
+from emoe_jax.engine.grammar import Grammars
 from emoe_jax.engine.knowledge import RoutingKnowledge
 from emoe_jax.engine.kv_cache import PAGE_SIZE, new_cache
 from emoe_jax.engine.memory import MemoryPlan, device_memory, parse_bandwidth
@@ -73,6 +74,7 @@ class Engine:
         self.routing: RoutingContract = routing
         self.config: ModelConfig = runner.config
         self.memory = memory
+        self.grammars = Grammars(tokenizer, self.config.vocab_size, self.config.eos_token_ids)
         self._runner = runner
         self._scheduler = scheduler
         self._residency = residency
@@ -224,6 +226,7 @@ class Engine:
         """Compile all step shapes now, so that no request waits for the compiler."""
         self._runner.warm_up(None if progress is None else functools.partial(progress, "compile"))
         self._foresight.warm_up()
+        self.grammars.warm_up()
 
     def generate(
         self,
@@ -320,7 +323,7 @@ class Engine:
                 slo=slo or self._usual_slo(task),
                 arrival=time.monotonic(),
                 seed=seed,
-                adjustment=LogitAdjustment.of(params, token_ids, vocab_size),
+                adjustment=LogitAdjustment.of(params, token_ids, vocab_size, self.grammars.guide(params)),
             )
             for index in range(params.n)
         ]

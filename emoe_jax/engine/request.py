@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
+from emoe_jax.engine.structured import StructuredOutputsParams
 from emoe_jax.errors import RequestError
 
 RoutingContract = Literal["resident", "exact"]
@@ -72,6 +73,8 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    structured_outputs: StructuredOutputsParams | None = None
+    """What answers have to match; one that ends by `max_tokens` or `stop` may be cut before it does."""
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -98,6 +101,8 @@ class SamplingParams:
             _check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if self.prompt_logprobs is not None:
             _check_integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+        if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
+            raise RequestError("structured_outputs must be StructuredOutputsParams", param="structured_outputs")
         if len(self.stop) > MAX_STOP_STRINGS:
             raise RequestError(f"stop has {len(self.stop)} strings; at most {MAX_STOP_STRINGS} are allowed", "stop")
         for string in self.stop:

@@ -74,7 +74,7 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
         ("logit_bias", {"-5": 1}),
         ("logit_bias", {str(token): 1 for token in range(2000)}),
         ("logit_bias", [5]),
-        ("response_format", {"type": "json_object"}),
+        ("response_format", {"type": "xml"}),
         ("min_tokens", 3),
         ("emoe", []),
         ("stream_options", {"include_usage": True}),

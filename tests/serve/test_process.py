@@ -128,6 +128,26 @@ def test_several_prompts_and_answers_with_a_seed(http: httpx.Client) -> None:
     assert [choice["index"] for choice in first] == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers_match_their_schema(client: openai.OpenAI, stream: bool) -> None:
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    schema["additionalProperties"] = False
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "verdict", "schema": schema}}
+    options: dict[str, Any] = {"model": "tiny", "messages": HELLO, "n": 2, "seed": 1, "temperature": 1.5}
+    texts = ["", ""]
+    if stream:
+        for chunk in client.chat.completions.create(**options, response_format=wanted, stream=True):
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+    else:
+        answer = client.chat.completions.create(**options, response_format=wanted)
+        texts = [choice.message.content or "" for choice in answer.choices]
+    assert all(json.loads(text) in ({"ok": True}, {"ok": False}) for text in texts)
+    schema["properties"] = {"ok": {"type": "bool"}}
+    with pytest.raises(openai.BadRequestError, match=r"response_format cannot be used: .*bool"):
+        client.chat.completions.create(**options, response_format=wanted)
+
+
 def test_tokens_and_state(http: httpx.Client) -> None:
     tokens = http.post("/tokenize", json={"prompt": "grüße", "add_special_tokens": False}).json()["tokens"]
     assert http.post("/detokenize", json={"tokens": tokens}).json() == {"prompt": "grüße"}

@@ -1,0 +1,59 @@
+"""What an answer has to match, as the caller says it. Names and meaning are vLLM's. No tensor library here."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from emoe_jax.errors import RequestError
+
+MAX_GRAMMAR_CHARS = 2**16
+"""Of a schema as JSON, of an expression, or of all choices together."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StructuredOutputsParams:
+    """Exactly one of: a JSON Schema (as text or mapping), a regular expression, texts to choose from, any JSON object.
+
+    Raises `RequestError` for none or several of them, and for what is too large or of another type.
+    """
+
+    json: str | Mapping[str, Any] | None = None
+    regex: str | None = None
+    choice: tuple[str, ...] | None = None
+    json_object: bool | None = None
+    param: str = dataclasses.field(default="structured_outputs", compare=False, repr=False)
+    """What the caller calls it, for error messages."""
+
+    def __post_init__(self) -> None:
+        kinds = {"json": self.json, "regex": self.regex, "choice": self.choice, "json_object": self.json_object or None}
+        given = [kind for kind, value in kinds.items() if value is not None]
+        if len(given) != 1:
+            raise self.error(f"has {' and '.join(given) or 'nothing'}; expected exactly one of {', '.join(kinds)}")
+        if self.json is not None:
+            object.__setattr__(self, "json", self._json_text(self.json))
+        if self.regex is not None and not isinstance(self.regex, str):
+            raise self.error("has a regex that is no text")
+        if self.choice is not None:
+            if isinstance(self.choice, str) or not all(isinstance(text, str) and text for text in self.choice):
+                raise self.error("has a choice that is no list of texts with at least a character each")
+            object.__setattr__(self, "choice", tuple(self.choice))
+            if not self.choice:
+                raise self.error("has an empty list of choices")
+        size = len(self.json or "") + len(self.regex or "") + sum(map(len, self.choice or ()))
+        if size > MAX_GRAMMAR_CHARS:
+            raise self.error(f"has {size} characters; at most {MAX_GRAMMAR_CHARS} are taken")
+
+    def error(self, problem: str) -> RequestError:
+        """`problem` continues a sentence that begins with the parameter's name."""
+        return RequestError(f"{self.param} {problem}", param=self.param)
+
+    def _json_text(self, schema: str | Mapping[str, Any]) -> str:
+        """The schema in a form that can be compared and measured."""
+        try:
+            parsed = json.loads(schema) if isinstance(schema, str) else schema
+            if not isinstance(parsed, Mapping):
+                raise self.error("has a schema that is no JSON object")
+            return json.dumps(dict(parsed), allow_nan=False)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise self.error(f"has a schema that is no JSON: {error}") from None

@@ -1,0 +1,216 @@
+"""Answers that have to match a schema, an expression or a choice do, and nothing beside them changes."""
+
+import builtins
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from emoe_jax import Engine, RequestError, SamplingParams, StructuredOutputsParams
+from emoe_jax.engine.grammar import Grammars
+from emoe_jax.engine.structured import MAX_GRAMMAR_CHARS
+from tests.serve.checkpoint import write_tiny_checkpoint
+
+PERSON: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 5},
+        "kind": {"enum": ["cat", "dog", 7, None]},
+        "tags": {"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 3},
+    },
+    "required": ["name", "kind", "tags"],
+    "additionalProperties": False,
+}
+PROMPT = "hello there"
+PLAIN = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
+
+
+def matches_person(text: str) -> bool:
+    person = json.loads(text)
+    return (
+        list(person) == ["name", "kind", "tags"]
+        and isinstance(person["name"], str)
+        and len(person["name"]) <= 5
+        and person["kind"] in PERSON["properties"]["kind"]["enum"]
+        and 1 <= len(person["tags"]) <= 3
+        and all(isinstance(tag, bool) for tag in person["tags"])
+    )
+
+
+def guided(wanted: StructuredOutputsParams, **params: Any) -> SamplingParams:
+    return SamplingParams(**{"max_tokens": 150, "temperature": 0, **params}, structured_outputs=wanted)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    directory = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    write_tiny_checkpoint(directory)
+    options: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "policy": "static"}
+    with Engine.load(directory, expert_memory="100%", **options) as engine:
+        engine.warm_up()
+        yield engine
+
+
+@pytest.mark.parametrize("temperature", [0, 1.5])
+@pytest.mark.parametrize("routing", ["resident", "exact"])
+def test_json_matches_its_schema(engine: Engine, temperature: float, routing: Any) -> None:
+    params = guided(StructuredOutputsParams(json=PERSON), temperature=temperature, n=4, seed=3, top_p=0.95, top_k=40)
+    output = engine.generate(PROMPT, params, routing=routing)[0]
+    assert [completion.finish_reason for completion in output.completions] == ["stop"] * 4
+    assert all(matches_person(completion.text) for completion in output.completions)
+    assert len({completion.text for completion in output.completions}) == (4 if temperature else 1)
+    again = engine.generate(PROMPT, params, routing=routing)[0]
+    assert [completion.text for completion in again.completions] == [item.text for item in output.completions]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expression"),
+    [
+        (StructuredOutputsParams(regex="[a-c]{2,4}-[0-9]{3}"), "[a-c]{2,4}-[0-9]{3}"),
+        (StructuredOutputsParams(choice=("yes", 'a "quoted" no', "vielleicht: ü")), 'yes|a "quoted" no|vielleicht: ü'),
+        (StructuredOutputsParams(json='{"enum": ["a", 1]}'), '"a"|1'),
+    ],
+)
+@pytest.mark.parametrize("temperature", [0, 2])
+def test_expressions_and_choices(
+    engine: Engine, wanted: StructuredOutputsParams, expression: str, temperature: float
+) -> None:
+    output = engine.generate(PROMPT, guided(wanted, temperature=temperature))[0]
+    assert re.fullmatch(expression, output.text)
+    assert output.completions[0].finish_reason == "stop"
+    assert (
+        "".join(delta.text for delta in engine.stream(PROMPT, guided(wanted)))
+        == engine.generate(PROMPT, guided(wanted))[0].text
+    )
+
+
+def test_beside_others_without_compiling(engine: Engine) -> None:
+    """The unconstrained request's tokens do not change, nor do a guided one's, penalties included."""
+    requests = {
+        "plain": PLAIN,
+        "sampled": SamplingParams(max_tokens=40, seed=5, ignore_eos=True),
+        "person": guided(StructuredOutputsParams(json=PERSON), temperature=1, seed=1, presence_penalty=0.5, logprobs=2),
+        "cut": guided(StructuredOutputsParams(json=PERSON), max_tokens=7),
+    }
+    alone = {name: engine.generate(PROMPT, params)[0] for name, params in requests.items()}
+    compilations: list[str] = []
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if "backend_compile" in event:
+            compilations.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for name, params in requests.items():
+            engine.add_request(name, PROMPT, params)
+        while engine.has_work():
+            engine.step()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    together = {name: engine.pop(name) for name in requests}
+    assert {name: output.token_ids for name, output in together.items()} == {
+        name: output.token_ids for name, output in alone.items()
+    }
+    assert compilations == []
+    assert matches_person(together["person"].text)
+    assert together["cut"].text.startswith("{")
+    assert together["cut"].completions[0].finish_reason == "length"
+
+
+def test_ignoring_the_end_adds_no_text(engine: Engine) -> None:
+    output = engine.generate(PROMPT, guided(StructuredOutputsParams(choice=("yes",)), max_tokens=20, ignore_eos=True))
+    assert (output[0].text, output[0].completions[0].finish_reason) == ("yes", "length")
+
+
+def test_stop_strings_cut(engine: Engine) -> None:
+    output = engine.generate(PROMPT, guided(StructuredOutputsParams(json=PERSON), stop=("kind",)))[0]
+    assert output.text.endswith('"')
+    assert "kind" not in output.text
+    assert output.completions[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"json": {"type": "strin"}}, "strin"),
+        ({"json": {"not": {"type": "string"}}}, '"not"'),
+        ({"json": {"type": "string", "pattern": "("}}, "unclosed group"),
+        ({"json": {"$ref": "https://example.com/x"}}, "example.com"),
+        ({"json": {"enum": []}}, "empty"),
+        ({"regex": "(?!a)b"}, "look-around"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(engine: Engine, given: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RequestError, match="structured_outputs cannot be used: ") as error:
+        engine.add_request("a", PROMPT, guided(StructuredOutputsParams(**given)))
+    message = str(error.value)
+    assert reason in message
+    assert "\n" not in message
+    assert len(message) < 400
+    assert not engine.has_work()
+
+
+def test_what_gets_too_costly_ends_with_an_error(engine: Engine) -> None:
+    output = engine.generate(PROMPT, guided(StructuredOutputsParams(regex="(x{1000}){1000}")))[0]
+    assert output.completions[0].finish_reason == "error"
+    assert len(output.text) < 20
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({}, "nothing"),
+        ({"json_object": False}, "nothing"),
+        ({"json": {}, "regex": "a"}, "json and regex"),
+        ({"json": "[]"}, "no JSON object"),
+        ({"json": "{"}, "no JSON"),
+        ({"json": {"a": {1, 2}}}, "no JSON"),
+        ({"choice": ()}, "empty"),
+        ({"choice": "yes"}, "no list"),
+        ({"choice": ("",)}, "no list"),
+        ({"regex": 5}, "no text"),
+        ({"regex": "a" * (MAX_GRAMMAR_CHARS + 1)}, f"at most {MAX_GRAMMAR_CHARS}"),
+        ({"json": {"enum": ["a" * 100 for _ in range(1000)]}}, f"at most {MAX_GRAMMAR_CHARS}"),
+    ],
+)
+def test_absurd_parameters_are_refused(given: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RequestError, match=reason) as error:
+        StructuredOutputsParams(**given)
+    assert error.value.param == "structured_outputs"
+
+
+def test_what_is_missing_is_named(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = StructuredOutputsParams(json_object=True)
+    with pytest.raises(RequestError, match="needs a tokenizer"):
+        Grammars(None, 300, (1,)).compile(wanted)
+    real_import = builtins.__import__
+
+    def no_llguidance(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "llguidance":
+            raise ImportError(name)
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", no_llguidance)
+    grammars = Grammars(engine.tokenizer, 300, (1,))
+    grammars.warm_up()
+    with pytest.raises(RequestError, match=re.escape("pip install 'emoe-jax[guided]'")):
+        grammars.compile(wanted)
+
+
+def test_the_demo_tokenizer_is_understood() -> None:
+    """It puts a blank before every text, which a grammar must not see."""
+    from emoe_jax.checkpoint import Tokenizer
+
+    tokenizer = Tokenizer.load(Path(__file__).parents[2] / "checkpoints" / "demo")
+    assert tokenizer is not None
+    guide = Grammars(tokenizer, 4096, (1,)).guide(guided(StructuredOutputsParams(json={"enum": ["x1"]})))
+    assert guide is not None
+    text: list[int] = []
+    while (token := next(token for token in range(4096) if guide.allowed[token // 32] >> (token % 32) & 1)) != 1:
+        text.append(token)
+        guide.update([token])
+    assert tokenizer.decode(text) == '"x1"'
