@@ -20,6 +20,8 @@ class EmoeAnswer(BaseModel):
     task: str | None
     routing: str
     substituted: float
+    slo_unattainable: Annotated[bool, Field(exclude_if=lambda value: not value)] = False
+    """Whether deadlines were given up while the request waited; left out when not."""
 
 
 class CompletionLogprobs(BaseModel):

@@ -134,6 +134,7 @@ def emoe_of(outputs: Sequence[RequestOutput]) -> EmoeAnswer:
         task=tasks.pop() if len(tasks) == 1 else None,
         routing=outputs[0].routing,
         substituted=round(substituted / max(1, sum(tokens)), 6),
+        slo_unattainable=any(output.slo_unattainable for output in outputs),
     )
 
 

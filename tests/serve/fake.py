@@ -85,6 +85,8 @@ class FakeEngine:
             raise RequestError("token id outside the vocabulary", param="prompt")
         completions = [Completion(index, logprobs=None if params.logprobs is None else []) for index in range(params.n)]
         output = RequestOutput(request_id, prompt, completions, task or "conv", routing or "resident", 0.25)
+        output.num_cached_tokens = 1
+        output.slo_unattainable = slo is not None and (slo.ttft_ms or 1) < 1
         if params.prompt_logprobs is not None:
             output.prompt_logprobs = [TokenLogprob(token, -2.0, ((ord("A"), -1.0),)) for token in prompt[1:]]
         streams = [TextStream(self.tokenizer, params.stop) for _ in range(params.n)]

@@ -8,6 +8,7 @@ import pytest
 from emoe_jax.engine.request import SLO
 from emoe_jax.errors import SloUnattainable
 from tests.serve.conftest import StartServer
+from tests.serve.events import events_of
 from tests.serve.fake import FakeEngine, FakeTokenizer
 
 CHAT = "/v1/chat/completions"
@@ -67,3 +68,13 @@ def test_deadlines_that_cannot_be_kept(start_server: StartServer, monkeypatch: p
     assert answer.status_code == 503
     assert answer.json()["error"]["code"] == "slo_unattainable"
     assert int(answer.headers["retry-after"]) >= 1
+
+
+@pytest.mark.parametrize("path", list(BODIES))
+def test_deadlines_given_up_are_told(client: httpx.Client, path: str) -> None:
+    late = {**BODIES[path], "n": 2, "emoe": {"slo": {"ttft_ms": 0.5}}}
+    assert client.post(path, json=late).json()["emoe"]["slo_unattainable"] is True
+    assert "slo_unattainable" not in client.post(path, json=BODIES[path]).json()["emoe"]
+    *others, last = events_of(client, path, **late, stream=True)
+    assert last["emoe"]["slo_unattainable"] is True
+    assert not any("emoe" in event for event in others)
