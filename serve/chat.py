@@ -38,7 +38,7 @@ def chat_routes(service: Service) -> APIRouter:
         writer = ChatWriter(service, body, prompt)
         generation = await service.begin(request, [prompt], [params], body.emoe, slo)
         if body.stream:
-            return EventStream(generation, writer, body.include_usage)
+            return EventStream(generation, writer, body.stream_options)
         try:
             outputs = await until_disconnect(request, generation.outputs())
         finally:

@@ -44,7 +44,7 @@ def completion_routes(service: Service) -> APIRouter:
         writer = CompletionWriter(service, body, prompts, await _echoes(service, body))
         generation = await service.begin(request, prompts, params, body.emoe, slo)
         if body.stream:
-            return EventStream(generation, writer, body.include_usage)
+            return EventStream(generation, writer, body.stream_options)
         try:
             outputs = await until_disconnect(request, generation.outputs())
         finally:

@@ -63,6 +63,9 @@ class RequestMetrics:
         self.latency = Histogram(
             "emoe:e2e_request_latency_seconds", "From a request's arrival to an answer's last token.", ANSWER_SECONDS
         )
+        self.queue = Histogram(
+            "emoe:request_queue_time_seconds", "From arrival at the engine to an answer's first step.", ANSWER_SECONDS
+        )
 
     def families(self, model_name: str) -> Iterator[Metric]:
         for name, documentation, value in (
@@ -78,7 +81,7 @@ class RequestMetrics:
         for reason, count in sorted(self.finished.items()):
             finished.add_metric([model_name, reason], count)
         yield finished
-        for histogram in (self.first_token, self.inter_token, self.per_output_token, self.latency):
+        for histogram in (self.first_token, self.inter_token, self.per_output_token, self.latency, self.queue):
             yield histogram.family(model_name)
 
 

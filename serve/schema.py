@@ -135,7 +135,8 @@ class EmoeRequest(StrictModel):
 
 class StreamOptions(StrictModel):
     include_usage: bool | None = None
-    continuous_usage_stats: Literal[False] | None = None
+    continuous_usage_stats: bool | None = None
+    """Usage so far in every chunk that has choices, if `include_usage` is set too, as in vLLM."""
 
 
 class SamplingRequest(StructuredRequest):
@@ -193,10 +194,6 @@ class SamplingRequest(StructuredRequest):
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options needs stream to be true", param="stream_options")
         return self
-
-    @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def to_params(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
         given = {name: getattr(self, name) for name in GIVEN_OR_DEFAULT}

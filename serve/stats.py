@@ -54,6 +54,9 @@ class RequestStats:
                 metrics.per_output_token.observe((now - answer.first_at) / (answer.tokens - 1))
         if output is not None:
             self.outputs.append(output)
+            for completion in output.completions:
+                if completion.queue_seconds is not None:
+                    metrics.queue.observe(completion.queue_seconds)
 
     def end(self, reason: FinishReason) -> None:
         """What is unfinished ends without another token."""

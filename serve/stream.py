@@ -10,6 +10,7 @@ from starlette.types import Receive, Scope, Send
 from emoe_jax.engine.request import RequestOutput
 from serve.answers import EmoeAnswer, Usage
 from serve.errors import ErrorResponse, describe
+from serve.schema import StreamOptions
 from serve.service import emoe_of, usage_of
 from serve.worker import Generation, Progress
 
@@ -57,10 +58,10 @@ def sse(json: str) -> bytes:
 class EventStream(StreamingResponse):
     """Sends a generation as events; frees the engine's side however the stream ends."""
 
-    def __init__(self, generation: Generation, writer: ChunkWriter[Any], include_usage: bool):
+    def __init__(self, generation: Generation, writer: ChunkWriter[Any], options: StreamOptions | None):
         self._generation = generation
         super().__init__(
-            _events(generation, writer, include_usage),
+            _events(generation, writer, options or StreamOptions()),
             media_type="text/event-stream",
             headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
         )
@@ -72,11 +73,24 @@ class EventStream(StreamingResponse):
             self._generation.abort()
 
 
-async def _events(generation: Generation, writer: ChunkWriter[Any], include_usage: bool) -> AsyncIterator[bytes]:
+async def _events(generation: Generation, writer: ChunkWriter[Any], options: StreamOptions) -> AsyncIterator[bytes]:
+    include_usage = bool(options.include_usage)
+    prompt_tokens, completion_tokens = generation.stats.prompt_tokens, 0
     outputs: dict[int, RequestOutput] = {}
     try:
         async for batch in generation.batches():
-            chunks = [chunk for progress in batch for chunk in writer.chunks(progress)]
+            chunks: list[Chunk] = []
+            for progress in batch:
+                new: list[Chunk] = writer.chunks(progress)
+                completion_tokens += len(progress.delta.token_ids)
+                if include_usage and options.continuous_usage_stats:
+                    for chunk in new:
+                        chunk.usage = Usage(
+                            prompt_tokens=prompt_tokens,
+                            completion_tokens=completion_tokens,
+                            total_tokens=prompt_tokens + completion_tokens,
+                        )
+                chunks += new
             outputs.update((progress.position, progress.output) for progress in batch if progress.output is not None)
             if len(outputs) == len(generation.request_ids):
                 chunks = _closed(chunks, writer, list(outputs.values()), include_usage)

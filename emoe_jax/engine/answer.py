@@ -51,6 +51,8 @@ class Answer:
             completion.logprobs.extend(logprobs)
         completion.text += text
         completion.token_ids.append(sampled.token_id)
+        if completion.queue_seconds is None and sequence.started_at is not None:
+            completion.queue_seconds = sequence.started_at - sequence.arrival
         completion.finish_reason = reason
         prompt_logprobs = tuple(sequence.prompt_logprobs) if len(completion.token_ids) == 1 else ()
         delta = Delta(sequence.request_id, sequence.index, text, (sampled.token_id,), logprobs, reason, prompt_logprobs)

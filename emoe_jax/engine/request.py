@@ -152,6 +152,8 @@ class Completion:
     token_ids: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None
+    queue_seconds: float | None = None
+    """From arrival until its first step was planned; None before its first token."""
 
 
 @dataclasses.dataclass

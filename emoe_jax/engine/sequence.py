@@ -52,6 +52,8 @@ class Sequence:
     """How many tokens the answer was expected to have when the sequence came; 0 where nobody expects anything."""
     slo_unattainable: bool = False
     """Whether the scheduler gave up its deadlines, and serves it when no other deadline suffers from that."""
+    started_at: float | None = None
+    """When its first step was planned, in seconds on the engine's clock; a preemption does not change it."""
     first_token_at: float | None = None
     """Seconds on the engine's clock."""
     substituted: int = 0

@@ -238,6 +238,8 @@ class Scheduler:
             self.policy.remove(sequence)
             sequence.pages = pool.allocate(pages)
             sequence.status = SequenceStatus.RUNNING
+            if sequence.started_at is None:
+                sequence.started_at = now
             insort(self._running, sequence, key=_order)
             promised += 1 + pool.pages_for(total) - pages
             budget -= length

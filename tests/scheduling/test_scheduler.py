@@ -229,6 +229,18 @@ def test_the_latest_is_preempted_and_keeps_its_tokens():
         assert sequence.generated == [expected_token(sequence, position) for position in range(3, 31)]
 
 
+def test_when_sequences_start_is_kept():
+    scheduler = make(max_num_seqs=1)
+    runner = FakeRunner(scheduler)
+    first, second = seq("a", max_tokens=1), seq("b")
+    for sequence in (first, second):
+        scheduler.add(sequence)
+    for now in (2.0, 5.0, 7.0):
+        plan = scheduler.schedule(now)
+        scheduler.update(plan, runner.run(plan))
+    assert (first.started_at, second.started_at) == (2.0, 5.0)
+
+
 def test_prompts_that_never_fit_are_refused():
     scheduler = make(max_model_len=16)
     with pytest.raises(RequestError, match="16 tokens; at most 15") as caught:

@@ -115,6 +115,7 @@ class FakeEngine:
     def _advance(self, running: Running, completion: Completion, stream: TextStream) -> Delta:
         token = ord("a") + (len(completion.token_ids) + (running.params.seed or 0)) % 26
         completion.token_ids.append(token)
+        completion.queue_seconds = 0.25
         text, stopped = stream.add(token)
         if stopped:
             completion.finish_reason = "stop"

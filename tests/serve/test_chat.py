@@ -1,6 +1,7 @@
 from typing import Any
 
 import httpx
+import pytest
 
 from serve.answers import ChatChunk, ChatResponse
 from tests.serve.conftest import StartServer
@@ -70,6 +71,21 @@ def test_streams_usage(client: httpx.Client) -> None:
     assert events[-1]["choices"] == []
     assert events[-1]["usage"]["completion_tokens"] == 3
     assert events[-1]["emoe"]["substituted"] == 0.25
+    assert not any("usage" in event for event in events[:-1])
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_streams_usage_so_far(client: httpx.Client, path: str) -> None:
+    body = {"messages": HELLO, "prompt": "hi", "max_tokens": 3, "n": 2, "stream": True}
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    usages = [event["usage"] for event in events_of(client, path, **body, stream_options=options)]
+    counts = [usage["completion_tokens"] for usage in usages]
+    assert counts == sorted(counts)
+    assert (counts[0], counts[-1]) == (1, 6)
+    assert all(usage["prompt_tokens"] == usages[-1]["prompt_tokens"] for usage in usages)
+    assert all(usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] for usage in usages)
+    alone = events_of(client, path, **body, stream_options={"continuous_usage_stats": True})
+    assert not any("usage" in event for event in alone)
 
 
 def test_logprobs(client: httpx.Client) -> None:

@@ -50,6 +50,8 @@ def test_requests_are_counted_by_answer(start_server: StartServer) -> None:
     assert values["emoe:request_time_per_output_token_seconds_count", ""] == 5
     assert values["emoe:e2e_request_latency_seconds_sum", ""] >= values["emoe:time_to_first_token_seconds_sum", ""]
     assert values["emoe:e2e_request_latency_seconds_bucket", "+Inf"] == 5
+    assert values["emoe:request_queue_time_seconds_count", ""] == 5
+    assert values["emoe:request_queue_time_seconds_sum", ""] == 5 * 0.25
 
 
 def test_what_ends_early_is_counted_as_such(start_server: StartServer) -> None:
