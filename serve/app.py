@@ -17,6 +17,7 @@ from serve.metrics import RequestMetrics
 from serve.models import model_routes
 from serve.observer import Observer
 from serve.service import ClientGone, Service
+from serve.tracing import Tracing
 
 DESCRIPTION = "Mixture-of-Experts inference with a fixed number of experts on the device, behind OpenAI's API."
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -25,7 +26,12 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(service: Service, api_keys: Sequence[str] = (), allowed_origins: Sequence[str] = ()) -> FastAPI:
+def create_app(
+    service: Service,
+    api_keys: Sequence[str] = (),
+    allowed_origins: Sequence[str] = (),
+    tracing: Tracing | None = None,
+) -> FastAPI:
     """`allowed_origins`: web pages whose scripts may call the server, from any of them with `*`; by default none."""
 
     @contextlib.asynccontextmanager
@@ -50,7 +56,7 @@ def create_app(service: Service, api_keys: Sequence[str] = (), allowed_origins: 
         return Response(status_code=499)  # nobody is there to read it
 
     app.add_middleware(Guard, api_keys=api_keys)
-    app.add_middleware(Observer, metrics=metrics)
+    app.add_middleware(Observer, metrics=metrics, tracing=tracing)
     if allowed_origins:  # outermost: a browser asks without a key whether it may send one
         app.add_middleware(
             CORSMiddleware,

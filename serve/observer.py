@@ -1,4 +1,4 @@
-"""ASGI middleware around everything: gives each request its `RequestStats`, and logs it when it is over."""
+"""ASGI middleware around everything: gives each request its `RequestStats`, traces and logs it when it is over."""
 
 import logging
 import time
@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve.metrics import RequestMetrics
 from serve.service import emoe_of
 from serve.stats import RequestStats
+from serve.tracing import Tracing
 
 log = logging.getLogger("serve.requests")
 
@@ -16,8 +17,9 @@ log = logging.getLogger("serve.requests")
 class Observer:
     """Routes find the stats as `request.state.stats`. Reads that succeed are not logged: some come every second."""
 
-    def __init__(self, app: ASGIApp, metrics: RequestMetrics):
+    def __init__(self, app: ASGIApp, metrics: RequestMetrics, tracing: Tracing | None):
         self.app = app
+        self._tracing = tracing
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -37,6 +39,8 @@ class Observer:
         try:
             await self.app(scope, receive, observed_send)
         finally:
+            if self._tracing is not None:
+                self._tracing.record(scope, status, stats)
             if log.isEnabledFor(logging.INFO) and (scope["method"] != "GET" or status >= 400):
                 log.info("request", extra={"fields": log_fields(scope, status, stats)})
 

@@ -50,6 +50,7 @@ class Options:
     allowed_origins: list[str]
     seed: int
     log_format: LogFormat
+    otlp_endpoint: str | None
     shutdown_timeout: float
 
 
@@ -169,6 +170,12 @@ def _build_parser() -> _Parser:
     )
     add("--seed", type=_integer(0, 2**63 - 1), default=0, help="seed of requests that name none")
     add("--log-format", choices=("text", "json"), default="text", help="of lines on stderr, one for each request")
+    add(
+        "--otlp-endpoint",
+        type=_url,
+        metavar="URL",
+        help="OpenTelemetry collector that spans go to, one per request, for example http://localhost:4318",
+    )
     add("--shutdown-timeout", type=_seconds, default=30.0, help="seconds that running requests get after SIGTERM")
     add("--config", metavar="FILE", help="YAML file with any of these options, by the same names")
     return parser
@@ -217,6 +224,12 @@ def _name(text: str) -> str:
 def _origin(text: str) -> str:
     if text != "*" and not re.fullmatch(r"https?://[^/\s]+", text):
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is neither * nor of the form https://example.org")
+    return text
+
+
+def _url(text: str) -> str:
+    if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", text):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not of the form http://example.org:4318")
     return text
 
 

@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 from rich.console import Console
@@ -20,7 +21,11 @@ from serve.recording import check_trace_file
 from serve.server import Server, bind, url_of
 from serve.service import Service
 from serve.text import TextCodec
+from serve.tracing import Tracing, span_provider
 from serve.worker import EngineWorker
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
 
 
 def run(arguments: Sequence[str], on_loaded: Callable[[], None]) -> int:
@@ -29,10 +34,11 @@ def run(arguments: Sequence[str], on_loaded: Callable[[], None]) -> int:
     configure_logging(options.log_format)
     keep_compilations()
     try:
+        provider = span_provider(options.otlp_endpoint)
         with bind(options.host, options.port) as listener:
             engine = load(options)
             on_loaded()
-            serve(options, engine, listener)
+            serve(options, engine, listener, provider)
     except EmoeError as error:
         print(f"error: {as_flags(str(error))}", file=sys.stderr)
         return 2
@@ -80,7 +86,7 @@ def load(options: Options) -> Engine:
     return engine
 
 
-def serve(options: Options, engine: Engine, listener: socket.socket) -> None:
+def serve(options: Options, engine: Engine, listener: socket.socket, provider: "TracerProvider | None") -> None:
     """Print what is served, serve until a signal, close the engine."""
     url = url_of(listener)
     names = tuple(options.served_model_name or [engine.model_name])
@@ -101,12 +107,15 @@ def serve(options: Options, engine: Engine, listener: socket.socket) -> None:
     Console().print(table)
     worker = EngineWorker(engine, options.max_num_seqs + options.max_num_queued_reqs)
     text = TextCodec(engine.tokenizer, engine.config.vocab_size, engine.max_model_len, engine.grammars)
-    app = create_app(Service(names, text, worker, tasks), options.api_key, options.allowed_origins)
+    tracing = None if provider is None else Tracing(provider, names[0])
+    app = create_app(Service(names, text, worker, tasks), options.api_key, options.allowed_origins, tracing)
     gc.collect()
     gc.freeze()  # what is there now stays: no collection looks at it again, at exit neither, which took seconds
     server = Server(app, worker, options.shutdown_timeout, on_ready=lambda: print(f"Serving on {url}", flush=True))
     try:
         asyncio.run(server.serve([listener]))
     finally:
+        if provider is not None:
+            provider.shutdown()  # sends what is left
         if worker.stop():
             engine.close()

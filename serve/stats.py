@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 
-from emoe_jax.engine.request import Delta, FinishReason, RequestOutput
+from emoe_jax.engine.request import Delta, FinishReason, RequestOutput, SamplingParams
 from serve.metrics import RequestMetrics
 
 
@@ -13,6 +13,8 @@ class RequestStats:
     def __init__(self, metrics: RequestMetrics):
         self.arrived = time.monotonic()
         self.first_token_at: float | None = None
+        self.params: SamplingParams | None = None
+        """Of its first prompt; None until the engine is asked."""
         self.prompt_tokens = 0
         self.completion_tokens = 0
         self.finish_reasons: set[FinishReason] = set()
@@ -23,10 +25,11 @@ class RequestStats:
         self._prompts: list[int] = []
         self._answers: dict[tuple[int, int], _Answer] = {}
 
-    def submitted(self, prompts: Sequence[int], answers: int) -> None:
-        """The engine is asked for so many answers to prompts of these lengths in tokens."""
+    def submitted(self, prompts: Sequence[int], params: Sequence[SamplingParams]) -> None:
+        """The engine is asked for answers to prompts of these lengths in tokens."""
+        self.params = params[0]
         self._prompts = list(prompts)
-        self._unfinished = answers
+        self._unfinished = sum(item.n for item in params)
         self.prompt_tokens = sum(prompts)
 
     def add(self, position: int, delta: Delta, output: RequestOutput | None) -> None:

@@ -187,7 +187,7 @@ class EngineWorker:
         if self.unfinished + len(submissions) > self.max_unfinished:
             raise QueueFull(f"{self.unfinished} prompts run or wait; at most {self.max_unfinished} are taken")
         generation = Generation(self, [f"r{next(self._numbers)}" for _ in submissions], stats)
-        stats.submitted([len(item.prompt) for item in submissions], sum(item.params.n for item in submissions))
+        stats.submitted([len(item.prompt) for item in submissions], [item.params for item in submissions])
         self._live.add(generation)
         self._command(lambda: self._admit(generation, submissions))
         return generation

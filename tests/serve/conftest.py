@@ -15,6 +15,7 @@ from serve.app import create_app
 from serve.server import bind, url_of
 from serve.service import Service
 from serve.text import TextCodec
+from serve.tracing import Tracing
 from serve.worker import EngineWorker
 from tests.serve.fake import MAX_MODEL_LEN, VOCAB_SIZE, FakeEngine, FakeTokenizer
 
@@ -29,10 +30,11 @@ def running_server(
     api_keys: Sequence[str] = (),
     allowed_origins: Sequence[str] = (),
     tasks: tuple[str, ...] | None = None,
+    tracing: Tracing | None = None,
 ) -> Iterator[httpx.Client]:
     worker = EngineWorker(engine, max_unfinished)
     service = Service(("fake", "alias"), TextCodec(engine.tokenizer, VOCAB_SIZE, MAX_MODEL_LEN), worker, tasks)
-    app = create_app(service, api_keys, allowed_origins)
+    app = create_app(service, api_keys, allowed_origins, tracing)
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", ws="none"))
     listener = bind("127.0.0.1", 0)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))

@@ -57,6 +57,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--policy", "belady"], "--policy"),
         (["--dtype", "int4"], "--dtype"),
         (["--log-format", "xml"], "--log-format"),
+        (["--otlp-endpoint", "localhost:4318"], "--otlp-endpoint"),
         (["--shutdown-timeout", "nan"], "--shutdown-timeout"),
         (["--seed"], "--seed"),
         (["--api-key", "secret", ""], "--api-key"),
@@ -78,6 +79,7 @@ def test_mistakes_are_named(capsys: pytest.CaptureFixture[str], arguments: list[
         ("- 4", "mapping"),
         ("a: [", "YAML"),
         ("config: other.yaml", "config"),
+        ("prefix-caching: maybe", "--prefix-caching"),
     ],
 )
 def test_mistakes_in_the_configuration_file_are_named(
@@ -91,11 +93,14 @@ def test_mistakes_in_the_configuration_file_are_named(
 def test_flags_win_over_the_configuration_file(tmp_path: Path) -> None:
     path = tmp_path / "serve.yaml"
     path.write_text(
-        "model: here\nmax_num_seqs: 3\nseed: 5\napi-key: [a, b]\nexpert-memory: 8 slots\nhost-memory: null\n",
+        "model: here\nmax_num_seqs: 3\nseed: 5\napi-key: [a, b]\nexpert-memory: 8 slots\nhost-memory: null\n"
+        "prefix-caching: false\n",
         encoding="utf-8",
     )
     options = parse_options(["--config", str(path), "--seed", "6"])
     assert (options.model, options.max_num_seqs, options.seed) == ("here", 3, 6)
+    assert not options.prefix_caching
+    assert parse_options(["--config", str(path), "--prefix-caching"]).prefix_caching
     assert (options.api_key, options.expert_memory, options.host_memory) == (["a", "b"], "8 slots", "0B")
 
 
