@@ -78,6 +78,7 @@ class Ours:
             max_num_seqs=8,
             max_num_batched_tokens=PREFILL,
             policy="static",
+            prefix_caching=False,
         )
         self._ids = itertools.count()
 

@@ -58,6 +58,7 @@ def measure(model: str, pairs: int, steps: int) -> dict[str, Any]:
             model,
             expert_memory="100%",
             policy="static",
+            prefix_caching=False,
             max_model_len=PROMPT + steps + 2,
             max_num_seqs=max(BATCHES),
             task_profile=None,

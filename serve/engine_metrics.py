@@ -20,6 +20,8 @@ GAUGES = (
 
 COUNTERS = (
     ("num_preemptions", "Sequences whose pages were taken away.", "scheduler.preemptions"),
+    ("prefix_cache_queries", "Tokens looked up in the prefix cache.", "scheduler.prefix_query_tokens"),
+    ("prefix_cache_hits", "Those that were there.", "scheduler.prefix_hit_tokens"),
     ("slo_answers", "Answers that had a deadline.", "scheduler.slo.with_slo"),
     ("slo_attained", "Those that kept all of theirs.", "scheduler.slo.attained"),
     ("slo_given_up", "Sequences whose deadlines were given up while they waited.", "scheduler.unattainable"),

@@ -80,6 +80,9 @@ class SchedulerState(Described):
     preemptions: Annotated[int, Field(description="Sequences whose pages were taken away, since the start.")] = 0
     pages_used: Annotated[int, Field(description="Of the KV cache.")] = 0
     pages: int = 0
+    prefix_caching: Annotated[bool, Field(description="Whether tokens computed before are looked up.")] = False
+    prefix_query_tokens: Annotated[int, Field(description="Looked up, since the start.")] = 0
+    prefix_hit_tokens: Annotated[int, Field(description="Those that were not computed again.")] = 0
     slo: AllDeadlinesState = AllDeadlinesState()
 
 

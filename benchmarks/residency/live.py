@@ -63,7 +63,12 @@ def measure_live(
 def engine_of(model: str, share: float, policy: str) -> Iterator[Engine]:
     """A warm engine with this share of the experts resident."""
     with Engine.load(
-        model, expert_memory=f"{100 * share:g}%", policy=policy, max_num_seqs=max(BATCHES), max_model_len=_CONTEXT
+        model,
+        expert_memory=f"{100 * share:g}%",
+        policy=policy,
+        max_num_seqs=max(BATCHES),
+        max_model_len=_CONTEXT,
+        prefix_caching=False,
     ) as engine:
         engine.warm_up()
         yield engine

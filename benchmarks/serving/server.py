@@ -31,9 +31,12 @@ class ServerFailed(EmoeError):
 
 @contextlib.contextmanager
 def started_server(arguments: Sequence[str]) -> Iterator[str]:
-    """The URL of a server on a free port. Whatever ends the block, SIGTERM included, ends the server too."""
+    """The URL of a server on a free port, which computes a prompt each time it is drawn. Whatever ends the block,
+    SIGTERM included, ends the server too.
+    """
     with tempfile.TemporaryFile() as output, _exit_on_sigterm():
-        command = [sys.executable, "-m", MODULE, "--port", "0", "--shutdown-timeout", "2", *arguments]
+        fixed = ["--port", "0", "--shutdown-timeout", "2", "--no-prefix-caching"]
+        command = [sys.executable, "-m", MODULE, *fixed, *arguments]
         process = subprocess.Popen(command, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT)
         try:
             yield _ready_url(process, output, time.monotonic() + READY_SECONDS)

@@ -103,6 +103,7 @@ class Engine:
         policy: str = "emoe",
         host_memory: str | int = 0,
         kv_memory: str | int | None = None,
+        prefix_caching: bool = True,
         router_capacity_factor: float | None = None,
         task_profile: str | Path | None = "auto",
         predictor: str | Path | None = "auto",
@@ -117,13 +118,13 @@ class Engine:
 
         `expert_memory` is a share ("40%"), bytes ("6GiB") or slots per layer ("8 slots"). `dtype="auto"` is the
         checkpoint's on an accelerator and float32 on CPU, where half-precision matrix products are slow. `host_memory`
-        and `kv_memory` are bytes ("2GiB"). `policy` says which experts are kept (`emoe_jax.policies`). `task_profile`
+        and `kv_memory` are bytes ("2GiB"). With `prefix_caching` the tokens that prompts begin with are not computed
+        while the KV cache still has them. `policy` says which experts are kept (`emoe_jax.policies`). `task_profile`
         and `predictor` are a file and a directory, by default the checkpoint's own `task_profile.json` and `predictor`
         if it has them; the predictor is asked every `predict_every` prompts. Background loads keep below
         `link_bandwidth` bytes/s ("2GiB"); while nothing else runs, a prompt waits up to `load_wait_ms` for the experts
-        that are planned for it. `record_traces` is where to record routing from the start. Raises
-        `CheckpointError`, `ConfigError` or `CapacityError` with one line that names what is wrong; nothing stays
-        allocated then.
+        that are planned for it. `record_traces` is where to record routing from the start. Raises `CheckpointError`,
+        `ConfigError` or `CapacityError` with one line that names what is wrong; nothing stays allocated then.
         """
         if routing not in ("resident", "exact"):
             raise ConfigError(f"routing is {routing!r}; expected 'resident' or 'exact'")
@@ -154,6 +155,8 @@ class Engine:
             memory.max_model_len,
             prefill_chunk,
             config.eos_token_ids,
+            # Where routers drop tokens over capacity, what a token gets depends on the rows it was computed with.
+            prefix_caching=prefix_caching and config.router_capacity_factor is None,
         )
         tokenizer = Tokenizer.load(checkpoint.directory)
 

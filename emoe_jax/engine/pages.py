@@ -1,5 +1,6 @@
 """Host-side bookkeeping of the key/value cache's pages. No tensors: a page is a number."""
 
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 
 TRASH_PAGE = 0
@@ -9,8 +10,12 @@ TRASH_PAGE = 0
 class PagePool:
     """Hands out pages `1 .. num_pages - 1` of `page_size` tokens each; page 0 is the trash page.
 
-    Ask `can_allocate(n)` before `allocate(n)`. A page freed twice, or one that the pool never handed out, raises
-    `ValueError` and changes nothing: it means that two sequences were about to share memory.
+    Ask `can_allocate(n)` before `allocate(n)`. A page freed once too often, or one that the pool never handed out,
+    raises `ValueError` and changes nothing: it means that two sequences were about to write to the same memory.
+
+    A page that was written to its end can be published under a key that tells what is in it. From then on `find`
+    finds it and `share` gives it to further users, until nobody uses it any more and its memory is needed: of the
+    published pages that nobody uses, the one used least recently is taken first, and only when no other page is free.
     """
 
     def __init__(self, num_pages: int, page_size: int):
@@ -20,8 +25,11 @@ class PagePool:
             raise ValueError(f"a page of {page_size} tokens holds nothing; page_size must be at least 1")
         self.num_pages = num_pages
         self.page_size = page_size
-        self._free = list(range(num_pages - 1, TRASH_PAGE, -1))  # a stack: the page freed last is used first
-        self._used = bytearray(num_pages)
+        self._users = [0] * num_pages
+        self._blank = list(range(num_pages - 1, TRASH_PAGE, -1))  # a stack: the page freed last is used first
+        self._idle: OrderedDict[int, None] = OrderedDict()  # published and without users, least recently used first
+        self._page_of: dict[bytes, int] = {}
+        self._key_of: dict[int, bytes] = {}
 
     @property
     def num_usable(self) -> int:
@@ -30,37 +38,76 @@ class PagePool:
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        """Pages without users, whether something is published in them or not."""
+        return len(self._blank) + len(self._idle)
 
     @property
     def num_used(self) -> int:
-        return self.num_usable - len(self._free)
+        return self.num_usable - self.num_free
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages that hold `num_tokens` tokens."""
         return -(-num_tokens // self.page_size)
 
     def can_allocate(self, count: int) -> bool:
-        return count <= len(self._free)
+        return count <= self.num_free
 
     def allocate(self, count: int) -> list[int]:
         """Take `count` pages; the caller has asked `can_allocate(count)`."""
-        assert 0 <= count <= len(self._free), f"{count} pages asked of {len(self._free)} free ones"
-        pages = [self._free.pop() for _ in range(count)]
+        assert 0 <= count <= self.num_free, f"{count} pages asked of {self.num_free} free ones"
+        pages = [self._blank.pop() if self._blank else self._evict() for _ in range(count)]
         for page in pages:
-            self._used[page] = 1
+            self._users[page] = 1
         return pages
 
     def free(self, pages: Iterable[int]) -> None:
-        """Give pages back. Raises `ValueError`, freeing none, if one of them is not in use or appears twice."""
+        """Give up one use of each page, of a sequence's pages the last first: what follows a page is of no use
+        without it. Raises `ValueError`, freeing none, if one of them is not in use or appears twice.
+        """
         pages = list(pages)
-        seen: set[int] = set()
-        for page in pages:
+        for page, times in Counter(pages).items():
             if not TRASH_PAGE < page < self.num_pages:
                 raise ValueError(f"page {page} is not one of the pool's pages 1 to {self.num_pages - 1}")
-            if not self._used[page] or page in seen:
+            if not self._users[page] or times > 1:
                 raise ValueError(f"page {page} is freed twice")
-            seen.add(page)
+        for page in reversed(pages):
+            self._users[page] -= 1
+            if self._users[page]:
+                continue
+            if page in self._key_of:
+                self._idle[page] = None
+            else:
+                self._blank.append(page)
+
+    def publish(self, page: int, key: bytes) -> None:
+        """Let a page in use, which nobody will write to again, be found by `key`, unless another one is."""
+        assert self._users[page], f"page {page} is free"
+        assert page not in self._key_of, f"page {page} is published already"
+        if self._page_of.setdefault(key, page) == page:
+            self._key_of[page] = key
+
+    def find(self, keys: Iterable[bytes]) -> list[int]:
+        """The published pages of the first keys, up to the first key that has none."""
+        pages: list[int] = []
+        for key in keys:
+            page = self._page_of.get(key)
+            if page is None:
+                break
+            pages.append(page)
+        return pages
+
+    def num_idle(self, pages: Iterable[int]) -> int:
+        """How many of these published pages nobody uses: sharing them leaves so many fewer free."""
+        return sum(page in self._idle for page in pages)
+
+    def share(self, pages: Iterable[int]) -> None:
+        """Become a user of pages that were found, before the next `allocate`."""
         for page in pages:
-            self._used[page] = 0
-        self._free.extend(reversed(pages))
+            self._idle.pop(page, None)
+            self._users[page] += 1
+
+    def _evict(self) -> int:
+        """Forget what is in the published page that was used least recently."""
+        page, _ = self._idle.popitem(last=False)
+        del self._page_of[self._key_of.pop(page)]
+        return page

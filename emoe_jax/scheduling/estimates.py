@@ -43,7 +43,7 @@ class Estimates:
 
     def prefill(self, sequence: Sequence) -> float:
         """What is left of computing its prompt (`W * c` of eMoE eq. 3), and its own tokens after a preemption."""
-        tokens = sequence.num_tokens - sequence.num_computed
+        tokens = sequence.num_tokens - max(sequence.num_computed, sequence.num_cached)
         return self.model.cost.prefill(tokens, -(-tokens // self._prefill_chunk))
 
     def work(self, sequence: Sequence) -> float:

@@ -53,11 +53,15 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def engine_of(tiny_checkpoint: Path) -> Iterator[EngineFactory]:
-    """`engine_of(expert_memory="2 slots", ...)`: one engine per set of options for the whole session."""
+    """`engine_of(expert_memory="2 slots", ...)`: one engine per set of options for the whole session.
+
+    Without prefix caching, so that no test rests on what another one has computed.
+    """
     engines: dict[tuple, Engine] = {}
 
     def make(**options: Any) -> Engine:
-        options = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "policy": "static"} | options
+        defaults = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "policy": "static", "prefix_caching": False}
+        options = defaults | options
         key = tuple(sorted(options.items()))
         if key not in engines:
             engines[key] = Engine.load(tiny_checkpoint, **options)

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -56,34 +58,100 @@ def test_pages_are_unique_and_all_come_back(sizes: list[int]):
     assert sorted(pool.allocate(63)) == list(range(1, 64))
 
 
+def test_a_published_page_is_found_and_shared_until_its_memory_is_needed():
+    pool = PagePool(num_pages=4, page_size=16)
+    pages = pool.allocate(2)
+    pool.publish(pages[0], b"first")
+    pool.publish(pages[1], b"second")
+    pool.free(pages)
+    assert pool.num_free == 3
+    assert pool.find([b"first", b"other", b"second"]) == pages[:1]
+    pool.share(pages[:1])
+    assert pool.allocate(1)[0] not in pages  # what holds nothing goes first
+    assert pool.allocate(1) == pages[1:]
+    assert pool.find([b"second"]) == []
+    assert not pool.can_allocate(1)
+    pool.free(pages[:1])
+    assert pool.allocate(1) == pages[:1]
+    assert pool.find([b"first"]) == []
+
+
+def test_the_end_of_a_prefix_is_forgotten_before_its_beginning():
+    pool = PagePool(num_pages=4, page_size=16)
+    pages = pool.allocate(3)
+    keys = [b"0", b"1", b"2"]
+    for page, key in zip(pages, keys, strict=True):
+        pool.publish(page, key)
+    pool.free(pages)
+    for left in (2, 1, 0):
+        pool.allocate(1)
+        assert pool.find(keys) == pages[:left]
+
+
 class PoolMachine(RuleBasedStateMachine):
-    """Any interleaving of allocations and frees: free + used = all, no page with two owners."""
+    """Any interleaving of allocating, publishing, sharing and freeing, beside a plain model of the pool."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = PagePool(num_pages=24, page_size=8)
-        self.held: list[list[int]] = []
+        self.held: list[list[int]] = []  # by sequence
+        self.published: dict[bytes, int] = {}
+        self.idle: list[int] = []  # published pages without users, least recently used first
+
+    @property
+    def used(self) -> set[int]:
+        return {page for pages in self.held for page in pages}
 
     @rule(count=st.integers(0, 8))
     def allocate(self, count: int) -> None:
-        if self.pool.can_allocate(count):
-            pages = self.pool.allocate(count)
-            assert len(pages) == count
-            self.held.append(pages)
-        else:
+        if not self.pool.can_allocate(count):
             assert count > self.pool.num_free
+            return
+        used, blank = self.used, self.pool.num_free - len(self.idle)
+        pages = self.pool.allocate(count)
+        evicted, self.idle = self.idle[: max(0, count - blank)], self.idle[max(0, count - blank) :]
+        assert len(set(pages)) == count
+        assert not used & set(pages)
+        assert set(evicted) <= set(pages)
+        self.published = {key: page for key, page in self.published.items() if page not in evicted}
+        self.held.append(pages)
+
+    @rule(number=st.integers(0, 12), data=st.data())
+    def publish(self, number: int, data: st.DataObject) -> None:
+        private = sorted(self.used - set(self.published.values()))
+        if private:
+            page, key = data.draw(st.sampled_from(private)), bytes([number])
+            self.pool.publish(page, key)
+            self.published.setdefault(key, page)
+
+    @rule(numbers=st.lists(st.integers(0, 12), unique=True))
+    def share(self, numbers: list[int]) -> None:
+        keys = [bytes([number]) for number in numbers]
+        known = list(itertools.takewhile(lambda key: key in self.published, keys))
+        pages, free = self.pool.find(keys), self.pool.num_free
+        assert pages == [self.published[key] for key in known]
+        idle = self.pool.num_idle(pages)
+        self.pool.share(pages)
+        assert self.pool.num_free == free - idle
+        self.idle = [page for page in self.idle if page not in pages]
+        self.held.append(pages)
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def free(self, data: st.DataObject) -> None:
-        self.pool.free(self.held.pop(data.draw(st.integers(0, len(self.held) - 1))))
+        pages = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
+        self.pool.free(pages)
+        unused = set(self.published.values()) - self.used
+        self.idle += [page for page in reversed(pages) if page in unused]
 
     @invariant()
-    def every_page_has_one_owner(self) -> None:
-        used = [page for pages in self.held for page in pages]
-        assert len(set(used)) == len(used) == self.pool.num_used
-        assert self.pool.num_free + self.pool.num_used == self.pool.num_usable
+    def a_page_is_in_use_or_free(self) -> None:
+        used = self.used
+        assert self.pool.num_used == len(used)
+        assert self.pool.num_free == self.pool.num_usable - len(used) >= len(self.idle)
         assert all(TRASH_PAGE < page < 24 for page in used)
+        assert set(self.idle) == set(self.published.values()) - used
+        assert self.pool.num_idle(self.published.values()) == len(self.idle)
 
 
 TestPoolMachine = PoolMachine.TestCase

@@ -66,6 +66,9 @@ def engine_state() -> dict[str, Any]:
             "preemptions": 4,
             "pages_used": 5,
             "pages": 20,
+            "prefix_caching": True,
+            "prefix_query_tokens": 90,
+            "prefix_hit_tokens": 32,
             "slo": {
                 "ended": 4,
                 "with_slo": 2,

@@ -12,6 +12,7 @@ import httpx
 import openai
 import pytest
 
+from emoe_jax.engine.kv_cache import PAGE_SIZE
 from serve.options import DEMO_MODEL
 from tests.serve.checkpoint import MAX_MODEL_LEN, write_tiny_checkpoint
 from tests.serve.events import events_of
@@ -103,7 +104,12 @@ def test_openai_client_streams_what_it_answers_whole(client: openai.OpenAI) -> N
     chunks = list(stream)
     text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
     assert text == whole.choices[0].message.content
-    assert chunks[-1].usage == whole.usage
+    usage = chunks[-1].usage
+    assert usage is not None
+    assert whole.usage is not None
+    assert usage.total_tokens == whole.usage.total_tokens
+    assert usage.prompt_tokens_details is not None
+    assert usage.prompt_tokens_details.cached_tokens == (usage.prompt_tokens - 1) // PAGE_SIZE * PAGE_SIZE
     assert chunks[-1].model_extra == {"emoe": {"task": None, "routing": "exact", "substituted": 0.0}}
 
 
