@@ -8,10 +8,15 @@ Value = TypeVar("Value")
 Omittable = Annotated[Value | None, Field(exclude_if=lambda value: value is None)]
 
 
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: Omittable[PromptTokensDetails] = None
 
 
 class EmoeAnswer(BaseModel):

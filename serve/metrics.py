@@ -69,7 +69,7 @@ class RequestMetrics:
 
     def families(self, model_name: str) -> Iterator[Metric]:
         for name, documentation, value in (
-            ("emoe:prompt_tokens", "Prompt tokens computed.", self.prompt_tokens),
+            ("emoe:prompt_tokens", "Prompt tokens, cached ones included.", self.prompt_tokens),
             ("emoe:generation_tokens", "Tokens generated.", self.generation_tokens),
         ):
             family = CounterMetricFamily(name, documentation, labels=["model_name"])

@@ -38,6 +38,7 @@ class Options:
     max_num_queued_reqs: int
     expert_memory: str
     host_memory: str
+    prefix_caching: bool
     routing: RoutingContract
     policy: str
     task_profile: str
@@ -58,7 +59,7 @@ class _Help(argparse.HelpFormatter):
     """Adds the default where there is one."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        has_default = action.default not in (None, [], argparse.SUPPRESS)
+        has_default = action.default not in (None, [], argparse.SUPPRESS) and "%(default)s" not in (action.help or "")
         return (action.help or "") + (" (default: %(default)s)" if has_default else "")
 
 
@@ -135,6 +136,12 @@ def _build_parser() -> _Parser:
         default="0B",
         metavar="SIZE",
         help="host memory that may hold experts off the device, for example 90GiB",
+    )
+    add(
+        "--prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether prompts reuse what the KV cache has of their first tokens",
     )
     add("--routing", choices=("resident", "exact"), default="resident", help="routing of requests that name none")
     add("--policy", choices=sorted(POLICIES), default="emoe", help="which experts are kept on the device")
@@ -266,14 +273,17 @@ def _config_arguments(parser: _Parser, path: Path) -> list[str]:
         return []
     if not isinstance(content, dict):
         parser.error(f"--config {path}: expected a mapping of options, found {type(content).__name__}")
-    known = {field.name for field in dataclasses.fields(Options)}
+    known = {field.name: field.type for field in dataclasses.fields(Options)}
     arguments: list[str] = []
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in known:
             parser.error(f"--config {path}: unknown option {str(key)!r}")
-        if value is not None:
-            arguments += _as_arguments("--" + name.replace("_", "-"), value)
+        flag = name.replace("_", "-")
+        if known[name] is bool and isinstance(value, bool):
+            arguments.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            arguments += _as_arguments(f"--{flag}", value)
     return arguments
 
 

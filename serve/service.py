@@ -11,7 +11,7 @@ from fastapi import Request
 from emoe_jax.engine.request import RequestOutput, SamplingParams
 from emoe_jax.errors import RequestError
 from emoe_jax.tasks.profile import OTHER
-from serve.answers import EmoeAnswer, Usage
+from serve.answers import EmoeAnswer, PromptTokensDetails, Usage
 from serve.errors import ApiError
 from serve.schema import EmoeRequest, SloHeaders
 from serve.text import TextCodec
@@ -122,7 +122,12 @@ async def _disconnected(request: Request) -> None:
 def usage_of(outputs: Sequence[RequestOutput]) -> Usage:
     prompt = sum(len(output.prompt_token_ids) for output in outputs)
     completion = sum(_completion_tokens(output) for output in outputs)
-    return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        total_tokens=prompt + completion,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(output.num_cached_tokens for output in outputs)),
+    )
 
 
 def emoe_of(outputs: Sequence[RequestOutput]) -> EmoeAnswer:

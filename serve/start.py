@@ -72,6 +72,7 @@ def load(options: Options) -> Engine:
             scheduling_policy=options.scheduling_policy,
             policy=options.policy,
             host_memory=options.host_memory,
+            prefix_caching=options.prefix_caching,
             task_profile=None if options.task_profile == "none" else options.task_profile,
             predictor=None if options.predictor == "none" else options.predictor,
             predict_every=options.predict_every,

@@ -29,6 +29,7 @@ class Answer:
         assigned = sum(sequence.assigned for sequence in self._sequences)
         replaced = sum(sequence.substituted for sequence in self._sequences)
         self._output.substituted = replaced / assigned if assigned else 0.0
+        self._output.num_cached_tokens = self._sequences[0].num_cached
         self._output.slo_unattainable = any(sequence.slo_unattainable for sequence in self._sequences)
         if self._output.prompt_logprobs is not None:
             self._output.prompt_logprobs = self._sequences[0].prompt_logprobs

@@ -166,10 +166,13 @@ class RequestOutput:
     task: str | None
     routing: RoutingContract
     substituted: float = 0.0
-    """Share of expert assignments (prompt and answer) where another expert stood in; 0.0 under `exact`."""
+    """Share of expert assignments (prompt and answer, without cached tokens) where another expert stood in; 0.0 under
+    `exact`."""
 
     slo_unattainable: bool = False
     """Whether deadlines were given up while the request waited."""
+    num_cached_tokens: int = 0
+    """Tokens of the prompt whose keys and values were there from an earlier request."""
     prompt_logprobs: list[TokenLogprob] | None = None
     """Of the prompt's tokens but the first, which nothing precedes; None when they were not asked for."""
 

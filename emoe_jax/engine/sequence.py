@@ -41,6 +41,11 @@ class Sequence:
     generated: list[int] = dataclasses.field(default_factory=list)
     pages: list[int] = dataclasses.field(default_factory=list)
     num_computed: int = 0
+    num_cached: int = 0
+    """Its first tokens that were computed for earlier sequences: until it starts those known when it came, then those
+    whose pages it took over."""
+    page_keys: list[bytes] = dataclasses.field(default_factory=list)
+    """What its full pages are published under, as far as anybody asked."""
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: FinishReason | None = None
     order: int = -1

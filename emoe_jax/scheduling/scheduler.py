@@ -15,6 +15,7 @@ from collections.abc import Collection
 from typing import Any
 
 from emoe_jax.engine.pages import PagePool
+from emoe_jax.engine.prefix_cache import PrefixCache
 from emoe_jax.engine.request import FinishReason
 from emoe_jax.engine.sequence import Sequence, SequenceStatus
 from emoe_jax.errors import CapacityError, ConfigError, RequestError
@@ -27,7 +28,8 @@ class Scheduler:
     """Owns all sequences from `add` to their end, and their pages. The policy says who starts next.
 
     When pages run out, the latest sequence is preempted: it goes back to the front of the queue with its tokens kept,
-    and is prefilled again.
+    and is prefilled again. With `prefix_caching` a sequence that starts takes over the pages of its longest prefix that
+    was computed before, its own before a preemption included; pages that are only kept for that count as free.
 
     Raises `ConfigError` when the step's token budget cannot hold a token of every running sequence, and
     `CapacityError` when the pool cannot hold one sequence of `max_model_len` tokens.
@@ -42,6 +44,7 @@ class Scheduler:
         prefill_chunk: int,
         eos_token_ids: Collection[int] = (),
         policy: AdmissionPolicy | None = None,
+        prefix_caching: bool = False,
     ):
         for name, value in (("max_num_seqs", max_num_seqs), ("prefill_chunk", prefill_chunk)):
             if value < 1:
@@ -65,6 +68,7 @@ class Scheduler:
         self.prefill_chunk = prefill_chunk
         self.policy: AdmissionPolicy = FcfsPolicy() if policy is None else policy
         self.eos_token_ids = frozenset(eos_token_ids)
+        self.prefix_cache = PrefixCache(pool, prefix_caching)
         self.num_preemptions = 0
         self.attainment = Attainment()
         self._now = 0.0  # end of the last step
@@ -109,6 +113,7 @@ class Scheduler:
             "preemptions": self.num_preemptions,
             "pages_used": self.pool.num_used,
             "pages": self.pool.num_usable,
+            **self.prefix_cache.state(),
             "slo": self.attainment.state(),
             **self.policy.state(),
         }
@@ -127,6 +132,7 @@ class Scheduler:
             )
         if sequence.order != -1:
             raise ValueError(f"sequence {sequence.request_id}/{sequence.index} was added before")
+        self.prefix_cache.expect(sequence)
         self.policy.add(sequence, self._running)
         sequence.order = self._next_order
         self._next_order += 1
@@ -207,12 +213,12 @@ class Scheduler:
         sampled = result.sampled
         for sequence in plan.decodes:
             if sequence.status is SequenceStatus.RUNNING:
-                sequence.num_computed += 1
+                self._advance(sequence, 1)
                 self._append(sequence, sampled[sequence].token_id, finished)
         for chunk in plan.prefills:
             sequence = chunk.sequence
             if sequence.status is SequenceStatus.RUNNING:
-                sequence.num_computed += chunk.length
+                self._advance(sequence, chunk.length)
                 if chunk.is_last:
                     self._append(sequence, sampled[sequence].token_id, finished)
         if finished:
@@ -231,19 +237,23 @@ class Scheduler:
         )
         for sequence in self.policy.candidates(self._running, tuple(prefills), now):
             total = sequence.num_tokens
-            if not pool.can_allocate(promised + pool.pages_for(total)):
+            cached = self.prefix_cache.find(sequence)
+            missing = pool.pages_for(total) - len(cached)
+            if not pool.can_allocate(promised + missing + pool.num_idle(cached)):
                 break
-            length = min(total, chunk, budget)
-            pages = pool.pages_for(length)
             self.policy.remove(sequence)
-            sequence.pages = pool.allocate(pages)
+            self.prefix_cache.take(sequence, cached)
+            start = sequence.num_computed
+            length = min(total - start, chunk, budget)
+            pages = pool.pages_for(start + length) - len(cached)
+            sequence.pages += pool.allocate(pages)
             sequence.status = SequenceStatus.RUNNING
             if sequence.started_at is None:
                 sequence.started_at = now
             insort(self._running, sequence, key=_order)
-            promised += 1 + pool.pages_for(total) - pages
+            promised += 1 + missing - pages
             budget -= length
-            prefills.append(PrefillChunk(sequence, 0, length, length == total))
+            prefills.append(PrefillChunk(sequence, start, length, start + length == total))
             if budget == 0 or len(self._running) == self.max_num_seqs:
                 break
 
@@ -257,6 +267,12 @@ class Scheduler:
         self.num_preemptions += 1
         sequence.status = SequenceStatus.WAITING
         self.policy.put_back(sequence)
+
+    def _advance(self, sequence: Sequence, length: int) -> None:
+        """So many more tokens of a sequence have their keys and values in its pages."""
+        start = sequence.num_computed
+        sequence.num_computed += length
+        self.prefix_cache.publish(sequence, start)
 
     def _append(self, sequence: Sequence, token: int, finished: list[Sequence]) -> None:
         sequence.generated.append(token)

@@ -1,6 +1,6 @@
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import pytest
 from hypothesis import given, settings
@@ -25,9 +25,11 @@ def make(
     max_num_batched_tokens: int = 32,
     max_model_len: int = 64,
     prefill_chunk: int = 8,
+    prefix_caching: bool = False,
 ) -> Scheduler:
     pool = PagePool(pages + 1, page_size)
-    return Scheduler(pool, max_num_seqs, max_num_batched_tokens, max_model_len, prefill_chunk, eos_token_ids=(EOS,))
+    limits = (max_num_seqs, max_num_batched_tokens, max_model_len, prefill_chunk)
+    return Scheduler(pool, *limits, eos_token_ids=(EOS,), prefix_caching=prefix_caching)
 
 
 def seq(name: str, prompt: int = 5, max_tokens: int = 4, **params) -> Sequence:
@@ -45,7 +47,11 @@ class FakeRunner:
     def __init__(self, scheduler: Scheduler, token: Callable[[Sequence, int], int] = expected_token):
         self.scheduler = scheduler
         self.token = token
-        self.cells: dict[tuple[int, int], tuple[Sequence, int]] = {}  # (page, offset) -> what was written there
+        self.cells: dict[tuple[int, int], Hashable] = {}  # (page, offset) -> what was written there
+
+    def written(self, s: Sequence, position: int) -> Hashable:
+        """What only this position of this sequence may hold."""
+        return s, s.tokens(position, 1)[0]
 
     def run(self, plan: StepPlan) -> StepResult:
         scheduler, size = self.scheduler, self.scheduler.pool.page_size
@@ -57,7 +63,8 @@ class FakeRunner:
         assert len(work) <= scheduler.num_running <= scheduler.max_num_seqs
         assert all(chunk.length <= scheduler.prefill_chunk for chunk in plan.prefills)
         held = [page for s in scheduler.running for page in s.pages]
-        assert len(set(held)) == len(held) == scheduler.pool.num_used
+        assert len(set(held)) == scheduler.pool.num_used
+        assert len(set(held)) == len(held) or scheduler.prefix_cache.enabled
         sampled = {}
         for s, start, length, samples in work:
             assert s.status is SequenceStatus.RUNNING
@@ -65,12 +72,13 @@ class FakeRunner:
             assert samples == (start + length == s.num_tokens)
             tokens = s.tokens(start, length)
             assert len(tokens) == length > 0
-            for position, token in enumerate(tokens, start):
-                self.cells[s.pages[position // size], position % size] = (s, token)
-            if samples:  # attention: everything before must be in the sequence's own pages
-                whole = s.prompt_token_ids + s.generated
-                for position, token in enumerate(whole):
-                    assert self.cells[s.pages[position // size], position % size] == (s, token)
+            for position in range(start, start + length):
+                page = s.pages[position // size]
+                assert held.count(page) == 1, "two sequences share a page that one of them writes to"
+                self.cells[page, position % size] = self.written(s, position)
+            if samples:  # attention: everything before must be in the sequence's pages
+                for position in range(s.num_tokens):
+                    assert self.cells[s.pages[position // size], position % size] == self.written(s, position)
                 sampled[s] = SampledToken(self.token(s, s.num_tokens))
         return StepResult(sampled)
 

@@ -27,7 +27,8 @@ def test_answers_with_usage_and_extension(client: httpx.Client) -> None:
     assert choice["message"] == {"role": "assistant", "content": "abcd", "refusal": None}
     assert choice["finish_reason"] == "length"
     assert choice["logprobs"] is None
-    assert answer["usage"] == {"prompt_tokens": len(PROMPT), "completion_tokens": 4, "total_tokens": len(PROMPT) + 4}
+    usage = {"prompt_tokens": len(PROMPT), "completion_tokens": 4, "total_tokens": len(PROMPT) + 4}
+    assert answer["usage"] == usage | {"prompt_tokens_details": {"cached_tokens": 1}}
     assert answer["emoe"] == {"task": "conv", "routing": "resident", "substituted": 0.25}
 
 

@@ -77,6 +77,8 @@ def test_the_engine_s_state_is_scraped(start_server: StartServer, monkeypatch: p
         ("emoe:num_requests_waiting", ""): 2,
         ("emoe:kv_cache_usage_perc", ""): 0.25,
         ("emoe:num_preemptions_total", ""): 4,
+        ("emoe:prefix_cache_queries_total", ""): 90,
+        ("emoe:prefix_cache_hits_total", ""): 32,
         ("emoe:expert_coverage", ""): 0.85,
         ("emoe:experts_resident", "1"): 2,
         ("emoe:expert_wishes_total", "3"): 10,
