@@ -116,7 +116,7 @@ def serve(options: Options, engine: Engine, listener: socket.socket, provider: "
     try:
         asyncio.run(server.serve([listener]))
     finally:
-        if provider is not None:
-            provider.shutdown()  # sends what is left
         if worker.stop():
             engine.close()
+        if provider is not None:
+            provider.shutdown()  # sends what is left

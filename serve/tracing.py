@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
 SERVICE = "emoe-jax"
+EXPORT_SECONDS = 2
+"""What a batch of spans may take, all attempts together: an exit waits for the last ones."""
 
 
 def span_provider(otlp_endpoint: str | None) -> "TracerProvider | None":
@@ -33,7 +35,7 @@ def span_provider(otlp_endpoint: str | None) -> "TracerProvider | None":
     resource = Resource.create({"service.name": os.environ.get("OTEL_SERVICE_NAME", SERVICE)})
     provider = TracerProvider(resource=resource)
     url = otlp_endpoint.removesuffix("/").removesuffix("/v1/traces") + "/v1/traces"
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(url)))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(url, timeout=EXPORT_SECONDS)))
     return provider
 
 
