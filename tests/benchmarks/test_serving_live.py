@@ -174,6 +174,7 @@ def test_residencies_are_compared_on_equal_memory(log: Path, tmp_path: Path, cap
     assert report["max_batch_ratio"] == found.partial / 2
     full, partial = (arguments for _, arguments in started(log))
     for arguments, batch, share, policy in ((full, 2, "100%", "fcfs"), (partial, found.partial, "40%", "slo")):
+        arguments.remove("--no-prefix-caching")
         named = dict(zip(arguments[::2], arguments[1::2], strict=True))
         assert named["--max-num-seqs"] == str(batch)
         assert (named["--expert-memory"], named["--scheduling-policy"]) == (share, policy)
