@@ -39,6 +39,7 @@ class Options:
     expert_memory: str
     host_memory: str
     prefix_caching: bool
+    overlap: bool
     routing: RoutingContract
     policy: str
     task_profile: str
@@ -142,6 +143,12 @@ def _build_parser() -> _Parser:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="whether prompts reuse what the KV cache has of their first tokens",
+    )
+    add(
+        "--overlap",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether the host prepares a step while the device computes the one before",
     )
     add("--routing", choices=("resident", "exact"), default="resident", help="routing of requests that name none")
     add("--policy", choices=sorted(POLICIES), default="emoe", help="which experts are kept on the device")

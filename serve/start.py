@@ -73,6 +73,7 @@ def load(options: Options) -> Engine:
             policy=options.policy,
             host_memory=options.host_memory,
             prefix_caching=options.prefix_caching,
+            overlap=options.overlap,
             task_profile=None if options.task_profile == "none" else options.task_profile,
             predictor=None if options.predictor == "none" else options.predictor,
             predict_every=options.predict_every,

@@ -12,12 +12,9 @@ from emoe_jax.engine.sequence import Sequence
 from emoe_jax.engine.step import StepInputs
 from emoe_jax.scheduling.plan import StepPlan
 
-SHORTEST_CONTEXT = 1024
-"""Tokens of the smallest context bucket. Attending over padding is cheap beside compiling another step."""
-
 
 class Shape(NamedTuple):
-    """`B` sequences of `T` new tokens each, attending over `pages` pages each."""
+    """`B` sequences of `T` new tokens each, with block tables of `pages` pages each."""
 
     sequences: int
     tokens: int
@@ -26,33 +23,32 @@ class Shape(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Buckets:
-    """The shapes that batches are padded to. A decode has one token per sequence, a prefill chunk one sequence."""
+    """The shapes that batches are padded to. A decode has one token per sequence, a prefill chunk one sequence.
+
+    Block tables always have room for the longest sequence: attention goes no further than it must.
+    """
 
     sequences: tuple[int, ...]
     chunk_tokens: tuple[int, ...]
-    pages: tuple[int, ...]
+    pages: int
 
     @classmethod
     def of(cls, max_num_seqs: int, prefill_chunk: int, max_model_len: int) -> "Buckets":
-        longest = pages_for(max_model_len)
         return cls(
             sequences=_ladder(1, max_num_seqs, 2),
             chunk_tokens=_ladder(min(32, prefill_chunk), prefill_chunk, 4),
-            pages=_ladder(min(pages_for(SHORTEST_CONTEXT), longest), longest, 4),
+            pages=pages_for(max_model_len),
         )
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
         batches = [(B, 1) for B in self.sequences] + [(1, T) for T in self.chunk_tokens if T > 1]
-        return tuple(Shape(B, T, pages) for B, T in batches for pages in self.pages)
+        return tuple(Shape(B, T, self.pages) for B, T in batches)
 
-    def fit(self, sequences: int, tokens: int, pages: int) -> Shape:
+    def fit(self, sequences: int, tokens: int) -> Shape:
         """The smallest shape that holds so many."""
-        return Shape(
-            _fit(sequences, self.sequences),
-            1 if tokens == 1 else _fit(tokens, self.chunk_tokens),
-            _fit(pages, self.pages),
-        )
+        chunk = 1 if tokens == 1 else _fit(tokens, self.chunk_tokens)
+        return Shape(_fit(sequences, self.sequences), chunk, self.pages)
 
 
 class Piece(NamedTuple):
@@ -73,6 +69,11 @@ class Batch(NamedTuple):
     inputs: StepInputs
     sampling: SamplingArrays
     want_logprobs: np.ndarray
+
+    @property
+    def awaits(self) -> bool:
+        """Whether a token to feed is still on the device."""
+        return any(piece.start >= piece.sequence.num_known for piece in self.pieces)
 
     def prompt_targets(self) -> np.ndarray | None:
         """Of a prompt's chunk, the token that follows each of its own (0 past the prompt): `[T]`.
@@ -108,14 +109,13 @@ def empty_batch(shape: Shape, routing: RoutingContract) -> Batch:
 
 
 def _pad(pieces: list[Piece], buckets: Buckets) -> Batch:
-    pages = max(pages_for(piece.start + piece.length) for piece in pieces)
-    shape = buckets.fit(len(pieces), max(piece.length for piece in pieces), pages)
+    shape = buckets.fit(len(pieces), max(piece.length for piece in pieces))
     inputs = empty_batch(shape, "resident").inputs
     for row, piece in enumerate(pieces):
-        inputs.tokens[row, : piece.length] = piece.sequence.tokens(piece.start, piece.length)
+        known = piece.sequence.tokens(piece.start, piece.length)
+        inputs.tokens[row, : len(known)] = known
         inputs.starts[row], inputs.lengths[row] = piece.start, piece.length
-        held = piece.sequence.pages[: shape.pages]
-        inputs.block_tables[row, : len(held)] = held
+        inputs.block_tables[row, : len(piece.sequence.pages)] = piece.sequence.pages
     sequences = [piece.sequence for piece in pieces]
     wants = any(sequence.params.logprobs is not None for sequence in sequences)
     sampling = SamplingArrays.of(sequences, shape.sequences)

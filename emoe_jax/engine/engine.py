@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
 from pathlib import Path
@@ -28,12 +29,13 @@ from emoe_jax.engine.opening import open_residency
 from emoe_jax.engine.pages import PagePool
 from emoe_jax.engine.quality import Quality
 from emoe_jax.engine.request import SLO, Completion, Delta, FinishReason, RequestOutput, RoutingContract, SamplingParams
-from emoe_jax.engine.runner import Runner
-from emoe_jax.engine.sequence import Sequence
+from emoe_jax.engine.runner import Dispatched, Runner
+from emoe_jax.engine.sequence import Sequence, SequenceStatus
 from emoe_jax.engine.text import TextStream
 from emoe_jax.errors import ConfigError, RequestError
 from emoe_jax.experts.residency import Residency
 from emoe_jax.planner import ResidencyPlanner
+from emoe_jax.scheduling.plan import StepPlan, StepResult
 from emoe_jax.scheduling.registry import check_policy
 from emoe_jax.scheduling.scheduler import Scheduler
 from emoe_jax.tasks import TaskClassifier, TaskProfile
@@ -67,6 +69,7 @@ class Engine:
         memory: MemoryPlan,
         routing: RoutingContract,
         load_wait: float,
+        overlap: bool,
         seed: int,
     ):
         self.model_name = model_name
@@ -79,6 +82,9 @@ class Engine:
         self._scheduler = scheduler
         self._residency = residency
         self._foresight = Foresight(residency, planner, self.config.top_k)
+        self._in_flight: deque[Dispatched] = deque()  # oldest first, at most two
+        self._overlap = overlap
+        self._collected_at = 0.0
         self._step_seconds = 0.0
         self._load_wait = load_wait
         self._answers: dict[str, Answer] = {}
@@ -110,6 +116,7 @@ class Engine:
         predict_every: int = 40,
         link_bandwidth: str | float | None = None,
         load_wait_ms: float = 50.0,
+        overlap: bool = True,
         record_traces: str | Path | None = None,
         seed: int = 0,
         progress: Progress | None = None,
@@ -123,7 +130,8 @@ class Engine:
         and `predictor` are a file and a directory, by default the checkpoint's own `task_profile.json` and `predictor`
         if it has them; the predictor is asked every `predict_every` prompts. Background loads keep below
         `link_bandwidth` bytes/s ("2GiB"); while nothing else runs, a prompt waits up to `load_wait_ms` for the experts
-        that are planned for it. `record_traces` is where to record routing from the start. Raises `CheckpointError`,
+        that are planned for it. With `overlap` the host prepares a step while the device computes the one before.
+        `record_traces` is where to record routing from the start. Raises `CheckpointError`,
         `ConfigError` or `CapacityError` with one line that names what is wrong; nothing stays allocated then.
         """
         if routing not in ("resident", "exact"):
@@ -183,6 +191,7 @@ class Engine:
                 memory,
                 routing,
                 load_wait_ms / 1e3,
+                overlap,
                 seed,
             )
             engine.use_task_profile(known.profile)
@@ -349,37 +358,72 @@ class Engine:
     def step(self) -> list[Delta]:
         """Commit staged experts, run one scheduled batch, and return what it added; `[]` when there is no work.
 
+        With `overlap` the batch after it is dispatched before its tokens are read, so that the device computes while
+        the host books them.
+
         An exception of the device or of the expert store ends the requests of the batch with `error` and is raised
         after that; other requests go on with the next step.
         """
+        if self._in_flight and all(sequence.finished for sequence in self._in_flight[0].plan.sequences):
+            self._collect()  # nobody waits for it
+        if not self._in_flight:
+            self._dispatch()
+        if self._overlap and self._in_flight and not self._in_flight[-1].plan.needs_tokens:
+            self._dispatch()
+        return self._collect() if self._in_flight else []
+
+    def _dispatch(self) -> None:
+        """Have the device begin the next step, if there is anything to do."""
         began = time.monotonic()
         self._residency.commit()
         plan = self._scheduler.schedule(began)
         self._foresight.before_step(self._scheduler)
         if not plan:
-            return []
-        self._foresight.settle(plan, self._load_wait)
+            return
+        if not self._in_flight:
+            self._foresight.settle(plan, self._load_wait)
         try:
-            result = self._runner.run(plan)
+            self._in_flight.append(self._runner.dispatch(plan))
         except Exception:
-            for sequence in plan.sequences:
-                self._scheduler.finish(sequence, "error")
-                self._end(sequence, "error")
+            self._fail(plan)
             raise
+        self._scheduler.dispatched(plan)
+
+    def _collect(self) -> list[Delta]:
+        """Wait for the oldest step in flight and book it."""
+        dispatched = self._in_flight.popleft()
+        plan = dispatched.plan
+        try:
+            result = self._runner.collect(dispatched)
+        except Exception:
+            self._fail(plan)
+            self._scheduler.update(plan, StepResult({}))
+            raise
+        ended = time.monotonic()
+        seconds = ended - max(plan.now, self._collected_at)  # the device was busy with the step before until then
+        self._collected_at = ended
         self._steps += 1
-        self._scheduler.update(plan, result, time.monotonic() - began)
+        awaited = [sequence for sequence in result.sampled if sequence.status is SequenceStatus.RUNNING]
+        self._scheduler.update(plan, result, seconds)
         self._foresight.after_step(result.wish_counts)
         deltas = []
-        for sequence, sampled in result.sampled.items():
+        for sequence in awaited:
             answer = self._answers[sequence.request_id]
-            delta, stopped = answer.add(sequence, sampled)
+            delta, stopped = answer.add(sequence, result.sampled[sequence])
             if stopped:
                 self._scheduler.finish(sequence, "stop")
             deltas.append(delta)
             if answer.finished:
                 self._foresight.ended(answer.sequences)
-        self._step_seconds += time.monotonic() - began
+        self._step_seconds += seconds + time.monotonic() - ended
         return deltas
+
+    def _fail(self, plan: StepPlan) -> None:
+        """End the sequences of a plan that came to nothing."""
+        for sequence in plan.sequences:
+            if not sequence.finished:
+                self._scheduler.finish(sequence, "error")
+                self._end(sequence, "error")
 
     def abort(self, request_id: str) -> None:
         """End a request and free its pages. Unknown and finished ids are fine."""

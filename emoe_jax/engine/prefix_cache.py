@@ -48,11 +48,11 @@ class PrefixCache:
             self._query_tokens += sequence.num_tokens
             self._hit_tokens += sequence.num_cached
 
-    def publish(self, sequence: Sequence, start: int) -> None:
-        """Publish the pages that a sequence has filled since it had computed `start` tokens."""
+    def publish(self, sequence: Sequence, start: int, end: int) -> None:
+        """Publish the pages that a sequence has filled by computing tokens `start .. end - 1`, which are known."""
         if self.enabled:
             size = self._pool.page_size
-            for index in range(start // size, sequence.num_computed // size):
+            for index in range(start // size, end // size):
                 self._pool.publish(sequence.pages[index], self._key(sequence, index))
 
     def state(self) -> dict[str, Any]:

@@ -30,15 +30,15 @@ def counts_by_sequence(batch: Batch, wishes: AnyWishes, num_experts: int) -> Int
 
 
 def record_wishes(recorder: TraceRecorder, batch: Batch, wishes: AnyWishes) -> None:
-    """Record the tokens of sequences that have a `sample` number, each once: what was preempted and computed again
-    is in the trace already.
+    """Record the tokens of sequences that have a `sample` number and have not ended, each once: what was preempted and
+    computed again is in the trace already.
     """
     rows: list[int] = []
     samples: list[int] = []
     positions: list[int] = []
     for index, (sequence, start, length, _) in enumerate(batch.pieces):
         skipped = max(0, sequence.num_recorded - start)
-        if sequence.sample < 0 or skipped >= length:
+        if sequence.sample < 0 or sequence.finished or skipped >= length:
             continue
         first = index * batch.shape.tokens
         rows += range(first + skipped, first + length)

@@ -3,10 +3,10 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Rows
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -33,6 +33,14 @@ Progress = Callable[[int, int], None]
 """Called with `(done, total)`."""
 
 
+class Dispatched(NamedTuple):
+    """A plan that the device is computing."""
+
+    plan: StepPlan
+    batches: list[Batch]
+    outputs: list[tuple[Any, ...]]
+
+
 @dataclasses.dataclass(frozen=True)
 class RunResult(StepResult):
     """A step's tokens, and how often its routers wished for each expert."""
@@ -44,6 +52,7 @@ class Runner:
     """Owns the weights and the KV cache on the device; the experts belong to `residency`.
 
     All calls of a plan are dispatched before the first result is read, so a `resident` step waits for the device once.
+    The next plan may be dispatched before that: it finds the tokens that it feeds on the device.
     """
 
     def __init__(self, model: Decoder, residency: Residency, cache: KVCache, buckets: Buckets):
@@ -51,10 +60,12 @@ class Runner:
         self.buckets = buckets
         self.executables = Executables()
         self.recorder: TraceRecorder | None = None
+        self._places: dict[Sequence, int] = {}  # of the tokens that the newest plan samples, in `_kept`
         self._embedding_table: np.ndarray | None = None
         self._residency = residency
         sharding = residency.slab.sharding
         self._cache = list(jax.device_put(cache, sharding))
+        self._kept = jax.device_put(np.zeros(buckets.sequences[-1], np.int32), sharding)
         self._skeleton, leaves = step.Skeleton.split(model)
         self._leaves = jax.device_put(leaves, sharding)
         layers = [step.Skeleton.split(layer) for layer in model.layers]
@@ -63,13 +74,18 @@ class Runner:
         # Layers of one kind share an executable; the number of the first such layer stands for the kind.
         self._kinds = [kinds.index(kind) for kind in kinds]
 
-    def run(self, plan: StepPlan) -> RunResult:
-        """Execute one plan and count each sequence's expert assignments.
+    def dispatch(self, plan: StepPlan) -> Dispatched:
+        """Start computing a plan, whose sequences may wait for tokens of the plan before.
 
         Raises what the expert store raises under the `exact` contract; the cache stays usable.
         """
         batches = batches_of(plan, self.buckets)
-        outputs = [self._run_batch(batch) for batch in batches]
+        before, self._places = self._places, {}
+        return Dispatched(plan, batches, [self._run_batch(batch, before) for batch in batches])
+
+    def collect(self, dispatched: Dispatched) -> RunResult:
+        """Wait for a plan's tokens, and count the expert assignments of each sequence that has not ended meanwhile."""
+        batches, outputs = dispatched.batches, dispatched.outputs
         if self.recorder is None:
             outputs = [(*output, without_probs(wishes)) for *output, wishes in outputs]
         outputs = jax.device_get(outputs)
@@ -82,6 +98,8 @@ class Runner:
                 record_wishes(self.recorder, batch, wishes)
             routed = counts_by_sequence(batch, wishes, self.config.num_experts)
             for row, piece in enumerate(batch.pieces):
+                if piece.sequence.finished:
+                    continue
                 piece.sequence.add_routing(routed[row])
                 piece.sequence.substituted += int(substituted.choices[row])
                 piece.sequence.substituted_mass += float(substituted.mass[row])
@@ -120,7 +138,7 @@ class Runner:
             total, done = len(shapes) + len(forwards), 0
             for shape in shapes:
                 if not self._residency.is_full:
-                    jax.block_until_ready(self._run_batch(empty_batch(shape, "exact")))
+                    jax.block_until_ready(self._run_batch(empty_batch(shape, "exact"), {}))
                 done += 1
                 if progress is not None:
                     progress(done, total)
@@ -130,10 +148,17 @@ class Runner:
                 if progress is not None:
                     progress(done, total)
         for shape in shapes:
-            jax.block_until_ready(self._run_batch(empty_batch(shape, "resident")))
+            jax.block_until_ready(self._run_batch(empty_batch(shape, "resident"), {}))
+        for B in self.buckets.sequences:
+            self._with_kept_tokens(empty_batch(self.buckets.fit(B, 1), "resident"), {})
 
-    def _run_batch(self, batch: Batch) -> tuple[Any, ...]:
-        """Dispatch one batch: its tokens, wish counts, substituted choices and wishes, still on the device."""
+    def _run_batch(self, batch: Batch, kept: Mapping[Sequence, int]) -> tuple[Any, ...]:
+        """Dispatch one batch: its tokens, wish counts, substituted choices and wishes, still on the device.
+
+        `kept` says where the tokens are that sequences wait for.
+        """
+        if batch.awaits:
+            batch = self._with_kept_tokens(batch, kept)
         if batch.routing == "exact" and not self._residency.is_full:
             outputs = self._run_exact(batch)
         else:
@@ -149,6 +174,7 @@ class Runner:
             batch.sampling,
             batch.want_logprobs,
         )
+        self._keep_tokens(batch, sampled.tokens)
         return (
             sampled,
             self._prompt_logprobs(batch, outputs.hidden),
@@ -156,6 +182,26 @@ class Runner:
             outputs.substituted,
             outputs.wishes,
         )
+
+    def _with_kept_tokens(self, batch: Batch, kept: Mapping[Sequence, int]) -> Batch:
+        """A batch of decodes that feeds kept tokens where the host does not know them."""
+        places = self._no_places(batch)
+        for row, (sequence, start, *_) in enumerate(batch.pieces):
+            if start >= sequence.num_known:
+                places[row] = kept[sequence]
+        tokens = self._call(step.await_tokens, len(places), batch.inputs.tokens, self._kept, places)
+        return batch._replace(inputs=dataclasses.replace(batch.inputs, tokens=tokens))
+
+    def _keep_tokens(self, batch: Batch, tokens: Int[Array, " B"]) -> None:
+        """Keep a batch's tokens on the device for the plan that follows."""
+        places = self._no_places(batch)
+        for row, piece in enumerate(batch.pieces):
+            if piece.samples:
+                places[row] = self._places[piece.sequence] = len(self._places)
+        self._kept = self._call(step.keep_tokens, len(places), self._kept, tokens, places)
+
+    def _no_places(self, batch: Batch) -> Int[np.ndarray, " B"]:
+        return np.full(batch.shape.sequences, self._kept.shape[0], np.int32)
 
     def _run_exact(self, batch: Batch) -> step.StepOutputs:
         x, wish_counts, wishes = self._layer_by_layer(batch, cached=True)

@@ -62,7 +62,7 @@ class SamplingArrays:
             arrays.min_p[row] = params.min_p
             arrays.top_k[row] = params.top_k
             arrays.seed[row] = seed_words(sequence.seed, sequence.index)
-            arrays.step[row] = len(sequence.generated)
+            arrays.step[row] = sequence.num_sampled
             if sequence.adjustment is not None:
                 sequence.adjustment.update(sequence.generated)
         adjustments = Adjustments.of([sequence.adjustment for sequence in sequences], size)

@@ -20,8 +20,9 @@ class SequenceStatus(enum.Enum):
 class Sequence:
     """State of one completion, mutated by the scheduler only (the counters: by the step's owner).
 
-    Positions `0 .. num_computed - 1` have their keys and values in `pages`. A sequence whose only position left is its
-    newest token decodes; one with more left is prefilling, its own tokens included after a preemption.
+    Positions `0 .. num_computed - 1` have their keys and values in `pages`, once dispatched steps have run. A sequence
+    whose only position left is its newest token decodes; one with more left is prefilling, its own tokens included
+    after a preemption.
     """
 
     request_id: str
@@ -40,7 +41,10 @@ class Sequence:
 
     generated: list[int] = dataclasses.field(default_factory=list)
     pages: list[int] = dataclasses.field(default_factory=list)
+    num_pending: int = 0
+    """Tokens that dispatched steps sample for it and that the host has not read: at most two, for a moment."""
     num_computed: int = 0
+    """Of dispatched steps, read or not."""
     num_cached: int = 0
     """Its first tokens that were computed for earlier sequences: until it starts those known when it came, then those
     whose pages it took over."""
@@ -75,13 +79,23 @@ class Sequence:
     """Positions below this are in the trace."""
 
     @property
-    def num_tokens(self) -> int:
+    def num_known(self) -> int:
+        """Tokens of prompt and answer that the host has read."""
         return len(self.prompt_token_ids) + len(self.generated)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_known + self.num_pending
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens of the answer, pending ones included."""
+        return len(self.generated) + self.num_pending
 
     @property
     def decodes(self) -> bool:
         """Whether the next step feeds just the token sampled last."""
-        return len(self.generated) > 0 and self.num_computed == self.num_tokens - 1
+        return self.num_sampled > 0 and self.num_computed == self.num_tokens - 1
 
     @property
     def finished(self) -> bool:
@@ -92,7 +106,7 @@ class Sequence:
         self.routing_counts = counts if self.routing_counts is None else self.routing_counts + counts
 
     def tokens(self, start: int, length: int) -> list[int]:
-        """Tokens at positions `start .. start + length - 1`, prompt and answer read as one."""
+        """Tokens at positions `start .. start + length - 1`, prompt and answer read as one, without pending ones."""
         end = start + length
         split = len(self.prompt_token_ids)
         return self.prompt_token_ids[start:end] + self.generated[max(0, start - split) : max(0, end - split)]

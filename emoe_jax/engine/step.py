@@ -4,7 +4,7 @@
 so that the host can load what is missing: `embed`, then per layer `attend_and_route`, `expert_wave` (once per wave)
 and `close_moe` (or `dense_layer`), then `last_logits`. Without a cache the same pieces make an uncached forward.
 `choose_tokens` follows either, compiled twice per batch size (with and without penalties), and `prompt_logprobs` where
-a request asks for them.
+a request asks for them. `keep_tokens` and `await_tokens` hand a step's tokens to the next one on the device.
 """
 
 import dataclasses
@@ -273,6 +273,22 @@ def prompt_logprobs(
         return jax.tree.map(lambda field: field[0], token_logprobs(model.logits(row[0][None]), row[1][None]))
 
     return jax.lax.map(of_row, (x[0], jnp.asarray(targets)), batch_size=min(PROMPT_ROWS, x.shape[1]))
+
+
+@partial(jax.jit, donate_argnames=("tokens",))
+def keep_tokens(
+    tokens: Int[Array, " S"], chosen: Int[Array, " B"], places: Int[Array | np.ndarray, " B"]
+) -> Int[Array, " S"]:
+    """`tokens` with those just chosen at `places`, where steps to come find them; `S` is no place. Donates `tokens`."""
+    return tokens.at[places].set(chosen, mode="drop")
+
+
+@jax.jit
+def await_tokens(
+    tokens: Int[Array | np.ndarray, "B 1"], kept: Int[Array, " S"], places: Int[Array | np.ndarray, " B"]
+) -> Int[Array, "B 1"]:
+    """`tokens`, but for rows with a place (below `S`) the token kept there, which the host has not read yet."""
+    return jnp.where(places[:, None] < kept.shape[0], kept.at[places].get(mode="clip")[:, None], tokens)
 
 
 @jax.jit

@@ -30,6 +30,11 @@ class StepPlan:
         return (*self.decodes, *(chunk.sequence for chunk in self.prefills))
 
     @property
+    def needs_tokens(self) -> bool:
+        """Whether the host must read a sequence's token before it can say how to choose the next one."""
+        return any(sequence.adjustment is not None for sequence in self.sequences)
+
+    @property
     def num_prefill_tokens(self) -> int:
         return sum(chunk.length for chunk in self.prefills)
 

@@ -4,6 +4,9 @@
     result = runner.run(plan)
     finished = scheduler.update(plan, result)
 
+After `dispatched(plan)` the next step may be scheduled while this one runs. Its plan takes for granted that no sequence
+ends but those that reach their length; what it computes for one that did end, its own `update` drops.
+
 Every running sequence that decodes is in every plan; what is left of the token budget goes to prompts, oldest first,
 at most `prefill_chunk` tokens each, so that a long prompt neither stalls decoding nor blocks the prompts behind it.
 The oldest running sequence always advances (the pool holds at least one sequence of full length and only later ones
@@ -11,6 +14,7 @@ are preempted), so every sequence finishes.
 """
 
 from bisect import insort
+from collections import deque
 from collections.abc import Collection
 from typing import Any
 
@@ -74,6 +78,7 @@ class Scheduler:
         self._now = 0.0  # end of the last step
         self._next_order = 0
         self._running: list[Sequence] = []  # by order of arrival
+        self._in_flight: deque[StepPlan] = deque()  # dispatched and not updated, oldest first
         self._requests: dict[str, list[Sequence]] = {}
 
     @property
@@ -176,6 +181,8 @@ class Scheduler:
         while index < len(running):  # oldest first; preemption shortens the list from its end
             sequence = running[index]
             index += 1
+            if sequence.num_pending and self._is_full(sequence):
+                continue  # it ends with the token that it waits for
             start, total = sequence.num_computed, sequence.num_tokens
             is_decode = sequence.decodes
             length = 1 if is_decode else min(total - start, self.prefill_chunk, prefill_budget)
@@ -198,6 +205,19 @@ class Scheduler:
             self._admit(prefills, prefill_budget, now)
         return StepPlan(tuple(decodes), tuple(prefills), now)
 
+    def dispatched(self, plan: StepPlan) -> None:
+        """A plan is being computed: its tokens count as computed from now on, and those it samples as pending.
+
+        For `schedule` before `update`; plans are updated in the order in which they were dispatched.
+        """
+        self._in_flight.append(plan)
+        for sequence in plan.decodes:
+            sequence.num_computed += 1
+            sequence.num_pending += 1
+        for chunk in plan.prefills:
+            chunk.sequence.num_computed += chunk.length
+            chunk.sequence.num_pending += chunk.is_last
+
     def update(self, plan: StepPlan, result: StepResult, seconds: float | None = None) -> list[Sequence]:
         """Book a step: append its tokens, free the pages of sequences that ended, and return these.
 
@@ -206,6 +226,10 @@ class Scheduler:
         Token conditions end a sequence here: "stop" for an end-of-sequence or stop token (kept as the last token),
         "length" for `max_tokens` and `max_model_len`. Sequences that ended while the plan was in flight are skipped.
         """
+        if not self._in_flight:
+            self.dispatched(plan)
+        if self._in_flight.popleft() is not plan:
+            raise ValueError("steps are updated in the order in which they were dispatched")
         if seconds is not None:
             self.policy.observe(plan, seconds)
         self._now = plan.now + (seconds or 0.0)
@@ -213,12 +237,12 @@ class Scheduler:
         sampled = result.sampled
         for sequence in plan.decodes:
             if sequence.status is SequenceStatus.RUNNING:
-                self._advance(sequence, 1)
+                self.prefix_cache.publish(sequence, sequence.num_known - 1, sequence.num_known)
                 self._append(sequence, sampled[sequence].token_id, finished)
         for chunk in plan.prefills:
             sequence = chunk.sequence
             if sequence.status is SequenceStatus.RUNNING:
-                self._advance(sequence, chunk.length)
+                self.prefix_cache.publish(sequence, chunk.start, chunk.start + chunk.length)
                 if chunk.is_last:
                     self._append(sequence, sampled[sequence].token_id, finished)
         if finished:
@@ -262,32 +286,31 @@ class Scheduler:
         self._running.remove(sequence)
         self.pool.free(sequence.pages)
         sequence.pages = []
-        sequence.num_computed = 0
+        sequence.num_computed = sequence.num_pending = 0  # a pending token will be sampled again, and be the same
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         sequence.status = SequenceStatus.WAITING
         self.policy.put_back(sequence)
 
-    def _advance(self, sequence: Sequence, length: int) -> None:
-        """So many more tokens of a sequence have their keys and values in its pages."""
-        start = sequence.num_computed
-        sequence.num_computed += length
-        self.prefix_cache.publish(sequence, start)
-
     def _append(self, sequence: Sequence, token: int, finished: list[Sequence]) -> None:
         sequence.generated.append(token)
+        sequence.num_pending -= 1
         if sequence.first_token_at is None:
             sequence.first_token_at = self._now
         params = sequence.params
         if (token in self.eos_token_ids and not params.ignore_eos) or token in params.stop_token_ids:
             sequence.finish_reason = "stop"
-        elif len(sequence.generated) >= params.max_tokens or sequence.num_tokens >= self.max_model_len:
+        elif len(sequence.generated) >= params.max_tokens or sequence.num_known >= self.max_model_len:
             sequence.finish_reason = "length"
         else:
             return
         self._release(sequence)
         self._book(sequence)
         finished.append(sequence)
+
+    def _is_full(self, sequence: Sequence) -> bool:
+        """Whether a sequence is as long as it may get, pending tokens included."""
+        return sequence.num_sampled >= sequence.params.max_tokens or sequence.num_tokens >= self.max_model_len
 
     def _book(self, sequence: Sequence) -> None:
         """Learn from a sequence that came to its own end."""

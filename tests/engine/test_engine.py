@@ -10,6 +10,7 @@ import pytest
 
 from emoe_jax import Engine, RequestError, SamplingParams
 from emoe_jax.engine.request import RoutingContract
+from emoe_jax.engine.runner import Runner
 from emoe_jax.moe import moe_ffn
 from tests.engine.conftest import TINY, EngineFactory, random_model
 
@@ -155,6 +156,63 @@ def test_closing_a_stream_frees_its_pages(engine_of: EngineFactory) -> None:
     stream.close()  # pyright: ignore[reportAttributeAccessIssue]
     assert engine.state()["scheduler"]["pages_used"] == 0
     assert not engine.has_work()
+
+
+@pytest.mark.parametrize("kv_pages", [None, 7])
+def test_overlap_changes_no_token(engine_of: EngineFactory, kv_pages: int | None) -> None:
+    """Ends by token, length and stop token, several completions, penalties, seeds, both contracts, preemption."""
+    memory = {} if kv_pages is None else {"kv_memory": kv_pages * 16 * 3 * 2 * 2 * 8 * 4}
+    outputs = []
+    for overlap in (False, True):
+        engine = engine_of(expert_memory="100%", max_model_len=96, overlap=overlap, **memory)
+        for index, prompt in enumerate(PROMPTS * 2):
+            params = SamplingParams(
+                max_tokens=(1, 55, 30)[index % 3],
+                temperature=(0.0, 0.9)[index % 2],
+                seed=index,
+                n=1 + (index == 3),
+                ignore_eos=index % 4 == 0,
+                stop_token_ids=tuple(range(0, 60, 6)) if index == 5 else (),
+                presence_penalty=float(index in (2, 7)),
+                logprobs=2 if index == 4 else None,
+            )
+            engine.add_request(str(index), prompt, params, routing=CONTRACTS[index % 2])
+        steps = 0
+        while engine.has_work():
+            engine.step()
+            steps += 1
+            if steps == 9:
+                engine.abort("8")
+        outputs.append([engine.pop(str(index)).completions for index in range(len(PROMPTS) * 2) if index != 8])
+        engine.pop("8")
+        assert engine.state()["scheduler"]["pages_used"] == 0
+        assert (engine.state()["scheduler"]["preemptions"] > 0) == (kv_pages is not None)
+    plain, overlapped = outputs
+    for one, other in zip(plain, overlapped, strict=True):
+        assert [c.token_ids for c in one] == [c.token_ids for c in other]
+        assert [c.finish_reason for c in one] == [c.finish_reason for c in other]
+
+
+def test_the_next_step_is_dispatched_before_tokens_are_read(
+    engine_of: EngineFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(expert_memory="100%")
+    engine.step()  # what an earlier test may have left in flight
+    events: list[str] = []
+    for name in ("dispatch", "collect"):
+        original = getattr(Runner, name)
+
+        def spy(*args: Any, name: str = name, original: Any = original) -> Any:
+            events.append(name)
+            return original(*args)
+
+        monkeypatch.setattr(Runner, name, spy)
+    engine.generate(PROMPTS[0], SamplingParams(max_tokens=4, temperature=0, ignore_eos=True))
+    assert events == ["dispatch", "dispatch", "collect", "dispatch", "collect", "dispatch", "collect", "collect"]
+    events.clear()
+    penalised = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True, presence_penalty=1.0)
+    engine.generate(PROMPTS[0], penalised)
+    assert events == ["dispatch", "collect"] * 3
 
 
 def test_nothing_compiles_after_warm_up(tiny_checkpoint: Path) -> None:

@@ -77,6 +77,16 @@ class Pieces:
         x: Any = jax.ShapeDtypeStruct((1, *self.x.shape[1:]), jnp.float32)
         return step.prompt_logprobs, (self.leaves, x, targets), {"skeleton": self.skeleton}
 
+    def keep_tokens(self) -> Call:
+        B = self.batch.shape.sequences
+        kept, chosen = (jax.ShapeDtypeStruct((size,), jnp.int32) for size in (16, B))
+        return step.keep_tokens, (kept, chosen, np.zeros(B, np.int32)), {}
+
+    def await_tokens(self) -> Call:
+        B = self.batch.shape.sequences
+        kept = jax.ShapeDtypeStruct((16,), jnp.int32)
+        return step.await_tokens, (self.batch.inputs.tokens[:, :1], kept, np.zeros(B, np.int32)), {}
+
     def choose_tokens(self) -> Call:
         return step.choose_tokens, (self.logits, self.batch.sampling, self.batch.want_logprobs), {}
 

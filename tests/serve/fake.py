@@ -57,7 +57,9 @@ class Running:
 
 
 class FakeEngine:
-    """The n-th token of every answer is the n-th letter; `params.seed` shifts the alphabet."""
+    """The n-th token of every answer is the n-th letter; `params.seed` shifts the alphabet. Every answer waits for a
+    quarter of a second, by its own account, and first tokens within less than a millisecond are given up.
+    """
 
     def __init__(self, tokenizer: FakeTokenizer | None = None, step_seconds: float = 0.0):
         self.tokenizer = tokenizer
