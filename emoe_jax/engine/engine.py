@@ -16,12 +16,12 @@ from jaxtyping import Float
 
 from emoe_jax.checkpoint import Checkpoint, Tokenizer
 from emoe_jax.config import ModelConfig
-from emoe_jax.engine.adjust import LogitAdjustment
 from emoe_jax.engine.admission import admission_policy
 from emoe_jax.engine.answer import Answer
 from emoe_jax.engine.batch import Buckets
 from emoe_jax.engine.foresight import Foresight
 from emoe_jax.engine.grammar import Grammars
+from emoe_jax.engine.intake import Intake, Prompt
 from emoe_jax.engine.knowledge import RoutingKnowledge
 from emoe_jax.engine.kv_cache import PAGE_SIZE, new_cache
 from emoe_jax.engine.memory import MemoryPlan, device_memory, parse_bandwidth
@@ -31,20 +31,17 @@ from emoe_jax.engine.quality import Quality
 from emoe_jax.engine.request import SLO, Completion, Delta, FinishReason, RequestOutput, RoutingContract, SamplingParams
 from emoe_jax.engine.runner import Dispatched, Runner
 from emoe_jax.engine.sequence import Sequence, SequenceStatus
-from emoe_jax.engine.text import TextStream
 from emoe_jax.errors import ConfigError, RequestError
 from emoe_jax.experts.residency import Residency
 from emoe_jax.planner import ResidencyPlanner
 from emoe_jax.scheduling.plan import StepPlan, StepResult
 from emoe_jax.scheduling.registry import check_policy
 from emoe_jax.scheduling.scheduler import Scheduler
-from emoe_jax.tasks import TaskClassifier, TaskProfile
+from emoe_jax.tasks import TaskProfile
 from emoe_jax.traces.recorder import TraceRecorder
 
 Progress = Callable[[str, int, int], None]
 """Called with `(stage, done, total)`."""
-
-Prompt = str | Rows[int]
 
 
 class Engine:
@@ -78,6 +75,7 @@ class Engine:
         self.config: ModelConfig = runner.config
         self.memory = memory
         self.grammars = Grammars(tokenizer, self.config.vocab_size, self.config.eos_token_ids)
+        self._intake = Intake(self.config, tokenizer, self.grammars, seed)
         self._runner = runner
         self._scheduler = scheduler
         self._residency = residency
@@ -88,11 +86,8 @@ class Engine:
         self._step_seconds = 0.0
         self._load_wait = load_wait
         self._answers: dict[str, Answer] = {}
-        self._seeds = np.random.default_rng(seed)
         self._next_id = 0
         self._steps = 0
-        self.task_profile: TaskProfile | None = None
-        self._classifier: TaskClassifier | None = None
 
     @classmethod
     def load(
@@ -209,12 +204,14 @@ class Engine:
         """Tokens that prompt and answer may have together."""
         return self._scheduler.max_model_len
 
+    @property
+    def task_profile(self) -> TaskProfile | None:
+        """What is known of the tasks of requests."""
+        return self._intake.task_profile
+
     def use_task_profile(self, profile: TaskProfile | None) -> None:
         """Classify requests that name no task by this profile. Raises `ConfigError` when it is of another model."""
-        if profile is not None:
-            profile.check(self.config)
-        self.task_profile = profile
-        self._classifier = None if profile is None else TaskClassifier(profile)
+        self._intake.use_task_profile(profile)
 
     def record_traces(self, path: str | Path) -> None:
         """Record the routing of requests that come from now on, in a trace that `stop_recording` or `close` finishes.
@@ -284,7 +281,7 @@ class Engine:
 
     def logits(self, token_ids: Rows[int], routing: RoutingContract | None = None) -> Float[np.ndarray, "T V"]:
         """Float32 logits of one uncached forward under the routing contract."""
-        self._check_tokens(token_ids)
+        self._intake.check_tokens(token_ids)
         return self._runner.logits(token_ids, routing or self.routing)
 
     def quality(self, text: Prompt) -> Quality:
@@ -292,7 +289,7 @@ class Engine:
 
         Two uncached forwards. Raises `RequestError` for a text of fewer than two tokens.
         """
-        token_ids = self._tokenize(text)
+        token_ids = self._intake.tokenize(text)
         if len(token_ids) < 2:
             raise RequestError(f"the text has {len(token_ids)} tokens; 2 are needed to predict one", param="text")
         return Quality.of(token_ids, self.logits(token_ids, "resident"), self.logits(token_ids, "exact"))
@@ -312,33 +309,7 @@ class Engine:
             raise RequestError(f"request id {request_id!r} is in use", param="request_id")
         if routing not in (None, "resident", "exact"):
             raise RequestError(f"routing is {routing!r}; expected 'resident' or 'exact'", param="routing")
-        token_ids = self._tokenize(prompt)
-        if params.stop and self.tokenizer is None:
-            raise RequestError("the model has no tokenizer, so stop strings cannot be found", param="stop")
-        vocab_size = self.config.vocab_size
-        if beyond := [token for token in params.logit_bias if token >= vocab_size]:
-            raise RequestError(
-                f"logit_bias names token {beyond[0]}; the vocabulary has {vocab_size}", param="logit_bias"
-            )
-        seed = params.seed if params.seed is not None else int(self._seeds.integers(2**63))
-        contract = routing or self.routing
-        if task is None:
-            task = self._classify(prompt, token_ids)
-        sequences = [
-            Sequence(
-                request_id,
-                token_ids,
-                params,
-                index=index,
-                routing=contract,
-                task=task,
-                slo=slo or self._usual_slo(task),
-                arrival=time.monotonic(),
-                seed=seed,
-                adjustment=LogitAdjustment.of(params, token_ids, vocab_size, self.grammars.guide(params)),
-            )
-            for index in range(params.n)
-        ]
+        sequences = self._intake.sequences(request_id, prompt, params, task, routing or self.routing, slo)
         try:
             for sequence in sequences:
                 self._scheduler.add(sequence)
@@ -346,10 +317,13 @@ class Engine:
             self._scheduler.abort(request_id)  # those of its sequences that came before the one refused
             raise
         self._foresee(sequences)
+        token_ids = sequences[0].prompt_token_ids
         completions = [Completion(index, logprobs=None if params.logprobs is None else []) for index in range(params.n)]
-        output = RequestOutput(request_id, token_ids, completions, task, contract)
+        output = RequestOutput(request_id, token_ids, completions, sequences[0].task, sequences[0].routing)
         output.prompt_logprobs = None if params.prompt_logprobs is None else []
-        self._answers[request_id] = Answer(output, sequences, [self._text_stream(token_ids, params) for _ in sequences])
+        self._answers[request_id] = Answer(
+            output, sequences, [self._intake.text_stream(sequence) for sequence in sequences]
+        )
         return token_ids
 
     def has_work(self) -> bool:
@@ -473,12 +447,6 @@ class Engine:
         self._next_id += 1
         return f"engine-{self._next_id}"
 
-    def _classify(self, prompt: Prompt, token_ids: list[int]) -> str | None:
-        """The task of a prompt, None without a task profile or without text."""
-        if self._classifier is None or self.tokenizer is None:
-            return None
-        return self._classifier.classify(prompt if isinstance(prompt, str) else self.tokenizer.decode(token_ids))
-
     def _foresee(self, sequences: Rows[Sequence]) -> None:
         """Tell recorder and planner of a request that came."""
         recorder = self._runner.recorder
@@ -496,32 +464,6 @@ class Engine:
         answer.end(sequence, reason)
         if answer.finished:
             self._foresight.ended(answer.sequences)
-
-    def _usual_slo(self, task: str | None) -> SLO:
-        """The deadlines of a request that names none: its task's, if it has some."""
-        profiled = None if self.task_profile is None or task is None else self.task_profile.tasks.get(task)
-        return SLO() if profiled is None or profiled.slo is None else profiled.slo
-
-    def _tokenize(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise RequestError("the model has no tokenizer; give the prompt as a list of token ids", param="prompt")
-            return self.tokenizer.encode(prompt)
-        token_ids = list(prompt)
-        self._check_tokens(token_ids)
-        return token_ids
-
-    def _check_tokens(self, token_ids: Rows[int]) -> None:
-        for token in token_ids:
-            if isinstance(token, bool) or not isinstance(token, int | np.integer):
-                raise RequestError(f"token id {token!r} is not an integer", param="prompt")
-            if not 0 <= token < self.config.vocab_size:
-                raise RequestError(
-                    f"token id {token} is outside the vocabulary of {self.config.vocab_size}", param="prompt"
-                )
-
-    def _text_stream(self, prompt: list[int], params: SamplingParams) -> TextStream:
-        return TextStream(None if self.tokenizer is None else self.tokenizer.stream(prompt), params.stop)
 
 
 def _as_prompts(prompts: Prompt | Rows[Prompt]) -> list[Prompt]:

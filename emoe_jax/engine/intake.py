@@ -1,0 +1,108 @@
+"""From a request to its sequences: what was asked for is checked, what was left open is filled in."""
+
+import time
+from collections.abc import Sequence as Rows
+
+import numpy as np
+
+from emoe_jax.checkpoint import Tokenizer
+from emoe_jax.config import ModelConfig
+from emoe_jax.engine.adjust import LogitAdjustment
+from emoe_jax.engine.grammar import Grammars
+from emoe_jax.engine.request import SLO, RoutingContract, SamplingParams
+from emoe_jax.engine.sequence import Sequence
+from emoe_jax.engine.text import TextStream
+from emoe_jax.errors import RequestError
+from emoe_jax.tasks import TaskClassifier, TaskProfile
+
+Prompt = str | Rows[int]
+
+
+class Intake:
+    """Tokenizer, task classifier, grammars and seeds of an engine. Raises `RequestError` for what cannot be served."""
+
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer | None, grammars: Grammars, seed: int):
+        self.task_profile: TaskProfile | None = None
+        self._config = config
+        self._tokenizer = tokenizer
+        self._grammars = grammars
+        self._classifier: TaskClassifier | None = None
+        self._seeds = np.random.default_rng(seed)
+
+    def use_task_profile(self, profile: TaskProfile | None) -> None:
+        """Classify requests that name no task by this profile. Raises `ConfigError` when it is of another model."""
+        if profile is not None:
+            profile.check(self._config)
+        self.task_profile = profile
+        self._classifier = None if profile is None else TaskClassifier(profile)
+
+    def tokenize(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            if self._tokenizer is None:
+                raise RequestError("the model has no tokenizer; give the prompt as a list of token ids", param="prompt")
+            return self._tokenizer.encode(prompt)
+        token_ids = list(prompt)
+        self.check_tokens(token_ids)
+        return token_ids
+
+    def check_tokens(self, token_ids: Rows[int]) -> None:
+        vocab_size = self._config.vocab_size
+        for token in token_ids:
+            if isinstance(token, bool) or not isinstance(token, int | np.integer):
+                raise RequestError(f"token id {token!r} is not an integer", param="prompt")
+            if not 0 <= token < vocab_size:
+                raise RequestError(f"token id {token} is outside the vocabulary of {vocab_size}", param="prompt")
+
+    def sequences(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        task: str | None,
+        routing: RoutingContract,
+        slo: SLO | None,
+    ) -> list[Sequence]:
+        """The `params.n` sequences of a request that arrives now."""
+        token_ids = self.tokenize(prompt)
+        if params.stop and self._tokenizer is None:
+            raise RequestError("the model has no tokenizer, so stop strings cannot be found", param="stop")
+        vocab_size = self._config.vocab_size
+        if beyond := [token for token in params.logit_bias if token >= vocab_size]:
+            raise RequestError(
+                f"logit_bias names token {beyond[0]}; the vocabulary has {vocab_size}", param="logit_bias"
+            )
+        seed = params.seed if params.seed is not None else int(self._seeds.integers(2**63))
+        if task is None:
+            task = self._classify(prompt, token_ids)
+        return [
+            Sequence(
+                request_id,
+                token_ids,
+                params,
+                index=index,
+                routing=routing,
+                task=task,
+                slo=slo or self._usual_slo(task),
+                arrival=time.monotonic(),
+                seed=seed,
+                adjustment=LogitAdjustment.of(params, token_ids, vocab_size, self._grammars.guide(params)),
+            )
+            for index in range(params.n)
+        ]
+
+    def text_stream(self, sequence: Sequence) -> TextStream:
+        """Turns a sequence's tokens into text as they come."""
+        tokenizer = self._tokenizer
+        stream = None if tokenizer is None else tokenizer.stream(sequence.prompt_token_ids)
+        return TextStream(stream, sequence.params.stop)
+
+    def _classify(self, prompt: Prompt, token_ids: list[int]) -> str | None:
+        """The task of a prompt, None without a task profile or without text."""
+        if self._classifier is None or self._tokenizer is None:
+            return None
+        return self._classifier.classify(prompt if isinstance(prompt, str) else self._tokenizer.decode(token_ids))
+
+    def _usual_slo(self, task: str | None) -> SLO:
+        """The deadlines of a request that names none: its task's, if it has some."""
+        profiled = None if self.task_profile is None or task is None else self.task_profile.tasks.get(task)
+        return SLO() if profiled is None or profiled.slo is None else profiled.slo
