@@ -42,7 +42,7 @@ from emoe_jax.models.decoder import Decoder, init_experts
 from emoe_jax.moe import moe_ffn
 
 THREADS = 2
-CONTEXT = 544  # a prompt for prefill and its answer; the KV cache attends over all of it
+CONTEXT = 544  # a prompt for prefill and its answer
 PROMPT = 16  # tokens before decoding starts
 DECODE_STEPS = 4  # per repetition
 PREFILL = 512

@@ -277,8 +277,11 @@ def test_constructor_limits():
         make(max_model_len=1)
 
 
+Workload = tuple[Scheduler, list[tuple[int, Sequence]], dict[int, str]]
+
+
 @st.composite
-def workloads(draw: st.DrawFn) -> tuple[Scheduler, list[tuple[int, Sequence]], dict[int, str]]:
+def workloads(draw: st.DrawFn) -> Workload:
     """A scheduler with tight limits, requests with the step of their arrival, and aborts by step."""
     page_size = draw(st.integers(1, 8))
     max_model_len = draw(st.integers(2, 48))
@@ -301,21 +304,26 @@ def workloads(draw: st.DrawFn) -> tuple[Scheduler, list[tuple[int, Sequence]], d
     return scheduler, arrivals, aborts
 
 
-@given(workloads())
-@settings(max_examples=150, deadline=None)
-def test_any_workload_completes(workload: tuple[Scheduler, list[tuple[int, Sequence]], dict[int, str]]):
-    """No deadlock, no budget or page exceeded (the runner checks), all tokens kept over preemptions."""
+def play(workload: Workload, step_once: Callable[[], object]) -> None:
+    """Add and abort requests as the workload has it, until all have ended."""
     scheduler, arrivals, aborts = workload
-    runner = FakeRunner(scheduler)
     step = 0
     while scheduler.has_work or step <= 60:
         for _, sequence in (pair for pair in arrivals if pair[0] == step):
             scheduler.add(sequence)
         if step in aborts:
             scheduler.abort(aborts[step])
-        runner.step()
+        step_once()
         step += 1
         assert step < 10_000
+
+
+@given(workloads())
+@settings(max_examples=150, deadline=None)
+def test_any_workload_completes(workload: Workload):
+    """No deadlock, no budget or page exceeded (the runner checks), all tokens kept over preemptions."""
+    scheduler, arrivals, _ = workload
+    play(workload, FakeRunner(scheduler).step)
     assert scheduler.pool.num_used == 0
     for _, sequence in arrivals:
         prompt = len(sequence.prompt_token_ids)
