@@ -18,8 +18,11 @@ from emoe_jax.experts.waves import WaveLoader
 from emoe_jax.experts.weights import ExpertLayout
 from emoe_jax.policies import Knowledge, make_policy
 
+FOLLOW_EVERY = 4
+"""Steps between two looks at what the policy now prefers: a look costs more than counting, and a load takes longer."""
+
 SWAPS_PER_LAYER = 4
-"""Experts that the policy may exchange per layer and step, at most one per token; after a new plan, all it wants."""
+"""Experts that the policy may exchange per layer and look, at most one per token; after a new plan, all it wants."""
 
 SECONDS_BEFORE_RETRY = 30.0
 """How long an expert that could not be read is left alone."""
@@ -68,6 +71,7 @@ class Residency:
         self.waves = WaveLoader(self._loader, self.table, self._eviction_order)
         self._wishes: Int[np.ndarray, "M E"] = np.zeros(shape, np.int64)
         self._wishes_resident = 0
+        self._steps = self._tokens = 0  # since the last look at what the policy prefers
         self._link_bandwidth = link_bandwidth
         self._tickets: list[LoadTicket] = []  # asked for by the policy and not over
         self._unproven: Bool[np.ndarray, "M E"] = np.zeros(shape, bool)  # loaded, and not wished for since
@@ -127,7 +131,10 @@ class Residency:
             self._sort_out_tickets()
 
     def observe(self, wish_counts: Int[np.ndarray, "M E"]) -> int:
-        """Count the wishes of a step and ask for the experts that the policy now prefers. How many were resident."""
+        """Count the wishes of a step and, now and then, ask for the experts that the policy now prefers.
+
+        Returns how many of the wishes were resident.
+        """
         covered = int(wish_counts[self.table.resident_mask].sum())
         self._wishes += wish_counts
         self._wishes_resident += covered
@@ -135,11 +142,14 @@ class Residency:
         self._useful += int(proven.sum())
         self._unproven &= ~proven
         self._policy.observe(wish_counts)
-        tokens = int(wish_counts.sum()) // (self._config.top_k * len(wish_counts))
-        self._follow_policy(min(SWAPS_PER_LAYER, max(1, tokens)))
+        self._steps += 1
+        self._tokens += int(wish_counts.sum()) // (self._config.top_k * len(wish_counts))
+        if self._steps >= FOLLOW_EVERY:
+            self._follow_policy(min(SWAPS_PER_LAYER, max(1, self._tokens)))
         return covered
 
     def _follow_policy(self, limit_per_layer: int) -> None:
+        self._steps = self._tokens = 0
         self._sort_out_tickets()
         busy = self._loader.in_flight()
         if self._last_error is not None:

@@ -89,7 +89,19 @@ def test_layers_that_are_not_sensitive_load_nothing(made):
     assert len(reader.reads) == before
 
 
-def test_useful_loads_are_those_that_were_wished_for_before_they_left(made):
+def test_the_policy_is_looked_at_every_few_steps_and_has_missed_none(made, monkeypatch):
+    monkeypatch.setattr(residency_module, "FOLLOW_EVERY", 3)
+    residency, _ = made("lru", rates=rates(0, 1, 2, 3))
+    residency.observe(wishes(e5=1))
+    residency.observe(wishes(e0=1, e1=1, e2=1))
+    assert residency.state()["loading"] == []
+    residency.observe(wishes(e0=1, e1=1, e2=1))
+    settle(residency)
+    assert residency.table.resident(0).tolist() == [0, 1, 2, 5]
+
+
+def test_useful_loads_are_those_that_were_wished_for_before_they_left(made, monkeypatch):
+    monkeypatch.setattr(residency_module, "FOLLOW_EVERY", 1)
     residency, _ = made("lru")
     residency.observe(wishes(e0=1, e1=1, e2=1))
     residency.observe(wishes(e5=1))  # 3 leaves
