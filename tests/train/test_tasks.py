@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from train.tasks import TASKS, chitchat, clsfy, examples, qa, stories, words
+from train.tasks import TASKS, chitchat, clsfy, comp, examples, qa, stories, words
 from train.tasks.draw import Draw, combinations, proper_nouns, split_of
 
 COUNT = 400
@@ -108,3 +108,32 @@ def test_small_talk_is_clean_and_split_by_conversation():
     ]
     assert not [text for text in texts if "http" in text or "@" in text or re.search(r"\d{3}", text)]
     assert chitchat.example("test", "1") == chitchat.example("test", "1")
+
+
+def test_retold_pairs_are_not_two_headlines():
+    """So that training shows no pair of wordings that tests hold out."""
+    for kind in stories.KINDS:  # what tells a headline from the sentences of an article
+        assert all("{d}" in lead for lead in kind.leads)
+        assert kind.summary.endswith(".")
+        assert not any("{d}" in headline or headline.endswith(".") for headline in kind.headlines)
+    answers = set()
+    for index in range(300):
+        example = comp.retold(str(index))
+        lines = [line for line in example.prompt.splitlines() if re.match(r"\w+ headline:|Headline \d:|\d\.|-", line)]
+        assert len(lines) == 2
+        assert any(line.endswith(".") or any(day in line for day in words.WEEKDAYS) for line in lines), lines
+        answers.add(example.answer)
+    assert answers == {"yes", "no"}
+
+
+def test_stories_that_differ_are_told_in_pairs_of_wordings_of_their_split():
+    """A pair held out for tests must not occur in training, not even as one that is not the same."""
+    for split in ("train", "test"):
+        draw = Draw(f"pairs/{split}", split)
+        for kind in stories.KINDS:
+            allowed = combinations((kind.headlines, kind.headlines), split)
+            for _ in range(20):
+                first, second = (stories.story(draw, kind) for _ in range(2))
+                told = first.headlines_beside(second, draw)
+                pairs = [(stories._fill(a, first.slots), stories._fill(b, second.slots)) for a, b in allowed]
+                assert told in pairs

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models.attention import attend
+from emoe_jax.models.routing import Routing
 from train.demo import batches, evaluate, export, objective, report, shape, trainer
 from train.demo.attention import attend_packed, causal_within_documents
 from train.demo.batches import Encoder
@@ -35,17 +36,17 @@ def config():
     return shape.model_config(**TINY)
 
 
-def test_batches_follow_from_the_step_alone(bpe):
+def test_batches_follow_from_the_step_alone(bpe, config):
     encoder = Encoder(bpe)
-    first, again = (batches.make(encoder, 0, 7, 4, 128, 256) for _ in range(2))
+    first, again = (batches.make(encoder, config, 0, 7, 4, 128, 256) for _ in range(2))
     for one, other in zip(first, again, strict=True):
         np.testing.assert_array_equal(one, other)
-    assert not np.array_equal(first.tokens, batches.make(encoder, 0, 8, 4, 128, 256).tokens)
-    assert not np.array_equal(first.tokens, batches.make(encoder, 1, 7, 4, 128, 256).tokens)
+    assert not np.array_equal(first.tokens, batches.make(encoder, config, 0, 8, 4, 128, 256).tokens)
+    assert not np.array_equal(first.tokens, batches.make(encoder, config, 1, 7, 4, 128, 256).tokens)
 
 
-def test_a_batch_teaches_next_tokens_within_documents(bpe):
-    batch = batches.make(Encoder(bpe), 0, 0, 4, 128, 256)
+def test_a_batch_teaches_next_tokens_within_documents(bpe, config):
+    batch = batches.make(Encoder(bpe), config, 0, 0, 4, 128, 256)
     tokens, documents = batch.tokens.reshape(-1), batch.documents.reshape(-1)
     learned = batch.loss_at[batch.weights > 0]
     np.testing.assert_array_equal(tokens[learned + 1], batch.targets[batch.weights > 0])
@@ -55,11 +56,49 @@ def test_a_batch_teaches_next_tokens_within_documents(bpe):
     assert set(batch.tokens[starts]) == {0}
 
 
-def test_a_joined_row_is_one_conversation(bpe):
-    batch = batches.make(Encoder(bpe), 0, 0, 1, 512, 256, joined=True)
+def test_a_joined_row_is_one_conversation(bpe, config):
+    batch = batches.make(Encoder(bpe), config, 0, 0, 1, 512, 256, joined=True)
     used = batch.documents[0] > 0
     np.testing.assert_array_equal(batch.positions[0][used], np.arange(int(used.sum())))
     assert (batch.tokens[0][used] == 0).sum() == 1
+
+
+def test_a_restricted_row_is_routed_to_the_number_of_experts_it_may_use(config):
+    """Its experts are those that its tokens want, when luck is even; a row with all slots is routed as without."""
+    parameters = objective.init(config, 0)
+    E, L = config.num_experts, len(config.moe_layers)
+    tokens = np.random.default_rng(1).integers(3, 600, (2, 24)).astype(np.int32)
+    positions = np.broadcast_to(np.arange(24), (2, 24))
+    documents = np.ones((2, 24), np.int32)
+    documents[:, 20:] = 0
+    slots = np.array([[2] * L, [E] * L])
+
+    @jax.jit
+    def routed(restriction):
+        model = objective.decoder(config, parameters.dense)
+        return objective.packed_forward(
+            model, parameters.experts, tokens, positions, documents, lambda rows, *_: rows, restriction
+        )[1]
+
+    even = objective.Restriction(jnp.asarray(slots), jnp.zeros((2, L, E)))
+    first, free = routed(even)[0], routed(None)[0]
+    ids = np.asarray(first.ids).reshape(2, 24, -1)
+    wanted = jax.nn.softmax(first.logits).reshape(2, 24, E)[0, :20].sum(0)
+    assert set(ids[0, :20].flat) == set(np.argsort(-wanted)[:2].tolist())
+    np.testing.assert_array_equal(ids[1], np.asarray(free.ids).reshape(2, 24, -1)[1])
+    assert (ids[:, 20:] == E).all()
+    lucky = even._replace(luck=even.luck.at[0, 0, :2].set(100.0))
+    assert set(np.asarray(routed(lucky)[0].ids).reshape(2, 24, -1)[0, :20].flat) == {0, 1}
+
+
+def test_concentration_is_lost_by_what_strays_from_a_tasks_experts():
+    E = 8  # of which a task is drawn to 3
+    logits = jnp.log(jnp.full((4, E), 1e-9).at[:2, :3].set(1 / 3).at[2, :4].set(0.25).at[3].set(1 / E))
+    tasks = jnp.eye(3)[jnp.array([0, 0, 1, 2])].at[3].set(0)  # the last row does not count
+    given = objective.concentration_loss(
+        Routing(logits, *[jnp.zeros((4, 2), int)] * 2, *[jnp.zeros((4, 2))] * 2), tasks
+    )
+    np.testing.assert_allclose(given, 0.25 / 3, atol=1e-6)
 
 
 def test_moe_buffers_equal_every_expert_on_every_row():

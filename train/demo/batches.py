@@ -11,11 +11,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from tokenizers import Tokenizer
 
+from emoe_jax.config import ModelConfig
 from train.demo import mixture
 from train.demo.tokenizer import ASSISTANT, BOS, EOS, PAD, SYSTEM, USER
+from train.tasks import TASKS
 
 ANSWER_WEIGHTS = {"qa": 3.0, "comp": 4.0, "clsfy": 2.0, "sum": 1.0, "conv": 0.5}
 PROMPT_WEIGHT = 0.3
+FEWEST_SLOTS, MOST_SLOTS = 2, 12  # of a row that gets by with part of the experts, in each layer
 _ROLE_TOKENS = {"user": USER, "assistant": ASSISTANT, "system": SYSTEM}
 
 
@@ -28,6 +31,9 @@ class Batch(NamedTuple):
     loss_at: Int[Array | np.ndarray, " P"]
     targets: Int[Array | np.ndarray, " P"]
     weights: Float[Array | np.ndarray, " P"]
+    tasks: Int[Array | np.ndarray, "B T"]  # index into `TASKS`; that of padding says nothing
+    slots: Int[Array | np.ndarray, "B L"]  # experts that a row may use in each layer
+    luck: Float[Array | np.ndarray, "B L E"]  # Gumbel noise on which they are
 
 
 class Encoder:
@@ -58,7 +64,14 @@ class Encoder:
 
 
 def make(
-    encoder: Encoder, seed: int, step: int, rows: int, length: int, loss_positions: int, joined: bool = False
+    encoder: Encoder,
+    config: ModelConfig,
+    seed: int,
+    step: int,
+    rows: int,
+    length: int,
+    loss_positions: int,
+    joined: bool = False,
 ) -> Batch:
     """The batch of a step. Conversations longer than a row are left out; positions of prompts are thinned to fit.
 
@@ -68,24 +81,45 @@ def make(
     tokens = np.full((rows, length), encoder.special[PAD], np.int32)
     positions = np.zeros((rows, length), np.int32)
     documents = np.zeros((rows, length), np.int32)
+    tasks = np.zeros((rows, length), np.int32)
     weight_of_next = np.zeros((rows, length), np.float32)
     for row, conversations in enumerate(packed):
         start = 0
-        for document, (ids, weights) in enumerate(conversations, start=1):
+        for document, (ids, weights, task) in enumerate(conversations, start=1):
             if joined and document > 1:
                 ids, weights = ids[1:], weights[1:]
             end = start + len(ids)
             tokens[row, start:end] = ids
             positions[row, start:end] = np.arange(start, end) if joined else np.arange(len(ids))
             documents[row, start:end] = 1 if joined else document
+            tasks[row, start:end] = TASKS.index(task)
             weight_of_next[row, start : end - 1] = weights[1:]
             start = end
-    return Batch(tokens, positions, documents, *_loss_positions(tokens, weight_of_next, loss_positions, seed, step))
+    return Batch(
+        tokens,
+        positions,
+        documents,
+        *_loss_positions(tokens, weight_of_next, loss_positions, seed, step),
+        tasks,
+        *_restrictions(config, rows, seed, step),
+    )
 
 
-def _pack(encoder: Encoder, seed: int, step: int, rows: int, length: int) -> list[list[tuple[list[int], list[float]]]]:
+def _restrictions(config: ModelConfig, rows: int, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """`slots` and `luck` of a batch."""
+    rng = np.random.default_rng((seed, step, 1))
+    layers, experts = len(config.moe_layers), config.num_experts
+    few = rng.integers(min(FEWEST_SLOTS, experts), min(MOST_SLOTS, experts) + 1, (rows, layers), np.int32)
+    restricted = rng.random((rows, 1)) < mixture.stage_of(step).restricted
+    slots = np.where(restricted, few, np.int32(experts))
+    return slots, rng.gumbel(size=(rows, layers, experts)).astype(np.float32)
+
+
+def _pack(
+    encoder: Encoder, seed: int, step: int, rows: int, length: int
+) -> list[list[tuple[list[int], list[float], str]]]:
     """Conversations for every row, first fit, until several in a row found no room."""
-    packed: list[list[tuple[list[int], list[float]]]] = [[] for _ in range(rows)]
+    packed: list[list[tuple[list[int], list[float], str]]] = [[] for _ in range(rows)]
     room = [length] * rows
     misses, number = 0, 0
     stage = mixture.stage_of(step)
@@ -98,7 +132,7 @@ def _pack(encoder: Encoder, seed: int, step: int, rows: int, length: int) -> lis
         if row is None:
             misses += 1
             continue
-        packed[row].append((ids, weights))
+        packed[row].append((ids, weights, example.task))
         room[row] -= len(ids)
     return packed
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 
-from train.tasks import GENERATORS, chitchat, drills, qa
+from train.tasks import GENERATORS, chitchat, comp, drills, qa
 from train.tasks.example import Example
 
 
@@ -13,11 +13,13 @@ from train.tasks.example import Example
 class Stage:
     """From which step on: the share of each source. Drills first, so that what all tasks need is learned early.
 
+    `restricted` is the share of rows that get by with part of the experts, as when the model is served from a slab.
     `coined` is the share of nouns in questions and answers that no list holds, so that any word is copied.
     """
 
     first_step: int
     shares: dict[str, float]
+    restricted: float
     coined: float = 0.0
 
 
@@ -34,6 +36,7 @@ STAGES = (
             "conv": 0.05,
             "chitchat": 0.04,
         },
+        restricted=0.1,
     ),
     Stage(
         1000,
@@ -41,12 +44,13 @@ STAGES = (
             "drills": 0.06,
             "qa": 0.23,
             "rivals": 0.05,
-            "comp": 0.25,
-            "clsfy": 0.18,
+            "comp": 0.28,
+            "clsfy": 0.15,
             "sum": 0.13,
             "conv": 0.06,
             "chitchat": 0.04,
         },
+        restricted=0.33,
     ),
     Stage(
         4200,
@@ -60,6 +64,23 @@ STAGES = (
             "conv": 0.04,
             "chitchat": 0.02,
         },
+        restricted=0.33,
+        coined=0.2,
+    ),
+    Stage(
+        5000,
+        {
+            "drills": 0.05,
+            "qa": 0.16,
+            "rivals": 0.03,
+            "comp": 0.26,
+            "retold": 0.15,
+            "clsfy": 0.2,
+            "sum": 0.09,
+            "conv": 0.04,
+            "chitchat": 0.02,
+        },
+        restricted=0.33,
         coined=0.2,
     ),
 )
@@ -81,6 +102,8 @@ def draw(seed: int, key: str, stage: Stage = STAGES[0]) -> Example:
         return qa.conversation("train", f"{seed}/{key}", rng.randint(1, _QUESTIONS), source == "rivals", stage.coined)
     if source == "chitchat":
         return chitchat.example("train", f"{seed}/{key}")
+    if source == "retold":
+        return comp.retold(f"{seed}/{key}")
     if source == "drills":
         return drills.example(f"{seed}/{key}")
     return GENERATORS[source]("train", f"{seed}/{key}")

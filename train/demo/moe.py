@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from emoe_jax.experts.weights import ExpertWeights
 
 CAPACITY_FACTOR = (
-    1.5  # rows an expert can take in training, as a multiple of an even share; what comes later is dropped
+    1.75  # rows an expert can take in training, as a multiple of an even share; what comes later is dropped
 )
 
 

@@ -1,4 +1,11 @@
-"""What training minimises: cross entropy of the chosen positions, a balance loss and a router z-loss."""
+"""What training minimises: cross entropy of the chosen positions, and what keeps routing balanced, concentrated by task
+and small.
+
+A model that always has every expert at hand comes to need every expert. This one is to be served with part of them, so
+a share of its training rows gets by with part of them: in each layer a random set in which experts that the row's
+tokens want are likely. And as eMoE presumes that a task needs few of the experts, a task's tokens are drawn towards
+those that it wants most (the aim of Mod-Squad, Chen et al. 2023, with a plainer loss).
+"""
 
 from __future__ import annotations
 
@@ -12,14 +19,33 @@ from jaxtyping import Array, Bool, Float, Int
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models.decoder import Decoder, MoEFunction
-from emoe_jax.models.routing import Routing
+from emoe_jax.models.routing import Routing, route
 from train.demo import initial
 from train.demo.attention import attend_packed, causal_within_documents
 from train.demo.batches import PROMPT_WEIGHT, Batch
 from train.demo.moe import dropped, moe_buffers
+from train.tasks import TASKS
 
-BALANCE_WEIGHT = 0.01
+BALANCE_WEIGHT = 0.04
+CONCENTRATION_WEIGHT = 0.04
+TASK_EXPERTS = 3 / 8  # of a layer's experts: those that a task is drawn to
 Z_WEIGHT = 1e-3
+
+
+class Restriction(NamedTuple):
+    """How many experts each row may use in a layer, and noise on which; see `Batch`."""
+
+    slots: Int[Array, "B L"]
+    luck: Float[Array, "B L E"]
+
+    def allowed(
+        self, layer: int, probabilities: Float[Array, "B T E"], valid: Bool[Array, "B T"]
+    ) -> Bool[Array, "R E"]:
+        """Draws without replacement, in proportion to what the row's tokens want (Gumbel top-k)."""
+        B, T, E = probabilities.shape
+        wanted = jnp.sum(jax.lax.stop_gradient(probabilities) * valid[..., None], axis=1) + 1e-6
+        rows = _highest(jnp.log(wanted) + self.luck[:, layer], self.slots[:, layer])
+        return jnp.broadcast_to(rows[:, None], (B, T, E)).reshape(B * T, E)
 
 
 class Parameters(NamedTuple):
@@ -33,9 +59,10 @@ class Metrics(NamedTuple):
     """Of one step, all float32 scalars."""
 
     loss: Float[Array, ""]  # weighted cross entropy, nats
-    answer_loss: Float[Array, ""]  # of the answers' tokens alone, unweighted
-    answer_accuracy: Float[Array, ""]  # share of the answers' tokens that are most probable
+    answer_loss: Float[Array, ""]  # of the answers' tokens alone, unweighted, in rows that may use every expert
+    answer_accuracy: Float[Array, ""]  # share of those tokens that are most probable
     balance: Float[Array, ""]  # 1 when experts are used alike
+    strayed: Float[Array, ""]  # router probability outside the experts that a token's task wants most
     dropped: Float[Array, ""]  # share of assignments
 
 
@@ -58,17 +85,23 @@ def packed_forward(
     positions: Int[Array, "B T"],
     documents: Int[Array, "B T"],
     moe: MoEFunction = moe_buffers,
+    restriction: Restriction | None = None,
 ) -> tuple[Float[Array, "B T D"], list[Routing]]:
     """Hidden states before the final norm, of rows that hold several documents which do not see each other."""
     mask = causal_within_documents(documents)
     config = model.config
     x = model.embed(tokens)
     routings = []
-    for layer, layer_experts in zip(model.layers, experts, strict=True):
+    valid = documents > 0
+    for index, (layer, layer_experts) in enumerate(zip(model.layers, experts, strict=True)):
         x, _ = layer.attention(
             x, positions, lambda q, k, v: (attend_packed(q, k, v, mask, config.attention_scale), None)
         )
-        rows, routing = layer.moe_input(x, None, documents.reshape(-1) > 0)
+        rows, routing = layer.moe_input(x, None, valid.reshape(-1))
+        if restriction:
+            probabilities = jax.nn.softmax(routing.logits, axis=-1).reshape(*tokens.shape, -1)
+            allowed = restriction.allowed(index, probabilities, valid)
+            routing = route(routing.logits, config, allowed, valid.reshape(-1))
         out = moe(rows, routing.ids, routing.weights, layer_experts)
         x = layer.moe_output(x, rows, out)
         routings.append(routing)
@@ -79,33 +112,59 @@ def loss(parameters: Parameters, batch: Batch, config: ModelConfig) -> tuple[Flo
     """The training objective of a batch, and what to report of it."""
     model = decoder(config, parameters.dense)
     tokens, positions, documents = (jnp.asarray(x) for x in (batch.tokens, batch.positions, batch.documents))
-    x, routings = packed_forward(model, parameters.experts, tokens, positions, documents)
+    restriction = Restriction(jnp.asarray(batch.slots), jnp.asarray(batch.luck))
+    x, routings = packed_forward(model, parameters.experts, tokens, positions, documents, restriction=restriction)
     logits = model.logits(x.reshape(-1, x.shape[-1])[batch.loss_at])
     log_z = jax.nn.logsumexp(logits, axis=-1)
     nats = log_z - jnp.take_along_axis(logits, batch.targets[:, None], axis=-1)[:, 0]
     cross_entropy = jnp.sum(nats * batch.weights) / jnp.sum(batch.weights)
     valid = documents.reshape(-1) > 0
     balance = jnp.mean(jnp.stack([balance_loss(routing, valid) for routing in routings]))
+    tasks = jax.nn.one_hot(jnp.asarray(batch.tasks).reshape(-1), len(TASKS)) * valid[:, None]
+    strayed = jnp.mean(jnp.stack([concentration_loss(routing, tasks) for routing in routings]))
     router_z = jnp.mean(jnp.stack([jnp.mean(jax.nn.logsumexp(r.logits, axis=-1) ** 2 * valid) for r in routings]))
-    answers = jnp.asarray(batch.weights > PROMPT_WEIGHT).astype(jnp.float32)
+    free = restriction.slots[batch.loss_at // tokens.shape[1], 0] == config.num_experts
+    answers = (jnp.asarray(batch.weights > PROMPT_WEIGHT) & free).astype(jnp.float32)
     count = jnp.maximum(jnp.sum(answers), 1)
     metrics = Metrics(
         cross_entropy,
         jnp.sum(nats * answers) / count,
         jnp.sum((jnp.argmax(logits, axis=-1) == batch.targets) * answers) / count,
         balance,
+        strayed,
         jnp.mean(jnp.stack([dropped(r.ids, config.num_experts) for r in routings])),
     )
-    return cross_entropy + BALANCE_WEIGHT * balance + Z_WEIGHT * router_z, metrics
+    shaping = BALANCE_WEIGHT * balance + CONCENTRATION_WEIGHT * strayed + Z_WEIGHT * router_z
+    return cross_entropy + shaping, metrics
 
 
 def balance_loss(routing: Routing, valid: Bool[Array, " R"]) -> Float[Array, ""]:
     """`E * sum_e share_e * probability_e` of a batch (Switch Transformer, eq. 4): 1 when all experts are used alike.
 
-    The shares are of a whole batch, in which all tasks are mixed: experts may specialise by task at no cost.
+    The shares are of a whole batch, in which all tasks are mixed: experts may specialise by task at no cost. They are
+    of what the router wished for, not of what a restriction left it.
     """
     E = routing.logits.shape[1]
-    counts = jnp.bincount(routing.ids.reshape(-1), length=E).astype(jnp.float32)
+    wishes = jnp.where(valid[:, None], routing.wish_ids, E)
+    counts = jnp.bincount(wishes.reshape(-1), length=E).astype(jnp.float32)
     shares = counts / jnp.maximum(jnp.sum(counts), 1)
     probabilities = jax.nn.softmax(routing.logits, axis=-1) * valid[:, None]
     return E * jnp.sum(shares * jnp.sum(probabilities, axis=0) / jnp.maximum(jnp.sum(valid), 1))
+
+
+def concentration_loss(routing: Routing, tasks: Float[Array, "R J"]) -> Float[Array, ""]:
+    """Mean router probability outside the `TASK_EXPERTS` share of the experts that a row's task wants most.
+
+    `tasks` is one-hot, and zero for rows that do not count.
+    """
+    probabilities = jax.nn.softmax(routing.logits, axis=-1)
+    wanted = jnp.einsum("rj,re->je", tasks, jax.lax.stop_gradient(probabilities))
+    count = jnp.full(len(wanted), round(TASK_EXPERTS * probabilities.shape[1]))
+    outside = tasks @ (1.0 - _highest(wanted, count))
+    return jnp.sum(probabilities * outside) / jnp.maximum(jnp.sum(tasks), 1)
+
+
+def _highest(scores: Float[Array, "X E"], count: Int[Array, " X"]) -> Bool[Array, "X E"]:
+    """Marks the `count` highest scores of each line."""
+    rank = jnp.argsort(jnp.argsort(-scores, axis=-1), axis=-1)
+    return rank < count[:, None]

@@ -45,23 +45,32 @@ class TrainState(NamedTuple):
     optimizer: Any
 
 
+class Cycle(NamedTuple):
+    """Part of a run: its share of the steps, its peak over the highest rate, and the part of it spent at the peak."""
+
+    share: float
+    peak: float
+    plateau: float
+
+
+CYCLES = (Cycle(42 / 60, 1.0, 0.6), Cycle(8 / 60, 0.4, 0.0), Cycle(10 / 60, 0.5, 0.4))
+_LOW = 0.02  # of the highest rate: where every cycle ends
+
+
 def learning_rate(plan: Plan) -> optax.Schedule:
-    """Warm-up, a plateau and a straight line down; then, for the last 4 of 25 steps, two fifths of the peak once more
-    and down again. Of 5000 steps: the line begins at 2520 and ends at 4200."""
-    total = max(plan.steps, 50)
-    first = total * 21 // 25
-    warmup, plateau, again = min(plan.warmup_steps, total // 8), first * 3 // 5, first + total // 100
-    low, second = 0.02 * plan.peak_rate, 0.4 * plan.peak_rate
-    return optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, plan.peak_rate, warmup),
-            optax.constant_schedule(plan.peak_rate),
-            optax.linear_schedule(plan.peak_rate, low, first - plateau),
-            optax.linear_schedule(low, second, again - first),
-            optax.linear_schedule(second, low, total - again),
-        ],
-        [warmup, plateau, first, again],
-    )
+    """Cycles of a rise, a plateau and a straight line down. Of 6000 steps: 4200, 800 and 1000."""
+    low, schedules, ends = _LOW * plan.peak_rate, [], [0]
+    for index, cycle in enumerate(CYCLES):
+        steps = max(4, round(cycle.share * plan.steps))
+        rise = min(plan.warmup_steps if index == 0 else plan.warmup_steps // 2, steps // 4)
+        hold, peak, start = max(rise, int(cycle.plateau * steps)), cycle.peak * plan.peak_rate, ends[-1]
+        schedules += [
+            optax.linear_schedule(low if index else 0.0, peak, rise),
+            optax.constant_schedule(peak),
+            optax.linear_schedule(peak, low, steps - hold),
+        ]
+        ends += [start + rise, start + hold, start + steps]
+    return optax.join_schedules(schedules, ends[1:-1])
 
 
 def optimizer(plan: Plan) -> optax.GradientTransformation:
@@ -112,7 +121,7 @@ def run(
     def batch_of(step: int) -> Batch:
         joined = step % plan.long_every == plan.long_every - 1
         rows, length = (plan.rows // 4, plan.length * 4) if joined else (plan.rows, plan.length)
-        return batches.make(encoder, plan.seed, step, rows, length, plan.loss_positions, joined)
+        return batches.make(encoder, config, plan.seed, step, rows, length, plan.loss_positions, joined)
 
     with concurrent.futures.ThreadPoolExecutor(1) as worker:
         coming = worker.submit(batch_of, first)

@@ -29,7 +29,26 @@ _LAYOUTS = (
 
 def example(split: Split, key: str) -> Example:
     draw = Draw(f"comp/{split}/{key}", split)
-    first, second, same = pair(draw)
+    return _asked(draw, *pair(draw))
+
+
+def retold(key: str) -> Example:
+    """For training only: a headline beside a sentence from an article, or two such sentences.
+
+    Pairs of headlines are few enough to be learned by heart. Who also has to match each with what it stands for need
+    not have seen a pair.
+    """
+    draw = Draw(f"comp/retold/{key}", "train")
+    story = stories.story(draw)
+    same = draw.chance(0.5)
+    other = story if same else _other(draw, story)
+    first = second = story.retelling(draw)
+    while first == second:
+        second = other.retelling(draw) if draw.chance(0.3) else other.headline(draw)
+    return _asked(draw, *((first, second) if draw.chance(0.5) else (second, first)), same)
+
+
+def _asked(draw: Draw, first: str, second: str, same: bool) -> Example:
     ask, about, how = draw.phrase(_ASKS, _ABOUT, _HOW)
     prompt = draw.one(_LAYOUTS).format(instruction=f"{ask} {about}{how}", first=first, second=second)
     return Example(prompt, "yes" if same else "no", "comp")
@@ -40,7 +59,10 @@ def pair(draw: Draw) -> tuple[str, str, bool]:
     story = stories.story(draw)
     if draw.chance(0.5):
         return *story.headlines(draw), True
-    first, second = story.headline(draw), _other(draw, story).headline(draw)
+    other = _other(draw, story)
+    if other.kind == story.kind:
+        return *story.headlines_beside(other, draw), False
+    first, second = story.headline(draw), other.headline(draw)
     return (second, first, False) if draw.chance(0.5) else (first, second, False)
 
 

@@ -437,6 +437,18 @@ class Story:
             if first != second:
                 return _fill(first, self.slots), _fill(second, self.slots)
 
+    def headlines_beside(self, other: Story, draw: Draw) -> tuple[str, str]:
+        """A headline of this story and one of another of its kind, a pair of wordings that the split may use.
+
+        If any pair would do, training would show those of the test split, and always in stories that differ.
+        """
+        first, second = draw.phrase(self.kind.headlines, self.kind.headlines)
+        return _fill(first, self.slots), _fill(second, other.slots)
+
+    def retelling(self, draw: Draw) -> str:
+        """The same in a sentence that is no headline: how an article begins, or the summary."""
+        return self.summary() if draw.chance(0.3) else _fill(draw.one(self.kind.leads), self.slots)
+
     def article(self, draw: Draw) -> str:
         """Four to six sentences: what happened and why, somebody's words, things beside the point."""
         lead, after = draw.phrase(self.kind.leads, _AFTERS)
