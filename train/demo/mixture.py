@@ -83,6 +83,22 @@ STAGES = (
         restricted=0.33,
         coined=0.2,
     ),
+    Stage(
+        6000,
+        {
+            "drills": 0.04,
+            "qa": 0.14,
+            "rivals": 0.03,
+            "comp": 0.24,
+            "retold": 0.28,
+            "clsfy": 0.14,
+            "sum": 0.08,
+            "conv": 0.03,
+            "chitchat": 0.02,
+        },
+        restricted=0.33,
+        coined=0.2,
+    ),
 )
 _QUESTIONS = 4  # at most, about one passage
 _SYSTEM = ("You are a helpful assistant.", "You are a small and friendly assistant.", "Be brief and helpful.")
