@@ -132,6 +132,7 @@ class Engine:
         if routing not in ("resident", "exact"):
             raise ConfigError(f"routing is {routing!r}; expected 'resident' or 'exact'")
         check_policy(scheduling_policy)
+        bandwidth = parse_bandwidth(link_bandwidth)
         checkpoint = Checkpoint.open(path, router_capacity_factor=router_capacity_factor)
         config = checkpoint.config
         if not 0 <= load_wait_ms <= 60_000:
@@ -167,7 +168,7 @@ class Engine:
             return None if progress is None else functools.partial(progress, stage)
 
         model = nnx.merge(*checkpoint.load_dense(memory.dtype, report("weights")))
-        residency = open_residency(checkpoint, memory, policy, known, parse_bandwidth(link_bandwidth))
+        residency = open_residency(checkpoint, memory, policy, known, bandwidth)
         planner = None
         try:
             planner = known.planner(policy, config, memory.capacities, predict_every)

@@ -67,10 +67,9 @@ class Intake:
         if params.stop and self._tokenizer is None:
             raise RequestError("the model has no tokenizer, so stop strings cannot be found", param="stop")
         vocab_size = self._config.vocab_size
-        if beyond := [token for token in params.logit_bias if token >= vocab_size]:
-            raise RequestError(
-                f"logit_bias names token {beyond[0]}; the vocabulary has {vocab_size}", param="logit_bias"
-            )
+        for name, tokens in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            if beyond := [token for token in tokens if token >= vocab_size]:
+                raise RequestError(f"{name} names token {beyond[0]}; the vocabulary has {vocab_size}", param=name)
         seed = params.seed if params.seed is not None else int(self._seeds.integers(2**63))
         if task is None:
             task = self._classify(prompt, token_ids)

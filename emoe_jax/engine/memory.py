@@ -135,11 +135,14 @@ def dense_parameters(config: ModelConfig) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
 
 
-def parse_bandwidth(amount: str | float | None) -> float | None:
+def parse_bandwidth(amount: str | float | None, name: str = "link_bandwidth") -> float | None:
     """Bytes per second: a number, or text such as `2GiB`; None is no limit. Raises `ConfigError`."""
     if amount is None:
         return None
-    return float(parse_bytes("link_bandwidth", amount) if isinstance(amount, str) else amount)
+    bandwidth = float(parse_bytes(name, amount) if isinstance(amount, str) else amount)
+    if not bandwidth > 0:
+        raise ConfigError(f"{name} is {amount!r}; expected more than 0 bytes per second")
+    return bandwidth
 
 
 def parse_bytes(name: str, amount: str | int) -> int:

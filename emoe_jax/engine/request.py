@@ -109,7 +109,8 @@ class SamplingParams:
             if not isinstance(string, str) or not 0 < len(string) <= MAX_STOP_LENGTH:
                 raise RequestError(f"stop strings must have 1 to {MAX_STOP_LENGTH} characters", param="stop")
         if len(self.stop_token_ids) > MAX_STOP_STRINGS:
-            raise RequestError(f"stop_token_ids has {len(self.stop_token_ids)} ids; at most {MAX_STOP_STRINGS}", "stop")
+            message = f"stop_token_ids has {len(self.stop_token_ids)} ids; at most {MAX_STOP_STRINGS}"
+            raise RequestError(message, param="stop_token_ids")
         for token in self.stop_token_ids:
             _check_integer("stop_token_ids", token, 0, 2**31 - 1)
 

@@ -56,7 +56,7 @@ def capacities(
     """Slots of each MoE layer: as many as the budget buys, the same in every layer, at most all experts.
 
     `device_limit` is the device memory in bytes that the slab may take. Raises `CapacityError` when the budget does not
-    reach top-k slots per layer, or exceeds the device.
+    reach top-k slots per layer, or exceeds the device, `ConfigError` when it names more slots than a layer has experts.
     """
     num_layers, num_experts = len(config.moe_layers), config.num_experts
     if device_limit is not None and budget.kind == "bytes" and budget.amount > device_limit:
@@ -69,6 +69,8 @@ def capacities(
         slots = math.floor(budget.amount / (layout.nbytes * num_layers))
     else:
         slots = int(budget.amount)
+        if slots > num_experts:
+            raise ConfigError(f"expert memory of {budget} is more than all experts; a layer has {num_experts}")
     if slots < config.top_k:
         raise CapacityError(
             f"expert memory of {budget} gives {slots} expert slots per layer, but the model routes each token to "

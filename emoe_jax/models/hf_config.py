@@ -186,6 +186,13 @@ class HfConfig:
         """`num_key_value_heads`: null means one per query head, absence the family's default."""
         return self.optional_size("num_key_value_heads", default) or heads
 
+    def top_k(self, num_experts: int, default: int, key: str = "num_experts_per_tok") -> int:
+        """Experts per token, at most all of them."""
+        value = self.size(key, default)
+        if value > num_experts:
+            raise ConfigError(f"config.json: {key} is {value}; a layer has {num_experts} experts")
+        return value
+
     def token_ids(self, key: str, default: int | None = None) -> tuple[int, ...]:
         """Token ids of `key`: none when null, `default` when absent."""
         if key not in self._raw and default is not None:

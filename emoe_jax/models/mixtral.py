@@ -23,11 +23,12 @@ def _config(raw: Mapping[str, Any]) -> ModelConfig:
     layers = decoder["num_layers"]
     window = hf.optional_size("sliding_window")
     hf.ignore("router_jitter_noise")  # training only
+    num_experts = hf.size("num_local_experts", 8)
     config = ModelConfig(
         **decoder,
         num_kv_heads=hf.kv_heads(decoder["num_heads"], default=8),
-        num_experts=hf.size("num_local_experts", 8),
-        top_k=hf.size("num_experts_per_tok", 2),
+        num_experts=num_experts,
+        top_k=hf.top_k(num_experts, 2),
         expert_hidden=hf.size("intermediate_size"),
         moe_layers=tuple(range(layers)),
         sliding_windows=(window,) * layers,

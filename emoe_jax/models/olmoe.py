@@ -24,11 +24,12 @@ def _config(raw: Mapping[str, Any]) -> ModelConfig:
     hf.must_be("head_dim", decoder["hidden_size"] // decoder["num_heads"])
     bias = hf.get("attention_bias", bool, False)
     clip = hf.get("clip_qkv", (int, float))
+    num_experts = hf.size("num_experts", 64)
     config = ModelConfig(
         **decoder,
         num_kv_heads=hf.kv_heads(decoder["num_heads"]),
-        num_experts=hf.size("num_experts", 64),
-        top_k=hf.size("num_experts_per_tok", 8),
+        num_experts=num_experts,
+        top_k=hf.top_k(num_experts, 8),
         expert_hidden=hf.size("intermediate_size"),
         moe_layers=tuple(range(decoder["num_layers"])),
         qkv_bias=bias,

@@ -61,7 +61,8 @@ def _config(raw: Mapping[str, Any]) -> ModelConfig:
     hf = HfConfig("openmoe", raw, aliases=_SHORT_NAMES)
     layers, heads, hidden = hf.size("num_hidden_layers"), hf.size("num_attention_heads"), hf.size("hidden_size")
     interval = hf.size("moe_layer_interval")
-    top_k = hf.size("router_topk", 2)
+    num_experts = hf.size("num_experts")
+    top_k = hf.top_k(num_experts, 2, key="router_topk")
     if top_k > 2:
         raise ConfigError(f"config.json: router_topk = {top_k} is not supported by openmoe; supported: 1 or 2")
     hf.must_be("hidden_act", "swiglu")
@@ -80,7 +81,7 @@ def _config(raw: Mapping[str, Any]) -> ModelConfig:
         num_kv_heads=hf.kv_heads(heads),
         head_dim=hf.size("head_dim", max(1, hidden // heads)),
         max_position=hf.size("max_position_embeddings", 2048),
-        num_experts=hf.size("num_experts"),
+        num_experts=num_experts,
         top_k=top_k,
         expert_hidden=hf.size("intermediate_size"),
         dense_hidden=hf.size("intermediate_size"),

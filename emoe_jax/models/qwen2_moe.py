@@ -14,11 +14,12 @@ def _config(raw: Mapping[str, Any]) -> ModelConfig:
     hf = HfConfig("qwen2_moe", raw)
     decoder = hf.decoder(norm_eps=1e-6, max_position=32768)
     layers = decoder["num_layers"]
+    num_experts = hf.size("num_experts", 60)
     config = ModelConfig(
         **decoder,
         num_kv_heads=hf.kv_heads(decoder["num_heads"], default=16),
-        num_experts=hf.size("num_experts", 60),
-        top_k=hf.size("num_experts_per_tok", 4),
+        num_experts=num_experts,
+        top_k=hf.top_k(num_experts, 4),
         expert_hidden=hf.size("moe_intermediate_size", 1408),
         dense_hidden=hf.size("intermediate_size", 5632),
         shared_expert_hidden=hf.size("shared_expert_intermediate_size", 5632),

@@ -25,11 +25,12 @@ def _config(raw: Mapping[str, Any]) -> ModelConfig:
     bias = hf.get("attention_bias", bool, False)
     window = sliding_window(hf)
     hf.ignore("max_window_layers")  # written by transformers 4, which did not read it either
+    num_experts = hf.size("num_experts", 128)
     config = ModelConfig(
         **decoder,
         num_kv_heads=hf.kv_heads(decoder["num_heads"], default=4),
-        num_experts=hf.size("num_experts", 128),
-        top_k=hf.size("num_experts_per_tok", 8),
+        num_experts=num_experts,
+        top_k=hf.top_k(num_experts, 8),
         expert_hidden=hf.size("moe_intermediate_size", 768),
         dense_hidden=hf.size("intermediate_size", 6144),
         moe_layers=sparse_layers(hf, layers),

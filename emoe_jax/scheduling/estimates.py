@@ -53,15 +53,19 @@ class Estimates:
 
     def latest_start(self, sequence: Sequence) -> float:
         """When a waiting sequence must start to keep its deadlines; infinite when it has none."""
-        slo, start = sequence.slo, math.inf
+        return min(self.latest_starts(sequence).values(), default=math.inf)
+
+    def latest_starts(self, sequence: Sequence) -> dict[str, float]:
+        """When it must start to keep each of the deadlines that it has, by their names in `SLO`."""
+        slo, starts = sequence.slo, {}
         if slo.ttft_ms is None and slo.latency_ms is None:
-            return start
-        prefill = self.prefill(sequence)
+            return starts
+        started = sequence.arrival - self.prefill(sequence)
         if slo.ttft_ms is not None and sequence.first_token_at is None:
-            start = slo.ttft_ms / 1e3 - prefill - self.model.cost.step
+            starts["ttft_ms"] = started + slo.ttft_ms / 1e3 - self.model.cost.step
         if slo.latency_ms is not None:
-            start = min(start, slo.latency_ms / 1e3 - prefill - self.remaining(sequence) * self.pace)
-        return sequence.arrival + start
+            starts["latency_ms"] = started + slo.latency_ms / 1e3 - self.remaining(sequence) * self.pace
+        return starts
 
     def slack(self, sequence: Sequence, now: float) -> float:
         """How much later than expected a running sequence may end; infinite without a deadline for its end."""

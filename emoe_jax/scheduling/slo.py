@@ -190,10 +190,18 @@ class SloPolicy:
             start += min(estimates.remaining(other) for other in running) * estimates.pace
         start += sum(estimates.work(other) for other in self._queue if estimates.latest_start(other) <= latest_start)
         if start > latest_start:
-            raise SloUnattainable(
-                f"the deadlines need a start {max(0.0, latest_start - now) * 1e3:.0f} ms from now; "
-                f"the earliest is expected in {(start - now) * 1e3:.0f} ms"
-            )
+            starts = estimates.latest_starts(sequence)
+            name = min(starts, key=starts.__getitem__)
+            deadline = getattr(sequence.slo, name)
+            expected = _round_up(deadline + 1e3 * (start - latest_start))
+            event = "the first token" if name == "ttft_ms" else "the end of the answer"
+            raise SloUnattainable(f"{name} of {deadline} cannot be kept: {event} is expected after {expected} ms")
+
+
+def _round_up(number: float) -> str:
+    """A positive number to three digits, never less than it is."""
+    unit = 10.0 ** (math.floor(math.log10(number)) - 2)
+    return f"{math.ceil(number / unit) * unit:.12g}"
 
 
 class _Guard:

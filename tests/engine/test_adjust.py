@@ -107,6 +107,9 @@ def test_absurd_values_are_refused(given: dict[str, Any], param: str) -> None:
     assert error.value.param == param
 
 
-def test_a_bias_beyond_the_vocabulary_is_refused(engine_of: EngineFactory) -> None:
-    with pytest.raises(RequestError, match="logit_bias names token 61; the vocabulary has 61"):
-        engine_of(expert_memory="100%").add_request("a", PROMPT, SamplingParams(logit_bias={61: 1}))
+@pytest.mark.parametrize("given", [{"logit_bias": {61: 1}}, {"stop_token_ids": [60, 61]}])
+def test_tokens_beyond_the_vocabulary_are_refused(engine_of: EngineFactory, given: dict[str, Any]) -> None:
+    (param,) = given
+    with pytest.raises(RequestError, match=f"{param} names token 61; the vocabulary has 61") as error:
+        engine_of(expert_memory="100%").add_request("a", PROMPT, SamplingParams(**given))
+    assert error.value.param == param

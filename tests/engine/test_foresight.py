@@ -115,7 +115,7 @@ def test_layers_that_spread_get_more_slots(tiny_checkpoint: Path, tmp_path: Path
     ("options", "message"),
     [
         ({"predict_every": 0}, "predict_every"),
-        ({"link_bandwidth": 0.0}, "link bandwidth"),
+        ({"link_bandwidth": 0.0}, "link_bandwidth is 0.0"),
         ({"link_bandwidth": "fast"}, "link_bandwidth"),
         ({"policy": "belady"}, "unknown residency policy"),
         ({"policy": "next-layer-router"}, "learned from a trace"),
@@ -128,6 +128,11 @@ def test_bad_options_are_refused_by_name(tiny_checkpoint: Path, options: dict, m
     assert "\n" not in str(caught.value)
     if "predictor" not in options:
         assert isinstance(caught.value, ConfigError)
+
+
+def test_a_bandwidth_is_checked_before_anything_is_read() -> None:
+    with pytest.raises(ConfigError, match="link_bandwidth 'fast' is not an amount of bytes"):
+        Engine.load("/nonexistent", link_bandwidth="fast")
 
 
 def test_a_profile_of_another_model_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ LAYOUT = ExpertLayout.of(CONFIG, "float32")  # 96 KiB per expert, 384 KiB for on
         ("8 slots", 8),
         ("8", 8),
         (" 2 Slots ", 2),
-        ("99", 16),
+        ("16 slots", 16),
         ("1MiB", 2),
         ("1.5MiB", 4),
         ("4 mib", 10),
@@ -53,6 +53,12 @@ def test_budgets(text: str, slots: int):
 def test_what_is_no_budget_is_refused(text: str):
     with pytest.raises(ConfigError, match="expert memory"):
         parse_expert_memory(text)
+
+
+@pytest.mark.parametrize("text", ["17", "99 slots"])
+def test_more_slots_than_experts_are_refused(text: str):
+    with pytest.raises(ConfigError, match=r"slots is more than all experts; a layer has 16$"):
+        capacities(CONFIG, LAYOUT, parse_expert_memory(text))
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,7 @@ REFUSED = [
     (MIXTRAL, {"hidden_size": None}, "hidden_size is missing"),
     (MIXTRAL, {"num_local_experts": True}, "num_local_experts is True; expected int"),
     (MIXTRAL, {"num_experts": 4}, "num_experts = 4 contradicts num_local_experts = 6"),
-    (MIXTRAL, {"num_experts_per_tok": 7}, "top-k of 7 does not fit 6 experts"),
+    (MIXTRAL, {"num_experts_per_tok": 7}, "config.json: num_experts_per_tok is 7; a layer has 6 experts"),
     (MIXTRAL, {"num_key_value_heads": 3}, "4 query heads are not a multiple of 3 kv heads"),
     (MIXTRAL, {"head_dim": 9}, "head_dim is 9; rotary positions need an even size"),
     (MIXTRAL, {"sliding_window": 0}, "sliding_window is 0"),
