@@ -43,8 +43,13 @@ class JsonRequest(Request):
         return b"".join(chunks)
 
     async def json(self) -> Any:
+        body = await self.body()
         try:
-            return pydantic_core.from_json(await self.body(), allow_inf_nan=False)
+            body.decode()
+            return pydantic_core.from_json(body, allow_inf_nan=False)
+        except UnicodeDecodeError as error:
+            message = f"the request body is not UTF-8: {error.reason} at byte {error.start}"
+            raise ApiError(400, message, code="invalid_json") from None
         except ValueError as error:
             raise ApiError(400, f"the request body is not valid JSON: {error}", code="invalid_json") from None
 

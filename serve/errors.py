@@ -81,10 +81,21 @@ def describe_validation(errors: Sequence[Any]) -> tuple[str, str | None]:
     """Message and field of pydantic's first complaint. The offending value is not repeated: it may be a prompt."""
     first = errors[0]
     param = field_path(first["loc"])
-    if first["type"] == "missing" and param is None:
-        return "the request body is empty; expected a JSON object", None
-    reason = first["msg"].removeprefix("Value error, ")
-    return (f"{param}: {reason}" if param else reason), param
+    if param is None:
+        return "the body must be a JSON object", None
+    match first["type"]:
+        case "missing":
+            return f"{param} is missing", param
+        case "too_short" if first["ctx"]["actual_length"] == 0:
+            return f"{param} must not be empty", param
+        case "too_long":
+            return f"{param} has too many elements; at most {first['ctx']['max_length']} are taken", param
+        case "model_type" | "model_attributes_type" | "dict_type":
+            return f"{param} must be an object", param
+        case "value_error" if first["msg"].startswith("Value error, must be "):
+            return f"{param} {first['msg'].removeprefix('Value error, ')}", param
+    reason = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    return f"{param}: {reason}", param
 
 
 def field_path(location: Sequence[str | int]) -> str | None:

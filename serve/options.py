@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from emoe_jax.engine.memory import parse_bytes
+from emoe_jax.engine.memory import parse_bandwidth, parse_bytes
 from emoe_jax.engine.request import RoutingContract
 from emoe_jax.errors import ConfigError
 from emoe_jax.experts.budget import parse_expert_memory
@@ -67,8 +67,11 @@ class _Help(argparse.HelpFormatter):
 class _Parser(argparse.ArgumentParser):
     """Reports a mistake in one line, without the usage text."""
 
+    where = ""
+    """What goes before a message: the file that arguments are from."""
+
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {self.where}{message}", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -165,7 +168,12 @@ def _build_parser() -> _Parser:
         help="tells which experts a prompt will use; auto is the model's own; or none",
     )
     add("--predict-every", type=_integer(1), default=40, help="prompts from one prediction to the next")
-    add("--link-bandwidth", metavar="SIZE", help="bytes per second that background loads may take, for example 2GiB")
+    add(
+        "--link-bandwidth",
+        type=_bandwidth,
+        metavar="SIZE",
+        help="bytes per second that background loads may take, for example 2GiB",
+    )
     add(
         "--load-wait-ms",
         type=_integer(0, 60_000),
@@ -190,7 +198,12 @@ def _build_parser() -> _Parser:
         metavar="URL",
         help="OpenTelemetry collector that spans go to, one per request, for example http://localhost:4318",
     )
-    add("--shutdown-timeout", type=_seconds, default=30.0, help="seconds that running requests get after SIGTERM")
+    add(
+        "--shutdown-timeout",
+        type=_seconds,
+        default=30.0,
+        help="seconds that running requests get after SIGTERM or Ctrl-C; a second signal ends the wait",
+    )
     add("--config", metavar="FILE", help="YAML file with any of these options, by the same names")
     return parser
 
@@ -224,6 +237,14 @@ def _amount(text: str) -> str:
 def _bytes(text: str) -> str:
     try:
         parse_bytes("the amount", text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _bandwidth(text: str) -> str:
+    try:
+        parse_bandwidth(text, "the amount")
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
@@ -270,27 +291,33 @@ def _join_negatives(arguments: Sequence[str]) -> list[str]:
 
 def _config_arguments(parser: _Parser, path: Path) -> list[str]:
     """The file as command-line arguments, so that both are checked by the same rules."""
+    parser.where = f"--config {path}: "
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        parser.error(f"--config {path}: {getattr(error, 'strerror', None) or 'not a UTF-8 text file'}")
+        parser.error(getattr(error, "strerror", None) or "not a UTF-8 text file")
     except yaml.YAMLError as error:
-        parser.error(f"--config {path}: not valid YAML: {' '.join(str(error).split())}")
-    if content is None:
-        return []
+        parser.error(f"not valid YAML: {' '.join(str(error).split())}")
+    content = {} if content is None else content
     if not isinstance(content, dict):
-        parser.error(f"--config {path}: expected a mapping of options, found {type(content).__name__}")
+        parser.error(f"expected a mapping of options, found {type(content).__name__}")
     known = {field.name: field.type for field in dataclasses.fields(Options)}
     arguments: list[str] = []
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            parser.error(f"--config {path}: unknown option {str(key)!r}")
+            parser.error(f"unknown option {str(key)!r}")
         flag = name.replace("_", "-")
-        if known[name] is bool and isinstance(value, bool):
-            arguments.append(f"--{flag}" if value else f"--no-{flag}")
-        elif value is not None:
+        if value is None:
+            continue
+        if known[name] is not bool:
             arguments += _as_arguments(f"--{flag}", value)
+        elif isinstance(value, bool):
+            arguments.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            parser.error(f"{flag} is {str(value)[:40]!r}; expected true or false")
+    parser.parse_args(arguments)  # what is wrong with them is the file's mistake
+    parser.where = ""
     return arguments
 
 

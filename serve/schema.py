@@ -1,10 +1,12 @@
 """Request bodies. Names, defaults and meaning are OpenAI's, with vLLM's additions; `emoe` is ours."""
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticKnownError
 
 from emoe_jax.engine.request import (
     MAX_LOGIT_BIAS,
@@ -17,7 +19,7 @@ from emoe_jax.engine.request import (
     SamplingParams,
 )
 from emoe_jax.errors import RequestError
-from serve.strict import StrictModel
+from serve.strict import ClosedModel, StrictModel
 from serve.structured import StructuredRequest
 
 MAX_INT32 = 2**31 - 1
@@ -38,23 +40,44 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 Positive = Annotated[float, Field(gt=0, le=1e9)]
 
 
-def _is_token_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(type(token) is int and 0 <= token <= MAX_INT32 for token in value)
+def _found(value: Any) -> str:
+    """What a message says of a JSON value. Texts are not repeated: they may be prompts."""
+    if isinstance(value, str):
+        return "a string"
+    if isinstance(value, list):
+        return "a list"
+    if isinstance(value, dict):
+        return "an object"
+    if type(value) is int and abs(value) > MAX_INT32:
+        return "an integer beyond 32 bits"
+    return json.dumps(value)
+
+
+def _check_token_ids(tokens: list[Any], of: str = "") -> None:
+    """`of` names the list where it is one of several."""
+    for position, token in enumerate(tokens):
+        if type(token) is not int or not 0 <= token <= MAX_INT32:
+            raise ValueError(f"element {position}{of} is {_found(token)}; token ids are integers from 0")
 
 
 def _prompt_list(value: Any) -> list[Prompt]:
     """Any of OpenAI's four shapes of `prompt` as a list of strings or of token-id lists."""
     if isinstance(value, list) and len(value) > MAX_PROMPT_TOKENS:
         raise ValueError(f"has {len(value)} elements; at most {MAX_PROMPT_TOKENS} are read")
-    if isinstance(value, str) or (_is_token_ids(value) and value):
+    if isinstance(value, list) and value and isinstance(value[0], int | float):
+        _check_token_ids(value)
         value = [value]
-    if not isinstance(value, list) or not value:
+    elif isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list) or not value or not isinstance(value[0], str | list):
         raise ValueError("must be a non-empty string, list of token ids, list of strings or list of lists of token ids")
     if len(value) > MAX_PROMPTS:
-        raise ValueError(f"has {len(value)} elements, not all token ids; at most {MAX_PROMPTS} prompts are taken")
+        raise ValueError(f"has {len(value)} elements; at most {MAX_PROMPTS} prompts are taken")
     for position, prompt in enumerate(value):
-        if not (isinstance(prompt, str) or _is_token_ids(prompt)):
-            raise ValueError(f"element {position} is neither a string nor a list of token ids")
+        if type(prompt) is not type(value[0]):
+            raise ValueError(f"element {position} is {_found(prompt)}, but element 0 is {_found(value[0])}")
+        if isinstance(prompt, list):
+            _check_token_ids(prompt, f" of prompt {position}")
         if not prompt:
             raise ValueError("is empty" if len(value) == 1 else f"element {position} is empty")
     return value
@@ -66,7 +89,9 @@ def _stop_list(value: Any) -> list[str] | None:
     strings = [value] if isinstance(value, str) else value
     if not isinstance(strings, list) or len(strings) > MAX_STOP_STRINGS:
         raise ValueError(f"must be a string or a list of at most {MAX_STOP_STRINGS} strings")
-    if not all(isinstance(string, str) and 0 < len(string) <= MAX_STOP_LENGTH for string in strings):
+    if not all(isinstance(string, str) for string in strings):
+        raise ValueError("must be strings")
+    if not all(0 < len(string) <= MAX_STOP_LENGTH for string in strings):
         raise ValueError(f"strings must have 1 to {MAX_STOP_LENGTH} characters")
     return strings
 
@@ -96,10 +121,8 @@ def _joined_content(value: Any) -> str:
     return "\n".join(part["text"] for part in value)
 
 
-class SloRequest(StrictModel):
+class SloRequest(ClosedModel):
     """Deadlines of one request, milliseconds from its arrival; a `strict` one is refused if they cannot be kept."""
-
-    model_config = ConfigDict(extra="forbid")
 
     ttft_ms: Positive | None = None
     latency_ms: Positive | None = None
@@ -123,10 +146,8 @@ class SloHeaders(BaseModel):
         )
 
 
-class EmoeRequest(StrictModel):
+class EmoeRequest(ClosedModel):
     """The request extension: task type, routing contract, deadlines. Here unknown fields are refused."""
-
-    model_config = ConfigDict(extra="forbid")
 
     task: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     routing: RoutingContract | None = None
@@ -145,6 +166,7 @@ class SamplingRequest(StructuredRequest):
     refused: ClassVar[Refused] = {
         "allowed_token_ids": (),
         "bad_words": ([],),
+        "best_of": (1,),
         "guided_grammar": (),
         "include_stop_str_in_output": (False,),
         "length_penalty": (1,),
@@ -214,7 +236,7 @@ class SamplingRequest(StructuredRequest):
 class CompletionRequest(SamplingRequest):
     """Body of `/v1/completions`."""
 
-    refused: ClassVar[Refused] = {**SamplingRequest.refused, "best_of": (1,), "prompt_embeds": (), "suffix": ("",)}
+    refused: ClassVar[Refused] = {**SamplingRequest.refused, "prompt_embeds": (), "suffix": ("",)}
 
     prompt: Annotated[
         list[str] | list[list[int]],
@@ -244,8 +266,20 @@ class TextPart(StrictModel):
 
 class ChatMessage(StrictModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str, BeforeValidator(_joined_content, json_schema_input_type=str | list[TextPart] | None)] = ""
+    content: Annotated[
+        str,
+        Field(default=None, validate_default=True),
+        BeforeValidator(_joined_content, json_schema_input_type=str | list[TextPart] | None),
+    ]
     name: str | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _require_content(cls, value: Any, info: ValidationInfo) -> Any:
+        """Of users, that is: an assistant may have said nothing."""
+        if value is None and info.data.get("role") == "user":
+            raise PydanticKnownError("missing")
+        return value
 
     @model_validator(mode="before")
     @classmethod

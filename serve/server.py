@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ from fastapi import FastAPI
 
 from emoe_jax.errors import ConfigError
 from serve.worker import EngineWorker
+
+log = logging.getLogger("serve")
 
 FORCED_SECONDS = 2
 """What connections get after the drain to send their last bytes before they are cut."""
@@ -64,11 +67,21 @@ class Server(uvicorn.Server):
         self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._worker.requests:
+            log.info(
+                "shutting down: waiting up to %g s for %s; Ctrl-C again to stop now",
+                self._shutdown_timeout,
+                _count(self._worker.requests),
+            )
+        else:
+            log.info("shutting down")
         drain = asyncio.ensure_future(self._worker.drain(self._shutdown_timeout))
         try:
             await super().shutdown(sockets)
         finally:
+            cut = drain.result() if drain.done() else 0
             drain.cancel()
+            log.info("shut down" + (f" without finishing {_count(cut)}" if cut else ""))
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -86,3 +99,7 @@ class Server(uvicorn.Server):
             self.force_exit = self._worker.hurried
             self._worker.hurried = True
         self.should_exit = True
+
+
+def _count(requests: int) -> str:
+    return f"{requests} request{'s' * (requests != 1)}"

@@ -2,11 +2,11 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from emoe_jax.engine.structured import StructuredOutputsParams
 from emoe_jax.errors import RequestError
-from serve.strict import StrictModel
+from serve.strict import ClosedModel, StrictModel
 
 Schema = str | dict[str, Any]
 MAX_CHOICES = 4096
@@ -34,10 +34,8 @@ class ResponseFormat(StrictModel):
         return self
 
 
-class StructuredOutputs(StrictModel):
+class StructuredOutputs(ClosedModel):
     """vLLM's. Here unknown fields are refused."""
-
-    model_config = ConfigDict(extra="forbid")
 
     json_schema: Schema | None = Field(None, alias="json")
     regex: str | None = None

@@ -73,7 +73,9 @@ class TextCodec:
         return await self._run(lambda: tokenizer.chat(messages, add_generation_prompt))
 
     async def decode(self, ids: list[int], param: str) -> str:
-        tokenizer = self._required(param)
+        tokenizer = self._tokenizer
+        if tokenizer is None:
+            raise RequestError("this model has no tokenizer, so its token ids have no text", param=param)
         if any(token >= self.vocab_size for token in ids):
             raise RequestError(f"token ids must be below the vocabulary size of {self.vocab_size}", param)
         return await self._run(lambda: tokenizer.decode(ids, skip_special_tokens=False))

@@ -177,7 +177,13 @@ class EngineWorker:
         return self._thread.is_alive() and self._failed_steps < UNHEALTHY_AFTER_FAILED_STEPS
 
     @property
+    def requests(self) -> int:
+        """HTTP requests that the engine has not answered in full."""
+        return len(self._live)
+
+    @property
     def unfinished(self) -> int:
+        """Prompts of those requests that are not finished."""
         return sum(generation.unfinished for generation in self._live)
 
     def submit(self, submissions: Sequence[Submission], stats: RequestStats) -> Generation:
@@ -219,13 +225,17 @@ class EngineWorker:
         finally:
             self._calls.discard(future)
 
-    async def drain(self, timeout: float) -> None:
-        """Refuse new work and wait for the old; after `timeout` seconds, or once `hurried`, fail what is left."""
+    async def drain(self, timeout: float) -> int:
+        """Refuse new work and wait for the old; after `timeout` seconds, or once `hurried`, fail what is left: so many
+        requests.
+        """
         self._draining = True
         deadline = asyncio.get_running_loop().time() + timeout
         while self._live and not self.hurried and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.02)
+        left = self.requests
         self._fail_everything(Unavailable("the server is shutting down"))
+        return left
 
     def stop(self, timeout: float = 3.0) -> bool:
         """End the thread after its current step; False when it did not end in time. May be called again."""

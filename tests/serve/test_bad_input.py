@@ -113,6 +113,7 @@ def test_bad_values_name_their_field(client: httpx.Client, path: str, param: str
         (COMPLETIONS, {"prompt": "hi", "suffix": "x"}, "suffix"),
         (COMPLETIONS, {"prompt": "hi", "echo": True, "max_tokens": 0, "stream": True}, "max_tokens"),
         (CHAT, {"messages": HELLO, "echo": True}, "echo"),
+        (CHAT, {"messages": HELLO, "best_of": 3}, "best_of"),
         (COMPLETIONS, {"prompt": "hi", "emoe": {"tsak": "qa"}}, "emoe.tsak"),
         (COMPLETIONS, {"prompt": "hi", "emoe": {"routing": "best"}}, "emoe.routing"),
         (COMPLETIONS, {"prompt": "hi", "emoe": {"slo": {"ttft_ms": -1}}}, "emoe.slo.ttft_ms"),
@@ -141,9 +142,54 @@ def test_bad_bodies_name_the_field(client: httpx.Client, path: str, body: Any, p
     assert error_of(client.post(path, json=body), 400)["param"] == param
 
 
-@pytest.mark.parametrize("body", [b"[]", b'"x"', b"5", b"null"])
-def test_a_body_that_is_no_object(client: httpx.Client, body: bytes) -> None:
-    error_of(client.post(CHAT, content=body, headers={"content-type": "application/json"}), 400)
+@pytest.mark.parametrize(
+    ("path", "body", "param", "message"),
+    [
+        (COMPLETIONS, {"prompt": [5, "a"]}, "prompt", "element 1 is a string; token ids are integers from 0"),
+        (COMPLETIONS, {"prompt": [-1]}, "prompt", "element 0 is -1; token ids are integers from 0"),
+        (COMPLETIONS, {"prompt": [1.5]}, "prompt", "element 0 is 1.5; token ids are integers from 0"),
+        (COMPLETIONS, {"prompt": [True]}, "prompt", "element 0 is true; token ids are integers from 0"),
+        (COMPLETIONS, {"prompt": [2**40]}, "prompt", "element 0 is an integer beyond 32 bits"),
+        (COMPLETIONS, {"prompt": [[1], [2, None]]}, "prompt", "element 1 of prompt 1 is null"),
+        (COMPLETIONS, {"prompt": ["a", [5]]}, "prompt", "element 1 is a list, but element 0 is a string"),
+        (COMPLETIONS, {"prompt": "a", "stop": [1]}, "stop", "stop must be strings"),
+        (COMPLETIONS, {"prompt": "a", "emoe": {"foo": 1}}, "emoe.foo", "allowed are task, routing, slo"),
+        (
+            COMPLETIONS,
+            {"prompt": "a", "structured_outputs": {"x": 1}},
+            "structured_outputs.x",
+            "allowed are json, regex",
+        ),
+        (COMPLETIONS, {"prompt": "a", "emoe": []}, "emoe", "emoe must be an object"),
+        (COMPLETIONS, {}, "prompt", "prompt is missing"),
+        (CHAT, {"messages": []}, "messages", "messages must not be empty"),
+        (CHAT, {"messages": [{"role": "user"}]}, "messages[0].content", "messages[0].content is missing"),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": None}]},
+            "messages[0].content",
+            "messages[0].content is missing",
+        ),
+        (CHAT, {"messages": HELLO, "temperature": "hot"}, "temperature", "temperature: must be a valid number"),
+    ],
+)
+def test_messages_say_what_is_wrong(client: httpx.Client, path: str, body: Any, param: str, message: str) -> None:
+    error = error_of(client.post(path, json=body), 400)
+    assert error["param"] == param
+    assert message in error["message"]
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/tokenize"])
+@pytest.mark.parametrize("body", [b"[]", b'"x"', b"5", b"null", b""])
+def test_a_body_that_is_no_object(client: httpx.Client, path: str, body: bytes) -> None:
+    error = error_of(client.post(path, content=body, headers={"content-type": "application/json"}), 400)
+    assert error["message"] == "the body must be a JSON object"
+
+
+def test_a_body_that_is_not_utf_8(client: httpx.Client) -> None:
+    headers = {"content-type": "application/json; charset=latin-1"}
+    error = error_of(client.post(COMPLETIONS, content='{"prompt": "für"}'.encode("latin-1"), headers=headers), 400)
+    assert error["message"] == "the request body is not UTF-8: invalid start byte at byte 13"
 
 
 @pytest.mark.parametrize(

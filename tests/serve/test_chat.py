@@ -51,6 +51,11 @@ def test_text_parts_are_joined(client: httpx.Client) -> None:
     assert FakeTokenizer().decode(answer["prompt_token_ids"]) == "system:;user:hel\nlo;assistant:"
 
 
+def test_an_assistant_may_have_said_nothing(client: httpx.Client) -> None:
+    answer = chat(client, messages=[*HELLO, {"role": "assistant"}, *HELLO], return_token_ids=True)
+    assert FakeTokenizer().decode(answer["prompt_token_ids"]) == "user:hello;assistant:;user:hello;assistant:"
+
+
 def test_streams(client: httpx.Client) -> None:
     events = events_of(client, "/v1/chat/completions", messages=HELLO, max_tokens=3, n=2, stream=True)
     for event in events:

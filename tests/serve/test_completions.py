@@ -188,3 +188,6 @@ def test_a_model_without_tokenizer_takes_and_returns_ids(start_server: StartServ
         refused = client.post("/v1/completions", json={"prompt": "hi"})
         assert refused.status_code == 400
         assert ErrorResponse.model_validate_json(refused.text).error.param == "prompt"
+        for path, body in (("/detokenize", {"tokens": [5]}), ("/v1/completions", {"prompt": [5], "echo": True})):
+            error = ErrorResponse.model_validate_json(client.post(path, json=body).text).error
+            assert error.message == "this model has no tokenizer, so its token ids have no text"

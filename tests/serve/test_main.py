@@ -1,6 +1,7 @@
 """Mistakes on the command line: one line on stderr, status 2."""
 
 import asyncio
+import logging
 import socket
 import threading
 import time
@@ -45,8 +46,11 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--expert-memory", "0"], "--expert-memory: '0' is nothing"),
         (["--expert-memory", "-5%"], "--expert-memory: the amount '-5%'"),
         (["--expert-memory", "much"], "--expert-memory: the amount 'much'"),
+        (["--expert-memory", "9999 slots"], "--expert-memory of 9999 slots is more than all experts; a layer has "),
         (["--expert-memory", "1%"], "--expert-memory of 1% gives 0 expert slots"),
         (["--host-memory", "40%"], "--host-memory: the amount '40%' is not an amount of bytes"),
+        (["--link-bandwidth", "fast"], "--link-bandwidth: the amount 'fast' is not an amount of bytes"),
+        (["--link-bandwidth", "0GiB"], "--link-bandwidth: the amount is '0GiB'"),
         (["--record-traces", "trace.csv"], "--record-traces: trace.csv"),
         (["--record-traces", "/nonexistent/trace.npz"], "--record-traces: /nonexistent/trace.npz"),
         (["--model", ""], "--model"),
@@ -79,7 +83,9 @@ def test_mistakes_are_named(capsys: pytest.CaptureFixture[str], arguments: list[
         ("- 4", "mapping"),
         ("a: [", "YAML"),
         ("config: other.yaml", "config"),
-        ("prefix-caching: maybe", "--prefix-caching"),
+        ("port: 70000", "argument --port: '70000' is not an integer between"),
+        ("api-key: [a, '']", "--api-key"),
+        ("prefix-caching: maybe", "prefix-caching is 'maybe'; expected true or false"),
     ],
 )
 def test_mistakes_in_the_configuration_file_are_named(
@@ -87,7 +93,17 @@ def test_mistakes_in_the_configuration_file_are_named(
 ) -> None:
     path = tmp_path / "serve.yaml"
     path.write_text(content, encoding="utf-8")
-    assert named in fails(capsys, "--config", str(path))
+    message = fails(capsys, "--config", str(path))
+    assert message.startswith(f"error: --config {path}: ")
+    assert named in message
+
+
+def test_mistakes_beside_a_configuration_file_are_not_the_file_s(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text("port: 0\n", encoding="utf-8")
+    assert fails(capsys, "--config", str(path), "--seed", "x").startswith("error: argument --seed: ")
 
 
 def test_flags_win_over_the_configuration_file(tmp_path: Path) -> None:
@@ -139,7 +155,8 @@ def test_errors_of_the_engine_name_flags(message: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize("timeout", [0.0, 0.3])
-def test_shutdown_fails_what_does_not_finish_in_time(timeout: float) -> None:
+def test_shutdown_fails_what_does_not_finish_in_time(timeout: float, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "serve")
     engine = FakeEngine(FakeTokenizer())
     engine.gate.clear()
     worker = EngineWorker(engine, 10)
@@ -171,3 +188,8 @@ def test_shutdown_fails_what_does_not_finish_in_time(timeout: float) -> None:
     assert answers[0].status_code == 503
     assert answers[0].json()["error"]["message"] == "the server is shutting down"
     assert not engine.running
+    told = [message for message in caplog.messages if message.startswith("shut")]
+    assert told == [
+        f"shutting down: waiting up to {timeout:g} s for 1 request; Ctrl-C again to stop now",
+        "shut down without finishing 1 request",
+    ]

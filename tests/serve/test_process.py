@@ -193,9 +193,11 @@ def test_sigterm_lets_running_requests_finish(server: ServerProcess, http: httpx
     printed = "".join(server.output)
     assert "Traceback" not in printed
     assert "hello" not in printed, "prompts must not be logged"
-    requests = [json.loads(line) for line in server.output if line.startswith("{")]
-    assert requests[-1]["route"] == "/v1/completions"
-    assert requests[-1]["completion_tokens"] == 200
+    *_, waiting, request, end = (json.loads(line) for line in server.output if line.startswith("{"))
+    assert waiting["message"] == "shutting down: waiting up to 30 s for 1 request; Ctrl-C again to stop now"
+    assert request["route"] == "/v1/completions"
+    assert request["completion_tokens"] == 200
+    assert end["message"] == "shut down"
 
 
 @pytest.mark.skipif(not (DEMO_MODEL / "config.json").is_file(), reason="the demo model has not been trained")

@@ -60,7 +60,7 @@ def test_headers_are_documented(client: httpx.Client) -> None:
 
 def test_deadlines_that_cannot_be_kept(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
-        raise SloUnattainable("the deadlines need a start 0 ms from now")
+        raise SloUnattainable("ttft_ms of 1 cannot be kept: the first token is expected after 20 ms")
 
     monkeypatch.setattr(FakeEngine, "add_request", refuse)
     with start_server(FakeEngine(FakeTokenizer())) as client:
