@@ -12,7 +12,10 @@ from emoe_jax.predictor import Predictor
 from emoe_jax.tasks import OTHER
 
 REFIT_EVERY = 128
-"""Finished prompts after which the predictor's prior learns from them."""
+"""Finished prompts after which the predictor's prior may learn from them."""
+
+LEARNING_SHARE = 0.01
+"""Of the time that passes: the most that learning may take, a second being assumed for the first."""
 
 
 class Question(NamedTuple):
@@ -50,6 +53,7 @@ class Forecaster:
         self._refit_every = refit_every
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="expert-predictor")
         self._job: Future[Forecast] | None = None
+        self._learn_after = time.monotonic() + 1 / LEARNING_SHARE
 
     def warm_up(self) -> None:
         """Compile what a prediction runs; waits for it."""
@@ -86,8 +90,11 @@ class Forecaster:
         began = time.perf_counter()
         for prompt in finished:
             self._predictor.observe(prompt.task, prompt.counts, prompt.embedding)
-        if self._predictor.num_unlearned >= self._refit_every:
+        if self._predictor.num_unlearned >= self._refit_every and time.monotonic() >= self._learn_after:
+            before = time.monotonic()
             self._predictor.refit()
+            after = time.monotonic()
+            self._learn_after = after + (after - before) / LEARNING_SHARE
         shares = {
             question.request_id: self._predictor.predict(question.task, question.embedding) for question in questions
         }

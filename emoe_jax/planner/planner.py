@@ -21,7 +21,7 @@ from emoe_jax.tasks import OTHER, TaskProfile
 UNKNOWN_OUTPUT_TOKENS = 64.0
 """Expected answer length where no task was profiled."""
 
-MOST_QUESTIONS = 32
+MOST_QUESTIONS = 16
 """Prompts predicted at once, the first to have come; more would keep the thread busy for long."""
 
 

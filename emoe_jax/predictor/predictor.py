@@ -141,6 +141,7 @@ class Predictor:
         self.history = self.history.after(counts)
         early = counts if first is None else first
         self._observed.append(Prompts((task,), self._embedding(embedding), counts[None], early[None]))
+        del self._observed[:-MAX_MEMORY]
 
     @property
     def num_unlearned(self) -> int:

@@ -1,3 +1,4 @@
+import contextlib
 import time
 from typing import Any
 
@@ -6,6 +7,7 @@ import pytest
 
 from emoe_jax.errors import ConfigError
 from emoe_jax.planner import ResidencyPlanner
+from emoe_jax.planner.forecaster import Forecaster
 from emoe_jax.planner.judges import Drift, Gate, best_experts
 from emoe_jax.tasks import Task, TaskProfile
 
@@ -46,6 +48,23 @@ class FakePredictor:
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
+
+
+def test_learning_takes_a_small_share_of_the_time(monkeypatch):
+    predictor, refits = FakePredictor(QA), []
+    predictor.num_unlearned = 1000
+    monkeypatch.setattr(FakePredictor, "refit", lambda _: (time.sleep(0.02), refits.append(1)), raising=False)
+
+    def ask(forecaster: Forecaster, times: int) -> None:
+        for _ in range(times):
+            forecaster.warm_up()
+
+    with contextlib.closing(Forecaster(predictor)) as forecaster:
+        ask(forecaster, 3)  # within the first second or so
+        assert refits == []
+        forecaster._learn_after = 0.0
+        ask(forecaster, 3)
+        assert refits == [1]  # the next may come after two seconds
 
 
 def planner_of(predictor: Any = None, **options: Any) -> ResidencyPlanner:
