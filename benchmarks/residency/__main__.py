@@ -135,9 +135,9 @@ def replay_trace(given: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _cost(expert_bytes: str, link_bandwidth: str) -> dict[str, float]:
-    size, bandwidth = parse_bytes("expert bytes", expert_bytes), parse_bandwidth(link_bandwidth)
-    if size < 1 or not bandwidth:
-        raise ConfigError(f"--expert-bytes {expert_bytes} and --link-bandwidth {link_bandwidth} must be more than 0")
+    size, bandwidth = parse_bytes("--expert-bytes", expert_bytes), parse_bandwidth(link_bandwidth, "--link-bandwidth")
+    if size < 1 or bandwidth is None:
+        raise ConfigError(f"--expert-bytes is {expert_bytes}; it must be more than 0")
     return {"expert_bytes": float(size), "link_bandwidth": bandwidth}
 
 

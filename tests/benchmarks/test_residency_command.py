@@ -56,7 +56,7 @@ def test_slots_are_whole_and_at_least_top_k():
         (["--trace", "missing.npz"], "missing.npz: no such trace file"),
         (["--predict-every", "0"], "--predict-every is 0; it must be at least 1"),
         (["--concurrency", "8", "0"], "--concurrency is 0; it must be at least 1"),
-        (["--link-bandwidth", "0GB"], "--link-bandwidth 0GB must be more than 0"),
+        (["--link-bandwidth", "0GB"], "--link-bandwidth is '0GB'; expected more than 0"),
         (["--link-bandwidth", "fast"], "'fast' is not an amount of bytes"),
         (["--predictor", "nowhere"], "nowhere"),
     ],
