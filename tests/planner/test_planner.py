@@ -59,7 +59,8 @@ def test_learning_takes_a_small_share_of_the_time(monkeypatch):
         for _ in range(times):
             forecaster.warm_up()
 
-    with contextlib.closing(Forecaster(predictor)) as forecaster:
+    learner: Any = predictor
+    with contextlib.closing(Forecaster(learner)) as forecaster:
         ask(forecaster, 3)  # within the first second or so
         assert refits == []
         forecaster._learn_after = 0.0
