@@ -75,11 +75,11 @@ def test_a_restricted_row_is_routed_to_the_number_of_experts_it_may_use(config):
 
     @jax.jit
     def routed(restriction):
-        model, rows = (
-            objective.decoder(config, parameters.dense),
-            [jnp.asarray(x) for x in (tokens, positions, documents)],
-        )
-        return objective.packed_forward(model, parameters.experts, *rows, lambda rows, *_: rows, restriction)[1]
+        model = objective.decoder(config, parameters.dense)
+        read, placed, of = jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(documents)
+        return objective.packed_forward(
+            model, parameters.experts, read, placed, of, lambda rows, *_: rows, restriction
+        )[1]
 
     even = objective.Restriction(jnp.asarray(slots), jnp.zeros((2, L, E)))
     first, free = routed(even)[0], routed(None)[0]
