@@ -24,7 +24,7 @@ class PrefixCache:
     def find(self, sequence: Sequence) -> list[int]:
         """Pages of a sequence's longest published prefix. Its last token is never in them: its logits are needed.
 
-        None for a sequence whose prompt must be computed: one that wants the prompt's log probabilities, and one
+        No pages for a sequence whose prompt must be computed: one that wants the prompt's log probabilities, and one
         whose routing is recorded.
         """
         if not self.enabled or not self._may_reuse(sequence):

@@ -286,7 +286,7 @@ class Scheduler:
         self._running.remove(sequence)
         self.pool.free(sequence.pages)
         sequence.pages = []
-        sequence.num_computed = sequence.num_pending = 0  # a pending token will be sampled again, and be the same
+        sequence.num_computed = sequence.num_pending = 0  # a pending token will be sampled again
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         sequence.status = SequenceStatus.WAITING

@@ -1,4 +1,4 @@
-"""The training loop: AdamW with warm-up and cosine decay, Orbax checkpoints, resuming where a killed run stopped."""
+"""The training loop: AdamW in cycles of the rate, Orbax checkpoints, resuming where a killed run stopped."""
 
 from __future__ import annotations
 
