@@ -167,7 +167,6 @@ class SamplingRequest(StructuredRequest):
         "allowed_token_ids": (),
         "bad_words": ([],),
         "best_of": (1,),
-        "guided_grammar": (),
         "include_stop_str_in_output": (False,),
         "length_penalty": (1,),
         "logits_processors": ([],),

@@ -40,6 +40,7 @@ class StructuredOutputs(ClosedModel):
     json_schema: Schema | None = Field(None, alias="json")
     regex: str | None = None
     choice: Choice | None = None
+    grammar: str | None = None
     json_object: bool | None = None
 
 
@@ -51,6 +52,7 @@ class StructuredRequest(StrictModel):
     guided_json: Schema | None = None
     guided_regex: str | None = None
     guided_choice: Choice | None = None
+    guided_grammar: str | None = None
 
     def to_structured_outputs(self) -> StructuredOutputsParams | None:
         """None when anything may be answered. Raises `RequestError` when several fields say what."""
@@ -60,7 +62,7 @@ class StructuredRequest(StrictModel):
             given["response_format"] = {"json_object": True} if schema is None else {"json": schema.json_schema}
         if self.structured_outputs is not None:
             given["structured_outputs"] = self.structured_outputs.model_dump(by_alias=True)
-        for kind in ("json", "regex", "choice"):
+        for kind in ("json", "regex", "choice", "grammar"):
             if (value := getattr(self, f"guided_{kind}")) is not None:
                 given[f"guided_{kind}"] = {kind: value}
         if not given:

@@ -1,8 +1,9 @@
-"""Which tokens may come next for an answer to match a schema, an expression or a choice: llguidance, an extra."""
+"""Which tokens may come next for an answer to match a schema, an expression, a choice or a grammar: llguidance, an extra."""
 
 import functools
 import json
 import logging
+import re
 import threading
 from collections.abc import Iterable
 from collections.abc import Sequence as Rows
@@ -28,6 +29,12 @@ MAX_COMPILED = 16
 """Grammars that are kept for the next request."""
 
 ANY_OBJECT = '{"type": "object"}'
+
+EBNF_RULE = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
+"""What no grammar in Lark's notation has."""
+
+MAX_EBNF_CHARS = 2**13
+"""Its translation takes half a second at most then, and four times as long for twice as much."""
 
 
 class Guide:
@@ -126,11 +133,33 @@ def _grammar(wanted: StructuredOutputsParams) -> str:
         return LLMatcher.grammar_from_regex(wanted.regex)
     if wanted.choice is not None:
         return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, wanted.choice)))
+    if wanted.grammar is not None:
+        return LLMatcher.grammar_from_lark(_as_lark(wanted.grammar))
     return LLMatcher.grammar_from_json_schema(str(wanted.json or ANY_OBJECT), defaults=SPACING)
+
+
+def _as_lark(grammar: str) -> str:
+    """The grammar in the notation that the library reads. Raises `ValueError`."""
+    if not EBNF_RULE.search(grammar):
+        return grammar
+    if len(grammar) > MAX_EBNF_CHARS:
+        raise ValueError(
+            f"{len(grammar)} characters of EBNF; at most {MAX_EBNF_CHARS} are taken, more of Lark's notation"
+        )
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    try:
+        return gbnf_to_lark(grammar)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except Exception as error:  # it raises bare ones
+        raise ValueError(str(error)) from None
 
 
 def _reason(message: str) -> str:
     """The one line of the library's complaint that says what is wrong."""
+    if message.startswith("NoExtensionBias"):
+        return "no text matches it"
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return (errors or lines or ["unknown error"])[0][:300]

@@ -8,12 +8,13 @@ from typing import Any
 from emoe_jax.errors import RequestError
 
 MAX_GRAMMAR_CHARS = 2**16
-"""Of a schema as JSON, of an expression, or of all choices together."""
+"""Of a schema as JSON, of an expression or grammar, or of all choices together."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StructuredOutputsParams:
-    """Exactly one of: a JSON Schema (as text or mapping), a regular expression, texts to choose from, any JSON object.
+    """Exactly one of: a JSON Schema (as text or mapping), a regular expression, texts to choose from, a context-free
+    grammar (Lark's notation, or EBNF with `root ::=`), any JSON object.
 
     Raises `RequestError` for none or several of them, and for what is too large or of another type.
     """
@@ -21,26 +22,35 @@ class StructuredOutputsParams:
     json: str | Mapping[str, Any] | None = None
     regex: str | None = None
     choice: tuple[str, ...] | None = None
+    grammar: str | None = None
     json_object: bool | None = None
     param: str = dataclasses.field(default="structured_outputs", compare=False, repr=False)
     """What the caller calls it, for error messages."""
 
     def __post_init__(self) -> None:
-        kinds = {"json": self.json, "regex": self.regex, "choice": self.choice, "json_object": self.json_object or None}
+        kinds = {
+            "json": self.json,
+            "regex": self.regex,
+            "choice": self.choice,
+            "grammar": self.grammar,
+            "json_object": self.json_object or None,
+        }
         given = [kind for kind, value in kinds.items() if value is not None]
         if len(given) != 1:
             raise self.error(f"has {' and '.join(given) or 'nothing'}; expected exactly one of {', '.join(kinds)}")
         if self.json is not None:
             object.__setattr__(self, "json", self._json_text(self.json))
-        if self.regex is not None and not isinstance(self.regex, str):
-            raise self.error("has a regex that is no text")
+        for kind, text in (("regex", self.regex), ("grammar", self.grammar)):
+            if text is not None and not isinstance(text, str):
+                raise self.error(f"has a {kind} that is no text")
         if self.choice is not None:
             if isinstance(self.choice, str) or not all(isinstance(text, str) and text for text in self.choice):
                 raise self.error("has a choice that is no list of texts with at least a character each")
             object.__setattr__(self, "choice", tuple(self.choice))
             if not self.choice:
                 raise self.error("has an empty list of choices")
-        size = len(self.json or "") + len(self.regex or "") + sum(map(len, self.choice or ()))
+        texts = (self.json or "", self.regex or "", self.grammar or "", *(self.choice or ()))
+        size = sum(map(len, texts))
         if size > MAX_GRAMMAR_CHARS:
             raise self.error(f"has {size} characters; at most {MAX_GRAMMAR_CHARS} are taken")
 

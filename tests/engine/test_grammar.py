@@ -1,4 +1,4 @@
-"""Answers that have to match a schema, an expression or a choice do, and nothing beside them changes."""
+"""Answers that have to match a schema, an expression, a choice or a grammar do, and nothing beside them changes."""
 
 import builtins
 import json
@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from emoe_jax import Engine, RequestError, SamplingParams, StructuredOutputsParams
-from emoe_jax.engine.grammar import Grammars
+from emoe_jax.engine.grammar import MAX_EBNF_CHARS, Grammars
 from emoe_jax.engine.structured import MAX_GRAMMAR_CHARS
 from tests.serve.checkpoint import write_tiny_checkpoint
 
@@ -25,6 +25,19 @@ PERSON: dict[str, Any] = {
     "required": ["name", "kind", "tags"],
     "additionalProperties": False,
 }
+LARK = """
+start: sum
+sum: term ("+" term)+
+term: NUMBER | "(" sum ")"
+NUMBER: /[0-9]/
+"""
+EBNF = """
+# as in vLLM's documentation
+root ::= select
+select ::= "SELECT " column " from " table
+column ::= "col_1" | "col_2"
+table ::= "table_" [1-9]
+"""
 PROMPT = "hello there"
 PLAIN = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
 
@@ -73,6 +86,7 @@ def test_json_matches_its_schema(engine: Engine, temperature: float, routing: An
         (StructuredOutputsParams(regex="[a-c]{2,4}-[0-9]{3}"), "[a-c]{2,4}-[0-9]{3}"),
         (StructuredOutputsParams(choice=("yes", 'a "quoted" no', "vielleicht: ü")), 'yes|a "quoted" no|vielleicht: ü'),
         (StructuredOutputsParams(json='{"enum": ["a", 1]}'), '"a"|1'),
+        (StructuredOutputsParams(grammar=EBNF), "SELECT col_[12] from table_[1-9]"),
     ],
 )
 @pytest.mark.parametrize("temperature", [0, 2])
@@ -121,6 +135,18 @@ def test_beside_others_without_compiling(engine: Engine) -> None:
     assert together["cut"].completions[0].finish_reason == "length"
 
 
+def test_a_grammar_that_no_expression_can_say(engine: Engine) -> None:
+    """Brackets that match, however deep."""
+    wanted = StructuredOutputsParams(grammar=LARK)
+    output = engine.generate(PROMPT, guided(wanted, max_tokens=80, temperature=1.2, n=8, seed=1))[0]
+    whole = [completion.text for completion in output.completions if completion.finish_reason == "stop"]
+    assert whole
+    assert any("(" in text for text in whole)
+    for text in whole:
+        assert re.fullmatch(r"[0-9+()]+", text)
+        assert isinstance(eval(text), int)
+
+
 def test_ignoring_the_end_adds_no_text(engine: Engine) -> None:
     output = engine.generate(PROMPT, guided(StructuredOutputsParams(choice=("yes",)), max_tokens=20, ignore_eos=True))
     assert (output[0].text, output[0].completions[0].finish_reason) == ("yes", "length")
@@ -142,6 +168,14 @@ def test_stop_strings_cut(engine: Engine) -> None:
         ({"json": {"$ref": "https://example.com/x"}}, "example.com"),
         ({"json": {"enum": []}}, "empty"),
         ({"regex": "(?!a)b"}, "look-around"),
+        ({"grammar": "start: b"}, 'unknown name: "b"'),
+        ({"grammar": "start: start"}, "no text matches it"),
+        ({"grammar": 'a: "b"'}, "start"),
+        ({"grammar": ""}, "Empty grammar"),
+        ({"grammar": 'a ::= "b"'}, "No 'root' rule"),
+        ({"grammar": 'root ::= "b'}, "Unexpected end of input"),
+        ({"grammar": "root ::= " + "(" * 4000}, "nested too deeply"),
+        ({"grammar": 'root ::= "a"' + " " * MAX_EBNF_CHARS}, f"at most {MAX_EBNF_CHARS}"),
     ],
 )
 def test_what_cannot_be_kept_is_refused(engine: Engine, given: dict[str, Any], reason: str) -> None:
@@ -173,6 +207,8 @@ def test_what_gets_too_costly_ends_with_an_error(engine: Engine) -> None:
         ({"choice": "yes"}, "no list"),
         ({"choice": ("",)}, "no list"),
         ({"regex": 5}, "no text"),
+        ({"grammar": ["x"]}, "no text"),
+        ({"json": {}, "grammar": "start: "}, "json and grammar"),
         ({"regex": "a" * (MAX_GRAMMAR_CHARS + 1)}, f"at most {MAX_GRAMMAR_CHARS}"),
         ({"json": {"enum": ["a" * 100 for _ in range(1000)]}}, f"at most {MAX_GRAMMAR_CHARS}"),
     ],

@@ -38,6 +38,8 @@ BODIES: dict[str, dict[str, Any]] = {
         ({"guided_json": json.dumps(SCHEMA)}, StructuredOutputsParams(json=SCHEMA)),
         ({"guided_regex": "a+", "response_format": {"type": "text"}}, StructuredOutputsParams(regex="a+")),
         ({"guided_choice": ["a"]}, StructuredOutputsParams(choice=("a",))),
+        ({"guided_grammar": 'start: "a"'}, StructuredOutputsParams(grammar='start: "a"')),
+        ({"structured_outputs": {"grammar": 'root ::= "a"'}}, StructuredOutputsParams(grammar='root ::= "a"')),
     ],
 )
 def test_all_names_reach_the_engine(
@@ -59,14 +61,17 @@ def test_all_names_reach_the_engine(
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.schema"),
         ({"structured_outputs": {}}, "structured_outputs"),
-        ({"structured_outputs": {"grammar": "x"}}, "structured_outputs.grammar"),
+        ({"structured_outputs": {"grammar": 5}}, "structured_outputs.grammar"),
+        ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
         ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
         ({"guided_json": "{"}, "guided_json"),
         ({"guided_json": {"enum": ["x" * 100_000]}}, "guided_json"),
         ({"guided_choice": []}, "guided_choice"),
         ({"guided_choice": ["a"] * 5000}, "guided_choice"),
         ({"guided_regex": "a", "guided_json": {}}, "guided_regex"),
-        ({"guided_grammar": "x"}, "guided_grammar"),
+        ({"guided_grammar": ["x"]}, "guided_grammar"),
+        ({"guided_grammar": "x" * 100_000}, "guided_grammar"),
+        ({"guided_grammar": "x", "response_format": {"type": "json_object"}}, "guided_grammar"),
     ],
 )
 def test_bad_values_name_their_field(client: httpx.Client, path: str, body: dict[str, Any], param: str) -> None:
