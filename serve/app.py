@@ -12,7 +12,7 @@ from serve.chat import chat_routes
 from serve.completions import completion_routes
 from serve.dashboard import dashboard_routes
 from serve.errors import ErrorResponse, install_error_handlers
-from serve.guard import Guard
+from serve.guard import OPEN_PATHS, Guard
 from serve.metrics import RequestMetrics
 from serve.models import model_routes
 from serve.observer import Observer
@@ -55,6 +55,8 @@ def create_app(
     async def on_client_gone(_: Request, __: Exception) -> Response:
         return Response(status_code=499)  # nobody is there to read it
 
+    if api_keys:
+        document_keys(app.openapi())
     app.add_middleware(Guard, api_keys=api_keys)
     app.add_middleware(Observer, metrics=metrics, tracing=tracing)
     if allowed_origins:  # outermost: a browser asks without a key whether it may send one
@@ -66,3 +68,12 @@ def create_app(
             expose_headers=["x-request-id", "retry-after"],
         )
     return app
+
+
+def document_keys(schema: dict[str, Any]) -> None:
+    """Have an OpenAPI schema say which operations need an API key, so that /docs asks for it and sends it along."""
+    schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    schema["security"] = [{"key": []}]
+    for path in OPEN_PATHS & schema["paths"].keys():
+        for operation in schema["paths"][path].values():
+            operation["security"] = []

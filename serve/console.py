@@ -17,9 +17,9 @@ MEMORY = {
     "weights": "weights without experts",
     "slab": "slab of resident experts",
     "kv_cache": "KV cache",
-    "host": "host RAM for other experts",
+    "host": "host RAM for experts off the device",
 }
-"""What the engine calls each amount, and what it is."""
+"""What the engine calls each amount, and what it is. Nothing in host RAM is the default and not worth a line."""
 
 
 @contextlib.contextmanager
@@ -81,6 +81,8 @@ def start_up_table(
     kind = "CPU, with host RAM of" if device == "cpu" else f"{device}, with"
     table.add_row("device", escape(f"{kind} {format_bytes(memory['device'])}"))
     for purpose, name in MEMORY.items():
+        if purpose == "host" and not memory[purpose]:
+            continue
         table.add_row(f"memory: {name}", format_bytes(memory[purpose]))
     low, high = min(resident), max(resident)
     per_layer = str(low) if low == high else f"{low} to {high}"

@@ -14,7 +14,9 @@ from serve.errors import ApiError, error_response
 
 log = logging.getLogger("serve")
 
-OPEN_PATHS = frozenset({"/", "/health", "/metrics"})
+DOCUMENTS = frozenset({"/docs", "/redoc", "/openapi.json"})
+OPEN_PATHS = frozenset({"/", "/health", "/metrics", *DOCUMENTS})
+"""What needs no key. Browsers cannot send one for pages; what the documents say is in the repository, too."""
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 

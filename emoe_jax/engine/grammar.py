@@ -1,4 +1,4 @@
-"""Which tokens may come next for an answer to match a schema, an expression, a choice or a grammar: llguidance, an extra."""
+"""Which tokens may come next for an answer to match a schema, an expression, a choice or a grammar: llguidance."""
 
 import functools
 import json

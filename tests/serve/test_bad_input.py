@@ -271,6 +271,18 @@ def test_request_ids_are_echoed(client: httpx.Client) -> None:
     assert client.get("/health", headers={"x-request-id": "abc-1.2:3_4"}).headers["x-request-id"] == "abc-1.2:3_4"
 
 
+def test_documents_need_no_key_and_ask_for_it(start_server: StartServer, client: httpx.Client) -> None:
+    with start_server(FakeEngine(FakeTokenizer()), api_keys=["secret"]) as guarded:
+        assert "/openapi.json" in guarded.get("/docs").text
+        assert guarded.get("/redoc").status_code == 200
+        schema = guarded.get("/openapi.json").json()
+    (scheme,) = schema["components"]["securitySchemes"]
+    assert schema["security"] == [{scheme: []}]
+    assert schema["paths"]["/health"]["get"]["security"] == []
+    assert "security" not in schema["paths"][COMPLETIONS]["post"]
+    assert "security" not in client.get("/openapi.json").json()
+
+
 def test_api_keys(start_server: StartServer) -> None:
     with start_server(FakeEngine(FakeTokenizer()), api_keys=["secret", "other"]) as guarded:
         assert guarded.get("/health").status_code == 200

@@ -1,0 +1,34 @@
+"""The table that a server prints when it starts."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from serve.console import start_up_table
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(("host", "shown"), [(0, False), (90 * GIB, True)])
+def test_host_memory_is_named_where_there_is_any(host: int, shown: bool) -> None:
+    table = start_up_table(
+        model="[tiny]",
+        family="mixtral",
+        routing="resident",
+        device="cpu",
+        memory={"device": 16 * GIB, "weights": GIB, "slab": 2 * GIB, "kv_cache": GIB, "host": host},
+        resident=[3, 4],
+        num_experts=8,
+        has_tokenizer=True,
+        has_chat_template=True,
+        tasks=None,
+        url="http://127.0.0.1:8000",
+    )
+    output = io.StringIO()
+    Console(file=output, width=120).print(table)
+    text = output.getvalue()
+    assert ("host RAM for experts off the device" in text) == shown
+    assert "CPU, with host RAM of 16 GiB" in text
+    assert "[tiny] (mixtral)" in text
+    assert "3 to 4 of 8 in each of 2 layers (44%)" in text
