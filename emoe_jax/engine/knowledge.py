@@ -4,12 +4,15 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float
 
 from emoe_jax.config import ModelConfig
 from emoe_jax.errors import ConfigError
 from emoe_jax.planner import ResidencyPlanner, split_slots
 from emoe_jax.policies import POLICIES, Knowledge
 from emoe_jax.policies.dynamics import DYNAMICS_FILE, Dynamics
+from emoe_jax.policies.rivals import activation_matrices
+from emoe_jax.policies.transitions import TRANSITIONS_FILE, load_transitions
 from emoe_jax.predictor import Predictor
 from emoe_jax.tasks import TaskProfile
 
@@ -24,6 +27,7 @@ class RoutingKnowledge:
     profile: TaskProfile | None
     predictor: Predictor | None
     dynamics: Dynamics | None
+    transitions: Float[np.ndarray, "M-1 E E"] | None
 
     @classmethod
     def load(
@@ -39,24 +43,24 @@ class RoutingKnowledge:
         """
         profile_path = _found(task_profile, directory / PROFILE_FILE)
         predictor_path = _found(predictor, directory / PREDICTOR_FOLDER)
-        profile = loaded = dynamics = None
+        profile = loaded = dynamics = transitions = None
+        num_layers, num_experts = len(config.moe_layers), config.num_experts
         if profile_path is not None:
             profile = TaskProfile.load(profile_path)
             profile.check(config)
         if predictor_path is not None:
             loaded = Predictor.load(predictor_path)
-            loaded.config.check_model(len(config.moe_layers), config.num_experts, config.top_k, "the served model")
-            if (predictor_path / DYNAMICS_FILE).exists():
-                dynamics = Dynamics.load(predictor_path / DYNAMICS_FILE, len(config.moe_layers), config.num_experts)
-        return cls(profile, loaded, dynamics)
+            loaded.config.check_model(num_layers, num_experts, config.top_k, "the served model")
+            if (path := predictor_path / DYNAMICS_FILE).exists():
+                dynamics = Dynamics.load(path, num_layers, num_experts)
+            if (path := predictor_path / TRANSITIONS_FILE).exists():
+                transitions = load_transitions(path, num_layers, num_experts, config.top_k)
+        return cls(profile, loaded, dynamics, transitions)
 
     def for_policies(self) -> Knowledge:
         """What policies learn from traces."""
-        matrices = None
-        if self.predictor is not None:
-            counts = self.predictor.trained.counts
-            matrices = (counts / np.maximum(counts.sum(axis=2, keepdims=True), 1)).astype(np.float32)
-        return Knowledge(dynamics=self.dynamics, matrices=matrices)
+        matrices = None if self.predictor is None else activation_matrices(self.predictor.trained.counts)
+        return Knowledge(self.dynamics, self.transitions, matrices)
 
     def rates(self, config: ModelConfig) -> np.ndarray | None:
         """What one request of no known task is expected to wish for per step, `[M, E]`; None without a profile."""
@@ -79,13 +83,15 @@ class RoutingKnowledge:
     def planner(
         self, policy: str, config: ModelConfig, capacities: tuple[int, ...], predict_every: int
     ) -> ResidencyPlanner | None:
-        """The planner that the policy needs; None for one that does not plan by request."""
+        """The planner that the policy needs; None for one that is not told of requests."""
         if predict_every < 1:
             raise ConfigError(f"predict_every is {predict_every}; predictions can be made every 1 or more prompts")
-        forecast = POLICIES[policy].forecast
-        if forecast not in ("prompt", "task"):
+        forecast, _, follows_requests = POLICIES[policy]
+        if not follows_requests:
             return None
         profile = self.profile or TaskProfile.empty(config)
+        if forecast == "global":
+            profile = profile.routed_alike()
         predictor = self.predictor if forecast == "prompt" else None
         return ResidencyPlanner(profile, capacities, predictor, predict_every, learns=forecast == "prompt")
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from emoe_jax.policies.dynamics import HALF_LIVES, LATENT_HALF_LIVES, Dynamics
 from emoe_jax.policies.refresh import Refresh, RefreshState
 from emoe_jax.policies.registry import Knowledge
+from emoe_jax.policies.rivals import activation_matrices
 from emoe_jax.policies.rule import Plan
 from emoe_jax.traces import RoutingTrace
 
@@ -26,7 +27,6 @@ _MAX_TOKENS = 1 << 17
 _WEIGHT_TOKENS = 1 << 14
 _CHUNK = 4096
 _DIRECTION_TOKENS = 1 << 13
-_MAX_MATRICES = 256
 
 
 class _Prompts(NamedTuple):
@@ -53,7 +53,9 @@ def learn(
     """Everything there is to know. `start` and `later` are what a predictor that has not seen the prompt says of it, at
     its start and after 16 answer tokens (`KernelPrior.left_out`): one that has seen it would be trusted too much.
     """
-    return Knowledge(learn_dynamics(trace, start, later, seed), learn_transitions(trace), learn_matrices(trace))
+    return Knowledge(
+        learn_dynamics(trace, start, later, seed), learn_transitions(trace), activation_matrices(trace.counts())
+    )
 
 
 def learn_transitions(trace: RoutingTrace) -> Float[np.ndarray, "M-1 E E"]:
@@ -65,13 +67,6 @@ def learn_transitions(trace: RoutingTrace) -> Float[np.ndarray, "M-1 E E"]:
         counts[layer] = np.bincount(pairs.ravel(), minlength=E * E)
     counts = counts.reshape(M - 1, E, E) + 1e-3 * counts.reshape(M - 1, E, E).mean(1, keepdims=True) + 1e-9
     return (trace.top_k * counts / counts.sum(-1, keepdims=True)).astype(np.float32)
-
-
-def learn_matrices(trace: RoutingTrace) -> Float[np.ndarray, "P M E"]:
-    """See `ActivationMatrix`: the latest prompts, each layer's counts as shares."""
-    counts = trace.counts()
-    counts = counts[counts.sum((1, 2)) > 0][-_MAX_MATRICES:]
-    return (counts / counts.sum(-1, keepdims=True)).astype(np.float32)
 
 
 def learn_dynamics(

@@ -16,6 +16,9 @@ from emoe_jax.policies.policy import ResidencyPolicy
 from emoe_jax.policies.refresh import Refresh
 from emoe_jax.policies.rivals import ActivationMatrix, NextLayerRouter
 from emoe_jax.policies.rule import Rule
+from emoe_jax.policies.transitions import TRANSITIONS_FILE
+
+_COMMAND = "`python -m train.predictor --traces FILE --out DIR`"
 
 Forecast = Literal["prompt", "task", "global", "none"]
 """What a policy plans with: the predictor's word on each prompt, its task's mean routing, that of all, nothing."""
@@ -33,6 +36,7 @@ class Knowledge:
 class PolicyKind(NamedTuple):
     forecast: Forecast
     rule: Callable[[int, int, Knowledge], Rule[Any]]  # of the numbers of MoE layers and experts
+    follows_requests: bool = False  # whether it has to be told of the requests that start and end
 
 
 def _refresh(num_layers: int, num_experts: int, known: Knowledge) -> Rule[Any]:
@@ -41,27 +45,33 @@ def _refresh(num_layers: int, num_experts: int, known: Knowledge) -> Rule[Any]:
 
 def _next_layer(num_layers: int, num_experts: int, known: Knowledge) -> Rule[Any]:
     if known.transitions is None:
-        raise ConfigError("policy 'next-layer-router' needs a table of transitions, which is learned from a trace")
+        raise ConfigError(
+            f"policy 'next-layer-router' needs a table of transitions, which is learned from a trace: {_COMMAND} "
+            f"writes {TRANSITIONS_FILE} into the predictor's directory"
+        )
     return NextLayerRouter(known.transitions)
 
 
 def _activation(num_layers: int, num_experts: int, known: Knowledge) -> Rule[Any]:
     if known.matrices is None:
-        raise ConfigError("policy 'activation-matrix' needs recorded activations, which are learned from a trace")
+        raise ConfigError(
+            "policy 'activation-matrix' needs recorded activations, which are learned from a trace: they come with a "
+            f"predictor, which {_COMMAND} makes"
+        )
     return ActivationMatrix(known.matrices)
 
 
 POLICIES: dict[str, PolicyKind] = {
-    "emoe": PolicyKind("prompt", _refresh),
-    "emoe-no-refresh": PolicyKind("prompt", lambda *_: Fixed()),
+    "emoe": PolicyKind("prompt", _refresh, follows_requests=True),
+    "emoe-no-refresh": PolicyKind("prompt", lambda *_: Fixed(), follows_requests=True),
     "lru": PolicyKind("none", lambda *_: Lru()),
     "lfu": PolicyKind("none", lambda *_: Lfu()),
-    "static-task": PolicyKind("task", lambda *_: Fixed()),
+    "static-task": PolicyKind("task", lambda *_: Fixed(), follows_requests=True),
     "static-global": PolicyKind("global", lambda *_: Fixed()),
     "static": PolicyKind("global", lambda *_: Fixed()),  # whatever it is given to start with
     "random": PolicyKind("none", lambda *_: Fixed()),
     "next-layer-router": PolicyKind("global", _next_layer),
-    "activation-matrix": PolicyKind("global", _activation),
+    "activation-matrix": PolicyKind("global", _activation, follows_requests=True),
 }
 
 

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 
 from emoe_jax.policies.rule import Matrix, Plan, Rule, namespace
 
@@ -31,7 +31,7 @@ class NextLayerRouter(Rule[NextLayerState]):
     def plan(self, state: NextLayerState, plan: Plan) -> NextLayerState:
         return NextLayerState(plan.rates, state.last)
 
-    def observe(self, state: NextLayerState, counts: Shaped[Any, "M E"]) -> NextLayerState:
+    def observe(self, state: NextLayerState, counts: Shaped[Any, "M E"], steps: int = 1) -> NextLayerState:
         return NextLayerState(state.rates, counts.astype(np.float32))
 
     def scores(self, state: NextLayerState) -> Matrix:
@@ -40,6 +40,16 @@ class NextLayerRouter(Rule[NextLayerState]):
         wished = xp.maximum(state.last[..., :-1, :].sum(-1, keepdims=True), 1)
         planned = state.rates[..., 1:, :].sum(-1, keepdims=True)
         return xp.concatenate([state.rates[..., :1, :], following / wished * xp.maximum(planned, 1)], axis=-2)
+
+
+MOST_MATRICES = 256
+"""Recorded prompts to be matched, the latest; every look at the policy compares with each of them."""
+
+
+def activation_matrices(counts: Int[np.ndarray, "P M E"]) -> Float[np.ndarray, "p M E"]:
+    """What `ActivationMatrix` matches, from how often recorded prompts, in order, chose each expert."""
+    counts = counts[counts.sum((1, 2)) > 0][-MOST_MATRICES:]
+    return (counts / np.maximum(counts.sum(-1, keepdims=True), 1)).astype(np.float32)
 
 
 class ActivationState(NamedTuple):
@@ -67,7 +77,7 @@ class ActivationMatrix(Rule[ActivationState]):
     def plan(self, state: ActivationState, plan: Plan) -> ActivationState:
         return ActivationState(plan.rates, plan.kept * state.counts + self.planned_tokens * plan.joined)
 
-    def observe(self, state: ActivationState, counts: Shaped[Any, "M E"]) -> ActivationState:
+    def observe(self, state: ActivationState, counts: Shaped[Any, "M E"], steps: int = 1) -> ActivationState:
         return ActivationState(state.rates, state.counts + counts)
 
     def scores(self, state: ActivationState) -> Matrix:

@@ -135,6 +135,13 @@ class TaskProfile:
             return np.mean(known, axis=0)
         return np.full((self.num_layers, self.num_experts), 1 / self.num_experts)
 
+    def routed_alike(self) -> "TaskProfile":
+        """A copy in which every task has the mean routing of all."""
+        mean = self.frequency(None)
+        return dataclasses.replace(
+            self, tasks={name: dataclasses.replace(task, routing=mean) for name, task in self.tasks.items()}
+        )
+
     def _raw(self) -> dict[str, Any]:
         tasks = {}
         for name, task in self.tasks.items():

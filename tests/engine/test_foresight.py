@@ -1,5 +1,6 @@
 """Residency planned by request, seen through a whole engine."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from emoe_jax.config import ModelConfig
 from emoe_jax.engine.accounts import MOST_TASKS, TaskAccounts
 from emoe_jax.engine.quality import Quality
 from emoe_jax.engine.sequence import Sequence
+from emoe_jax.policies.transitions import TRANSITIONS_FILE, save_transitions
+from emoe_jax.predictor import Predictor, PredictorConfig, Prompts, network
 from emoe_jax.tasks import Lengths, Task, TaskProfile
 from tests.engine.conftest import TINY
 
@@ -111,6 +114,57 @@ def test_layers_that_spread_get_more_slots(tiny_checkpoint: Path, tmp_path: Path
         assert engine.state()["residency"]["slots"] == [4, 4, 4]
 
 
+@pytest.fixture(scope="module")
+def predictor_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A predictor that remembers prompts which used experts 1, 3, 5 or 0, 2, 4, and a table in which 5 and 6 follow
+    whatever was chosen."""
+    folder = tmp_path_factory.mktemp("predictor")
+    config = PredictorConfig(LAYERS, EXPERTS, TOP_K, embedding_dim=TINY["hidden_size"], width=8, heads=2, members=1)
+    counts = np.stack([(100 * favouring(*experts)).astype(np.int32) for experts in ((1, 3, 5), (0, 2, 4))] * 4)
+    remembered = Prompts(("odd", "even") * 4, np.eye(8, TINY["hidden_size"], dtype=np.float32), counts, counts)
+    predictor = Predictor(config, remembered)
+    predictor.weights = network.init(config, predictor.sizes, 0)
+    predictor.save(folder)
+    save_transitions(folder / TRANSITIONS_FILE, np.tile(np.isin(np.arange(EXPERTS), (5, 6)), (LAYERS - 1, EXPERTS, 1)))
+    return folder
+
+
+def test_the_next_layers_experts_follow_from_the_table(tiny_checkpoint: Path, predictor_folder: Path) -> None:
+    with Engine.load(
+        tiny_checkpoint, predictor=predictor_folder, expert_memory="3 slots", policy="next-layer-router"
+    ) as engine:
+        first, *later = serve(engine, "odd")
+    assert first == [0, 1, 2]  # no layer is before it, and nothing was profiled
+    assert all({5, 6} <= set(layer) for layer in later)
+
+
+def test_activations_are_those_of_the_requests_at_hand(tiny_checkpoint: Path, predictor_folder: Path) -> None:
+    with Engine.load(
+        tiny_checkpoint, predictor=predictor_folder, expert_memory="3 slots", policy="activation-matrix"
+    ) as engine:
+        for _ in range(3):
+            serve(engine, "odd")
+        residents = serve(engine, "odd")
+        state = engine._residency._policy._state
+    # The last request's alone: 8 tokens that its plan counts for, at most 5 of the prompt and 6 of the answer.
+    tokens = state.counts.sum(-1) / TOP_K
+    assert ((tokens > 8 - 1e-3) & (tokens < 8 + 5 + 6 + 1e-3)).all()
+    assert all(set(layer) in ({1, 3, 5}, {0, 2, 4}) for layer in residents)
+
+
+def test_a_damaged_table_is_refused_and_a_missing_one_asked_for(
+    tiny_checkpoint: Path, predictor_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "predictor"
+    shutil.copytree(predictor_folder, folder)
+    (folder / TRANSITIONS_FILE).write_bytes(b"damaged")
+    with pytest.raises(ConfigError, match="holds no transitions"):
+        Engine.load(tiny_checkpoint, predictor=folder)
+    (folder / TRANSITIONS_FILE).unlink()
+    with pytest.raises(ConfigError, match=r"`python -m train\.predictor .*` writes transitions\.npz"):
+        Engine.load(tiny_checkpoint, predictor=folder, policy="next-layer-router")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -119,6 +173,7 @@ def test_layers_that_spread_get_more_slots(tiny_checkpoint: Path, tmp_path: Path
         ({"link_bandwidth": "fast"}, "link_bandwidth"),
         ({"policy": "belady"}, "unknown residency policy"),
         ({"policy": "next-layer-router"}, "learned from a trace"),
+        ({"policy": "activation-matrix"}, "learned from a trace"),
         ({"predictor": "/nowhere"}, "nowhere"),
     ],
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from emoe_jax.policies.transitions import load_transitions
 from emoe_jax.predictor import Predictor, PredictorConfig, Prompts, network
 from tests.traces.synthetic import make_trace
 from train.predictor import __main__ as command
@@ -46,6 +47,8 @@ def test_training_leaves_all_that_is_promised(workplace):
     assert {path.name for path in out.iterdir()} >= {
         "config.json",
         "memory.npz",
+        "dynamics.npz",
+        "transitions.npz",
         "weights.safetensors",
         "metrics.json",
         "curves.png",
@@ -56,6 +59,7 @@ def test_training_leaves_all_that_is_promised(workplace):
     assert metrics["prompts"] == 7  # 12 % of 60 were held out
     assert metrics["remembered_prompts"] == 53
     assert Predictor.load(out).num_remembered == 60
+    np.testing.assert_allclose(load_transitions(out / "transitions.npz", 3, 8, 2).sum(-1), 2, rtol=1e-3)
     assert [json.loads(line)["step"] for line in (out / "history.jsonl").read_text().splitlines()] == list(range(1, 31))
 
 

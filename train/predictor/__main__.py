@@ -16,7 +16,8 @@ from rich.console import Console
 
 from emoe_jax.errors import EmoeError
 from emoe_jax.policies.dynamics import DYNAMICS_FILE, Dynamics
-from emoe_jax.policies.learning import learn_dynamics
+from emoe_jax.policies.learning import learn_dynamics, learn_transitions
+from emoe_jax.policies.transitions import TRANSITIONS_FILE, save_transitions
 from emoe_jax.predictor import Predictor, PredictorConfig, PredictorError, Prompts
 from emoe_jax.predictor.predictor import CONFIG
 from emoe_jax.traces import RoutingTrace
@@ -79,6 +80,7 @@ def train(given: argparse.Namespace, console: Console) -> dict[str, Any]:
     finished = Predictor(config, prompts, state.best)
     finished.save(out)
     _learn_dynamics(trace, finished).save(out / DYNAMICS_FILE)
+    save_transitions(out / TRANSITIONS_FILE, learn_transitions(trace))
     report.plot(read_history(out / "history.jsonl"), before, out / "curves.png")
     predictor.weights = state.best
     # The held-out prompts are judged by a predictor that remembers the others only.
