@@ -1,0 +1,58 @@
+"""A step that fails ends the requests of its batch, and no others."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from emoe_jax import SamplingParams
+from emoe_jax.engine.runner import Runner
+from tests.engine.conftest import EngineFactory
+
+GREEDY = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
+RNG = np.random.default_rng(5)
+PROMPTS = [RNG.integers(0, 60, size=length).tolist() for length in (3, 20, 1, 40, 9, 12, 33, 5)]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("method", ["dispatch", "collect"])
+@pytest.mark.parametrize("fatal", [1, 2, 6])
+def test_a_failing_step_ends_its_batch_only(
+    engine_of: EngineFactory, monkeypatch: pytest.MonkeyPatch, overlap: bool, method: str, fatal: int
+) -> None:
+    """Twice as many requests as places, so that some wait while the others fail."""
+    engine = engine_of(expert_memory="100%", overlap=overlap)
+    expected = [engine.generate(prompt, GREEDY)[0].token_ids for prompt in PROMPTS]
+    original, calls = getattr(Runner, method), 0
+    batch: set[str] = set()
+
+    def fail_once(runner: Runner, argument: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == fatal:
+            plan = argument if method == "dispatch" else argument.plan
+            batch.update(sequence.request_id for sequence in plan.sequences)
+            raise RuntimeError("the device is gone")
+        return original(runner, argument)
+
+    monkeypatch.setattr(Runner, method, fail_once)
+    for index, prompt in enumerate(PROMPTS):
+        engine.add_request(str(index), prompt, GREEDY)
+    failures = 0
+    while engine.has_work():
+        try:
+            engine.step()
+        except RuntimeError:
+            failures += 1
+    outputs = {str(index): engine.pop(str(index)) for index in range(len(PROMPTS))}
+    assert failures == 1
+    assert 0 < len(batch) < len(PROMPTS)
+    for index, tokens in enumerate(expected):
+        output = outputs[str(index)]
+        if str(index) in batch:
+            assert output.completions[0].finish_reason == "error"
+        else:
+            assert (output.completions[0].finish_reason, output.token_ids) == ("length", tokens)
+    engine.step()  # what may still be in flight
+    assert engine.state()["scheduler"]["pages_used"] == 0
+    assert engine.generate(PROMPTS[1], GREEDY)[0].token_ids == expected[1]
