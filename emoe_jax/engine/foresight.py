@@ -12,10 +12,14 @@ from jaxtyping import Float, Int
 
 from emoe_jax.engine.accounts import TaskAccounts
 from emoe_jax.engine.sequence import Sequence
+from emoe_jax.experts.pace import Pace
 from emoe_jax.experts.residency import Residency
 from emoe_jax.planner import ResidencyPlanner
 from emoe_jax.scheduling.plan import StepPlan
 from emoe_jax.scheduling.scheduler import Scheduler
+
+PLANNING_SHARE = 0.015
+"""Of the time: the most that planning for changed requests may take while the device is busy."""
 
 
 class Foresight:
@@ -26,6 +30,7 @@ class Foresight:
         self._residency = residency
         self._planner = planner
         self._accounts = TaskAccounts(top_k)
+        self._planning = Pace(PLANNING_SHARE)
         self._seconds = 0.0
 
     def warm_up(self) -> None:
@@ -40,16 +45,20 @@ class Foresight:
             with self._timed():
                 self._planner.begin(sequence.request_id, sequence.task, prompt_tokens, params.max_tokens, embedding)
 
-    def before_step(self, scheduler: Scheduler) -> None:
-        """Plan for the requests that run now or next, where those have changed."""
+    def before_step(self, scheduler: Scheduler, idle: bool) -> None:
+        """Plan for the requests that run now or next, where those have changed: at once if the device is idle, else as
+        often as time allows.
+        """
         if self._planner is None:
             return
         with self._timed():
             coming = itertools.islice(scheduler.waiting, max(0, scheduler.max_num_seqs - scheduler.num_running))
             at_hand = dict.fromkeys(sequence.request_id for sequence in (*scheduler.running, *coming))
-            plan = self._planner.plan_for(list(at_hand))
-            if plan is not None:
-                self._residency.plan(*plan)
+            if self._planner.has_news(tuple(at_hand)) and (idle or self._planning.due):
+                with self._planning.timed():
+                    plan = self._planner.plan_for(tuple(at_hand))
+                    if plan is not None:
+                        self._residency.plan(*plan)
 
     def settle(self, plan: StepPlan, seconds: float) -> None:
         """Wait for what was planned, where nobody's next token and no `exact` step waits with it."""
@@ -61,8 +70,8 @@ class Foresight:
         """Let the policy follow a step's wishes."""
         with self._timed():
             covered = self._residency.observe(wish_counts)
-            if self._planner is not None:
-                self._planner.observe(int(wish_counts.sum()), covered)
+            if self._planner is not None and covered is not None:
+                self._planner.observe(covered.wishes, covered.resident, covered.steps)
 
     def ended(self, sequences: Rows[Sequence]) -> None:
         """A request ended; these were its sequences."""

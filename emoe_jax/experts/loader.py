@@ -118,6 +118,11 @@ class ExpertLoader:
         """Wait until nothing more can be staged before the next `commit`; False when `timeout` seconds ran out."""
         return self._queue.wait_idle(timeout)
 
+    @property
+    def has_ready(self) -> bool:
+        """Whether a `commit` would find anything staged."""
+        return self._queue.has_ready
+
     def commit(self, limit: int | None = None) -> list[LoadTicket]:
         """Bring up to `limit` staged experts into slab and table, by priority; never waits. The committed tickets.
 

@@ -3,13 +3,14 @@
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.loader import ExpertLoader, LoaderStats
+from emoe_jax.experts.pace import Pace
 from emoe_jax.experts.slab import ExpertSlab
 from emoe_jax.experts.store import ExpertReader, ExpertStore
 from emoe_jax.experts.table import SlotTable
@@ -18,14 +19,22 @@ from emoe_jax.experts.waves import WaveLoader
 from emoe_jax.experts.weights import ExpertLayout
 from emoe_jax.policies import Knowledge, make_policy
 
-FOLLOW_EVERY = 4
-"""Steps between two looks at what the policy now prefers: a look costs more than counting, and a load takes longer."""
+FOLLOWING_SHARE = 0.004
+"""Of the time: the most that looking at what the policy now prefers may take."""
 
 SWAPS_PER_LAYER = 4
 """Experts that the policy may exchange per layer and look, at most one per token; after a new plan, all it wants."""
 
 SECONDS_BEFORE_RETRY = 30.0
 """How long an expert that could not be read is left alone."""
+
+
+class Covered(NamedTuple):
+    """Wishes of some steps, and how many of them were resident."""
+
+    steps: int
+    wishes: int
+    resident: int
 
 
 class Residency:
@@ -71,7 +80,9 @@ class Residency:
         self.waves = WaveLoader(self._loader, self.table, self._eviction_order)
         self._wishes: Int[np.ndarray, "M E"] = np.zeros(shape, np.int64)
         self._wishes_resident = 0
-        self._steps = self._tokens = 0  # since the last look at what the policy prefers
+        self._uncounted: Int[np.ndarray, "M E"] = np.zeros(shape, np.int64)  # wishes since the residents changed
+        self._covered = Covered(0, 0, 0)  # since the last look at what the policy prefers
+        self._following = Pace(FOLLOWING_SHARE)
         self._link_bandwidth = link_bandwidth
         self._tickets: list[LoadTicket] = []  # asked for by the policy and not over
         self._unproven: Bool[np.ndarray, "M E"] = np.zeros(shape, bool)  # loaded, and not wished for since
@@ -96,11 +107,15 @@ class Residency:
     @property
     def coverage(self) -> float | None:
         """Share of the routers' wishes that were resident when they arose, since the start; None before the first."""
+        self._count()
         wishes = int(self._wishes.sum())
         return self._wishes_resident / wishes if wishes else None
 
     def commit(self) -> None:
         """Bring staged experts into the slab. Never waits."""
+        if not self._loader.has_ready:
+            return
+        self._count()  # before the residents change
         committed = self._loader.commit()
         if committed:
             for ticket in committed:
@@ -130,26 +145,41 @@ class Residency:
             self.commit()
             self._sort_out_tickets()
 
-    def observe(self, wish_counts: Int[np.ndarray, "M E"]) -> int:
-        """Count the wishes of a step and, now and then, ask for the experts that the policy now prefers.
+    def observe(self, wish_counts: Int[np.ndarray, "M E"]) -> Covered | None:
+        """Note the wishes of a step and, as often as time allows, ask for the experts that the policy now prefers.
 
-        Returns how many of the wishes were resident.
+        Returns what the residents covered since it last did, or None.
         """
-        covered = int(wish_counts[self.table.resident_mask].sum())
-        self._wishes += wish_counts
-        self._wishes_resident += covered
-        proven = self._unproven & (wish_counts > 0)
-        self._useful += int(proven.sum())
-        self._unproven &= ~proven
+        self._uncounted += wish_counts
         self._policy.observe(wish_counts)
-        self._steps += 1
-        self._tokens += int(wish_counts.sum()) // (self._config.top_k * len(wish_counts))
-        if self._steps >= FOLLOW_EVERY:
-            self._follow_policy(min(SWAPS_PER_LAYER, max(1, self._tokens)))
+        self._covered = self._covered._replace(steps=self._covered.steps + 1)
+        if not self._following.due:
+            return None
+        with self._following.timed():
+            self._count()
+            covered, self._covered = self._covered, Covered(0, 0, 0)
+            tokens = covered.wishes // (self._config.top_k * len(wish_counts))
+            self._follow_policy(min(SWAPS_PER_LAYER, max(1, tokens)))
         return covered
 
+    def _count(self) -> None:
+        """Take in wishes that arose while the residents were those of now."""
+        counts = self._uncounted
+        wishes = int(counts.sum())
+        if not wishes:
+            return
+        resident = int(counts[self.table.resident_mask].sum())
+        self._wishes += counts
+        self._wishes_resident += resident
+        steps, wishes_before, resident_before = self._covered
+        self._covered = Covered(steps, wishes_before + wishes, resident_before + resident)
+        if self._unproven.any():
+            proven = self._unproven & (counts > 0)
+            self._useful += int(proven.sum())
+            self._unproven &= ~proven
+        self._uncounted = np.zeros_like(counts)
+
     def _follow_policy(self, limit_per_layer: int) -> None:
-        self._steps = self._tokens = 0
         self._sort_out_tickets()
         busy = self._loader.in_flight()
         if self._last_error is not None:
@@ -178,6 +208,7 @@ class Residency:
         """Residency and loads as JSON-able values: per MoE layer, resident experts and how often routers wished for
         each expert since the start; `loading` has pairs of MoE layer and expert.
         """
+        self._count()
         capacities, stats = self.table.capacities, self._loader.stats
         loading = [[ticket.layer, ticket.expert] for ticket in self._tickets if ticket.is_active]
         return {
@@ -212,4 +243,5 @@ class Residency:
         self.close()
 
     def _eviction_order(self, layer: int) -> Int[np.ndarray, " E"]:
+        self._count()  # before the residents change
         return np.argsort(self._policy.scores()[layer], kind="stable")

@@ -163,6 +163,10 @@ class TicketQueue:
             self._wake_workers()
             self._progress.notify_all()
 
+    @property
+    def has_ready(self) -> bool:
+        return bool(self._ready)
+
     def take_ready(self) -> list[LoadTicket]:
         """Everything staged and not urgent, most urgent first. Return each by `finish` or `put_back`."""
         with self._lock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,13 +26,18 @@ class Demand:
     def tokens(self) -> float:
         return self.input_tokens + self.output_tokens
 
+    @functools.cached_property
+    def weighted(self) -> Float[np.ndarray, "M E"]:
+        """Its part of eq. 2's sum."""
+        return self.tokens * self.sensitivity[:, None] * self.shares
+
 
 def expected_tokens(requests: Sequence[Demand]) -> Float[np.ndarray, "M E"]:
     """`N_i = (sum_j W_j + T W_o) s f_i` (eMoE eq. 2), summed over task types.
 
     Written as a sum over requests, whose shares may differ within a task. At least one request is needed.
     """
-    return np.sum([request.tokens * request.sensitivity[:, None] * request.shares for request in requests], axis=0)
+    return np.sum([request.weighted for request in requests], axis=0)
 
 
 def expected_rates(requests: Sequence[Demand], top_k: int) -> Float[np.ndarray, "M E"]:
@@ -41,8 +47,11 @@ def expected_rates(requests: Sequence[Demand], top_k: int) -> Float[np.ndarray, 
     """
     rates = expected_tokens(requests)
     total = rates.sum(axis=1, keepdims=True)
-    plain = np.mean([request.shares for request in requests], axis=0)
-    shares = np.where(total > 0, rates / np.where(total > 0, total, 1), plain)
+    if (total > 0).all():
+        shares = rates / total
+    else:
+        plain = np.mean([request.shares for request in requests], axis=0)
+        shares = np.where(total > 0, rates / np.where(total > 0, total, 1), plain)
     return (top_k * len(requests) * shares).astype(np.float32)
 
 

@@ -14,6 +14,9 @@ from emoe_jax.tasks import OTHER
 REFIT_EVERY = 128
 """Finished prompts after which the predictor's prior may learn from them."""
 
+MOST_QUESTIONS = 16
+"""Prompts predicted at once; always so many are computed, so that one shape is compiled."""
+
 LEARNING_SHARE = 0.01
 """Of the time that passes: the most that learning may take, a second being assumed for the first."""
 
@@ -66,8 +69,9 @@ class Forecaster:
         return self._job is not None
 
     def submit(self, finished: Sequence[Finished], questions: Sequence[Question]) -> None:
-        """Learn from finished prompts, in order of arrival, then answer. Must not be called while `busy`."""
+        """Learn from finished prompts, in order of arrival, then answer at most `MOST_QUESTIONS`. Not while `busy`."""
         assert self._job is None
+        assert len(questions) <= MOST_QUESTIONS
         if self.error is None:
             self._job = self._thread.submit(self._run, tuple(finished), tuple(questions))
 
@@ -95,7 +99,9 @@ class Forecaster:
             self._predictor.refit()
             after = time.monotonic()
             self._learn_after = after + (after - before) / LEARNING_SHARE
-        shares = {
-            question.request_id: self._predictor.predict(question.task, question.embedding) for question in questions
-        }
+        shares = {}
+        if questions:
+            asked = [(question.task, question.embedding) for question in questions]
+            answers = self._predictor.predict_next(asked, MOST_QUESTIONS)
+            shares = {question.request_id: answer for question, answer in zip(questions, answers, strict=True)}
         return Forecast(shares, time.perf_counter() - began)

@@ -12,9 +12,8 @@ from jaxtyping import Bool, Float, Int
 def best_experts(shares: Float[np.ndarray, "M E"], capacities: Sequence[int]) -> Bool[np.ndarray, "M E"]:
     """The experts that a plan by these shares makes resident: the largest of each layer, as many as it has slots."""
     order = np.argsort(-shares, axis=1, kind="stable")
-    mask = np.zeros(shares.shape, bool)
-    for layer, capacity in enumerate(capacities):
-        mask[layer, order[layer, :capacity]] = True
+    mask = np.empty(shares.shape, bool)
+    np.put_along_axis(mask, order, np.arange(shares.shape[1]) < np.asarray(capacities)[:, None], axis=1)
     return mask
 
 
@@ -43,13 +42,14 @@ class Drift:
         """The present plan expects this coverage, 0 to 1."""
         self.promised = coverage
 
-    def observe(self, wishes: int, covered: int) -> None:
-        """A step's wishes, and how many of them were resident."""
+    def observe(self, wishes: int, covered: int, steps: int = 1) -> None:
+        """Wishes of so many steps, and how many of them were resident."""
         if wishes:
             share = covered / wishes
             before = share if self.coverage is None else self.coverage
-            self.coverage = self._keep * before + (1 - self._keep) * share
-            self._steps += 1
+            keep = self._keep**steps
+            self.coverage = keep * before + (1 - keep) * share
+            self._steps += steps
 
     @property
     def drifted(self) -> bool:

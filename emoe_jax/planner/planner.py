@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from jaxtyping import Float, Int
 
 from emoe_jax.errors import ConfigError
 from emoe_jax.planner.demand import Demand, expected_rates, mean_sensitivity
-from emoe_jax.planner.forecaster import Finished, Forecaster, Question
+from emoe_jax.planner.forecaster import MOST_QUESTIONS, Finished, Forecaster, Question
 from emoe_jax.planner.frequencies import TaskFrequencies
 from emoe_jax.planner.judges import Drift, Gate, best_experts, coverage
 from emoe_jax.predictor import Predictor
@@ -20,9 +21,6 @@ from emoe_jax.tasks import OTHER, TaskProfile
 
 UNKNOWN_OUTPUT_TOKENS = 64.0
 """Expected answer length where no task was profiled."""
-
-MOST_QUESTIONS = 16
-"""Prompts predicted at once, the first to have come; more would keep the thread busy for long."""
 
 
 class Plan(NamedTuple):
@@ -112,18 +110,22 @@ class ResidencyPlanner:
                 self._gate.observe(*(coverage(counts, best_experts(f, self._capacities)) for f in (predicted, usual)))
         self._frequencies.observe(request.task, counts)
 
-    def observe(self, wishes: int, covered: int) -> None:
-        """A step's wishes, and how many of them were resident."""
-        self._drift.observe(wishes, covered)
+    def observe(self, wishes: int, covered: int, steps: int = 1) -> None:
+        """Wishes of the last `steps` steps, and how many of them were resident."""
+        self._drift.observe(wishes, covered, steps)
         if self._drift.drifted and self._forecaster is not None and not self._forecaster.busy and self._gate.is_open:
             self._early += 1
             self._ask()
 
-    def plan_for(self, request_ids: Sequence[str]) -> Plan | None:
-        """The plan for these requests, which run or run next; None while it is what it was."""
+    def has_news(self, request_ids: Sequence[str]) -> bool:
+        """Whether a plan for these requests, which run or run next, may differ from the last one."""
         self._take_forecast()
+        return self._stale or tuple(request_ids) != self._planned
+
+    def plan_for(self, request_ids: Sequence[str]) -> Plan | None:
+        """The plan for these requests; None while it is what it was, or where none of them is known."""
         wanted = tuple(request_id for request_id in request_ids if request_id in self._requests)
-        if not wanted or (wanted == self._planned and not self._stale):
+        if not wanted or not self.has_news(wanted):
             return None
         before = set(self._planned)
         demands = [self._requests[request_id].demand for request_id in wanted]
@@ -174,12 +176,12 @@ class ResidencyPlanner:
 
     def _ask(self) -> None:
         assert self._forecaster is not None
-        questions = [
+        questions = (
             Question(request_id, request.task, request.embedding)
             for request_id, request in self._requests.items()
             if request.predicted is None and request.demand.sensitivity.any()
-        ]
-        self._forecaster.submit(self._finished, questions[:MOST_QUESTIONS])
+        )
+        self._forecaster.submit(self._finished, list(itertools.islice(questions, MOST_QUESTIONS)))
         self._finished, self._since = [], 0
         self._drift.restart()
 
@@ -199,6 +201,7 @@ class ResidencyPlanner:
                     request.demand = dataclasses.replace(request.demand, shares=shares)
                     self._stale |= request_id in self._planned
         self._by_task |= {task: np.mean(shares, axis=0) for task, shares in by_task.items()}
+        self._ask_when_due()
 
     def _promised(self, rates: Float[np.ndarray, "M E"]) -> float:
         """Coverage if wishes were as planned and the best experts resident."""

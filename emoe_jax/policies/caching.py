@@ -23,7 +23,7 @@ class Fixed(Rule[FixedState]):
     def plan(self, state: FixedState, plan: Plan) -> FixedState:
         return FixedState(plan.rates)
 
-    def observe(self, state: FixedState, counts: Shaped[Any, "M E"]) -> FixedState:
+    def observe(self, state: FixedState, counts: Shaped[Any, "M E"], steps: int = 1) -> FixedState:
         return state
 
     def scores(self, state: FixedState) -> Matrix:
@@ -43,11 +43,11 @@ class Lru(Rule[LruState]):
     def start(self, rates: Float[Any, "M E"]) -> LruState:
         return LruState(namespace(rates).full_like(rates, _LONG_AGO))
 
-    def observe(self, state: LruState, counts: Shaped[Any, "M E"]) -> LruState:
+    def observe(self, state: LruState, counts: Shaped[Any, "M E"], steps: int = 1) -> LruState:
         xp = namespace(counts)
         # Among equally recent ones the more wished-for is first.
         share = counts / xp.maximum(counts.sum(-1).max(), 1)
-        return LruState(xp.where(counts > 0, -0.5 * share, xp.minimum(state.age + 1, _LONG_AGO)))
+        return LruState(xp.where(counts > 0, -0.5 * share, xp.minimum(state.age + steps, _LONG_AGO)))
 
     def scores(self, state: LruState) -> Matrix:
         return -state.age
@@ -63,7 +63,7 @@ class Lfu(Rule[LfuState]):
     def start(self, rates: Float[Any, "M E"]) -> LfuState:
         return LfuState(namespace(rates).zeros_like(rates))
 
-    def observe(self, state: LfuState, counts: Shaped[Any, "M E"]) -> LfuState:
+    def observe(self, state: LfuState, counts: Shaped[Any, "M E"], steps: int = 1) -> LfuState:
         return LfuState(state.counts + counts)
 
     def scores(self, state: LfuState) -> Matrix:

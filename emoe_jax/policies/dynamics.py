@@ -48,13 +48,13 @@ class Dynamics(NamedTuple):
         )
 
     @property
-    def steps(self) -> Float[np.ndarray, " K"]:
-        """How far a decayed mean goes towards a new value in one step."""
-        return 1 - 0.5 ** (1 / self.half_lives)
+    def keep(self) -> Float[np.ndarray, " K"]:
+        """What a decayed mean keeps of itself in one step; the rest is the new value's."""
+        return 0.5 ** (1 / self.half_lives)
 
     @property
-    def latent_steps(self) -> Float[np.ndarray, " J"]:
-        return 1 - 0.5 ** (1 / self.latent_half_lives)
+    def latent_keep(self) -> Float[np.ndarray, " J"]:
+        return 0.5 ** (1 / self.latent_half_lives)
 
     def save(self, path: str | Path) -> None:
         with Path(path).open("wb") as file:

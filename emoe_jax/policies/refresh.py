@@ -27,8 +27,8 @@ class Refresh(Rule[RefreshState]):
     def __init__(self, dynamics: Dynamics, margin: float = MARGIN):
         self.margin = margin
         self._dynamics = dynamics
-        self._steps = dynamics.steps[:, None, None]
-        self._latent_steps = dynamics.latent_steps[:, None]
+        self._keep = dynamics.keep[:, None, None]
+        self._latent_keep = dynamics.latent_keep[:, None]
 
     def start(self, rates: Float[Any, "M E"]) -> RefreshState:
         xp = namespace(rates)
@@ -41,17 +41,12 @@ class Refresh(Rule[RefreshState]):
         kept = np.float32(plan.kept) if isinstance(plan.kept, float) else plan.kept
         return RefreshState(plan.rates, kept * state.recent + plan.joined, kept * state.latent)
 
-    def observe(self, state: RefreshState, counts: Shaped[Any, "M E"]) -> RefreshState:
-        xp = namespace(counts)
-        rates = state.rates
-        # A step that reads prompts has many tokens of one request; it counts like one that writes answers.
-        planned, wished = rates.sum(), xp.maximum(counts.sum(), 1)
-        scale = xp.where(planned > 0, xp.minimum(planned / wished, 1), 1)
-        wishes = counts.astype(np.float32) * scale
-        deviation = (wishes - rates).reshape(-1) @ self._dynamics.directions
-        recent = state.recent + self._steps * (wishes - state.recent)
-        latent = state.latent + self._latent_steps * (deviation - state.latent)
-        return RefreshState(rates, recent, latent)
+    def observe(self, state: RefreshState, counts: Shaped[Any, "M E"], steps: int = 1) -> RefreshState:
+        wishes = counts.astype(np.float32) / np.float32(steps)
+        deviation = (wishes - state.rates).reshape(-1) @ self._dynamics.directions
+        recent = state.recent + (1 - self._keep**steps) * (wishes - state.recent)
+        latent = state.latent + (1 - self._latent_keep**steps) * (deviation - state.latent)
+        return RefreshState(state.rates, recent, latent)
 
     def scores(self, state: RefreshState) -> Matrix:
         xp = namespace(state.rates)

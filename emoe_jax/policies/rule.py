@@ -48,8 +48,8 @@ class Rule(abc.ABC, Generic[State]):
         return state
 
     @abc.abstractmethod
-    def observe(self, state: State, counts: Shaped[Any, "M E"]) -> State:
-        """Take in the wishes of one step: how many tokens wanted each expert, resident or not."""
+    def observe(self, state: State, counts: Shaped[Any, "M E"], steps: int = 1) -> State:
+        """Take in wishes, resident or not: how many tokens of the next so many steps wanted each expert, in all."""
 
     @abc.abstractmethod
     def scores(self, state: State) -> Matrix:

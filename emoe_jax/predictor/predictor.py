@@ -101,6 +101,19 @@ class Predictor:
         prompt = Prompts((task,), self._embedding(embedding), unknown[None], first[None])
         return self.predict_many(prompt, [self.history], with_first=bool(first.any()))[0]
 
+    def predict_next(
+        self, prompts: Sequence[tuple[str, Float[np.ndarray, " d"] | None]], rows: int
+    ) -> Float[np.ndarray, "P M E"]:
+        """`predict` for tasks and embeddings of one prompt or more, each as if it came next.
+
+        `rows` of them are computed, copies of the first where there are fewer, so that one shape is compiled.
+        """
+        asked = [*prompts, *[prompts[0]] * (rows - len(prompts))]
+        unknown = np.zeros((rows, *self.inputs.centre.shape), np.int32)
+        embedding = np.concatenate([self._embedding(embedding) for _, embedding in asked])
+        coming = Prompts(tuple(task for task, _ in asked), embedding, unknown, unknown)
+        return self.predict_many(coming, [self.history] * rows, with_first=False)[: len(prompts)]
+
     def predict_many(
         self, prompts: Prompts, histories: Sequence[History], with_first: bool
     ) -> Float[np.ndarray, "P M E"]:

@@ -90,18 +90,33 @@ def test_layers_that_are_not_sensitive_load_nothing(made):
 
 
 def test_the_policy_is_looked_at_every_few_steps_and_has_missed_none(made, monkeypatch):
-    monkeypatch.setattr(residency_module, "FOLLOW_EVERY", 3)
+    monkeypatch.setattr(residency_module, "FOLLOWING_SHARE", 1e-9)
     residency, _ = made("lru", rates=rates(0, 1, 2, 3))
-    residency.observe(wishes(e5=1))
-    residency.observe(wishes(e0=1, e1=1, e2=1))
+    assert residency.observe(wishes(e0=1)) == (1, 1, 1)  # the first look; another is not due for long
+    assert residency.observe(wishes(e5=1)) is None
+    assert residency.observe(wishes(e0=1, e1=1, e2=1)) is None
     assert residency.state()["loading"] == []
-    residency.observe(wishes(e0=1, e1=1, e2=1))
+    residency._following._next = 0
+    assert residency.observe(wishes(e0=1, e1=1, e2=1)) == (3, 7, 6)
     settle(residency)
     assert residency.table.resident(0).tolist() == [0, 1, 2, 5]
+    assert residency.coverage == 7 / 8
+
+
+def test_wishes_are_held_against_what_was_resident_when_they_arose(made, monkeypatch):
+    monkeypatch.setattr(residency_module, "FOLLOWING_SHARE", 1e-9)
+    residency, _ = made(rates=rates(0, 1, 2, 3))
+    for _ in range(3):
+        residency.observe(wishes(e4=1, e5=1))
+    plan(residency, rates(4, 5, 6, 7))
+    settle(residency)
+    assert residency.coverage == 0
+    residency.observe(wishes(e4=3, e5=3))
+    assert residency.coverage == 0.5
 
 
 def test_useful_loads_are_those_that_were_wished_for_before_they_left(made, monkeypatch):
-    monkeypatch.setattr(residency_module, "FOLLOW_EVERY", 1)
+    monkeypatch.setattr(residency_module, "FOLLOWING_SHARE", 1e9)  # a look at every step
     residency, _ = made("lru")
     residency.observe(wishes(e0=1, e1=1, e2=1))
     residency.observe(wishes(e5=1))  # 3 leaves

@@ -43,11 +43,12 @@ class FakePredictor:
     def observe(self, task: str, counts: np.ndarray, embedding: Any = None) -> None:
         self.observed.append(task)
 
-    def predict(self, task: str, embedding: Any = None) -> np.ndarray:
-        self.asked.append(task)
+    def predict_next(self, prompts: list[tuple[str, Any]], rows: int) -> np.ndarray:
+        assert len(prompts) <= rows
+        self.asked += [task for task, _ in prompts]
         if isinstance(self.answer, Exception):
             raise self.answer
-        return self.answer
+        return np.stack([self.answer] * len(prompts))
 
 
 def test_learning_takes_a_small_share_of_the_time(monkeypatch):

@@ -108,6 +108,18 @@ def test_lru_against_a_plain_list(data: st.DataObject):
         assert sorted(oldest_first) == table.resident(0).tolist()
 
 
+def test_a_step_that_reads_a_prompt_counts_like_one_that_writes():
+    wanted = np.array([[1.5, 0.5, 0, 0]], np.float32)
+    scores = []
+    for read in ([[50, 0, 50, 0]], [[1, 0, 1, 0]]):  # 2 wishes a step are planned
+        policy = make_policy("emoe", 1, 4)
+        policy.plan(wanted, wanted, 0.0)
+        policy.observe(np.array(read))
+        policy.observe(np.array([[0, 0, 1, 1]]))
+        scores.append(policy.scores())
+    np.testing.assert_allclose(*scores, rtol=1e-5)
+
+
 def test_a_step_is_cheap():
     policy = make_policy("lru", 32, 64)
     table = filled_table(policy, [32] * 32)

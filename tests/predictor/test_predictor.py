@@ -115,3 +115,11 @@ def test_damaged_directories_are_one_clear_line(predictor, tmp_path):
         assert "\n" not in str(caught.value)
     with pytest.raises(PredictorError, match="holds no predictor"):
         Predictor.load(tmp_path / "nowhere")
+
+
+def test_several_prompts_are_predicted_as_each_alone(predictor, prompts):
+    asked = [(prompts.tasks[row], prompts.embedding[row]) for row in (33, 35)] + [("never seen", None)]
+    together = predictor.predict_next(asked, 4)
+    assert len(together) == 3
+    for (task, embedding), shares in zip(asked, together, strict=True):
+        np.testing.assert_allclose(shares, predictor.predict(task, embedding), rtol=1e-4, atol=1e-6)
