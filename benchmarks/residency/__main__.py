@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 from benchmarks.residency.forecasts import check_traces, learn_from, predicted
-from benchmarks.residency.grid import NAMES, measure
-from benchmarks.residency.live import measure_live
+from benchmarks.residency.grid import NAMES, RESIDENCIES, measure
+from benchmarks.residency.live import Save, measure_live
 from benchmarks.residency.live_report import plot_live, print_live
 from benchmarks.residency.report import plot_grid, print_grid
 from emoe_jax.engine.memory import parse_bandwidth, parse_bytes
@@ -24,6 +24,8 @@ from emoe_jax.predictor import Predictor
 from emoe_jax.traces import RoutingTrace
 
 LIVE_POLICIES = sorted(POLICIES)
+_SHARES = f"of resident experts (default {' '.join(f'{share:g}' for share in RESIDENCIES)})"
+_NAMES = f"of {', '.join(LIVE_POLICIES)} (default emoe)"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -34,9 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if given.trace is not None:
             results |= replay_trace(given, console)
         if given.live is not None:
-            results |= run_live(given, console)
-        if given.json is not None:
-            given.json.write_text(json.dumps(results, indent=1) + "\n")
+            results |= run_live(given, console, lambda part: write_json(results | part, given.json))
+        write_json(results, given.json)
     except (EmoeError, ImportError, OSError) as error:
         _fail(" ".join(str(error).split()))
 
@@ -60,8 +61,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--expert-bytes", default="13.2MB", help="size of an expert (default 13.2MB, gpt-oss-20b in MXFP4)")
     add("--link-bandwidth", default="25GB", help="bytes per second to the device (default 25GB, PCIe 4.0 x16)")
     live = parser.add_argument_group("with --live")
-    live.add_argument("--shares", type=float, nargs="+", default=[0.75, 0.6, 0.5, 0.4, 0.3, 0.2], metavar="SHARE")
-    live.add_argument("--live-policies", nargs="+", choices=LIVE_POLICIES, default=["emoe"], metavar="NAME")
+    live.add_argument("--shares", type=float, nargs="+", default=[*RESIDENCIES], metavar="SHARE", help=_SHARES)
+    live.add_argument(
+        "--live-policies", nargs="+", choices=LIVE_POLICIES, default=["emoe"], metavar="NAME", help=_NAMES
+    )
     live.add_argument("--per-task", type=int, default=60, metavar="N", help="test prompts of each task (default 60)")
     live.add_argument("--repetitions", type=int, default=5, metavar="N", help="of each timing (default 5)")
     live.add_argument("--switch-share", type=float, default=0.4, metavar="SHARE", help="residency of the topic switch")
@@ -77,7 +80,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return given
 
 
-def run_live(given: argparse.Namespace, console: Console) -> dict[str, Any]:
+def write_json(results: dict[str, Any], path: Path | None) -> None:
+    """Whole or not at all, so that a run that is cut off leaves what it wrote before."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(path.name + ".draft")
+        draft.write_text(json.dumps(results, indent=1) + "\n")
+        draft.replace(path)
+
+
+def run_live(given: argparse.Namespace, console: Console, save: Save) -> dict[str, Any]:
     results = measure_live(
         given.live,
         given.shares,
@@ -86,6 +98,7 @@ def run_live(given: argparse.Namespace, console: Console) -> dict[str, Any]:
         given.repetitions,
         given.switch_share,
         lambda text: console.print(text, style="dim"),
+        save,
     )
     print_live(results, console)
     if given.plots is not None:

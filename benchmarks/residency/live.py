@@ -8,9 +8,13 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from emoe_jax import Engine, RequestOutput, SamplingParams
+from emoe_jax.config import ModelConfig
+from emoe_jax.engine.knowledge import RoutingKnowledge
+from emoe_jax.policies import make_policy
 from train.prompts import Prompt
 from train.tasks import TASKS, examples
 from train.tasks.example import Example
@@ -22,6 +26,7 @@ _DECODE_STEPS = 96
 _CONTEXT = 512  # tokens that an engine is loaded for
 
 Report = Callable[[str], None]
+Save = Callable[[dict[str, Any]], None]
 
 
 def measure_live(
@@ -32,31 +37,53 @@ def measure_live(
     repetitions: int,
     switch_share: float,
     report: Report,
+    save: Save,
 ) -> dict[str, Any]:
     """`live` is of the first policy, by share of resident experts; `live_policies` has all of them by name.
 
-    Ratios are to an engine with all experts resident that runs in the same process, in turns.
+    Ratios are to an engine with all experts resident that runs in the same process, in turns. `save` is called after
+    every cell with what there is, and the topic switch comes last.
     """
+    check_policies(model, policies)
+    by_policy: dict[str, dict[str, Any]] = {policy: {} for policy in policies}
+    results: dict[str, Any] = {"live": by_policy[policies[0]], "live_policies": by_policy}
     with engine_of(model, 1.0, "static") as full:
         report("all experts resident")
         reference = answers(full, per_task)
-        by_policy: dict[str, dict[str, Any]] = {policy: {} for policy in policies}
-        for policy in policies:
-            for share in shares:
-                report(f"{policy}, {share:.0%} resident")
-                with engine_of(model, share, policy) as engine:
-                    cell = answers(engine, per_task)
-                    cell["perplexity_ratio"] = cell["perplexity"] / reference["perplexity"]
-                    cell |= decode_ratios(full, engine, repetitions)
-                    cell |= host_share(engine)
-                by_policy[policy][f"{share:g}"] = cell
         by_policy["full"] = {"1": reference}
+        save(results)
+        cells = [(policy, share) for policy in policies for share in shares]
+        began = time.monotonic()
+        for done, (policy, share) in enumerate(cells):
+            report(f"cell {done + 1} of {len(cells)}: {policy}, {share:.0%} resident{_left(began, done, len(cells))}")
+            with engine_of(model, share, policy) as engine:
+                cell = answers(engine, per_task)
+                cell["perplexity_ratio"] = cell["perplexity"] / reference["perplexity"]
+                cell |= decode_ratios(full, engine, repetitions)
+                cell |= host_share(engine)
+            by_policy[policy][f"{share:g}"] = cell
+            save(results)
     report(f"topic switch, {policies[0]}, {switch_share:.0%} resident")
-    return {
-        "live": by_policy[policies[0]],
-        "live_policies": by_policy,
-        "topic_switch": topic_switch(model, switch_share, policies[0]),
-    }
+    results["topic_switch"] = topic_switch(model, switch_share, policies[0])
+    save(results)
+    return results
+
+
+def check_policies(model: str, policies: Sequence[str]) -> None:
+    """Raise `ConfigError` where one of them needs what the checkpoint has not, before hours have gone into others."""
+    directory = Path(model)
+    config = ModelConfig.from_directory(directory)
+    known = RoutingKnowledge.load(directory, config, "auto", "auto").for_policies()
+    for policy in policies:
+        make_policy(policy, len(config.moe_layers), config.num_experts, None, known)
+
+
+def _left(began: float, done: int, total: int) -> str:
+    """How long the rest takes if it goes on like this; nothing before the first cell."""
+    if not done:
+        return ""
+    each = (time.monotonic() - began) / done
+    return f" ({each:.0f} s per cell, {each * (total - done) / 60:.0f} min left)"
 
 
 @contextlib.contextmanager

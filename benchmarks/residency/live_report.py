@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def print_live(results: dict[str, Any], console: Console) -> None:
     for policy, cells in results["live_policies"].items():
         for share, cell in cells.items():
             table.add_row(policy, f"{float(share):.0%}", *(show(cell) for _, show in _COLUMNS))
+        table.add_section()
     console.print(table)
     switch = results["topic_switch"]
     console.print(
@@ -42,42 +44,55 @@ def print_live(results: dict[str, Any], console: Console) -> None:
     )
 
 
+_CURVES = (
+    ("perplexity of reference answers, over all resident", lambda cell: cell["perplexity_ratio"]),
+    ("assignments substituted, %", lambda cell: 100 * cell["substituted"]),
+    ("exact match, mean of CLSFY, COMP and QA, %", lambda cell: 100 * statistics.mean(cell["exact_match"].values())),
+    ("decoded tokens/s at batch 1, over all resident", lambda cell: cell["decode_ratio_b1"]),
+    ("decoded tokens/s at batch 16, over all resident", lambda cell: cell["decode_ratio_b16"]),
+)
+
+
 def plot_live(results: dict[str, Any], path: Path) -> None:
-    """Perplexity and substitution by residency, and coverage around the topic switch."""
+    """What is measured of every policy by residency, and coverage around the topic switch. One legend for all."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 3, figsize=(19, 5.5), layout="constrained")
-    for policy, cells in results["live_policies"].items():
-        if policy not in STYLES:
-            continue
-        colour, line = STYLES[policy]
-        shares = [100 * float(share) for share in cells]
-        style = {"color": colour, "linestyle": line, "marker": "o", "markersize": 4, "label": policy}
-        panels[0].plot(shares, [cell["perplexity_ratio"] for cell in cells.values()], **style)
-        panels[1].plot(shares, [100 * cell["substituted"] for cell in cells.values()], **style)
-    panels[0].set_ylabel("perplexity of reference answers, over all resident")
-    panels[1].set_ylabel("assignments substituted, %")
-    for panel in panels[:2]:
+    figure, grid = pyplot.subplots(2, 3, figsize=(19, 11), layout="constrained")
+    *panels, last = grid.flat
+    for (what, value), panel in zip(_CURVES, panels, strict=True):
+        for policy, cells in results["live_policies"].items():
+            if policy == "full":
+                continue
+            colour, line = STYLES[policy]
+            shares = [100 * float(share) for share in cells]
+            style = {"color": colour, "linestyle": line, "marker": "o", "markersize": 4, "label": policy}
+            panel.plot(shares, [value(cell) for cell in cells.values()], **style)
         panel.set_xlabel("experts resident, %")
+        panel.set_ylabel(what)
         panel.invert_xaxis()
-        panel.legend()
+    reference = 100 * statistics.mean(results["live_policies"]["full"]["1"]["exact_match"].values())
+    panels[2].axhline(reference, color="#000000", linestyle=":", linewidth=1, label="all experts resident")
+    for panel in (panels[0], *panels[3:]):
+        panel.axhline(1, color="#000000", linestyle=":", linewidth=1)
     switch = results["topic_switch"]
-    panels[2].plot([100 * value for value in switch["coverage_by_prompt"]], color="#D55E00", linewidth=1)
-    panels[2].axvline(switch["prompts_of_each"], color="#000000", linestyle=":", linewidth=1)
-    panels[2].annotate(
+    last.plot([100 * value for value in switch["coverage_by_prompt"]], color="#D55E00", linewidth=1)
+    last.axvline(switch["prompts_of_each"], color="#000000", linestyle=":", linewidth=1)
+    last.annotate(
         f"{switch['from']} | {switch['to']}",
         (switch["prompts_of_each"], 0.02),
         (-30, 0),
         xycoords=("data", "axes fraction"),
         textcoords="offset points",
     )
-    panels[2].set_xlabel("prompt")
-    panels[2].set_ylabel("assignments served by the wished expert, %")
-    for panel in panels:
+    last.set_xlabel(f"prompt ({switch['residency']:.0%} resident)")
+    last.set_ylabel("assignments served by the wished expert, %")
+    for panel in grid.flat:
         panel.grid(alpha=0.3)
+    lines, names = panels[2].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", ncols=min(6, len(names)))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -17,6 +17,7 @@ STYLES: dict[str, tuple[str, str]] = {
     "lfu": ("#56B4E9", "--"),
     "static-task": ("#009E73", "-."),
     "static-global": ("#009E73", ":"),
+    "static": ("#009E73", ":"),
     "random": ("#999999", ":"),
     "next-layer-router": ("#CC79A7", "-."),
     "activation-matrix": ("#CC79A7", "--"),
