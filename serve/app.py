@@ -43,7 +43,14 @@ def create_app(
             service.worker.stop()
             service.text.close()
 
-    app = FastAPI(title="eMoE-JAX", description=DESCRIPTION, version="1", lifespan=lifespan, responses=ERRORS)
+    app = FastAPI(
+        title="eMoE-JAX",
+        description=DESCRIPTION,
+        version="1",
+        lifespan=lifespan,
+        responses=ERRORS,
+        redirect_slashes=False,  # a redirect would repeat what the Host header says
+    )
     app.include_router(completion_routes(service))
     app.include_router(chat_routes(service))
     metrics = RequestMetrics()
