@@ -15,6 +15,7 @@ from serve.answers import (
 from serve.body import JsonRoute
 from serve.engine_metrics import engine_families
 from serve.metrics import CONTENT_TYPE, RequestMetrics, exposition
+from serve.process_metrics import process_metrics
 from serve.schema import DetokenizeRequest, TokenizeRequest
 from serve.service import Service
 from serve.state import EngineState
@@ -25,6 +26,7 @@ TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schem
 
 def model_routes(service: Service, metrics: RequestMetrics) -> APIRouter:
     router = APIRouter(route_class=JsonRoute)
+    process = process_metrics()
 
     def card(name: str) -> ModelCard:
         return ModelCard(id=name, created=service.created, max_model_len=service.max_model_len)
@@ -66,13 +68,14 @@ def model_routes(service: Service, metrics: RequestMetrics) -> APIRouter:
 
     @router.get("/metrics", tags=["server"], response_class=Response, responses=TEXT)
     async def read_metrics() -> Response:
-        """Prometheus metrics: vLLM's names under `emoe:`, and those of experts. No engine, no metrics of it."""
+        """Prometheus metrics: vLLM's names under `emoe:`, and those of experts and process. No engine, none of it."""
         try:
             state = await service.worker.call(lambda engine: engine.state())
         except Unavailable:
             state = {}
         name = service.names[0]
-        return Response(exposition([*metrics.families(name), *engine_families(state, name)]), media_type=CONTENT_TYPE)
+        families = [*metrics.families(name), *engine_families(state, name), *process.families(name)]
+        return Response(exposition(families), media_type=CONTENT_TYPE)
 
     @router.get("/v1/emoe/state", tags=["server"], response_model=EngineState, response_model_exclude_unset=True)
     async def state() -> Any:

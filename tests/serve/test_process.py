@@ -2,9 +2,11 @@
 
 import json
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from serve.options import DEMO_MODEL
 from tests.serve.checkpoint import MAX_MODEL_LEN, write_tiny_checkpoint
 from tests.serve.events import events_of
 from tests.serve.process import ServerProcess, server_process
+from tests.serve.resident import TOLERANCE, needs_proc, resident_bytes
+from tests.serve.test_load import cut_stream
 
 HELLO: list[Any] = [{"role": "user", "content": "hello there"}]
 
@@ -176,6 +180,56 @@ def test_a_client_that_leaves_frees_the_engine(http: httpx.Client) -> None:
     while (scheduler := http.get("/v1/emoe/state").json()["scheduler"])["running"]:
         assert time.monotonic() < deadline
     assert scheduler["waiting"] == 0
+
+
+@needs_proc
+def test_cancelled_streams_leave_nothing(server: ServerProcess, http: httpx.Client) -> None:
+    """Under both contracts: what an `exact` step pins, the next ones need, as half of the experts have no slot."""
+
+    def cut(count: int) -> int:
+        with ThreadPoolExecutor(8) as pool:
+            for future in [pool.submit(cut_one, index) for index in range(count)]:
+                future.result()
+        deadline = time.monotonic() + 20
+        while (scheduler := http.get("/v1/emoe/state").json()["scheduler"])["running"] or scheduler["waiting"]:
+            assert time.monotonic() < deadline
+        assert scheduler["pages_used"] == 0
+        return resident_bytes(server.process.pid)
+
+    def cut_one(index: int) -> None:
+        routing = {"routing": ("resident", "exact")[index % 2]}
+        body = {"prompt": f"hello {index}", "max_tokens": 200, "ignore_eos": True, "stream": True, "emoe": routing}
+        cut_stream(http.base_url.port or 80, json.dumps(body).encode(), "Authorization: Bearer secret")
+
+    before = cut(100)
+    assert abs(cut(200) - before) < TOLERANCE
+    for routing in ("resident", "exact"):
+        body = {"prompt": "hello", "max_tokens": 40, "ignore_eos": True, "emoe": {"routing": routing}}
+        answer = http.post("/v1/completions", json=body).json()
+        assert answer["usage"]["completion_tokens"] == 40
+
+
+@pytest.mark.parametrize(("timeout", "signals"), [("0", 1), ("60", 2)])
+def test_a_forced_end_takes_seconds(tiny: Path, timeout: str, signals: int) -> None:
+    """Without a timeout, or by a second signal: running requests are told, and a half-sent one holds up nobody."""
+    arguments = ("--model", str(tiny), "--max-num-seqs", "1", "--shutdown-timeout", timeout)
+    body = {"prompt": "hello", "max_tokens": 200, "ignore_eos": True}
+    with server_process(*arguments) as server, ThreadPoolExecutor(40) as pool:
+        port = int(server.url.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port)) as slow:
+            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n")
+            answers = [
+                pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=60) for _ in range(40)
+            ]
+            while httpx.get(f"{server.url}/v1/emoe/state").json()["scheduler"]["waiting"] < 20:
+                time.sleep(0.001)
+            server.process.send_signal(signal.SIGTERM)
+            if signals == 2:
+                server.wait_for("shutting down", 4)
+                server.process.send_signal(signal.SIGTERM)
+            assert server.wait(4) == 0
+        assert 503 in {answer.result().status_code for answer in answers}
+        assert "Traceback" not in "".join(server.output)
 
 
 def test_sigterm_lets_running_requests_finish(server: ServerProcess, http: httpx.Client) -> None:

@@ -1,0 +1,1 @@
+"""What host and HTTP layer add to a token."""
