@@ -61,12 +61,19 @@ def learn(
 def learn_transitions(trace: RoutingTrace) -> Float[np.ndarray, "M-1 E E"]:
     """See `NextLayerRouter`; an expert never chosen is followed by what its layer's mean is."""
     M, E = trace.num_layers, trace.num_experts
-    counts = np.zeros((M - 1, E * E))
+    counts = np.zeros((M - 1, E, E))
     for layer in range(M - 1):
-        pairs = trace.experts[:, layer, :, None].astype(np.int64) * E + trace.experts[:, layer + 1, None, :]
-        counts[layer] = np.bincount(pairs.ravel(), minlength=E * E)
-    counts = counts.reshape(M - 1, E, E) + 1e-3 * counts.reshape(M - 1, E, E).mean(1, keepdims=True) + 1e-9
+        counts[layer] = co_occurrences(trace.experts[:, layer], trace.experts[:, layer + 1], E)
+    counts += 1e-3 * counts.mean(1, keepdims=True) + 1e-9
     return (trace.top_k * counts / counts.sum(-1, keepdims=True)).astype(np.float32)
+
+
+def co_occurrences(
+    first: Int[np.ndarray, "N k"], second: Int[np.ndarray, "N k"], num_experts: int
+) -> Int[np.ndarray, "E E"]:
+    """How many tokens chose each expert of one layer and each of another."""
+    pairs = first[:, :, None].astype(np.int64) * num_experts + second[:, None, :]
+    return np.bincount(pairs.ravel(), minlength=num_experts**2).reshape(num_experts, num_experts)
 
 
 def learn_dynamics(

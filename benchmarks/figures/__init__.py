@@ -1,0 +1,1 @@
+"""`python -m benchmarks.figures`: the figures of the eMoE paper that a routing trace is enough for."""
