@@ -22,6 +22,7 @@ from emoe_jax.errors import ConfigError, EmoeError
 from emoe_jax.policies import POLICIES
 from emoe_jax.predictor import Predictor
 from emoe_jax.traces import RoutingTrace
+from serve.start import keep_compilations
 
 LIVE_POLICIES = sorted(POLICIES)
 _SHARES = f"of resident experts (default {' '.join(f'{share:g}' for share in RESIDENCIES)})"
@@ -160,4 +161,5 @@ def _fail(message: str) -> NoReturn:
 
 
 if __name__ == "__main__":
+    keep_compilations()  # cells of the same slots run the same executables
     main()
