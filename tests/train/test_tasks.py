@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from train.tasks import TASKS, chitchat, clsfy, comp, examples, qa, stories, words
+from train.tasks import TASKS, chitchat, clsfy, comp, events, examples, qa, stories, words
 from train.tasks.draw import Draw, combinations, proper_nouns, split_of
 
 COUNT = 400
@@ -112,7 +112,7 @@ def test_small_talk_is_clean_and_split_by_conversation():
 
 def test_retold_pairs_are_not_two_headlines():
     """So that training shows no pair of wordings that tests hold out."""
-    for kind in stories.KINDS:  # what tells a headline from the sentences of an article
+    for kind in events.KINDS:  # what tells a headline from the sentences of an article
         assert all("{d}" in lead for lead in kind.leads)
         assert kind.summary.endswith(".")
         assert not any("{d}" in headline or headline.endswith(".") for headline in kind.headlines)
@@ -130,7 +130,7 @@ def test_stories_that_differ_are_told_in_pairs_of_wordings_of_their_split():
     """A pair held out for tests must not occur in training, not even as one that is not the same."""
     for split in ("train", "test"):
         draw = Draw(f"pairs/{split}", split)
-        for kind in stories.KINDS:
+        for kind in events.KINDS:
             allowed = combinations((kind.headlines, kind.headlines), split)
             for _ in range(20):
                 first, second = (stories.story(draw, kind) for _ in range(2))

@@ -21,7 +21,7 @@ from train.demo.trainer import Checkpoints, Plan, run
 from train.progress import History, progress_bar, read_history
 from train.ranges import check_ranges
 
-STEPS = 6500
+STEPS = 5200
 _LOG_EVERY = 50
 
 

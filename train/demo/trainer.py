@@ -53,12 +53,12 @@ class Cycle(NamedTuple):
     plateau: float
 
 
-CYCLES = (Cycle(42 / 65, 1.0, 0.6), Cycle(8 / 65, 0.4, 0.0), Cycle(10 / 65, 0.5, 0.4), Cycle(5 / 65, 0.4, 0.2))
+CYCLES = (Cycle(43 / 52, 1.0, 0.6), Cycle(9 / 52, 0.4, 0.0))
 _LOW = 0.02  # of the highest rate: where every cycle ends
 
 
 def learning_rate(plan: Plan) -> optax.Schedule:
-    """Cycles of a rise, a plateau and a straight line down. Of 6500 steps: 4200, 800, 1000 and 500."""
+    """Cycles of a rise, a plateau and a straight line down. Of 5200 steps: 4300 and 900."""
     low, schedules, ends = _LOW * plan.peak_rate, [], [0]
     for index, cycle in enumerate(CYCLES):
         steps = max(4, round(cycle.share * plan.steps))

@@ -6,7 +6,7 @@ else, and another event about the same party. The latter two cannot be told by t
 
 from __future__ import annotations
 
-from train.tasks import stories
+from train.tasks import events, stories
 from train.tasks.draw import Draw
 from train.tasks.example import Example, Split
 
@@ -73,7 +73,7 @@ def _other(draw: Draw, story: stories.Story) -> stories.Story:
         if sort < 0.35:
             other = stories.story(draw, kind=story.kind)
         elif sort < 0.65:
-            kinds = [kind for kind in stories.KINDS if kind.a == story.kind.a and kind != story.kind]
+            kinds = [kind for kind in events.KINDS if kind.a == story.kind.a and kind != story.kind]
             other = stories.story(draw, kind=kinds[draw.rng.randrange(len(kinds))], a=story.slots["a"])
         else:
             other = stories.story(draw)
