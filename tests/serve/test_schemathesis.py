@@ -1,0 +1,63 @@
+"""Requests made from the server's own OpenAPI description, valid and not: none is a server error."""
+
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+
+schemathesis = pytest.importorskip("schemathesis", reason="needs the clients extra", exc_type=ImportError)
+
+EXAMPLES = 200
+OPERATIONS = (
+    ("POST", "/v1/completions"),
+    ("POST", "/v1/chat/completions"),
+    ("GET", "/v1/models"),
+    ("GET", "/v1/models/{model}"),
+    ("POST", "/tokenize"),
+    ("POST", "/detokenize"),
+    ("GET", "/health"),
+    ("GET", "/metrics"),
+    ("GET", "/v1/emoe/state"),
+)
+
+
+@pytest.fixture(scope="module")
+def described(client: httpx.Client) -> Any:
+    return schemathesis.openapi.from_url(f"{client.base_url}/openapi.json")
+
+
+def test_all_operations_are_tried(described: Any) -> None:
+    found = {(operation.method.upper(), operation.path) for operation in map(_ok, described.get_all_operations())}
+    assert found == set(OPERATIONS)
+
+
+def _ok(result: Any) -> Any:
+    return result.ok()
+
+
+@pytest.mark.parametrize(("method", "path"), OPERATIONS)
+@pytest.mark.parametrize("mode", ["POSITIVE", "NEGATIVE"])
+def test_no_operation_fails(described: Any, client: httpx.Client, method: str, path: str, mode: str) -> None:
+    """Valid requests may still ask for too much, so that any status below 500 is an answer."""
+    operation = described[path][method]
+    strategy = operation.as_strategy(generation_mode=schemathesis.GenerationMode[mode])
+    if mode == "NEGATIVE" and not operation.body:
+        pytest.skip("nothing to get wrong")
+
+    @settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
+    )
+    @given(case=strategy)
+    def check(case: Any) -> None:
+        answer = case.call(base_url=str(client.base_url))
+        assert answer.status_code < 500, answer.text
+        assert answer.headers["x-request-id"]
+
+    check()
+    assert client.get("/health").status_code == 200
