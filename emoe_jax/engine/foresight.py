@@ -18,7 +18,7 @@ from emoe_jax.planner import ResidencyPlanner
 from emoe_jax.scheduling.plan import StepPlan
 from emoe_jax.scheduling.scheduler import Scheduler
 
-PLANNING_SHARE = 0.015
+PLANNING_SHARE = 0.008
 """Of the time: the most that planning for changed requests may take while the device is busy."""
 
 
@@ -59,6 +59,11 @@ class Foresight:
                     plan = self._planner.plan_for(tuple(at_hand))
                     if plan is not None:
                         self._residency.plan(*plan)
+
+    def slots_changed(self) -> None:
+        """Layers have other numbers of slots."""
+        if self._planner is not None:
+            self._planner.use_capacities(self._residency.table.capacities)
 
     def settle(self, plan: StepPlan, seconds: float) -> None:
         """Wait for what was planned, where nobody's next token and no `exact` step waits with it."""
