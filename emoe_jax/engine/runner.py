@@ -81,7 +81,9 @@ class Runner:
         """
         batches = batches_of(plan, self.buckets)
         before, self._places = self._places, {}
-        return Dispatched(plan, batches, [self._run_batch(batch, before) for batch in batches])
+        # All of them before the first is run, which puts its tokens where those of others may be.
+        fed = [self._with_kept_tokens(batch, before) if batch.awaits else batch for batch in batches]
+        return Dispatched(plan, batches, [self._run_batch(batch) for batch in fed])
 
     def collect(self, dispatched: Dispatched) -> RunResult:
         """Wait for a plan's tokens, and count the expert assignments of each sequence that has not ended meanwhile."""
@@ -138,7 +140,7 @@ class Runner:
             total, done = len(shapes) + len(forwards), 0
             for shape in shapes:
                 if not self._residency.is_full:
-                    jax.block_until_ready(self._run_batch(empty_batch(shape, "exact"), {}))
+                    jax.block_until_ready(self._run_batch(empty_batch(shape, "exact")))
                 done += 1
                 if progress is not None:
                     progress(done, total)
@@ -148,17 +150,12 @@ class Runner:
                 if progress is not None:
                     progress(done, total)
         for shape in shapes:
-            jax.block_until_ready(self._run_batch(empty_batch(shape, "resident"), {}))
+            jax.block_until_ready(self._run_batch(empty_batch(shape, "resident")))
         for B in self.buckets.sequences:
             self._with_kept_tokens(empty_batch(self.buckets.fit(B, 1), "resident"), {})
 
-    def _run_batch(self, batch: Batch, kept: Mapping[Sequence, int]) -> tuple[Any, ...]:
-        """Dispatch one batch: its tokens, wish counts, substituted choices and wishes, still on the device.
-
-        `kept` says where the tokens are that sequences wait for.
-        """
-        if batch.awaits:
-            batch = self._with_kept_tokens(batch, kept)
+    def _run_batch(self, batch: Batch) -> tuple[Any, ...]:
+        """Dispatch one batch: its tokens, wish counts, substituted choices and wishes, still on the device."""
         if batch.routing == "exact" and not self._residency.is_full:
             outputs = self._run_exact(batch)
         else:

@@ -193,6 +193,22 @@ def test_overlap_changes_no_token(engine_of: EngineFactory, kv_pages: int | None
         assert [c.finish_reason for c in one] == [c.finish_reason for c in other]
 
 
+def test_overlap_keeps_the_contracts_tokens_apart(engine_of: EngineFactory) -> None:
+    """Resident sequences that come later are computed before an exact one that came earlier."""
+    outputs = []
+    for overlap in (False, True):
+        engine = engine_of(expert_memory="100%", max_model_len=96, overlap=overlap)
+        for index, routing in enumerate(("resident", "exact", "resident", "resident")):
+            params = SamplingParams(max_tokens=30, temperature=1.0, seed=index, ignore_eos=True)
+            engine.add_request(str(index), PROMPTS[index], params, routing=routing)
+            for _ in range(5):
+                engine.step()
+        while engine.has_work():
+            engine.step()
+        outputs.append([engine.pop(str(index)).token_ids for index in range(4)])
+    assert outputs[0] == outputs[1]
+
+
 def test_the_next_step_is_dispatched_before_tokens_are_read(
     engine_of: EngineFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
