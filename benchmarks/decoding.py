@@ -1,0 +1,168 @@
+"""Decoding by share of resident experts: `python -m benchmarks.decoding --json FILE`.
+
+The random Mixtral of `benchmarks.peers`, 430 M float32 parameters whose experts fit no cache, in engines that decode in
+turns: with all experts resident, and with fewer. A step that meets fewer distinct experts reads fewer bytes. Medians
+count.
+
+- `decode_ratio_b1`, `decode_ratio_b16`: tokens per second over those with all experts resident, by batch, under the
+  policy that is asked for (`emoe` follows the routers' wishes, so experts are loaded meanwhile).
+- `still_ratio_b1`, `still_ratio_b16`: the same with residents that stay (`static`).
+- `loading_step_ratio`: step time with loads over that without, batch 16.
+- `floor_ratio_b16`: what the bytes that a step reads allow.
+
+JSON: `{"0.4": {"decode_ratio_b1": x, ...}, ...}`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.peers import MODEL, PROMPT, step_bytes
+from emoe_jax import EmoeError, Engine, SamplingParams
+from emoe_jax.checkpoint import save_checkpoint
+from emoe_jax.config import ModelConfig
+from emoe_jax.models.decoder import Decoder, init_experts
+
+BATCHES = (1, 16)
+_CONTEXT = 128
+_STEPS = 8  # per trial
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.decoding", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.6, 0.4, 0.2], help="of experts resident")
+    parser.add_argument("--policy", default="emoe", help="which experts are kept (default %(default)s)")
+    parser.add_argument("--link-bandwidth", metavar="BYTES", help="of background loads, such as 256MiB (no limit)")
+    parser.add_argument("--repetitions", type=int, default=15, help="trials of each engine (default %(default)s)")
+    options = parser.parse_args(argv)
+    if options.repetitions < 1:
+        parser.error(f"--repetitions is {options.repetitions}; it must be at least 1")
+    if not all(0 < share < 1 for share in options.shares):
+        parser.error("--shares must lie between 0 and 1")
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            write_random_checkpoint(Path(directory), MODEL)
+            numbers = {
+                f"{share:g}": measure(directory, share, options.policy, options.link_bandwidth, options.repetitions)
+                for share in options.shares
+            }
+        show(numbers, options.policy, Console())
+        if options.json is not None:
+            options.json.write_text(json.dumps(numbers, indent=2) + "\n")
+    except (EmoeError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def write_random_checkpoint(directory: Path, raw: dict[str, Any]) -> None:
+    """A checkpoint of this `config.json` with random weights."""
+    config = ModelConfig.from_hf(raw)
+    dense = nnx.state(Decoder(config, rngs=nnx.Rngs(0)))
+    save_checkpoint(directory, raw, dense, init_experts(config, jax.random.key(0)))
+
+
+def measure(model: str, share: float, policy: str, link_bandwidth: str | None, repetitions: int) -> dict[str, float]:
+    """The numbers of one share; engines decode in turns, each the same prompts."""
+    settings = {"full": (1.0, "static"), "still": (share, "static"), "followed": (share, policy)}
+    with contextlib.ExitStack() as stack:
+        engines = {
+            name: stack.enter_context(_engine(model, part, rule, link_bandwidth))
+            for name, (part, rule) in settings.items()
+        }
+        config, numbers = engines["full"].config, {}
+        for batch in BATCHES:
+            seconds: dict[str, list[float]] = {name: [] for name in engines}
+            for repetition in range(repetitions + 1):  # the first warms up
+                for name, engine in engines.items():
+                    seconds[name].append(decode_seconds(engine, batch, repetition))
+            step = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+            numbers[f"decode_ratio_b{batch}"] = step["full"] / step["followed"]
+            numbers[f"still_ratio_b{batch}"] = step["full"] / step["still"]
+            numbers[f"full_step_s_b{batch}"] = step["full"]
+            numbers["loading_step_ratio"] = step["followed"] / step["still"]
+        state = engines["followed"].state()
+        loads, capacity = state["residency"]["loads"], min(state["residency"]["slots"])
+        numbers["loads_per_step"] = (loads["loads"] - sum(state["residency"]["slots"])) / state["steps"]
+        numbers["coverage"] = state["residency"]["coverage"]
+        numbers["planning_share"] = state["planner"]["planning_seconds"] / state["step_seconds"]
+        numbers["commit_share"] = loads["commit_seconds"] / state["step_seconds"]
+    batch = BATCHES[-1]
+    few = config.num_experts * (1 - (1 - config.top_k / config.num_experts) ** batch)
+    idle = few - min(few, capacity * (1 - (1 - config.top_k / capacity) ** batch))
+    read = step_bytes(config, batch)
+    return numbers | {"floor_ratio_b16": read / (read - 4 * config.num_layers * idle * config.expert_params)}
+
+
+@contextlib.contextmanager
+def _engine(model: str, share: float, policy: str, link_bandwidth: str | None) -> Iterator[Engine]:
+    with Engine.load(
+        model,
+        expert_memory=f"{100 * share:g}%",
+        policy=policy,
+        link_bandwidth=link_bandwidth,
+        max_model_len=_CONTEXT,
+        max_num_seqs=max(BATCHES),
+        prefix_caching=False,
+    ) as engine:
+        yield engine
+
+
+def decode_seconds(engine: Engine, batch: int, seed: int) -> float:
+    """Mean seconds of a step in which `batch` random prompts decode a token each."""
+    prompts = np.random.default_rng(seed).integers(0, engine.config.vocab_size, (batch, PROMPT))
+    params = SamplingParams(max_tokens=_CONTEXT - PROMPT, temperature=0, ignore_eos=True)
+    names = [f"{batch}/{seed}/{row}" for row in range(batch)]
+    for name, prompt in zip(names, prompts.tolist(), strict=True):
+        engine.add_request(name, prompt, params)
+    while not all(engine.output(name).completions[0].token_ids for name in names):
+        engine.step()
+    engine.step()
+    began = time.perf_counter()
+    for _ in range(_STEPS):
+        engine.step()
+    seconds = (time.perf_counter() - began) / _STEPS
+    for name in names:
+        engine.pop(name)
+    return seconds
+
+
+def show(numbers: dict[str, dict[str, float]], policy: str, console: Console) -> None:
+    config = ModelConfig.from_hf(MODEL)
+    parameters = config.num_layers * config.num_experts * config.expert_params / 1e6
+    table = Table(title=f"all experts resident are 1; {parameters:.0f} M expert parameters, float32")
+    table.add_column("")
+    for share in numbers:
+        table.add_column(f"{float(share):.0%} resident", justify="right")
+    rows = [
+        *((f"tokens/s, {policy}, batch {batch}", f"decode_ratio_b{batch}", "{:.2f}x") for batch in BATCHES),
+        *((f"tokens/s, static, batch {batch}", f"still_ratio_b{batch}", "{:.2f}x") for batch in BATCHES),
+        ("by the bytes that a step reads, batch 16", "floor_ratio_b16", "{:.2f}x"),
+        ("step time with loads over that without", "loading_step_ratio", "{:.3f}"),
+        ("loads per step", "loads_per_step", "{:.2f}"),
+        ("planning, of step time", "planning_share", "{:.1%}"),
+        ("commits, of step time", "commit_share", "{:.1%}"),
+    ]
+    for label, key, form in rows:
+        table.add_row(label, *(form.format(row[key]) for row in numbers.values()))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
