@@ -45,6 +45,7 @@ THREADS = 2
 CONTEXT = 544  # a prompt for prefill and its answer
 PROMPT = 16  # tokens before decoding starts
 DECODE_STEPS = 4  # per repetition
+_SETTLE = 0.3  # seconds before a trial: worker threads of the other library spin for a while after its own
 PREFILL = 512
 
 MODEL = {
@@ -232,6 +233,7 @@ def interleave(runs: dict[str, Callable[[], Any]], repetitions: int, steps: int)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repetitions):
         for name, run in runs.items():
+            time.sleep(_SETTLE)
             started = time.perf_counter()
             for _ in range(steps):
                 run()
