@@ -79,6 +79,31 @@ class PagePool:
             else:
                 self._blank.append(page)
 
+    def resize(self, num_pages: int) -> dict[int, int]:
+        """Have another number of pages; returns where pages went that are kept and had numbers beyond it.
+
+        Published pages without users are forgotten where there is no room, those used least recently first. Raises
+        `ValueError`, changing nothing, when the pages in use do not fit.
+        """
+        if num_pages < 2 or self.num_used >= num_pages:
+            raise ValueError(f"{self.num_used} pages are in use; {num_pages} pages cannot hold them and the trash page")
+        while self.num_used + len(self._idle) >= num_pages:
+            self._blank.append(self._evict())
+        kept = [page for page in range(num_pages, self.num_pages) if self._users[page] or page in self._idle]
+        blank = [page for page in self._blank if page < num_pages]
+        moves = {page: blank.pop() for page in kept}
+        added = range(num_pages - 1, self.num_pages - 1, -1)  # none when the pool shrinks
+        users = self._users + [0] * len(added)
+        for page, target in moves.items():
+            users[target] = users[page]
+        self._users = users[:num_pages]
+        self._blank = [*added, *blank]
+        self._idle = OrderedDict((moves.get(page, page), None) for page in self._idle)
+        self._key_of = {moves.get(page, page): key for page, key in self._key_of.items()}
+        self._page_of = {key: page for page, key in self._key_of.items()}
+        self.num_pages = num_pages
+        return moves
+
     def publish(self, page: int, key: bytes) -> None:
         """Let a page in use, which nobody will write to again, be found by `key`, unless another one is."""
         assert self._users[page], f"page {page} is free"

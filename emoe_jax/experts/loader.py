@@ -20,6 +20,15 @@ from emoe_jax.experts.tickets import LoadState, LoadTicket, TicketQueue
 _WINDOW_BYTES = 64 << 20
 
 
+def _default_window(record_bytes: int) -> int:
+    return min(max(_WINDOW_BYTES // record_bytes, 4), 32)
+
+
+def staging_bytes(record_bytes: int) -> int:
+    """The most that experts on their way to the slab take on the device, `load_now` running."""
+    return 2 * _default_window(record_bytes) * record_bytes
+
+
 @dataclasses.dataclass(frozen=True)
 class LoaderStats:
     """Totals since the loader was made. `busy_seconds`: time with at least one worker staging."""
@@ -68,7 +77,7 @@ class ExpertLoader:
         self._slab = slab
         self._table = table
         nbytes = store.layout.nbytes
-        self._window = window or min(max(_WINDOW_BYTES // nbytes, 4), 32)
+        self._window = window or _default_window(nbytes)
         self._retries = retries
         self._backoff = backoff
         self._queue = TicketQueue(nbytes, self._window, bandwidth)

@@ -162,6 +162,30 @@ class Residency:
             self._follow_policy(min(SWAPS_PER_LAYER, max(1, tokens)))
         return covered
 
+    def resize(self, layer: int, capacity: int) -> None:
+        """Give a layer another number of slots; of its experts those of the highest scores stay.
+
+        Only while no step is in flight. Loads under way go on, and find a place or not when they are committed.
+        """
+        self._count()
+        order = self._eviction_order(layer)[::-1]
+        experts = [int(expert) for expert in order if self.table.is_resident(layer, expert)][:capacity]
+        self.slab.resize(layer, capacity, [self.table.slot(layer, expert) for expert in experts])
+        self.table.resize(layer, capacity, experts)
+        resident = self.table.resident_mask[layer]
+        self._useless += int((self._unproven[layer] & ~resident).sum())
+        self._unproven[layer] &= resident
+
+    def refill(self) -> None:
+        """Ask for the best of the absent experts where slots are empty."""
+        self._sort_out_tickets()
+        absent = ~(self.table.resident_mask | self._loader.in_flight())
+        scores = np.where(absent, self._policy.scores(), -np.inf)
+        for layer, order in enumerate(np.argsort(-scores, axis=1, kind="stable")):
+            count = min(len(self.table.empty_slots(layer)), int(absent[layer].sum()))
+            for expert in order[:count].tolist():
+                self._tickets.append(self._loader.request(layer, expert, float(scores[layer, expert])))
+
     def _count(self) -> None:
         """Take in wishes that arose while the residents were those of now."""
         counts = self._uncounted

@@ -34,6 +34,21 @@ def commit_experts(
     return ExpertWeights(w_in, w_out)
 
 
+@functools.partial(jax.jit, donate_argnames=("target",))
+def copy_experts(
+    target: ExpertWeights, source: ExpertWeights, slots: Int32[Array | np.ndarray, " n"], count: Int32[Array, ""] | int
+) -> ExpertWeights:
+    """`target` with the first `count` of these slots of another slab layer in its first slots. Donates `target`."""
+
+    def copy(index: Array, target: ExpertWeights) -> ExpertWeights:
+        def slot(to: Array, of: Array) -> Array:
+            return jax.lax.dynamic_update_index_in_dim(to, of[slots[index]], index, axis=0)
+
+        return jax.tree.map(slot, target, source)
+
+    return jax.lax.fori_loop(0, count, copy, target)
+
+
 class ExpertSlab:
     """Device weights of every MoE layer's slots, zero until committed to.
 
@@ -48,10 +63,8 @@ class ExpertSlab:
         self.layout = layout
         self.capacities = tuple(capacities)
         self.sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        self._weights = [jax.device_put(layout.empty_weights(capacity), self.sharding) for capacity in capacities]
-        for array in jax.tree.leaves(self._weights):
-            use_huge_pages(array)
-        self._compile_commits()
+        self._weights = [self._empty(capacity) for capacity in capacities]
+        self.compile_commits()
 
     @property
     def weights(self) -> tuple[ExpertWeights, ...]:
@@ -90,19 +103,41 @@ class ExpertSlab:
                 )
                 done += size
 
+    def resize(self, layer: int, capacity: int, slots: Sequence[int]) -> None:
+        """Give a layer `capacity` slots, the first of which take over the weights of these `slots`, in order.
+
+        Only the owner of the step may call it, while no step is in flight. Until it is done, both the old and the new
+        arrays are there; nothing changes when there is no room for that.
+        """
+        old = self._weights[layer]
+        chosen = np.zeros(min(capacity, old.capacity), np.int32)
+        chosen[: len(slots)] = slots
+        new = copy_experts(self._empty(capacity), old, chosen, np.int32(len(slots)))
+        self._weights[layer] = jax.block_until_ready(new)
+        self.capacities = (*self.capacities[:layer], capacity, *self.capacities[layer + 1 :])
+        for array in jax.tree.leaves(old):
+            array.delete()
+
     def block_until_ready(self, layer: int) -> None:
         """Wait for the commits to a layer; the staged records are free afterwards."""
         weights = self._weights[layer]
         weights.w_in.block_until_ready()
         weights.w_out.block_until_ready()
 
-    def _compile_commits(self) -> None:
-        """Run every commit size once, while zeros over zeros change nothing."""
-        record = aligned_record(self.layout)
-        record[:] = 0
-        staged = self.stage(record)
+    def compile_commits(self) -> None:
+        """Run every commit size once, writing to slot 0 what is in it. For the owner of the step."""
         for layer in {capacity: layer for layer, capacity in enumerate(self.capacities)}.values():
+            record = aligned_record(self.layout)
+            for part, array in zip(self.layout.views(record), jax.tree.leaves(self._weights[layer]), strict=True):
+                part[:] = array[0]
+            staged = self.stage(record)
             for size in COMMIT_SIZES:
                 first = np.zeros(size, np.int32)
                 self._weights[layer] = commit_experts(self._weights[layer], (staged,) * size, first)
             self.block_until_ready(layer)
+
+    def _empty(self, capacity: int) -> ExpertWeights:
+        weights = jax.device_put(self.layout.empty_weights(capacity), self.sharding)
+        for array in jax.tree.leaves(weights):
+            use_huge_pages(array)
+        return weights

@@ -130,6 +130,26 @@ class SlotTable:
             self._generation[layer][slot] += 1
             self._on_device = None
 
+    def resize(self, layer: int, capacity: int, experts: Sequence[int]) -> None:
+        """Give a layer `capacity` slots, the first of which hold these `experts`, in order, and the others none.
+
+        Raises `SlotInUseError` when a slot is pinned, `ValueError` for experts that do not fit or come twice.
+        """
+        if self._pins[layer].any():
+            raise SlotInUseError(f"slots of layer {layer} are in use by the running step and cannot be resized")
+        if not 1 <= capacity <= self.num_experts or len(experts) > capacity or len(set(experts)) < len(experts):
+            raise ValueError(f"{capacity} slots of layer {layer} for experts {list(experts)} of {self.num_experts}")
+        generation = 1 + int(self._generation[layer].max())
+        self.capacities = (*self.capacities[:layer], capacity, *self.capacities[layer + 1 :])
+        self._absent[layer] = capacity
+        self._slot_of_expert[layer] = capacity
+        self._slot_of_expert[layer, list(experts)] = np.arange(len(experts))
+        self._expert_of_slot[layer] = np.full(capacity, EMPTY, np.int32)
+        self._expert_of_slot[layer][: len(experts)] = experts
+        self._generation[layer] = np.full(capacity, generation, np.int64)
+        self._pins[layer] = np.zeros(capacity, np.int32)
+        self._on_device = None
+
     def device_table(self) -> Int32[Array, "M E"]:
         """`slot_of_expert` on the device; transferred only after a change, the same array otherwise."""
         table = self._on_device

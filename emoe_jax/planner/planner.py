@@ -80,6 +80,10 @@ class ResidencyPlanner:
         """Whether it has a predictor, which wants prompts' embeddings."""
         return self._forecaster is not None
 
+    def use_capacities(self, capacities: Sequence[int]) -> None:
+        """Layers have so many slots from now on."""
+        self._capacities, self._stale = tuple(capacities), True
+
     def begin(
         self,
         request_id: str,

@@ -74,6 +74,8 @@ class Scheduler:
         self.eos_token_ids = frozenset(eos_token_ids)
         self.prefix_cache = PrefixCache(pool, prefix_caching)
         self.num_preemptions = 0
+        self.num_short_steps = 0
+        """Steps in which a sequence was preempted, or could not start, for want of pages."""
         self.attainment = Attainment()
         self._now = 0.0  # end of the last step
         self._next_order = 0
@@ -201,6 +203,7 @@ class Scheduler:
             else:
                 prefill_budget -= length
                 prefills.append(PrefillChunk(sequence, start, length, start + length == total))
+        self.num_short_steps += preempted
         if not preempted and len(self.policy):
             self._admit(prefills, prefill_budget, now)
         return StepPlan(tuple(decodes), tuple(prefills), now)
@@ -249,6 +252,15 @@ class Scheduler:
             self._running = [sequence for sequence in self._running if not sequence.finished]
         return finished
 
+    def resize_pool(self, num_pages: int) -> dict[int, int]:
+        """Have another number of pages, while no step is in flight: `PagePool.resize`, and the sequences know it."""
+        if self._in_flight:
+            raise ValueError(f"{len(self._in_flight)} steps in flight read and write pages; they cannot move")
+        moves = self.pool.resize(num_pages)
+        for sequence in self._running if moves else ():
+            sequence.pages = [moves.get(page, page) for page in sequence.pages]
+        return moves
+
     def _admit(self, prefills: list[PrefillChunk], budget: int, now: float) -> None:
         """Start waiting sequences with what the step has left of tokens, places and pages."""
         if budget == 0 or len(self._running) == self.max_num_seqs:
@@ -264,6 +276,7 @@ class Scheduler:
             cached = self.prefix_cache.find(sequence)
             missing = pool.pages_for(total) - len(cached)
             if not pool.can_allocate(promised + missing + pool.num_idle(cached)):
+                self.num_short_steps += 1
                 break
             self.policy.remove(sequence)
             self.prefix_cache.take(sequence, cached)

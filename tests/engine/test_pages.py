@@ -136,6 +136,25 @@ class PoolMachine(RuleBasedStateMachine):
         self.idle = [page for page in self.idle if page not in pages]
         self.held.append(pages)
 
+    @rule(num_pages=st.integers(2, 32))
+    def resize(self, num_pages: int) -> None:
+        used = self.used
+        if len(used) >= num_pages:
+            with pytest.raises(ValueError, match="cannot hold them"):
+                self.pool.resize(num_pages)
+            return
+        self.idle, forgotten = self.idle[(n := max(0, len(used) + len(self.idle) + 1 - num_pages)) :], self.idle[:n]
+        moves = self.pool.resize(num_pages)
+        kept = used | set(self.idle)
+        assert set(moves) == {page for page in kept if page >= num_pages}
+        assert not set(moves.values()) & kept
+        assert len(set(moves.values())) == len(moves)
+        assert all(TRASH_PAGE < page < num_pages for page in moves.values())
+        self.held = [[moves.get(page, page) for page in pages] for pages in self.held]
+        self.idle = [moves.get(page, page) for page in self.idle]
+        published = {key: page for key, page in self.published.items() if page not in forgotten}
+        self.published = {key: moves.get(page, page) for key, page in published.items()}
+
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def free(self, data: st.DataObject) -> None:
@@ -149,7 +168,7 @@ class PoolMachine(RuleBasedStateMachine):
         used = self.used
         assert self.pool.num_used == len(used)
         assert self.pool.num_free == self.pool.num_usable - len(used) >= len(self.idle)
-        assert all(TRASH_PAGE < page < 24 for page in used)
+        assert all(TRASH_PAGE < page < self.pool.num_pages for page in used)
         assert set(self.idle) == set(self.published.values()) - used
         assert self.pool.num_idle(self.published.values()) == len(self.idle)
 
