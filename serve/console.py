@@ -17,6 +17,7 @@ MEMORY = {
     "weights": "weights without experts",
     "slab": "slab of resident experts",
     "kv_cache": "KV cache",
+    "workspace": "workspace",
     "host": "host RAM for experts off the device",
 }
 """What the engine calls each amount, and what it is. Nothing in host RAM is the default and not worth a line."""

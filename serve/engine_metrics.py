@@ -14,6 +14,7 @@ GAUGES = (
     ("expert_coverage", "Share of the routers' wishes that were resident, since the start.", "residency.coverage"),
     ("expert_loads_in_flight", "Experts on their way to the device.", "residency.loads.in_flight"),
     ("link_bandwidth_bytes_per_second", "Measured from store to device, staging.", "residency.loads.bandwidth"),
+    ("memory_lean", "Whether experts have made room for the KV cache (1).", "memory_trade.lean"),
     ("predictor_open", "Whether predictions count (1), or decayed frequency covers more (0).", "planner.open"),
 )
 """Name, documentation, and where in the state the number is."""
@@ -33,6 +34,8 @@ COUNTERS = (
     ("expert_loads_useless", "Loaded in the background and replaced unwished for.", "residency.loads.useless"),
     ("expert_loads_cancelled", "Given up before they were there.", "residency.loads.cancelled"),
     ("expert_load_failures", "Experts that could not be read.", "residency.loads.failures"),
+    ("memory_trades", "Times that experts and KV cache traded places.", "memory_trade.trades"),
+    ("memory_trade_seconds", "Time that it took.", "memory_trade.trade_seconds"),
     ("predictions", "Times that the predictor was asked.", "planner.predictions"),
     ("early_predictions", "Those asked early, because coverage fell.", "planner.early_predictions"),
     ("prediction_seconds", "Time of the predictor's thread.", "planner.seconds"),
@@ -58,6 +61,8 @@ def engine_families(state: Mapping[str, Any], model_name: str) -> Iterator[Metri
     used, pages = _at(state, "scheduler.pages_used"), _at(state, "scheduler.pages")
     usage = used / pages if used is not None and pages else None
     yield from _family(GaugeMetricFamily, "kv_cache_usage_perc", "Share of pages in use.", model_name, "", {"": usage})
+    documentation = "Planned bytes by purpose; those of slab and KV cache change places."
+    yield from _family(GaugeMetricFamily, "memory_bytes", documentation, model_name, "of", _at(state, "memory") or {})
     yield from _residency(_at(state, "residency") or {}, model_name)
     coverages = {name: _at(state, f"planner.coverage_{name}") for name in PLANNER_COVERAGES}
     documentation = "Of the last prompts by prediction and by frequency; promised by the plan; of recent steps."

@@ -38,6 +38,8 @@ class Options:
     max_num_queued_reqs: int
     expert_memory: str
     host_memory: str
+    device_memory: str | None
+    memory_trade: bool
     prefix_caching: bool
     overlap: bool
     routing: RoutingContract
@@ -140,6 +142,19 @@ def _build_parser() -> _Parser:
         default="0B",
         metavar="SIZE",
         help="host memory that may hold experts off the device, for example 90GiB",
+    )
+    add(
+        "--device-memory",
+        type=_bytes,
+        metavar="SIZE",
+        help="device memory for weights, experts, KV cache and workspace together (default: what is free of it; on "
+        "CPU, the memory of the machine or container)",
+    )
+    add(
+        "--memory-trade",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="whether experts make room for the KV cache while requests lack it; compiles for both at the start",
     )
     add(
         "--prefix-caching",

@@ -72,6 +72,8 @@ def load(options: Options) -> Engine:
             scheduling_policy=options.scheduling_policy,
             policy=options.policy,
             host_memory=options.host_memory,
+            device_memory=options.device_memory,
+            memory_trade=options.memory_trade,
             prefix_caching=options.prefix_caching,
             overlap=options.overlap,
             task_profile=None if options.task_profile == "none" else options.task_profile,

@@ -92,6 +92,16 @@ class TaskState(Described):
     substituted_mass: Annotated[float, Field(description="The same by router probability.")] = 0.0
 
 
+class MemoryTradeState(Described):
+    """Slab and KV cache may trade places within the memory plan. Counts since the start."""
+
+    possible: Annotated[bool, Field(description="Whether the plan has a lean slab beside the planned one.")] = False
+    lean: Annotated[bool, Field(description="Whether the slab is lean now, to the good of the KV cache.")] = False
+    trades: Annotated[int, Field(description="Both ways.")] = 0
+    trade_seconds: Annotated[float, Field(description="Time that trades took.")] = 0.0
+    error: Annotated[str | None, Field(description="Why there are no more trades.")] = None
+
+
 class EngineState(Described):
     """The engine between two steps. Times are in seconds, sizes in bytes, shares from 0 to 1."""
 
@@ -104,4 +114,5 @@ class EngineState(Described):
     planner: PlannerState = PlannerState()
     tasks: Annotated[dict[str, TaskState], Field(description="What ended requests lost, by task.")] = {}
     scheduler: SchedulerState = SchedulerState()
-    memory: Annotated[dict[str, int], Field(description="Planned bytes by purpose.")] = {}
+    memory: Annotated[dict[str, int], Field(description="Bytes by purpose, all within `device`.")] = {}
+    memory_trade: MemoryTradeState = MemoryTradeState()

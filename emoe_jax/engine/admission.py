@@ -13,15 +13,15 @@ def admission_policy(
     name: str, profile: TaskProfile | None, residency: Residency, scheduler: Scheduler
 ) -> AdmissionPolicy:
     """The policy of that name for a scheduler's limits. Raises `ConfigError` for an unknown name."""
-    experts = TaskExperts(profile, residency.table.capacities)
+    loading = ExpertLoading(profile, residency)
     return make_admission_policy(
         name,
         max_num_seqs=scheduler.max_num_seqs,
         max_model_len=scheduler.max_model_len,
         prefill_chunk=scheduler.prefill_chunk,
         profile=profile,
-        loading_seconds=ExpertLoading(experts, residency).seconds,
-        affinity=experts.affinity,
+        loading_seconds=loading.seconds,
+        affinity=loading.experts.affinity,
     )
 
 
@@ -31,14 +31,19 @@ class ExpertLoading:
     Under `exact` a step waits for missing experts; under `resident` it only pays for committing them.
     """
 
-    def __init__(self, experts: TaskExperts, residency: Residency):
-        self._experts = experts
+    def __init__(self, profile: TaskProfile | None, residency: Residency):
+        self.experts = TaskExperts(profile, residency.table.capacities)
+        self._by_slots = {residency.table.capacities: self.experts}  # slots may change in a few ways
+        self._profile = profile
         self._residency = residency
 
     def seconds(self, task: str | None, routing: RoutingContract) -> float:
         """How long running requests are held up by the hot experts of a task; 0 before anything was loaded."""
         residency = self._residency
-        missing = self._experts.missing(task, residency.table.resident_mask)
+        capacities = residency.table.capacities
+        if capacities not in self._by_slots:
+            self._by_slots[capacities] = TaskExperts(self._profile, capacities)
+        missing = self._by_slots[capacities].missing(task, residency.table.resident_mask)
         if not missing:
             return 0.0
         stats = residency.loads

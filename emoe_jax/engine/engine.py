@@ -1,6 +1,5 @@
 """The programmatic interface: load a checkpoint under an expert-memory budget, generate, stream, look inside."""
 
-import dataclasses
 import functools
 import time
 from collections import deque
@@ -17,22 +16,26 @@ from jaxtyping import Float
 from emoe_jax.checkpoint import Checkpoint, Tokenizer
 from emoe_jax.config import ModelConfig
 from emoe_jax.engine.admission import admission_policy
+from emoe_jax.engine.ahead import measured_plan
 from emoe_jax.engine.answer import Answer
 from emoe_jax.engine.batch import Buckets
+from emoe_jax.engine.executables import Executables
 from emoe_jax.engine.foresight import Foresight
 from emoe_jax.engine.grammar import Grammars
 from emoe_jax.engine.intake import Intake, Prompt
 from emoe_jax.engine.knowledge import RoutingKnowledge
 from emoe_jax.engine.kv_cache import PAGE_SIZE, new_cache
-from emoe_jax.engine.memory import MemoryPlan, device_memory, parse_bandwidth
+from emoe_jax.engine.memory import MemoryPlan, parse_bandwidth, usable_memory
 from emoe_jax.engine.opening import open_residency
 from emoe_jax.engine.pages import PagePool
 from emoe_jax.engine.quality import Quality
 from emoe_jax.engine.request import SLO, Completion, Delta, FinishReason, RequestOutput, RoutingContract, SamplingParams
 from emoe_jax.engine.runner import Dispatched, Runner
 from emoe_jax.engine.sequence import Sequence, SequenceStatus
+from emoe_jax.engine.trade import MemoryTrade
 from emoe_jax.errors import ConfigError, RequestError
 from emoe_jax.experts.residency import Residency
+from emoe_jax.models.decoder import Decoder
 from emoe_jax.planner import ResidencyPlanner
 from emoe_jax.scheduling.plan import StepPlan, StepResult
 from emoe_jax.scheduling.registry import check_policy
@@ -80,6 +83,7 @@ class Engine:
         self._scheduler = scheduler
         self._residency = residency
         self._foresight = Foresight(residency, planner, self.config.top_k)
+        self._trade = MemoryTrade(memory, residency, scheduler, runner, self._foresight.slots_changed)
         self._in_flight: deque[Dispatched] = deque()  # oldest first, at most two
         self._overlap = overlap
         self._collected_at = 0.0
@@ -104,6 +108,8 @@ class Engine:
         policy: str = "emoe",
         host_memory: str | int = 0,
         kv_memory: str | int | None = None,
+        device_memory: str | int | None = None,
+        memory_trade: bool = False,
         prefix_caching: bool = True,
         router_capacity_factor: float | None = None,
         task_profile: str | Path | None = "auto",
@@ -120,13 +126,16 @@ class Engine:
 
         `expert_memory` is a share ("40%"), bytes ("6GiB") or slots per layer ("8 slots"). `dtype="auto"` is the
         checkpoint's on an accelerator and float32 on CPU, where half-precision matrix products are slow. `host_memory`
-        and `kv_memory` are bytes ("2GiB"). With `prefix_caching` the tokens that prompts begin with are not computed
-        while the KV cache still has them. `policy` says which experts are kept (`emoe_jax.policies`). `task_profile`
-        and `predictor` are a file and a directory, by default the checkpoint's own `task_profile.json` and `predictor`
-        if it has them; the predictor is asked every `predict_every` prompts. Background loads keep below
-        `link_bandwidth` bytes/s ("2GiB"); while nothing else runs, a prompt waits up to `load_wait_ms` for the experts
-        that are planned for it. With `overlap` the host prepares a step while the device computes the one before.
-        `record_traces` is where to record routing from the start. Raises `CheckpointError`,
+        and `kv_memory` are bytes ("2GiB"), as is `device_memory`, of which everything on the device takes its
+        part: by default what is free of it. With `memory_trade`, experts make room for the KV cache while
+        requests lack pages, once `warm_up` has compiled for both. With `prefix_caching` the tokens that prompts
+        begin with are not computed while the KV cache still has them. `policy` says which experts are kept
+        (`emoe_jax.policies`). `task_profile` and `predictor` are a file and a directory, by default the
+        checkpoint's own `task_profile.json` and `predictor` if it has them; the predictor is asked every
+        `predict_every` prompts. Background loads keep below `link_bandwidth` bytes/s ("2GiB"); while nothing
+        else runs, a prompt waits up to `load_wait_ms` for the experts that are planned for it. With `overlap`
+        the host prepares a step while the device computes the one before. `record_traces` is where to record
+        routing from the start. Raises `CheckpointError`,
         `ConfigError` or `CapacityError` with one line that names what is wrong; nothing stays allocated then.
         """
         if routing not in ("resident", "exact"):
@@ -138,19 +147,29 @@ class Engine:
         if not 0 <= load_wait_ms <= 60_000:
             raise ConfigError(f"load_wait_ms is {load_wait_ms}; expected 0 to 60000")
         known = RoutingKnowledge.load(checkpoint.directory, config, task_profile, predictor)
-        memory = MemoryPlan.of(
+        plan = functools.partial(
+            MemoryPlan.of,
             config,
             platform=jax.devices()[0].platform,
-            device_bytes=device_memory(),
+            device_bytes=usable_memory(device_memory),
             dtype=dtype,
             expert_memory=expert_memory,
             host_memory=host_memory,
             kv_memory=kv_memory,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
+            spread=functools.partial(known.split, config=config),
+            may_trade=memory_trade,
         )
-        if memory.may_split:
-            memory = dataclasses.replace(memory, capacities=known.split(memory.capacities, config))
+
+        def report(stage: str) -> Callable[[int, int], None] | None:
+            return None if progress is None else functools.partial(progress, stage)
+
+        def load_dense(dtype: str) -> Decoder:
+            return nnx.merge(*checkpoint.load_dense(dtype, report("weights")))
+
+        executables = Executables()
+        memory, model = measured_plan(plan, load_dense, max_num_seqs, max_num_batched_tokens, executables)
         prefill_chunk = min(max_num_batched_tokens, memory.max_model_len)
         scheduler = Scheduler(
             PagePool(memory.num_pages, PAGE_SIZE),
@@ -163,11 +182,7 @@ class Engine:
             prefix_caching=prefix_caching and config.router_capacity_factor is None,
         )
         tokenizer = Tokenizer.load(checkpoint.directory)
-
-        def report(stage: str) -> Callable[[int, int], None] | None:
-            return None if progress is None else functools.partial(progress, stage)
-
-        model = nnx.merge(*checkpoint.load_dense(memory.dtype, report("weights")))
+        model = model or load_dense(memory.dtype)
         residency = open_residency(checkpoint, memory, policy, known, bandwidth)
         planner = None
         try:
@@ -176,7 +191,7 @@ class Engine:
             residency.fill(report("experts"))
             cache = new_cache(config, memory.num_pages, memory.dtype)
             buckets = Buckets.of(max_num_seqs, prefill_chunk, memory.max_model_len)
-            runner = Runner(model, residency, cache, buckets)
+            runner = Runner(model, residency, cache, buckets, executables)
             engine = cls(
                 Path(path).name,
                 tokenizer,
@@ -233,8 +248,12 @@ class Engine:
             recorder.close()
 
     def warm_up(self, progress: Progress | None = None) -> None:
-        """Compile all step shapes now, so that no request waits for the compiler."""
-        self._runner.warm_up(None if progress is None else functools.partial(progress, "compile"))
+        """Compile all step shapes now, so that no request waits for the compiler.
+
+        Raises `CapacityError` when it turns out that a step takes more memory than the plan has left for it.
+        """
+        self._trade.warm_up(None if progress is None else functools.partial(progress, "compile"))
+        self.memory = self.memory.measured(self._runner.executables.workspace_bytes)
         self._foresight.warm_up()
         self.grammars.warm_up()
 
@@ -341,9 +360,12 @@ class Engine:
         """
         if self._in_flight and all(sequence.finished for sequence in self._in_flight[0].plan.sequences):
             self._collect()  # nobody waits for it
+        due = self._trade.look()
         if not self._in_flight:
+            if due is not None:
+                self._trade.trade(due)
             self._dispatch()
-        if self._overlap and self._in_flight and not self._in_flight[-1].plan.needs_tokens:
+        if self._overlap and due is None and self._in_flight and not self._in_flight[-1].plan.needs_tokens:
             self._dispatch()
         return self._collect() if self._in_flight else []
 
@@ -426,12 +448,21 @@ class Engine:
             "step_seconds": round(self._step_seconds, 6),
             **self._foresight.state(),
             "scheduler": self._scheduler.state(),
-            "memory": self.memory.report(),
+            "memory": self.memory_report(),
+            "memory_trade": self._trade.state(),
         }
 
     def memory_report(self) -> dict[str, int]:
         """Bytes on the device by purpose, and of the host tier."""
-        return self.memory.report()
+        return self.memory.report(self._trade.split)
+
+    def trade_memory(self, lean: bool) -> None:
+        """Have slab and KV cache trade places, or back, before the next step that finds no other in flight.
+
+        What `memory_trade` does by itself when requests lack pages. Going back waits until the pages in use fit. Raises
+        `ConfigError` where the memory plan has no such trade.
+        """
+        self._trade.ask(lean)
 
     def close(self) -> None:
         """Stop the loader's threads and finish the trace, if one is recorded. The engine cannot step afterwards."""

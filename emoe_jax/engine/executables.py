@@ -28,6 +28,24 @@ class Executables:
                 self._compiled[function, key] = compiled
         return compiled
 
+    @property
+    def workspace_bytes(self) -> int:
+        """The most that one of the executables takes on the device beside its arguments, as the compiler counts.
+
+        Results that do not take a donated argument's place count twice: those of the step before may not be read yet.
+        """
+        with self._lock:
+            compiled = list(self._compiled.values())
+        return max(map(_workspace_bytes, compiled), default=0)
+
     def call(self, function: Callable[..., Any], key: Hashable, *args: Any, **static: Any) -> Any:
         """Run a function; donated arguments are donated."""
         return self.compile(function, key, *args, **static)(*args)
+
+
+def _workspace_bytes(compiled: jax.stages.Compiled) -> int:
+    memory = compiled.memory_analysis()
+    if memory is None:  # a backend that does not tell
+        return 0
+    results = max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
+    return int(memory.temp_size_in_bytes + 2 * results)

@@ -1,8 +1,10 @@
-"""One plan of the device's memory: dense weights, expert slab, KV cache, and what is left for a step's temporaries."""
+"""One plan of the device's memory: dense weights, expert slab, KV cache, and workspace."""
 
 import dataclasses
 import math
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,32 +12,45 @@ from flax import nnx
 
 from emoe_jax.config import ModelConfig
 from emoe_jax.engine.kv_cache import PAGE_SIZE, page_bytes, pages_for
+from emoe_jax.engine.splits import MemorySplit, Sizes, trade_bytes, trading
 from emoe_jax.errors import CapacityError, ConfigError
 from emoe_jax.experts.budget import capacities, format_bytes, parse_expert_memory
+from emoe_jax.experts.loader import staging_bytes
 from emoe_jax.experts.weights import ExpertLayout
 from emoe_jax.models.decoder import Decoder
 
 WORKSPACE_SHARE = 0.1
-"""Share of the device kept free for the temporaries of a step."""
+"""Share of the device that is workspace where nobody has measured what a step needs."""
+
+Spread = Callable[[tuple[int, ...]], tuple[int, ...]]
+"""The same number of slots, distributed otherwise over the layers."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by purpose, slots per MoE layer and KV pages (the trash page included)."""
+    """Bytes by purpose, slots per MoE layer and KV pages (the trash page included).
+
+    Workspace is what a step takes beside its arguments, experts on their way to the slab and, while slab and KV cache
+    trade places (`lean`), the new arrays of one layer; no step runs meanwhile.
+    """
 
     dtype: str
     device_bytes: int
     dense_bytes: int
     slab_bytes: int
     kv_bytes: int
+    workspace_bytes: int
     host_bytes: int
     capacities: tuple[int, ...]
     num_pages: int
     max_model_len: int
-    may_split: bool
-    """Whether layers may get different numbers of slots; not where the budget names slots per layer."""
+    is_bound: bool
+    """Whether the device's memory, and nothing else, is why the KV cache is not larger."""
+    sizes: Sizes
+    lean: MemorySplit | None
+    """What slab and KV cache may become under load; None where they keep what they have."""
 
     @classmethod
     def of(
@@ -50,28 +65,41 @@ class MemoryPlan:
         kv_memory: str | int | None = None,
         max_model_len: int | None = None,
         max_num_seqs: int = 16,
+        step_bytes: int | None = None,
+        spread: Spread | None = None,
+        may_trade: bool = False,
     ) -> "MemoryPlan":
         """Split `device_bytes`. The KV cache gets `kv_memory`, or room for `max_num_seqs` full sequences if that fits.
 
-        `max_model_len` defaults to the model's limit, or to what the KV cache can hold of one sequence. Raises
-        `CapacityError` with both numbers when something does not fit, `ConfigError` for a malformed amount.
+        `step_bytes` is what a step takes beside its arguments (`step_workspace`); without it, a share of the device is
+        workspace. `max_model_len` defaults to the model's limit, or to what the KV cache can hold of one sequence.
+        `spread` distributes slots over layers, unless the budget names slots per layer. With `may_trade`, slots can
+        become pages where the KV cache has not all it wants. Raises `CapacityError` with both numbers when something
+        does not fit, `ConfigError` for a malformed amount.
         """
         dtype = resolve_dtype(dtype, config, platform)
-        usable = int(device_bytes * (1 - WORKSPACE_SHARE))
         layout = ExpertLayout.of(config, dtype)
+        page = page_bytes(config, dtype)
+        sizes = Sizes(layout.nbytes, page // config.num_layers, config.num_layers)
+        if step_bytes is None:
+            staging, step_bytes = 0, math.ceil(device_bytes * WORKSPACE_SHARE)
+        else:
+            staging = staging_bytes(layout.nbytes)
+        usable = device_bytes - staging - step_bytes
         dense = dense_parameters(config) * jnp.dtype(dtype).itemsize
         if dense > usable:
             raise CapacityError(
                 f"the model's weights without experts take {format_bytes(dense)}; "
-                f"{format_bytes(usable)} of the device's {format_bytes(device_bytes)} can be used"
+                f"{format_bytes(max(usable, 0))} of the device's {format_bytes(device_bytes)} can be used"
             )
         expert_budget = parse_expert_memory(str(expert_memory))
         slots = tuple(capacities(config, layout, expert_budget, usable - dense))
+        if spread is not None and expert_budget.kind != "slots":
+            slots = spread(slots)
         slab = sum(slots) * layout.nbytes
         left = usable - dense - slab
         if max_model_len is not None and not 2 <= max_model_len <= config.max_position:
             raise ConfigError(f"max_model_len is {max_model_len}; the model allows 2 to {config.max_position}")
-        page = page_bytes(config, dtype)
         wanted = max_num_seqs * pages_for(max_model_len or config.max_position)
         budget = left if kv_memory is None else parse_bytes("kv_memory", kv_memory)
         if budget > left:
@@ -79,33 +107,76 @@ class MemoryPlan:
                 f"kv_memory of {format_bytes(budget)} is more than the {format_bytes(left)} that weights and expert "
                 "slab leave"
             )
-        pages = min(wanted, budget // page - 1)
         needed = pages_for(max_model_len or 2)
+        pages = min(wanted, budget // page - 1)
         if pages < needed:
             raise CapacityError(
                 f"the KV cache can have {format_bytes(max(budget, 0))}; one sequence of {max_model_len or 2} tokens "
                 f"needs {format_bytes((needed + 1) * page)}"
             )
+        is_bound = kv_memory is None and pages < wanted
+        longest = max_model_len or min(config.max_position, pages * PAGE_SIZE)
+        planned, lean = MemorySplit(slots, pages + 1), None
+        if may_trade:
+            needed, wanted = pages_for(longest), max_num_seqs * pages_for(longest)
+            room = device_bytes - dense - staging
+            planned, lean, step_bytes = trading(planned, sizes, wanted + 1, needed + 1, config.top_k, room, step_bytes)
         return cls(
             dtype=dtype,
             device_bytes=device_bytes,
             dense_bytes=dense,
             slab_bytes=slab,
-            kv_bytes=(pages + 1) * page,
+            kv_bytes=planned.num_pages * page,
+            workspace_bytes=staging + step_bytes,
             host_bytes=parse_bytes("host_memory", host_memory),
             capacities=slots,
-            num_pages=pages + 1,
-            max_model_len=max_model_len or min(config.max_position, pages * PAGE_SIZE),
-            may_split=expert_budget.kind != "slots",
+            num_pages=planned.num_pages,
+            max_model_len=longest,
+            is_bound=is_bound,
+            sizes=sizes,
+            lean=lean,
         )
 
-    def report(self) -> dict[str, int]:
-        """Bytes by purpose."""
+    @property
+    def planned(self) -> MemorySplit:
+        """What slab and KV cache start with."""
+        return MemorySplit(self.capacities, self.num_pages)
+
+    @property
+    def is_tight(self) -> bool:
+        """Whether what a step takes matters: the KV cache could be larger, or little of the device is left."""
+        left = self.device_bytes - self.dense_bytes - self.slab_bytes - self.kv_bytes
+        share = WORKSPACE_SHARE * self.device_bytes
+        return self.is_bound or left <= share + 1 or share < staging_bytes(self.sizes.slot) * 2
+
+    def measured(self, step_bytes: int) -> "MemoryPlan":
+        """The plan with what steps do take as workspace. Raises `CapacityError` when that is not left of the device."""
+        step_bytes = max(step_bytes, self.trade_bytes)
+        workspace = staging_bytes(self.sizes.slot) + step_bytes
+        left = self.device_bytes - self.dense_bytes - self.sizes.of(self.planned)
+        if workspace > left:
+            raise CapacityError(
+                f"weights, expert slab and KV cache leave {format_bytes(left)} of the device's "
+                f"{format_bytes(self.device_bytes)}; steps and loading experts need {format_bytes(workspace)}"
+            )
+        return dataclasses.replace(self, workspace_bytes=workspace)
+
+    @property
+    def trade_bytes(self) -> int:
+        """What a trade of slab and KV cache takes for a moment beyond the two."""
+        if self.lean is None:
+            return 0
+        return trade_bytes(self.planned, self.lean, self.sizes)
+
+    def report(self, split: MemorySplit | None = None) -> dict[str, int]:
+        """Bytes by purpose, as planned or when slab and KV cache have traded places."""
+        split = split or self.planned
         return {
             "device": self.device_bytes,
             "weights": self.dense_bytes,
-            "slab": self.slab_bytes,
-            "kv_cache": self.kv_bytes,
+            "slab": sum(split.capacities) * self.sizes.slot,
+            "kv_cache": split.num_pages * self.sizes.page,
+            "workspace": self.workspace_bytes,
             "host": self.host_bytes,
         }
 
@@ -121,12 +192,32 @@ def resolve_dtype(dtype: str, config: ModelConfig, platform: str) -> str:
     return config.dtype
 
 
-def device_memory() -> int:
-    """Bytes this process may use on the default device; on CPU, the machine's memory."""
+def usable_memory(amount: str | int | None = None) -> int:
+    """Bytes of the default device to plan with: an amount, else what is free of it.
+
+    On CPU, the memory of the machine or of the container that this process runs in. Raises `CapacityError` for more
+    than a device has, `ConfigError` for a malformed amount.
+    """
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
-        return int(stats["bytes_limit"])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        most, free = int(stats["bytes_limit"]), int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
+    else:
+        most = free = _host_memory()
+    if amount is None:
+        return free
+    asked = parse_bytes("device_memory", amount)
+    if asked > most:
+        raise CapacityError(f"device_memory of {format_bytes(asked)} is more than the device's {format_bytes(most)}")
+    return asked
+
+
+def _host_memory() -> int:
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return machine
+    return min(machine, int(limit)) if limit.isdigit() else machine
 
 
 def dense_parameters(config: ModelConfig) -> int:

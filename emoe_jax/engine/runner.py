@@ -14,13 +14,13 @@ from jaxtyping import Array, Float, Int
 
 from emoe_jax.config import ModelConfig
 from emoe_jax.engine import step
-from emoe_jax.engine.adjust import Adjustments
+from emoe_jax.engine.ahead import MemoryShapes, compile_adjusted_choice
 from emoe_jax.engine.batch import Batch, Buckets, Piece, Shape, batches_of, empty_batch
 from emoe_jax.engine.executables import Executables
-from emoe_jax.engine.kv_cache import KVCache, LayerKV
+from emoe_jax.engine.kv_cache import KVCache, LayerKV, move_pages, resize_pages
 from emoe_jax.engine.recording import counts_by_sequence, record_wishes, without_probs
 from emoe_jax.engine.request import RoutingContract, TokenLogprob
-from emoe_jax.engine.sampling import Sampled, SamplingArrays, TokenLogprobs
+from emoe_jax.engine.sampling import Sampled, TokenLogprobs
 from emoe_jax.engine.sequence import Sequence
 from emoe_jax.errors import RequestError
 from emoe_jax.experts.residency import Residency
@@ -28,6 +28,9 @@ from emoe_jax.models.decoder import Decoder
 from emoe_jax.models.routing import Substituted
 from emoe_jax.scheduling.plan import SampledToken, StepPlan, StepResult
 from emoe_jax.traces.recorder import TraceRecorder
+
+PAGES_MOVED = 32
+"""KV pages that are copied in one call."""
 
 Progress = Callable[[int, int], None]
 """Called with `(done, total)`."""
@@ -55,16 +58,25 @@ class Runner:
     The next plan may be dispatched before that: it finds the tokens that it feeds on the device.
     """
 
-    def __init__(self, model: Decoder, residency: Residency, cache: KVCache, buckets: Buckets):
+    def __init__(
+        self,
+        model: Decoder,
+        residency: Residency,
+        cache: KVCache,
+        buckets: Buckets,
+        executables: Executables | None = None,
+    ):
+        """`executables` are those compiled before."""
         self.config: ModelConfig = model.config
         self.buckets = buckets
-        self.executables = Executables()
+        self.executables = executables or Executables()
         self.recorder: TraceRecorder | None = None
         self._places: dict[Sequence, int] = {}  # of the tokens that the newest plan samples, in `_kept`
         self._embedding_table: np.ndarray | None = None
         self._residency = residency
         sharding = residency.slab.sharding
         self._cache = list(jax.device_put(cache, sharding))
+        self._shapes = self._memory_shapes()
         self._kept = jax.device_put(np.zeros(buckets.sequences[-1], np.int32), sharding)
         self._skeleton, leaves = step.Skeleton.split(model)
         self._leaves = jax.device_put(leaves, sharding)
@@ -112,6 +124,26 @@ class Runner:
                     sampled[piece.sequence] = _sampled_token(piece.sequence, tokens, row)
         return RunResult(sampled, wish_counts)
 
+    def move_pages(self, moves: Mapping[int, int]) -> None:
+        """Copy what is in some pages to others, once the steps in flight have written it."""
+        pairs = list(moves.items())
+        for first in range(0, len(pairs), PAGES_MOVED):
+            padded = np.zeros((PAGES_MOVED, 2), np.int32)
+            padded[: len(pairs) - first] = pairs[first : first + PAGES_MOVED]
+            for index, layer_cache in enumerate(self._cache):
+                self._cache[index] = move_pages(layer_cache, padded[:, 0], padded[:, 1])
+
+    def resize_pages(self, layer: int, num_pages: int) -> None:
+        """Give a layer another number of pages, while no step is in flight; the first ones keep what is in them."""
+        old = self._cache[layer]
+        self._cache[layer] = jax.block_until_ready(resize_pages(old, num_pages=num_pages))
+        for array in jax.tree.leaves(old):
+            array.delete()
+
+    def memory_changed(self) -> None:
+        """Slab or KV cache have other shapes: find the executables of these from now on."""
+        self._shapes = self._memory_shapes()
+
     def embedding_table(self) -> Float[np.ndarray, "V D"]:
         """The model's input embeddings on the host: a view on CPU, a copy elsewhere."""
         if self._embedding_table is None:
@@ -135,7 +167,10 @@ class Runner:
         shapes = self.buckets.shapes
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             forwards = [pool.submit(self._compile_resident, shape) for shape in shapes]
-            forwards += [pool.submit(self._compile_adjusted_choice, B) for B in self.buckets.sequences]
+            V, sharding = self.config.vocab_size, self._residency.slab.sharding
+            forwards += [
+                pool.submit(compile_adjusted_choice, self.executables, B, V, sharding) for B in self.buckets.sequences
+            ]
             forwards += [pool.submit(self._compile_prompt_logprobs, T) for T in sorted({1, *self.buckets.chunk_tokens})]
             total, done = len(shapes) + len(forwards), 0
             for shape in shapes:
@@ -153,6 +188,7 @@ class Runner:
             jax.block_until_ready(self._run_batch(empty_batch(shape, "resident")))
         for B in self.buckets.sequences:
             self._with_kept_tokens(empty_batch(self.buckets.fit(B, 1), "resident"), {})
+        self.move_pages({0: 0})
 
     def _run_batch(self, batch: Batch) -> tuple[Any, ...]:
         """Dispatch one batch: its tokens, wish counts, substituted choices and wishes, still on the device."""
@@ -160,7 +196,7 @@ class Runner:
             outputs = self._run_exact(batch)
         else:
             cache, outputs = self._call(
-                step.resident_step, batch.shape, *self._resident_arguments(batch), **self._statics
+                step.resident_step, (batch.shape, self._shapes), *self._resident_arguments(batch), **self._statics
             )
             self._cache = list(cache)
         adjusted = batch.sampling.adjustments is not None
@@ -222,10 +258,11 @@ class Runner:
         for index, (skeleton, leaves) in enumerate(self._layers):
             kind, window = self._kinds[index], config.sliding_window(index)
             layer_cache = self._cache[index] if cached else None
+            pages = self._shapes.pages[index] if cached else 0
             statics = {"skeleton": skeleton, "config": config, "window": window}
             if not config.is_moe(index):
                 layer_cache, x = self._call(
-                    step.dense_layer, (kind, *shape, cached), leaves, x, layer_cache, inputs, **statics
+                    step.dense_layer, (kind, *shape, pages), leaves, x, layer_cache, inputs, **statics
                 )
                 self._keep(index, layer_cache)
             else:
@@ -233,7 +270,7 @@ class Runner:
                 restricted = batch.routing == "resident"
                 layer_cache, routed, total, layer_wishes = self._call(
                     step.attend_and_route,
-                    (kind, *shape, cached, restricted),
+                    (kind, *shape, pages, restricted),
                     leaves,
                     x,
                     layer_cache,
@@ -284,6 +321,9 @@ class Runner:
             step.prompt_logprobs, batch.shape.tokens, self._leaves, hidden, targets, skeleton=self._skeleton
         )
 
+    def _memory_shapes(self) -> MemoryShapes:
+        return MemoryShapes(self._residency.slab.capacities, tuple(layer.k.shape[0] for layer in self._cache))
+
     @property
     def _statics(self) -> dict[str, Any]:
         return {"skeleton": self._skeleton, "config": self.config}
@@ -293,13 +333,7 @@ class Runner:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
             self._resident_arguments(empty_batch(shape, "resident")),
         )
-        self.executables.compile(step.resident_step, shape, *shapes, **self._statics)
-
-    def _compile_adjusted_choice(self, B: int) -> None:
-        V = self.config.vocab_size
-        logits = jax.ShapeDtypeStruct((B, V), np.float32, sharding=self._residency.slab.sharding)
-        sampling = dataclasses.replace(SamplingArrays.of([], B), adjustments=Adjustments.none(B, V))
-        self.executables.compile(step.choose_tokens, (B, True), logits, sampling, np.asarray(False))
+        self.executables.compile(step.resident_step, (shape, self._shapes), *shapes, **self._statics)
 
     def _compile_prompt_logprobs(self, T: int) -> None:
         targets = np.zeros(T, np.int32)

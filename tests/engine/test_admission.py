@@ -9,7 +9,6 @@ from emoe_jax.engine.admission import ExpertLoading
 from emoe_jax.errors import ConfigError, SloUnattainable
 from emoe_jax.experts.loader import LoaderStats
 from emoe_jax.tasks import TaskProfile
-from emoe_jax.tasks.experts import TaskExperts
 from tests.engine.conftest import EngineFactory
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
@@ -67,6 +66,7 @@ def test_an_unknown_policy_is_refused_before_loading(tiny_checkpoint: Path):
 
 
 class FakeTable:
+    capacities = (2,)
     resident_mask = np.array([[True, True, False, False]])
 
 
@@ -85,7 +85,7 @@ def test_loading_costs_what_loads_have_cost():
     profile = TaskProfile(1, 4, 2).with_task("here", routing=np.array([[0.4, 0.4, 0.1, 0.1]]))
     profile = profile.with_task("away", routing=np.array([[0.1, 0.1, 0.4, 0.4]]))
     residency = FakeResidency()
-    loading = ExpertLoading(TaskExperts(profile, [2]), residency)  # pyright: ignore[reportArgumentType]
+    loading = ExpertLoading(profile, residency)  # pyright: ignore[reportArgumentType]
     assert (
         loading.seconds("here", "exact") == loading.seconds("here", "resident") == loading.seconds(None, "exact") == 0
     )

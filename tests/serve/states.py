@@ -78,5 +78,6 @@ def engine_state() -> dict[str, Any]:
             },
             "unattainable": 1,
         },
-        "memory": {"weights": 100, "slab": 200, "kv_cache": 300, "host": 0, "device": 1000},
+        "memory": {"weights": 100, "slab": 200, "kv_cache": 300, "workspace": 50, "host": 0, "device": 1000},
+        "memory_trade": {"possible": True, "lean": True, "trades": 3, "trade_seconds": 0.25, "error": None},
     }

@@ -17,7 +17,7 @@ def test_host_memory_is_named_where_there_is_any(host: int, shown: bool) -> None
         family="mixtral",
         routing="resident",
         device="cpu",
-        memory={"device": 16 * GIB, "weights": GIB, "slab": 2 * GIB, "kv_cache": GIB, "host": host},
+        memory={"device": 16 * GIB, "weights": GIB, "slab": 2 * GIB, "kv_cache": GIB, "workspace": GIB, "host": host},
         resident=[3, 4],
         num_experts=8,
         has_tokenizer=True,

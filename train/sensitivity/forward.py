@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from emoe_jax.checkpoint import Checkpoint
 from emoe_jax.config import ModelConfig
 from emoe_jax.engine.kv_cache import PAGE_SIZE, KVCache, LayerKV, new_cache, paged_attend, pages_for
-from emoe_jax.engine.memory import MemoryPlan, device_memory
+from emoe_jax.engine.memory import MemoryPlan, usable_memory
 from emoe_jax.engine.step import Skeleton, StepInputs
 from emoe_jax.experts.weights import ExpertLayout, ExpertWeights
 from emoe_jax.models.decoder import Decoder
@@ -37,7 +37,7 @@ class RandomisedModel:
         plan = MemoryPlan.of(
             config,
             platform=jax.devices()[0].platform,
-            device_bytes=device_memory(),
+            device_bytes=usable_memory(),
             expert_memory="100%",
             max_num_seqs=batch,
         )

@@ -1,0 +1,88 @@
+"""What a step will take of the device, known from compiling it before there are experts and a KV cache."""
+
+import dataclasses
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from emoe_jax.engine import step
+from emoe_jax.engine.adjust import Adjustments
+from emoe_jax.engine.batch import Buckets, Shape, empty_batch
+from emoe_jax.engine.executables import Executables
+from emoe_jax.engine.kv_cache import new_cache
+from emoe_jax.engine.memory import MemoryPlan
+from emoe_jax.engine.sampling import SamplingArrays
+from emoe_jax.experts.weights import ExpertLayout
+from emoe_jax.models.decoder import Decoder
+
+MARGIN = 1.1
+"""Of what the largest steps take: other shapes may take a little more."""
+
+
+class MemoryShapes(NamedTuple):
+    """What the shapes of slab and KV cache are: part of an executable's key."""
+
+    capacities: tuple[int, ...]
+    pages: tuple[int, ...]
+    """By layer."""
+
+
+def measured_plan(
+    plan: Callable[..., MemoryPlan],
+    load_dense: Callable[[str], Decoder],
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    executables: Executables,
+) -> tuple[MemoryPlan, Decoder | None]:
+    """`plan(step_bytes=...)` with what a step takes, where that matters; then with the model that had to be loaded.
+
+    Where it does not, because all that is wanted fits with much to spare, nothing is compiled now.
+    """
+    first = plan(step_bytes=0)
+    if not first.is_tight:
+        return plan(), None
+    model = load_dense(first.dtype)
+    buckets = Buckets.of(max_num_seqs, min(max_num_batched_tokens, first.max_model_len), first.max_model_len)
+    return plan(step_bytes=step_workspace(model, first, buckets, executables)), model
+
+
+def step_workspace(model: Decoder, plan: MemoryPlan, buckets: Buckets, executables: Executables) -> int:
+    """Bytes that a step takes beside its arguments, with a slab and a KV cache as planned.
+
+    Compiles the longest prompt chunk and the largest batch of decodes, and the sampler; they stay in `executables`.
+    """
+    config, dtype = model.config, plan.dtype
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def on_device(array: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+    layout = ExpertLayout.of(config, dtype)
+    skeleton, leaves = step.Skeleton.split(model)
+    table = jax.ShapeDtypeStruct((len(config.moe_layers), config.num_experts), np.int32)
+    experts = tuple(jax.eval_shape(lambda c=capacity: layout.empty_weights(c)) for capacity in plan.capacities)
+    cache = jax.eval_shape(lambda: new_cache(config, plan.num_pages, dtype))
+    arguments = jax.tree.map(on_device, (leaves, experts, table, cache))
+    shapes = MemoryShapes(plan.capacities, (plan.num_pages,) * config.num_layers)
+
+    def compile_step(shape: Shape) -> None:
+        inputs = empty_batch(shape, "resident").inputs
+        executables.compile(step.resident_step, (shape, shapes), *arguments, inputs, skeleton=skeleton, config=config)
+
+    largest = {buckets.fit(buckets.sequences[-1], 1), buckets.fit(1, buckets.chunk_tokens[-1])}
+    with ThreadPoolExecutor() as pool:
+        for compiled in [pool.submit(compile_step, shape) for shape in sorted(largest)]:
+            compiled.result()
+    compile_adjusted_choice(executables, buckets.sequences[-1], config.vocab_size, sharding)
+    return int(executables.workspace_bytes * MARGIN)
+
+
+def compile_adjusted_choice(executables: Executables, B: int, V: int, sharding: jax.sharding.Sharding) -> None:
+    """The sampler for a batch in which a row has penalties, biases or a grammar."""
+    logits = jax.ShapeDtypeStruct((B, V), jnp.float32, sharding=sharding)
+    sampling = dataclasses.replace(SamplingArrays.of([], B), adjustments=Adjustments.none(B, V))
+    executables.compile(step.choose_tokens, (B, True), logits, sampling, np.asarray(False))
