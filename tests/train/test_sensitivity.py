@@ -1,6 +1,8 @@
 """`python -m train.sensitivity` on a tiny model in which layer 0 has equal experts, so that only layer 1 can suffer."""
 
 import json
+import sys
+import types
 from pathlib import Path
 
 import jax
@@ -13,12 +15,14 @@ from emoe_jax import Engine
 from emoe_jax.checkpoint import save_checkpoint
 from emoe_jax.config import ModelConfig
 from emoe_jax.engine.step import StepInputs
+from emoe_jax.errors import ConfigError
 from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models.decoder import Decoder, init_experts
 from emoe_jax.tasks import TaskProfile
 from tests.serve import checkpoint as tiny
 from train.sensitivity import __main__ as command
 from train.sensitivity import profile
+from train.sensitivity.embedding import embedding_model
 from train.sensitivity.forward import RandomisedModel, draw_experts, page_room
 from train.sensitivity.measure import Follower, generate
 
@@ -164,3 +168,30 @@ def test_similarity_of_answers() -> None:
     other = profile.Outputs([[1, 9], [3], []], ["the fox", "yes", ""])
     assert profile.similarities(resident, other, [1, 2]) == {"exact_match": 1, "rouge_l": 1}
     assert profile.similarities(resident, other, [0, 1]) == {"exact_match": 0.5, "rouge_l": pytest.approx(0.9)}
+
+
+def test_similarity_by_an_embedding_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    class SentenceTransformer:
+        def __init__(self, name: str, trust_remote_code: bool, model_kwargs: dict) -> None:
+            assert model_kwargs == {"use_safetensors": True}
+            assert not trust_remote_code
+            if name != "lengths":
+                raise OSError("no\nsuch model")
+
+        def encode(self, texts: list[str], normalize_embeddings: bool, show_progress_bar: bool) -> np.ndarray:
+            assert normalize_embeddings
+            assert not show_progress_bar
+            return np.array([[1.0, 0.0] if len(text) > 8 else [0.6, 0.8] for text in texts])
+
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(ConfigError, match="pip install sentence-transformers"):
+        embedding_model("lengths")
+    monkeypatch.setitem(
+        sys.modules, "sentence_transformers", types.SimpleNamespace(SentenceTransformer=SentenceTransformer)
+    )
+    with pytest.raises(ConfigError, match="'other' cannot be loaded: no such model"):
+        embedding_model("other")
+    resident = profile.Outputs([[1, 2], [3]], ["the red fox", "yes"])
+    other = profile.Outputs([[1, 9], [3]], ["the fox", "yes"])
+    found = profile.similarities(resident, other, [0, 1], embedding_model("lengths"))
+    assert found["cosine"] == pytest.approx(0.8)

@@ -22,9 +22,10 @@ from train.progress import progress_bar
 from train.prompts import Prompt
 from train.ranges import check_ranges
 from train.sensitivity import profile, report
+from train.sensitivity.embedding import embedding_model
 from train.sensitivity.forward import RandomisedModel
 from train.sensitivity.measure import Follower, generate
-from train.sensitivity.profile import EXACT, ROUGE, Outputs
+from train.sensitivity.profile import COSINE, EXACT, ROUGE, Outputs
 from train.tasks import TASKS
 
 DIVERGENCE, THRESHOLD = "divergence", "threshold"
@@ -50,6 +51,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="what the profile's sensitivity is: the harm of each layer alone, or 0 and 1 as in the paper",
     )
     add("--exact", nargs="*", metavar="TASK", default=list(EXACT_TASKS), help="tasks whose answers are right or wrong")
+    add(
+        "--embedding-model", metavar="ID", help="compare other answers by this sentence-transformers model, not ROUGE-L"
+    )
     add("--batch", type=int, default=32, help="sequences computed together")
     add("--json", type=Path, metavar="FILE", help="write the numbers here")
     add("--plots", type=Path, metavar="DIR", help="write similarity.png and divergence.png there")
@@ -125,6 +129,7 @@ def _encoded(prompts: list[Prompt], model: RandomisedModel, tokenizer: Tokenizer
 def _numbers(
     model: RandomisedModel, prompts: list[Prompt], options: argparse.Namespace, console: Console
 ) -> dict[str, Any]:
+    embed = None if options.embedding_model is None else embedding_model(options.embedding_model)
     tokenizer = Tokenizer.load(model.directory)
     if tokenizer is None:
         raise ConfigError(f"{options.model} has no tokenizer, so prompts in words cannot be run")
@@ -150,10 +155,11 @@ def _numbers(
     tasks: dict[str, Any] = {}
     for task in labelled.tasks_of(prompts):
         rows = [row for row, prompt in enumerate(prompts) if prompt.task == task]
-        judge = EXACT if task in options.exact else ROUGE
+        judge = EXACT if task in options.exact else ROUGE if embed is None else COSINE
         depths = []
         for pattern, other, deviation in zip(progressive, random, deviations, strict=False):
-            row = profile.similarities(resident, other, rows) | profile.deviation_numbers(deviation, tokens, rows)
+            row = profile.similarities(resident, other, rows, embed)
+            row |= profile.deviation_numbers(deviation, tokens, rows)
             depths.append({"layers": int(pattern.sum()), "similarity": row[judge], **row})
         alone = [profile.deviation_numbers(deviation, tokens, rows) for deviation in deviations[len(progressive) :]]
         tasks[task] = {

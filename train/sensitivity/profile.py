@@ -10,9 +10,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from train.demo.evaluate import rouge_l
+from train.sensitivity.embedding import Embed
 from train.sensitivity.measure import Deviation
 
-EXACT, ROUGE = "exact_match", "rouge_l"
+EXACT, ROUGE, COSINE = "exact_match", "rouge_l", "cosine"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,13 +24,21 @@ class Outputs:
     texts: list[str]
 
 
-def similarities(resident: Outputs, other: Outputs, rows: Sequence[int]) -> dict[str, float]:
-    """Means over some prompts: equal answers, and ROUGE-L F1 of words; two empty answers are equal."""
+def similarities(
+    resident: Outputs, other: Outputs, rows: Sequence[int], embed: Embed | None = None
+) -> dict[str, float]:
+    """Means over some prompts: equal answers, ROUGE-L F1 of words, and the cosine of embeddings if there is a model of
+    them; two empty answers are equal.
+    """
     exact = [resident.tokens[row] == other.tokens[row] for row in rows]
     rouge = [
         1.0 if same else rouge_l(resident.texts[row], other.texts[row]) for same, row in zip(exact, rows, strict=True)
     ]
-    return {EXACT: float(np.mean(exact)), ROUGE: float(np.mean(rouge))}
+    found = {EXACT: float(np.mean(exact)), ROUGE: float(np.mean(rouge))}
+    if embed is not None:
+        ours, theirs = (embed([outputs.texts[row] for row in rows]) for outputs in (resident, other))
+        found[COSINE] = float(np.mean(np.where(exact, 1.0, (ours * theirs).sum(axis=1))))
+    return found
 
 
 def deviation_numbers(deviation: Deviation, tokens: Int[np.ndarray, " X"], rows: Sequence[int]) -> dict[str, float]:
