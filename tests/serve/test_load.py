@@ -36,6 +36,7 @@ def alive(kind: type) -> int:
 
 @needs_proc
 def test_a_thousand_cancelled_streams_leave_nothing(start_server: StartServer) -> None:
+    before = alive(Generation)  # an engine that died in another test may still hold the one it died with
     engine = FakeEngine(FakeTokenizer(), step_seconds=0.002)
     with start_server(engine) as client, ThreadPoolExecutor(8) as pool:
         port = client.base_url.port
@@ -45,12 +46,13 @@ def test_a_thousand_cancelled_streams_leave_nothing(start_server: StartServer) -
             list(pool.map(lambda _: cut_stream(port), range(count)))
             wait_until(lambda: not engine.running)
             engine.requests.clear()
-            wait_until(lambda: not alive(Generation))
+            wait_until(lambda: alive(Generation) <= before)
             return alive(Generation), alive(asyncio.Task), threading.active_count(), resident_bytes()
 
         generations, tasks, threads, memory = cut(200)
         after = cut(CANCELLED)
-        assert after[0] == generations == 0
+        assert after[0] <= before
+        assert generations <= before
         assert after[1] <= tasks
         assert after[2] <= threads
         assert abs(after[3] - memory) < TOLERANCE
