@@ -86,7 +86,7 @@ def measure(model: str, share: float, policy: str, link_bandwidth: str | None, r
             name: stack.enter_context(_engine(model, part, rule, link_bandwidth))
             for name, (part, rule) in settings.items()
         }
-        config, numbers = engines["full"].config, {}
+        config, numbers, step = engines["full"].config, {}, {}
         for batch in BATCHES:
             seconds: dict[str, list[float]] = {name: [] for name in engines}
             for repetition in range(repetitions + 1):  # the first warms up
@@ -96,7 +96,7 @@ def measure(model: str, share: float, policy: str, link_bandwidth: str | None, r
             numbers[f"decode_ratio_b{batch}"] = step["full"] / step["followed"]
             numbers[f"still_ratio_b{batch}"] = step["full"] / step["still"]
             numbers[f"full_step_s_b{batch}"] = step["full"]
-            numbers["loading_step_ratio"] = step["followed"] / step["still"]
+        numbers["loading_step_ratio"] = step["followed"] / step["still"]  # of the largest batch
         state = engines["followed"].state()
         loads, capacity = state["residency"]["loads"], min(state["residency"]["slots"])
         numbers["loads_per_step"] = (loads["loads"] - sum(state["residency"]["slots"])) / state["steps"]

@@ -23,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.arguments import positive
 from benchmarks.serving.client import TIMEOUT
 from benchmarks.serving.server import ServerFailed, started_server
 from benchmarks.serving.workload import Samples, demo_samples
@@ -237,20 +238,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.soak", description="Long mixed load: does the server's memory grow?"
     )
     add = parser.add_argument
-    add("--minutes", type=_positive, default=30.0, help="how long (default %(default)s)")
+    add("--minutes", type=positive, default=30.0, help="how long (default %(default)s)")
     add("--users", type=int, default=24, choices=range(1, 1001), metavar="N", help="at once (default %(default)s)")
     add("--seed", type=int, default=0)
     add("--json", type=Path, metavar="FILE", help="write the numbers there")
     add("--url", help="a running server of the demo model (default: start one)")
     add("--server-args", nargs=argparse.REMAINDER, default=[], help="the rest of the line goes to the started server")
     return parser
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
 
 
 if __name__ == "__main__":

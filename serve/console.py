@@ -79,8 +79,8 @@ def start_up_table(
         table.add_row("tokenizer", "none in the checkpoint: takes and returns token ids only, no chat")
     elif not has_chat_template:
         table.add_row("chat template", "none in the checkpoint: /v1/completions only, no chat")
-    kind = "CPU, with host RAM of" if device == "cpu" else f"{device}, with"
-    table.add_row("device", escape(f"{kind} {format_bytes(memory['device'])}"))
+    planned = format_bytes(memory["device"])
+    table.add_row("device", escape(f"CPU, {planned} of host RAM" if device == "cpu" else f"{device}, {planned}"))
     for purpose, name in MEMORY.items():
         if purpose == "host" and not memory[purpose]:
             continue

@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.arguments import count
 from benchmarks.overhead.http import http_overhead
 from benchmarks.overhead.steps import host_overhead
 from emoe_jax.errors import EmoeError
@@ -48,19 +49,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", default="checkpoints/demo", help="checkpoint directory or hub id")
-    add("--batch", type=_count, default=16, help="sequences of a decode step")
-    add("--steps", type=_count, default=500, help="steps that are timed")
-    add("--streams", type=_count, default=64, help="clients that read tokens at once")
-    add("--tokens", type=_count, default=200, help="tokens of each stream")
-    add("--period-ms", type=_count, default=100, help="time from one token of a stream to the next")
+    add("--batch", type=count, default=16, help="sequences of a decode step")
+    add("--steps", type=count, default=500, help="steps that are timed")
+    add("--streams", type=count, default=64, help="clients that read tokens at once")
+    add("--tokens", type=count, default=200, help="tokens of each stream")
+    add("--period-ms", type=count, default=100, help="time from one token of a stream to the next")
     add("--json", type=Path, metavar="FILE", help="write the numbers there")
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.arguments import count, positive
 from benchmarks.serving.devices import DEVICES
 from benchmarks.serving.simulated import poisson_workload, run_simulated, trace_workload
 from benchmarks.serving.tables import plot_runs, print_ratios, print_runs
@@ -95,48 +96,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--policy", nargs="+", choices=POLICIES, default=["fcfs", "slo"], help="scheduling policies to compare")
-    add("--rates", nargs="+", type=_positive, default=[0.7, 0.95], metavar="SHARE", help="arrival rates over capacity")
-    add("--requests", type=_count, default=2000, help="requests of a Poisson run")
-    add("--slo-scale", type=_positive, default=5.0, help="deadlines, as multiples of an idle machine's times")
+    add("--rates", nargs="+", type=positive, default=[0.7, 0.95], metavar="SHARE", help="arrival rates over capacity")
+    add("--requests", type=count, default=2000, help="requests of a Poisson run")
+    add("--slo-scale", type=positive, default=5.0, help="deadlines, as multiples of an idle machine's times")
     add("--seed", type=int, default=0)
     add("--json", metavar="FILE", help="write the numbers here")
     add("--plot", metavar="FILE.png", help="draw them here")
     live = parser.add_argument_group("against a server").add_argument
     live("--url", help="a running server, with the policy that it has (default: start one per policy)")
-    live(
-        "--concurrency", type=_count, default=16, help="users whose closed loop tells the capacity; the server's batch"
-    )
-    live("--turns", type=_count, default=4, help="parts of a run, between which the servers take turns")
-    live("--max-tokens", type=_count, default=128, help="tokens of an answer at most")
+    live("--concurrency", type=count, default=16, help="users whose closed loop tells the capacity; the server's batch")
+    live("--turns", type=count, default=4, help="parts of a run, between which the servers take turns")
+    live("--max-tokens", type=count, default=128, help="tokens of an answer at most")
     live(
         "--compare-residency",
         metavar="SHARE",
         help="instead: servers with this share of experts resident, for example 40%%, and with all, on equal memory",
     )
-    live("--full-batch", type=_count, default=4, help="sequences that then fit beside all experts")
+    live("--full-batch", type=count, default=4, help="sequences that then fit beside all experts")
     live("--server-args", nargs=argparse.REMAINDER, default=[], help="the rest of the line goes to the started servers")
     simulated = parser.add_argument_group("with --simulate").add_argument
     simulated("--simulate", action="store_true", help="a cost model on a virtual clock instead of a server")
     simulated("--device", choices=sorted(DEVICES), default="demo", help="the machine to simulate")
     simulated("--trace", nargs="+", metavar="CSV", help="recorded arrivals instead of the five tasks; a file is a task")
-    simulated("--seconds", type=_positive, default=600.0, help="how much of the traces is replayed")
+    simulated("--seconds", type=positive, default=600.0, help="how much of the traces is replayed")
     return parser
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 if __name__ == "__main__":

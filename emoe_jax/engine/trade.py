@@ -25,7 +25,6 @@ RECENT_STEPS = 16
 CALM_USAGE = 0.5
 """Share of the planned pages in use up to which the others are not missed."""
 
-
 REFILL_SECONDS = 30.0
 """How long `warm_up` waits for experts that it had to displace."""
 

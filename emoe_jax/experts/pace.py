@@ -18,8 +18,6 @@ class Pace:
         """Due at once, for its cost is not known yet. Both clocks are in seconds, `work` being the thread's own time:
         a busy machine makes nothing rarer.
         """
-        self.seconds = 0.0
-        """Worked within `timed`."""
         self._share, self._clock, self._work = share, clock, work
         self._cost = 0.0  # decayed mean
         self._next = 0.0
@@ -36,6 +34,5 @@ class Pace:
             yield
         finally:
             spent = self._work() - began
-            self.seconds += spent
             self._cost = self._cost + 0.25 * (spent - self._cost) if self._cost else spent
             self._next = self._clock() + self._cost / self._share

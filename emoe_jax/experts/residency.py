@@ -167,7 +167,6 @@ class Residency:
 
         Only while no step is in flight. Loads under way go on, and find a place or not when they are committed.
         """
-        self._count()
         order = self._eviction_order(layer)[::-1]
         experts = [int(expert) for expert in order if self.table.is_resident(layer, expert)][:capacity]
         self.slab.resize(layer, capacity, [self.table.slot(layer, expert) for expert in experts])

@@ -124,13 +124,14 @@ class ResidencyPlanner:
     def has_news(self, request_ids: Sequence[str]) -> bool:
         """Whether a plan for these requests, which run or run next, may differ from the last one."""
         self._take_forecast()
-        return self._stale or tuple(request_ids) != self._planned
+        wanted = self._known(request_ids)
+        return bool(wanted) and (self._stale or wanted != self._planned)
 
     def plan_for(self, request_ids: Sequence[str]) -> Plan | None:
         """The plan for these requests; None while it is what it was, or where none of them is known."""
-        wanted = tuple(request_id for request_id in request_ids if request_id in self._requests)
-        if not wanted or not self.has_news(wanted):
+        if not self.has_news(request_ids):
             return None
+        wanted = self._known(request_ids)
         before = set(self._planned)
         demands = [self._requests[request_id].demand for request_id in wanted]
         new = [demand for request_id, demand in zip(wanted, demands, strict=True) if request_id not in before]
@@ -167,6 +168,9 @@ class ResidencyPlanner:
         """Join the predictor's thread."""
         if self._forecaster is not None:
             self._forecaster.close()
+
+    def _known(self, request_ids: Sequence[str]) -> tuple[str, ...]:
+        return tuple(request_id for request_id in request_ids if request_id in self._requests)
 
     def _shares(self, task: str) -> Float[np.ndarray, "M E"]:
         """What a prompt of the task is planned with until it is predicted itself."""

@@ -29,6 +29,6 @@ def test_host_memory_is_named_where_there_is_any(host: int, shown: bool) -> None
     Console(file=output, width=120).print(table)
     text = output.getvalue()
     assert ("host RAM for experts off the device" in text) == shown
-    assert "CPU, with host RAM of 16 GiB" in text
+    assert "CPU, 16 GiB of host RAM" in text
     assert "[tiny] (mixtral)" in text
     assert "3 to 4 of 8 in each of 2 layers (44%)" in text
