@@ -49,19 +49,22 @@ class Service:
             )
 
     def token_budget(self, prompt: Sequence[int], param: str, asked: int | None, asked_param: str) -> int:
-        """How many tokens may follow the prompt: what was asked for, or all that the context still holds."""
+        """How many tokens may follow the prompt: what was asked for, or all that the context still holds.
+
+        Clients know refusals by "prompt is too long" and "this model's maximum context length is" in the message.
+        """
         room = self.max_model_len - len(prompt)
         if room < 1:
             raise RequestError(
-                f"the prompt has {len(prompt)} tokens; the context length is {self.max_model_len} tokens, "
-                f"one of them for the answer",
+                f"the prompt is too long: it has {len(prompt)} tokens; this model's maximum context length is "
+                f"{self.max_model_len} tokens, one of them for the answer",
                 param=param,
                 code="context_length_exceeded",
             )
         if asked is not None and asked > room:
             raise RequestError(
-                f"{len(prompt)} prompt tokens and {asked_param} = {asked} exceed the context length of "
-                f"{self.max_model_len} tokens",
+                f"this model's maximum context length is {self.max_model_len} tokens; {len(prompt)} prompt tokens and "
+                f"{asked_param} = {asked} exceed it",
                 param=asked_param,
                 code="context_length_exceeded",
             )

@@ -103,7 +103,8 @@ class TextCodec:
         """Refuse what cannot fit without tokenizing it: that takes seconds for megabytes of text."""
         if chars > self.max_model_len * MAX_CHARS_PER_TOKEN:
             raise RequestError(
-                f"the prompt has {chars} characters; the context length of {self.max_model_len} tokens holds far fewer",
+                f"the prompt is too long: it has {chars} characters; this model's maximum context length is "
+                f"{self.max_model_len} tokens, which hold far fewer",
                 param=param,
                 code="context_length_exceeded",
             )

@@ -143,7 +143,7 @@ def test_goes_on_when_the_server_comes_back_and_asks_for_a_key(browser: Any, sta
         page.locator("#task").fill("x" * 64)
         page.get_by_label("Tokens at most").fill("5000")
         page.keyboard.press("Enter")
-        page.locator(".message.failed").get_by_text("exceed the context length").first.wait_for()
+        page.locator(".message.failed").get_by_text("maximum context length is").first.wait_for()
         page.close()
 
 
