@@ -8,11 +8,13 @@ from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
 
+from serve.body import BodyReader
 from serve.chat import chat_routes
 from serve.completions import completion_routes
 from serve.dashboard import dashboard_routes
 from serve.errors import ErrorResponse, install_error_handlers
 from serve.guard import OPEN_PATHS, Guard
+from serve.hosts import ANY
 from serve.metrics import RequestMetrics
 from serve.models import model_routes
 from serve.observer import Observer
@@ -31,8 +33,14 @@ def create_app(
     api_keys: Sequence[str] = (),
     allowed_origins: Sequence[str] = (),
     tracing: Tracing | None = None,
+    *,
+    hosts: Sequence[str] = (ANY,),
+    read_timeout: float = 30.0,
 ) -> FastAPI:
-    """`allowed_origins`: web pages whose scripts may call the server, from any of them with `*`; by default none."""
+    """`allowed_origins`: web pages whose scripts may call the server, from any of them with `*`; by default none.
+
+    `hosts`: what Host headers may name. `read_timeout`: seconds for a request's body.
+    """
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -51,6 +59,7 @@ def create_app(
         responses=ERRORS,
         redirect_slashes=False,  # a redirect would repeat what the Host header says
     )
+    app.state.body_reader = BodyReader(read_timeout)
     app.include_router(completion_routes(service))
     app.include_router(chat_routes(service))
     metrics = RequestMetrics()
@@ -64,7 +73,7 @@ def create_app(
 
     if api_keys:
         document_keys(app.openapi())
-    app.add_middleware(Guard, api_keys=api_keys)
+    app.add_middleware(Guard, api_keys=api_keys, hosts=hosts)
     app.add_middleware(Observer, metrics=metrics, tracing=tracing)
     if allowed_origins:  # outermost: a browser asks without a key whether it may send one
         app.add_middleware(

@@ -1,6 +1,7 @@
 """Reading a JSON body: bounded, checked, and never a reason for a 5xx."""
 
-from collections.abc import Callable, Coroutine
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import pydantic_core
@@ -8,39 +9,96 @@ from fastapi import Request
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 
-from serve.errors import ApiError
+from serve.errors import RETRY_AFTER_SECONDS, ApiError
 
 MAX_BODY_BYTES = 8 * 2**20
 MAX_DISCARDED_BYTES = 4 * MAX_BODY_BYTES
+MAX_MARKS = 300_000
+"""Commas, colons, brackets and quotes of a body: enough for a prompt of 2**18 token ids. What more would build holds up
+the event loop for longer than streams should stand still.
+"""
+BRACKET_MARKS = 10
+"""How many an opening bracket counts for: lists and objects are what costs most, by the garbage collector's visits."""
+NO_MARKS = bytes(set(range(256)) - set(b',:[{"'))
+SMALL_BYTES = 2**16
+MAX_HELD_BYTES = 2**28
+"""Of bodies above `SMALL_BYTES` that are still coming in, all together."""
+CLOSE = {"connection": "close"}
+RETRY = {"retry-after": str(RETRY_AFTER_SECONDS), **CLOSE}
+
+
+class BodyReader:
+    """Reads bodies, each within `timeout` seconds, and bounds what they take together while clients send them."""
+
+    def __init__(self, timeout: float):
+        self._timeout = timeout
+        self._held = 0
+
+    async def read(self, stream: AsyncIterator[bytes]) -> bytes:
+        """Raises `ApiError` for what is too large, too slow, or has too many marks."""
+        body = bytearray()
+        marks = Marks()
+        size = held = 0
+        try:
+            async with asyncio.timeout(self._timeout):
+                async for chunk in stream:
+                    size += len(chunk)
+                    if size > MAX_BODY_BYTES or marks.count > MAX_MARKS:
+                        # Read on without keeping anything: closing early would reset the connection before the
+                        # client has seen the answer.
+                        body.clear()
+                        if size > MAX_DISCARDED_BYTES:
+                            break
+                        continue
+                    body += chunk
+                    marks.add(chunk)
+                    if len(body) > SMALL_BYTES:
+                        self._held += len(body) - held
+                        held = len(body)
+                        if self._held > MAX_HELD_BYTES:
+                            raise ApiError(503, "too many large requests at once", code="overloaded", headers=RETRY)
+        except TimeoutError:
+            message = f"the request body did not come within {self._timeout:g} seconds"
+            raise ApiError(408, message, code="timeout", headers=CLOSE) from None
+        finally:
+            self._held -= held
+        if size > MAX_BODY_BYTES:
+            message = f"the request body is larger than {MAX_BODY_BYTES} bytes"
+            raise ApiError(413, message, code="body_too_large", headers=CLOSE)
+        if marks.count > MAX_MARKS:
+            raise ApiError(413, "the request body has too many values", code="body_too_large", headers=CLOSE)
+        return bytes(body)
+
+
+class Marks:
+    """Counts the commas, colons, opening brackets and quotes of JSON that comes in pieces; texts may hold any."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._in_text = False
+        self._escape = b""
+
+    def add(self, piece: bytes) -> None:
+        piece = (self._escape + piece).replace(b"\\\\", b"")
+        self._escape = b"\\" if piece.endswith(b"\\") else b""  # of what the next piece begins with
+        piece = piece.removesuffix(b"\\").replace(b'\\"', b"")
+        parts = piece.translate(None, NO_MARKS).split(b'"')
+        outside = b"".join(parts[self._in_text :: 2])
+        brackets = outside.count(b"[") + outside.count(b"{")
+        self.count += len(parts) - 1 + len(outside) + (BRACKET_MARKS - 1) * brackets
+        self._in_text ^= len(parts) % 2 == 0
 
 
 class JsonRequest(Request):
-    """A request whose body is a JSON object of at most `MAX_BODY_BYTES`."""
+    """A request whose body is a JSON object, read by the app's `BodyReader`."""
 
     async def body(self) -> bytes:
         if not hasattr(self, "_body"):
-            self._body = await self._read()
+            content_type = self.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if content_type != "application/json":
+                raise ApiError(415, "the content type must be application/json", param="content-type")
+            self._body = await self.app.state.body_reader.read(self.stream())
         return self._body
-
-    async def _read(self) -> bytes:
-        content_type = self.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if content_type != "application/json":
-            raise ApiError(415, "the content type must be application/json", param="content-type")
-        chunks: list[bytes] = []
-        size = 0
-        async for chunk in self.stream():
-            size += len(chunk)
-            if size <= MAX_BODY_BYTES:
-                chunks.append(chunk)
-            elif size > MAX_DISCARDED_BYTES:
-                break
-            else:
-                # Read on without keeping anything: closing early would reset the connection before the client
-                # has seen the answer.
-                chunks.clear()
-        if size > MAX_BODY_BYTES:
-            raise ApiError(413, f"the request body is larger than {MAX_BODY_BYTES} bytes", code="body_too_large")
-        return b"".join(chunks)
 
     async def json(self) -> Any:
         body = await self.body()

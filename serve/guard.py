@@ -1,4 +1,4 @@
-"""ASGI middleware in front of every route: API keys, request ids, and an answer when a route fails."""
+"""ASGI middleware in front of every route: hosts, API keys, request ids, and an answer when a route fails."""
 
 import hashlib
 import hmac
@@ -11,6 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.errors import ApiError, error_response
+from serve.hosts import names_one_of
 
 log = logging.getLogger("serve")
 
@@ -21,10 +22,13 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class Guard:
-    """Answers 401 without a valid key (when keys are set) and echoes `x-request-id`, or makes one up."""
+    """Answers 400 to a Host that is none of `hosts`, 401 without a valid key (when keys are set), and echoes
+    `x-request-id`, or makes one up.
+    """
 
-    def __init__(self, app: ASGIApp, api_keys: Sequence[str]):
+    def __init__(self, app: ASGIApp, api_keys: Sequence[str], hosts: Sequence[str]):
         self.app = app
+        self._hosts = hosts
         self._digests = [_digest(key.encode()) for key in api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -44,6 +48,9 @@ class Guard:
                 code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )
+        if not names_one_of(headers, self._hosts):
+            message = "the Host header names none of this server's hosts (--allowed-hosts)"
+            refusal = ApiError(400, message, param="host", code="invalid_host")
         request_id = request_id or uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
 

@@ -52,9 +52,12 @@ class Options:
     record_traces: str | None
     api_key: list[str]
     allowed_origins: list[str]
+    allowed_hosts: list[str]
     seed: int
     log_format: LogFormat
     otlp_endpoint: str | None
+    read_timeout: float
+    send_timeout: float
     shutdown_timeout: float
 
 
@@ -205,6 +208,15 @@ def _build_parser() -> _Parser:
         metavar="ORIGIN",
         help="web pages that browsers may let call the server (CORS), for example https://example.org; * is all",
     )
+    add(
+        "--allowed-hosts",
+        nargs="+",
+        type=_host,
+        default=[],
+        metavar="HOST",
+        help="what the Host header of requests may be; * is all (default: localhost and its addresses, which stay "
+        "allowed, while --host is one of them; else all)",
+    )
     add("--seed", type=_integer(0, 2**63 - 1), default=0, help="seed of requests that name none")
     add("--log-format", choices=("text", "json"), default="text", help="of lines on stderr, one for each request")
     add(
@@ -212,6 +224,18 @@ def _build_parser() -> _Parser:
         type=_url,
         metavar="URL",
         help="OpenTelemetry collector that spans go to, one per request, for example http://localhost:4318",
+    )
+    add(
+        "--read-timeout",
+        type=_timeout,
+        default=30.0,
+        help="seconds in which a client must have sent the head of a request, and then its body",
+    )
+    add(
+        "--send-timeout",
+        type=_timeout,
+        default=60.0,
+        help="seconds in which a client must read on in its answer",
     )
     add(
         "--shutdown-timeout",
@@ -277,6 +301,12 @@ def _origin(text: str) -> str:
     return text
 
 
+def _host(text: str) -> str:
+    if text != "*" and not re.fullmatch(r"[\w.-]+|\[[0-9a-fA-F:.]+\]", text):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is neither * nor a name or address without port")
+    return text.lower()
+
+
 def _url(text: str) -> str:
     if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", text):
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not of the form http://example.org:4318")
@@ -290,6 +320,13 @@ def _seconds(text: str) -> float:
         value = -1.0
     if not 0 <= value <= 86400:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number of seconds between 0 and 86400")
+    return value
+
+
+def _timeout(text: str) -> float:
+    value = _seconds(text)
+    if not value:
+        raise argparse.ArgumentTypeError("no request can be served in 0 seconds")
     return value
 
 

@@ -5,7 +5,16 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticKnownError
 
 from emoe_jax.engine.request import (
@@ -24,7 +33,6 @@ from serve.structured import StructuredRequest
 
 MAX_INT32 = 2**31 - 1
 MAX_PROMPTS = 256
-MAX_PROMPT_TOKENS = 2**20
 MAX_MESSAGES = 4096
 DEFAULT_COMPLETION_TOKENS = 16
 
@@ -62,8 +70,6 @@ def _check_token_ids(tokens: list[Any], of: str = "") -> None:
 
 def _prompt_list(value: Any) -> list[Prompt]:
     """Any of OpenAI's four shapes of `prompt` as a list of strings or of token-id lists."""
-    if isinstance(value, list) and len(value) > MAX_PROMPT_TOKENS:
-        raise ValueError(f"has {len(value)} elements; at most {MAX_PROMPT_TOKENS} are read")
     if isinstance(value, list) and value and isinstance(value[0], int | float):
         _check_token_ids(value)
         value = [value]
@@ -239,7 +245,7 @@ class CompletionRequest(SamplingRequest):
 
     prompt: Annotated[
         list[str] | list[list[int]],
-        BeforeValidator(_prompt_list, json_schema_input_type=str | list[TokenId] | list[str] | list[list[TokenId]]),
+        PlainValidator(_prompt_list, json_schema_input_type=str | list[TokenId] | list[str] | list[list[TokenId]]),
     ]
     max_tokens: Annotated[int, Field(ge=0, le=MAX_INT32)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -348,4 +354,4 @@ class DetokenizeRequest(StrictModel):
     """Body of `/detokenize`."""
 
     model: str | None = None
-    tokens: Annotated[list[TokenId], Field(max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]

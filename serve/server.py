@@ -12,6 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from emoe_jax.errors import ConfigError
+from serve.protocol import HttpConfig
 from serve.worker import EngineWorker
 
 log = logging.getLogger("serve")
@@ -47,14 +48,24 @@ class Server(uvicorn.Server):
     A second signal ends the wait, with the same 503; a third cuts connections.
     """
 
-    def __init__(self, app: FastAPI, worker: EngineWorker, shutdown_timeout: float, on_ready: Callable[[], None]):
-        config = uvicorn.Config(
+    def __init__(
+        self,
+        app: FastAPI,
+        worker: EngineWorker,
+        shutdown_timeout: float,
+        on_ready: Callable[[], None],
+        *,
+        read_timeout: float = 30.0,
+        send_timeout: float = 60.0,
+    ):
+        config = HttpConfig(
             app,
+            read_timeout=read_timeout,
+            send_timeout=send_timeout,
             log_config=None,  # through the root logger, like everything
             log_level="warning",
             access_log=False,
             server_header=False,
-            ws="none",
             timeout_graceful_shutdown=int(shutdown_timeout) + FORCED_SECONDS,
         )
         super().__init__(config)

@@ -15,6 +15,7 @@ from rich.console import Console
 from emoe_jax import EmoeError, Engine
 from serve.app import create_app
 from serve.console import loading_progress, start_up_table
+from serve.hosts import hosts_of
 from serve.logs import configure_logging
 from serve.options import Options, as_flags, parse_options
 from serve.recording import check_trace_file
@@ -112,10 +113,25 @@ def serve(options: Options, engine: Engine, listener: socket.socket, provider: "
     worker = EngineWorker(engine, options.max_num_seqs + options.max_num_queued_reqs)
     text = TextCodec(engine.tokenizer, engine.config.vocab_size, engine.max_model_len, engine.grammars)
     tracing = None if provider is None else Tracing(provider, names[0])
-    app = create_app(Service(names, text, worker, tasks), options.api_key, options.allowed_origins, tracing)
+    app = create_app(
+        Service(names, text, worker, tasks),
+        options.api_key,
+        options.allowed_origins,
+        tracing,
+        hosts=hosts_of(listener.getsockname()[0], options.allowed_hosts),
+        read_timeout=options.read_timeout,
+    )
+    app.openapi()  # made now and kept, as it takes long enough to hold up streams
     gc.collect()
     gc.freeze()  # what is there now stays: no collection looks at it again, at exit neither, which took seconds
-    server = Server(app, worker, options.shutdown_timeout, on_ready=lambda: print(f"Serving on {url}", flush=True))
+    server = Server(
+        app,
+        worker,
+        options.shutdown_timeout,
+        on_ready=lambda: print(f"Serving on {url}", flush=True),
+        read_timeout=options.read_timeout,
+        send_timeout=options.send_timeout,
+    )
     try:
         asyncio.run(server.serve([listener]))
     finally:

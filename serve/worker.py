@@ -21,6 +21,8 @@ from serve.stats import RequestStats
 log = logging.getLogger("serve")
 
 UNHEALTHY_AFTER_FAILED_STEPS = 3
+MAX_BATCH = 64
+"""Deltas handed out at a time: who has not read for long shall not hold up others when all is sent."""
 
 Result = TypeVar("Result")
 
@@ -97,13 +99,13 @@ class Generation:
             raise event
 
     async def batches(self) -> AsyncIterator[list[Progress]]:
-        """Deltas in the order the engine made them, all that have come in at a time: a client that reads slowly gets
-        them in fewer pieces. Raises when the engine failed or the server stopped.
+        """Deltas in the order the engine made them, as many as have come in: a client that reads slowly gets them in
+        fewer pieces. Raises when the engine failed or the server stopped.
         """
         remaining = len(self.request_ids)
         while remaining:
             events = [await self._events.get()]
-            while not self._events.empty():
+            while not self._events.empty() and len(events) < MAX_BATCH:
                 events.append(self._events.get_nowait())
             batch = [event for event in events if isinstance(event, Progress)]
             remaining -= sum(event.output is not None for event in batch)

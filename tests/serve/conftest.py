@@ -12,6 +12,7 @@ import pytest
 import uvicorn
 
 from serve.app import create_app
+from serve.protocol import HttpConfig
 from serve.server import bind, url_of
 from serve.service import Service
 from serve.text import TextCodec
@@ -31,11 +32,15 @@ def running_server(
     allowed_origins: Sequence[str] = (),
     tasks: tuple[str, ...] | None = None,
     tracing: Tracing | None = None,
+    hosts: Sequence[str] = ("*",),
+    read_timeout: float = 30.0,
+    send_timeout: float = 60.0,
 ) -> Iterator[httpx.Client]:
     worker = EngineWorker(engine, max_unfinished)
     service = Service(("fake", "alias"), TextCodec(engine.tokenizer, VOCAB_SIZE, MAX_MODEL_LEN), worker, tasks)
-    app = create_app(service, api_keys, allowed_origins, tracing)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", ws="none"))
+    app = create_app(service, api_keys, allowed_origins, tracing, hosts=hosts, read_timeout=read_timeout)
+    config = HttpConfig(app, read_timeout=read_timeout, send_timeout=send_timeout, log_level="critical")
+    server = uvicorn.Server(config)
     listener = bind("127.0.0.1", 0)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
     thread.start()

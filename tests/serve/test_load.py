@@ -21,8 +21,8 @@ STREAM = b'{"prompt": "hi", "max_tokens": 90, "stream": true}'
 
 def cut_stream(port: int, body: bytes = STREAM, *headers: str) -> None:
     """Ask for a stream and leave after its first bytes."""
-    length = f"Content-Length: {len(body)}"
-    lines = [f"POST {COMPLETIONS} HTTP/1.1", "Host: x", "Content-Type: application/json", length, *headers, "", ""]
+    first = (f"POST {COMPLETIONS} HTTP/1.1", "Host: localhost", "Content-Type: application/json")
+    lines = [*first, f"Content-Length: {len(body)}", *headers, "", ""]
     with socket.create_connection(("127.0.0.1", port), 60) as connection:
         connection.sendall("\r\n".join(lines).encode() + body)
         assert connection.recv(100).startswith(b"HTTP/1.1 200")

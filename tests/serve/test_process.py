@@ -60,6 +60,11 @@ def test_tells_what_it_serves(server: ServerProcess) -> None:
     assert "Traceback" not in printed
 
 
+def test_on_loopback_only_its_names_are_answered_to(http: httpx.Client) -> None:
+    assert http.get("/health", headers={"host": "localhost"}).status_code == 200
+    assert http.get("/health", headers={"host": "rebound.example"}).status_code == 400
+
+
 def test_progress_is_printed_without_a_terminal(server: ServerProcess) -> None:
     progress = [line for line in server.output if line.startswith("loading: ")]
     assert "/tiny" in progress[0]
@@ -217,7 +222,7 @@ def test_a_forced_end_takes_seconds(tiny: Path, timeout: str, signals: int) -> N
     with server_process(*arguments) as server, ThreadPoolExecutor(40) as pool:
         port = int(server.url.rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port)) as slow:
-            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n")
+            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n")
             answers = [
                 pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=60) for _ in range(40)
             ]
