@@ -66,7 +66,7 @@ def test_what_is_refused_is_not_kept(client: httpx.Client) -> None:
 
 
 def test_slow_sockets_hold_up_nobody(client: httpx.Client) -> None:
-    """A hundred that send half a header, and a hundred that send half a body."""
+    """A hundred that send half a header, and a hundred that send half a body; what ends them is in test_protocol.py."""
     address = ("127.0.0.1", client.base_url.port)
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n"
     with contextlib.ExitStack() as stack:

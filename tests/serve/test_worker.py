@@ -1,4 +1,4 @@
-"""The worker's way out: draining, and a drain that is told to hurry."""
+"""What the worker hands out at a time, and its way out: draining, and a drain that is told to hurry."""
 
 import asyncio
 
@@ -7,8 +7,25 @@ import pytest
 from emoe_jax import SamplingParams
 from serve.metrics import RequestMetrics
 from serve.stats import RequestStats
-from serve.worker import EngineWorker, Submission, Unavailable
+from serve.worker import MAX_BATCH, EngineWorker, Submission, Unavailable
 from tests.serve.fake import FakeEngine, FakeTokenizer
+
+
+def test_who_has_not_read_for_long_gets_a_part_at_a_time() -> None:
+    async def scenario() -> None:
+        worker = EngineWorker(FakeEngine(FakeTokenizer()), 8)
+        worker.start()
+        try:
+            submission = Submission([1, 104], SamplingParams(max_tokens=90))
+            generation = worker.submit([submission], RequestStats(RequestMetrics()))
+            while worker.requests:
+                await asyncio.sleep(0.01)
+            await generation.accepted()
+            assert [len(batch) async for batch in generation.batches()] == [MAX_BATCH, 90 - MAX_BATCH]
+        finally:
+            worker.stop()
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("hurried", [False, True])
