@@ -1,7 +1,6 @@
 """Residency kept ahead of requests: planner and policy told of requests and wishes, and what that costs the host."""
 
 import contextlib
-import itertools
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Rows
@@ -45,14 +44,14 @@ class Foresight:
             with self._timed():
                 self._planner.begin(sequence.request_id, sequence.task, prompt_tokens, params.max_tokens, embedding)
 
-    def before_step(self, scheduler: Scheduler, idle: bool) -> None:
+    def before_step(self, scheduler: Scheduler, now: float, idle: bool) -> None:
         """Plan for the requests that run now or next, where those have changed: at once if the device is idle, else as
         often as time allows.
         """
         if self._planner is None:
             return
         with self._timed():
-            coming = itertools.islice(scheduler.waiting, max(0, scheduler.max_num_seqs - scheduler.num_running))
+            coming = scheduler.next_up(now)
             at_hand = dict.fromkeys(sequence.request_id for sequence in (*scheduler.running, *coming))
             if self._planner.has_news(tuple(at_hand)) and (idle or self._planning.due):
                 with self._planning.timed():

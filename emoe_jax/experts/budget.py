@@ -53,7 +53,8 @@ def parse_expert_memory(text: str, name: str = "expert memory") -> ExpertBudget:
 def capacities(
     config: ModelConfig, layout: ExpertLayout, budget: ExpertBudget, device_limit: int | None = None
 ) -> list[int]:
-    """Slots of each MoE layer: as many as the budget buys, the same in every layer, at most all experts.
+    """Slots of each MoE layer: as many as the budget buys in all, and where they do not come out even, one more in the
+    first layers; at most all experts.
 
     `device_limit` is the device memory in bytes that the slab may take. Raises `CapacityError` when the budget does not
     reach top-k slots per layer, or exceeds the device, `ConfigError` when it names more slots than a layer has experts.
@@ -64,26 +65,27 @@ def capacities(
             f"expert memory of {budget} is more than the {format_bytes(device_limit)} the device has for experts"
         )
     if budget.kind == "share":
-        slots = math.floor(budget.amount * num_experts)
+        slots = math.floor(budget.amount * num_experts * num_layers)
     elif budget.kind == "bytes":
-        slots = math.floor(budget.amount / (layout.nbytes * num_layers))
+        slots = math.floor(budget.amount / layout.nbytes)
     else:
-        slots = int(budget.amount)
-        if slots > num_experts:
+        slots = int(budget.amount) * num_layers
+        if budget.amount > num_experts:
             raise ConfigError(f"expert memory of {budget} is more than all experts; a layer has {num_experts}")
-    if slots < config.top_k:
+    if slots < config.top_k * num_layers:
         raise CapacityError(
-            f"expert memory of {budget} gives {slots} expert slots per layer, but the model routes each token to "
+            f"expert memory of {budget} gives {_per_layer(slots, num_layers)}, but the model routes each token to "
             f"{config.top_k}; the smallest budget is {_smallest(config, layout, budget.kind)}"
         )
-    slots = min(slots, num_experts)
-    needed = slots * layout.nbytes * num_layers
+    slots = min(slots, num_experts * num_layers)
+    needed = slots * layout.nbytes
     if device_limit is not None and needed > device_limit:
         raise CapacityError(
-            f"expert memory of {budget} is {format_bytes(needed)} ({slots} slots in each of {num_layers} layers), "
+            f"expert memory of {budget} is {format_bytes(needed)} ({_per_layer(slots, num_layers)}), "
             f"more than the {format_bytes(device_limit)} the device has for experts"
         )
-    return [slots] * num_layers
+    each, more = divmod(slots, num_layers)
+    return [each + (layer < more) for layer in range(num_layers)]
 
 
 def format_bytes(count: int) -> str:
@@ -94,6 +96,11 @@ def format_bytes(count: int) -> str:
             return f"{value:.4g} {unit}"
         value /= 1024
     return f"{value:.4g} TiB"
+
+
+def _per_layer(slots: int, num_layers: int) -> str:
+    each, more = divmod(slots, num_layers)
+    return f"{each}{f' or {each + 1}' if more else ''} expert slots in each of {num_layers} layers"
 
 
 def _smallest(config: ModelConfig, layout: ExpertLayout, kind: Literal["share", "bytes", "slots"]) -> str:

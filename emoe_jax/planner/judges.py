@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Shaped
 
 
-def best_experts(shares: Float[np.ndarray, "M E"], capacities: Sequence[int]) -> Bool[np.ndarray, "M E"]:
-    """The experts that a plan by these shares makes resident: the largest of each layer, as many as it has slots."""
-    order = np.argsort(-shares, axis=1, kind="stable")
-    mask = np.empty(shares.shape, bool)
-    np.put_along_axis(mask, order, np.arange(shares.shape[1]) < np.asarray(capacities)[:, None], axis=1)
-    return mask
-
-
-def coverage(counts: Int[np.ndarray, "M E"], resident: Bool[np.ndarray, "M E"]) -> float:
-    """Share of the wishes whose expert is resident; 1 where there are none."""
-    return float(counts[resident].sum() / max(1, counts.sum())) if counts.any() else 1.0
+def coverage(
+    wishes: Shaped[np.ndarray, "M E"], shares: Float[np.ndarray, "*G M E"], capacities: Sequence[int]
+) -> Float[np.ndarray, "*G"]:
+    """Share of the wishes whose expert a plan by `shares` makes resident: one of the largest of its layer, as many as
+    that has slots. There is at least one wish.
+    """
+    M, E = wishes.shape
+    order = np.argsort(-shares, axis=-1, kind="stable")
+    in_order = wishes.ravel()[order + E * np.arange(M)[:, None]]
+    has_slot = np.arange(E) < np.asarray(capacities)[:, None]
+    return (in_order * has_slot).sum((-2, -1)) / wishes.sum()
 
 
 class Drift:
@@ -66,11 +67,15 @@ class Gate:
         it is as far ahead."""
         self.is_open = True
         self._fewest, self._margin = fewest, margin
-        self._pairs: deque[tuple[float, float]] = deque(maxlen=window)
+        self._window = window
+        self._pairs: deque[tuple[float, float]] = deque()
+        self._sums = [0.0, 0.0]
 
     def observe(self, predicted: float, frequency: float) -> None:
         """What both would have covered of a finished prompt."""
+        dropped = self._pairs.popleft() if len(self._pairs) == self._window else (0.0, 0.0)
         self._pairs.append((predicted, frequency))
+        self._sums = [total + new - old for total, new, old in zip(self._sums, self._pairs[-1], dropped, strict=True)]
         if len(self._pairs) >= self._fewest:
             ahead = self.predicted - self.frequency
             if self.is_open and ahead < -self._margin:
@@ -81,9 +86,9 @@ class Gate:
     @property
     def predicted(self) -> float:
         """Mean coverage of predictions over the window; NaN before the first."""
-        return float(np.mean([pair[0] for pair in self._pairs])) if self._pairs else float("nan")
+        return self._sums[0] / len(self._pairs) if self._pairs else math.nan
 
     @property
     def frequency(self) -> float:
         """The same of decayed frequency."""
-        return float(np.mean([pair[1] for pair in self._pairs])) if self._pairs else float("nan")
+        return self._sums[1] / len(self._pairs) if self._pairs else math.nan

@@ -15,7 +15,7 @@ from emoe_jax.errors import ConfigError
 from emoe_jax.planner.demand import Demand, expected_rates, mean_sensitivity
 from emoe_jax.planner.forecaster import MOST_QUESTIONS, Finished, Forecaster, Question
 from emoe_jax.planner.frequencies import TaskFrequencies
-from emoe_jax.planner.judges import Drift, Gate, best_experts, coverage
+from emoe_jax.planner.judges import Drift, Gate, coverage
 from emoe_jax.predictor import Predictor
 from emoe_jax.tasks import OTHER, TaskProfile
 
@@ -110,8 +110,8 @@ class ResidencyPlanner:
             self._finished.append(Finished(request.task, request.embedding, counts))
             predicted = request.predicted if request.predicted is not None else self._by_task.get(request.task)
             if predicted is not None:
-                usual = self._frequencies.of(request.task)
-                self._gate.observe(*(coverage(counts, best_experts(f, self._capacities)) for f in (predicted, usual)))
+                rivals = np.stack([predicted, self._frequencies.of(request.task)])
+                self._gate.observe(*coverage(counts, rivals, self._capacities).tolist())
         self._frequencies.observe(request.task, counts)
 
     def observe(self, wishes: int, covered: int, steps: int = 1) -> None:
@@ -213,8 +213,7 @@ class ResidencyPlanner:
 
     def _promised(self, rates: Float[np.ndarray, "M E"]) -> float:
         """Coverage if wishes were as planned and the best experts resident."""
-        best = best_experts(rates, self._capacities)
-        return float(rates[best].sum() / max(float(rates.sum()), 1e-9))
+        return float(coverage(rates, rates, self._capacities))
 
 
 def _number(value: float | None) -> float | None:

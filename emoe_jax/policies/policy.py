@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 
 from emoe_jax.errors import ConfigError
 from emoe_jax.experts.table import SlotTable
-from emoe_jax.policies.rule import Plan, Rule, best_exchange
+from emoe_jax.policies.rule import Plan, Rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,16 +98,17 @@ class ResidencyPolicy:
         loadable = ~evictable
         if busy is not None:
             loadable, evictable = loadable & ~busy, evictable & ~busy
-        swaps: list[Swap] = []
-        for _ in range(min(limit_per_layer, self.num_experts)):
-            load, evict, gain = best_exchange(scores, loadable, evictable)
-            layers = np.flatnonzero((gain > self._rule.margin) & (self._sensitivity > 0))
-            if not len(layers):
-                break
-            load, evict, gain = load[layers], evict[layers], gain[layers] * self._sensitivity[layers]
-            swaps += map(Swap, layers.tolist(), load.tolist(), evict.tolist(), gain.tolist())
-            loadable[layers, load] = False
-            evictable[layers, evict] = False
+        gained, lost = np.where(loadable, scores, -np.inf), np.where(evictable, scores, np.inf)
+        is_due = (gained.max(1) - lost.min(1) > self._rule.margin) & (self._sensitivity > 0)
+        layers = np.flatnonzero(is_due)[:, None]
+        if not len(layers):
+            return []
+        load = np.argsort(-gained[layers[:, 0]], axis=1, kind="stable")[:, :limit_per_layer]
+        evict = np.argsort(lost[layers[:, 0]], axis=1, kind="stable")[:, :limit_per_layer]
+        gain = gained[layers, load] - lost[layers, evict]
+        row, nth = np.nonzero(gain > self._rule.margin)  # the best for the worst, the second best for the second worst
+        layer, gain = layers[row, 0], gain[row, nth] * self._sensitivity[layers[row, 0]]
+        swaps = map(Swap, layer.tolist(), load[row, nth].tolist(), evict[row, nth].tolist(), gain.tolist())
         return sorted(swaps, key=lambda swap: -swap.gain)
 
     def _take_in(self) -> None:

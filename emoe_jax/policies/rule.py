@@ -10,7 +10,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float, Shaped
 
 Matrix = Float[Any, "*lead M E"]  # of NumPy or JAX
 State = TypeVar("State", bound=tuple[Any, ...])
@@ -57,28 +57,6 @@ class Rule(abc.ABC, Generic[State]):
 
         Takes many states at once, stacked along leading axes.
         """
-
-
-class Exchange(NamedTuple):
-    """The best exchange in every row; `gain` is -inf where there is nothing to load or nothing to evict."""
-
-    load: Int[Any, "*lead M"]
-    evict: Int[Any, "*lead M"]
-    gain: Float[Any, "*lead M"]
-
-
-def best_exchange(scores: Matrix, loadable: Bool[Any, "*lead M E"], evictable: Bool[Any, "*lead M E"]) -> Exchange:
-    """The highest-scoring loadable expert and the lowest-scoring evictable one; of equals, the first."""
-    xp = namespace(scores)
-    gained, lost = xp.where(loadable, scores, -xp.inf), xp.where(evictable, scores, xp.inf)
-    most, least = gained.max(-1), lost.min(-1)
-    return Exchange(_first(gained == most[..., None]), _first(lost == least[..., None]), most - least)
-
-
-def _first(found: Bool[Any, "*lead E"]) -> Int[Any, " *lead"]:
-    """Where in each row the first True is. XLA does this several times faster than an argmax."""
-    E = found.shape[-1]
-    return found.argmax(-1) if isinstance(found, np.ndarray) else jnp.where(found, jnp.arange(E), E).min(-1)
 
 
 def namespace(array: Any) -> ModuleType:

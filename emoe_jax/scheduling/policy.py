@@ -1,11 +1,15 @@
 """Who of those that wait starts next: the interface of admission policies, and first come, first served."""
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from typing import Any, Protocol
 
 from emoe_jax.engine.sequence import Sequence
 from emoe_jax.scheduling.plan import PrefillChunk, StepPlan
+
+SOON = int(__import__("os").environ.get("SOON", "2"))
+"""Steps. Whose last token is so near has a place that somebody else is planned for."""
 
 
 class AdmissionPolicy(Protocol):
@@ -20,6 +24,10 @@ class AdmissionPolicy(Protocol):
     @property
     def waiting(self) -> tuple[Sequence, ...]:
         """Those that wait; those that came first, first."""
+        ...
+
+    def next_up(self, running: Collection[Sequence], places: int, now: float) -> list[Sequence]:
+        """Those that will probably start next beside those `running`, in `places` that are free or soon will be."""
         ...
 
     def add(self, sequence: Sequence, running: Collection[Sequence]) -> None:
@@ -70,6 +78,10 @@ class FcfsPolicy:
     @property
     def waiting(self) -> tuple[Sequence, ...]:
         return tuple(self._queue)
+
+    def next_up(self, running: Collection[Sequence], places: int, now: float) -> list[Sequence]:
+        places += sum(sequence.params.max_tokens - len(sequence.generated) <= SOON for sequence in running)
+        return list(itertools.islice(self._queue, places))
 
     def add(self, sequence: Sequence, running: Collection[Sequence]) -> None:
         self._queue[sequence] = None

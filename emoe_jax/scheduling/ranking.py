@@ -2,6 +2,7 @@
 
 import heapq
 import math
+from collections.abc import Iterator
 
 from emoe_jax.engine.sequence import Sequence
 
@@ -43,6 +44,18 @@ class Ranking:
                 return sequence
             heapq.heappop(heap)
         return None
+
+    def ascending(self) -> Iterator[tuple[float, Sequence]]:
+        """Ranks and sequences, the lowest first; each takes O(log n). Not while the ranking changes."""
+        self.first()  # forgets those that left and would come before it
+        heap = self._heap
+        ahead = [(heap[0], 0)] if heap else []  # entries whose parent was seen, and where they are in the heap
+        while ahead:
+            (rank, _, number, sequence), index = heapq.heappop(ahead)
+            if self._entries.get(sequence) == number:
+                yield rank, sequence
+            for child in range(2 * index + 1, min(2 * index + 3, len(heap))):
+                heapq.heappush(ahead, (heap[child], child))
 
     def first_rank(self) -> float:
         """The lowest rank; infinite when there is none."""

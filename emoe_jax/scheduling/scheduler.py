@@ -105,6 +105,10 @@ class Scheduler:
         """Queued sequences, those that came first first."""
         return self.policy.waiting
 
+    def next_up(self, now: float) -> list[Sequence]:
+        """Who of those that wait will probably start with the next steps."""
+        return self.policy.next_up(self._running, self.max_num_seqs - len(self._running), now)
+
     def use_policy(self, policy: AdmissionPolicy) -> None:
         """Admit by another policy from now on. Raises `ValueError` when sequences wait in the old one's queue."""
         if len(self.policy):

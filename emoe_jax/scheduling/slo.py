@@ -11,6 +11,8 @@ Where the paper leaves a choice, or its rule would idle the machine:
   a step takes grows with the queue, so that a long queue is served at full throughput.
 """
 
+import heapq
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
@@ -21,6 +23,7 @@ from emoe_jax.engine.sequence import Sequence
 from emoe_jax.errors import ConfigError, SloUnattainable
 from emoe_jax.scheduling.estimates import Estimates
 from emoe_jax.scheduling.plan import PrefillChunk, StepPlan
+from emoe_jax.scheduling.policy import SOON
 from emoe_jax.scheduling.waiting import WaitingQueue
 
 MAX_WAIT = 30.0
@@ -81,6 +84,17 @@ class SloPolicy:
     def waiting(self) -> tuple[Sequence, ...]:
         return tuple(self._queue)
 
+    def next_up(self, running: Collection[Sequence], places: int, now: float) -> list[Sequence]:
+        places += sum(self._estimates.remaining(sequence) <= SOON for sequence in running)
+        if not places or not len(self._queue):
+            return []
+        oldest, since = self._queue.oldest()
+        likely = itertools.chain(
+            [oldest] if self._is_aged(since, now) else [],
+            self._choices(Counter(sequence.task for sequence in running), now),
+        )
+        return list(dict.fromkeys(itertools.islice(likely, places + 2)))[:places]  # the first two may come again
+
     def add(self, sequence: Sequence, running: Collection[Sequence]) -> None:
         estimates = self._estimates
         estimates.expect(sequence)
@@ -108,13 +122,13 @@ class SloPolicy:
         guard = None if crowded else _Guard(estimates, running, now)
         while len(queue) and (not spent or spent < budget):
             oldest, since = queue.oldest()
-            if now - since >= AGED * self.max_wait:
+            if self._is_aged(since, now):
                 sequence = oldest
             else:
                 self._defer_late(now)
                 allowed = (
                     choice
-                    for choice in self._choices(tasks, now)
+                    for choice in self._choices(tasks, now, per_task=1)
                     if guard is None
                     or not tasks
                     or guard.allows(choice, self._loading_seconds(choice.task, choice.routing))
@@ -145,20 +159,21 @@ class SloPolicy:
             "output_tokens": estimates.lengths.state(),
         }
 
-    def _choices(self, tasks: Counter[Task], now: float) -> Iterator[Sequence]:
-        """Whom to start, best first: who must, the least work of each task, who is late anyway."""
+    def _choices(self, tasks: Counter[Task], now: float, per_task: int | None = None) -> Iterator[Sequence]:
+        """Whom to start, best first: who must, the least work (at most `per_task` of each task), who is late anyway."""
         urgent, latest_start = self._queue.most_urgent()
         if urgent is not None and latest_start < now + self._estimates.pace:
             yield urgent
-        by_work = [
-            (work * self._discount(sequence.task, tasks), sequence.order, sequence)
-            for sequence, work in self._queue.shortest()
+        by_task = [
+            _discounted(itertools.islice(ranked, per_task), self._discount(task, tasks))
+            for task, ranked in self._queue.by_work()
         ]
-        for _, _, sequence in sorted(by_work):
+        for _, _, sequence in heapq.merge(*by_task):
             yield sequence
-        late = self._queue.shortest_late()
-        if late is not None:
-            yield late
+        yield from itertools.islice(self._queue.late(), per_task)
+
+    def _is_aged(self, since: float, now: float) -> bool:
+        return now - since >= AGED * self.max_wait
 
     def _discount(self, task: Task, tasks: Counter[Task]) -> float:
         """What the work of a task counts, beside running tasks that share experts with it."""
@@ -196,6 +211,10 @@ class SloPolicy:
             expected = _round_up(deadline + 1e3 * (start - latest_start))
             event = "the first token" if name == "ttft_ms" else "the end of the answer"
             raise SloUnattainable(f"{name} of {deadline} cannot be kept: {event} is expected after {expected} ms")
+
+
+def _discounted(ranked: Iterator[tuple[float, Sequence]], discount: float) -> Iterator[tuple[float, int, Sequence]]:
+    return ((work * discount, sequence.order, sequence) for work, sequence in ranked)
 
 
 def _round_up(number: float) -> str:

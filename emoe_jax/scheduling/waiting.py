@@ -74,15 +74,15 @@ class WaitingQueue:
         """The one that must start first, and when (seconds); infinite when nothing is due."""
         return self._due.first(), self._due.first_rank()
 
-    def shortest(self) -> Iterator[tuple[Sequence, float]]:
-        """Per task, the one of the least work, and its work; late ones left out."""
-        for ranking in self._by_work.values():
-            sequence = ranking.first()
-            if sequence is not None:
-                yield sequence, ranking.first_rank()
+    def by_work(self) -> Iterator[tuple[str | None, Iterator[tuple[float, Sequence]]]]:
+        """Tasks, and who of each waits, with their work and the least of it first; late ones left out."""
+        for task, ranking in self._by_work.items():
+            if len(ranking):
+                yield task, ranking.ascending()
 
-    def shortest_late(self) -> Sequence | None:
-        return self._late.first()
+    def late(self) -> Iterator[Sequence]:
+        """Those whose deadlines cannot be kept, the least work first."""
+        return (sequence for _, sequence in self._late.ascending())
 
     def _ranking(self, task: str | None) -> Ranking:
         if task not in self._by_work and len(self._by_work) >= MAX_TASKS:

@@ -27,24 +27,25 @@ LAYOUT = ExpertLayout.of(CONFIG, "float32")  # 96 KiB per expert, 384 KiB for on
 @pytest.mark.parametrize(
     ("text", "slots"),
     [
-        ("40%", 6),
-        ("37.5 %", 6),
-        ("29%", 4),
-        ("100%", 16),
-        ("8 slots", 8),
-        ("8", 8),
-        (" 2 Slots ", 2),
-        ("16 slots", 16),
-        ("1MiB", 2),
-        ("1.5MiB", 4),
-        ("4 mib", 10),
-        ("1gb", 16),
-        ("1000KB", 2),
-        ("1572864B", 4),
+        ("40%", [7, 6, 6, 6]),  # 25.6 of 64
+        ("37.5 %", [6] * 4),
+        ("29%", [5, 5, 4, 4]),
+        ("25%", [4] * 4),
+        ("100%", [16] * 4),
+        ("8 slots", [8] * 4),
+        ("8", [8] * 4),
+        (" 2 Slots ", [2] * 4),
+        ("16 slots", [16] * 4),
+        ("1MiB", [3, 3, 2, 2]),
+        ("1.5MiB", [4] * 4),
+        ("4 mib", [11, 11, 10, 10]),
+        ("1gb", [16] * 4),
+        ("1000KB", [3, 3, 2, 2]),
+        ("1572864B", [4] * 4),
     ],
 )
-def test_budgets(text: str, slots: int):
-    assert capacities(CONFIG, LAYOUT, parse_expert_memory(text)) == [slots] * 4
+def test_budgets_are_spent_to_the_last_slot(text: str, slots: list[int]):
+    assert capacities(CONFIG, LAYOUT, parse_expert_memory(text)) == slots
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ def test_below_top_k_both_numbers_and_the_smallest_budget_are_named(text: str, s
 def test_larger_than_the_device_is_refused_with_both_numbers():
     with pytest.raises(CapacityError, match="6 GiB is more than the 4 MiB"):
         capacities(CONFIG, LAYOUT, parse_expert_memory("6GiB"), device_limit=4 << 20)
-    with pytest.raises(CapacityError, match=r"100% is 6 MiB \(16 slots in each of 4 layers\), more than the 4 MiB"):
+    with pytest.raises(CapacityError, match=r"100% is 6 MiB \(16 expert slots in each of 4 layers\), more than the 4 MiB"):
         capacities(CONFIG, LAYOUT, parse_expert_memory("100%"), device_limit=4 << 20)
     assert capacities(CONFIG, LAYOUT, parse_expert_memory("50%"), device_limit=4 << 20) == [8] * 4
 
@@ -97,7 +98,7 @@ def test_the_smallest_budget_named_is_one_that_works(num_experts: int, data: st.
     assert all(top_k <= count <= num_experts for count in slots)
     limit = (
         capacities(config, layout, parse_expert_memory("100%"), sum(slots) * layout.nbytes)
-        if slots[0] == num_experts
+        if min(slots) == num_experts
         else None
     )
     assert limit in (None, slots)
