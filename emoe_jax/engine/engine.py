@@ -374,7 +374,7 @@ class Engine:
         began = time.monotonic()
         self._residency.commit()
         plan = self._scheduler.schedule(began)
-        self._foresight.before_step(self._scheduler, began, idle=not self._in_flight)
+        self._foresight.before_step(plan, self._scheduler, idle=not self._in_flight)
         if not plan:
             return
         if not self._in_flight:

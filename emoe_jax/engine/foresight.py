@@ -14,6 +14,7 @@ from emoe_jax.engine.sequence import Sequence
 from emoe_jax.experts.pace import Pace
 from emoe_jax.experts.residency import Residency
 from emoe_jax.planner import ResidencyPlanner
+from emoe_jax.planner.demand import Progress
 from emoe_jax.scheduling.plan import StepPlan
 from emoe_jax.scheduling.scheduler import Scheduler
 
@@ -44,20 +45,19 @@ class Foresight:
             with self._timed():
                 self._planner.begin(sequence.request_id, sequence.task, prompt_tokens, params.max_tokens, embedding)
 
-    def before_step(self, scheduler: Scheduler, now: float, idle: bool) -> None:
-        """Plan for the requests that run now or next, where those have changed: at once if the device is idle, else as
-        often as time allows.
+    def before_step(self, plan: StepPlan, scheduler: Scheduler, idle: bool) -> None:
+        """Decide on experts for the steps after `plan`, where the requests that run now or next have changed: at once
+        if the device is idle, else as often as time allows.
         """
         if self._planner is None:
             return
         with self._timed():
-            coming = scheduler.next_up(now)
-            at_hand = dict.fromkeys(sequence.request_id for sequence in (*scheduler.running, *coming))
-            if self._planner.has_news(tuple(at_hand)) and (idle or self._planning.due):
+            at_hand = _progress(plan, scheduler)
+            if self._planner.has_news(at_hand) and (idle or self._planning.due):
                 with self._planning.timed():
-                    plan = self._planner.plan_for(tuple(at_hand))
-                    if plan is not None:
-                        self._residency.plan(*plan)
+                    expected = self._planner.plan_for(at_hand)
+                    if expected is not None:
+                        self._residency.plan(*expected)
 
     def slots_changed(self) -> None:
         """Layers have other numbers of slots."""
@@ -106,3 +106,15 @@ class Foresight:
             yield
         finally:
             self._seconds += time.perf_counter() - began
+
+
+def _progress(plan: StepPlan, scheduler: Scheduler) -> dict[str, Progress]:
+    """Of the requests that run or will start next: where they are once `plan` is done."""
+    at_hand: dict[str, Progress] = {}
+    computed = {chunk.sequence: chunk.start + chunk.length for chunk in plan.prefills}
+    for sequence in scheduler.running:
+        progress = Progress(computed.get(sequence, sequence.num_computed), sequence.num_sampled + 1)
+        at_hand.setdefault(sequence.request_id, progress)
+    for sequence in scheduler.next_up(plan.now):
+        at_hand.setdefault(sequence.request_id, Progress())
+    return at_hand

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+
+from emoe_jax.scheduling.lengths import remaining_tokens
+
+
+class Progress(NamedTuple):
+    """Tokens of a request's prompt that are computed, or will be when the step at hand is done; and of its answer."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,30 +31,28 @@ class Demand:
     shares: Float[np.ndarray, "M E"]
     """Predicted share of each expert; each layer sums to 1."""
 
-    @property
-    def tokens(self) -> float:
-        return self.input_tokens + self.output_tokens
-
-    @functools.cached_property
-    def weighted(self) -> Float[np.ndarray, "M E"]:
-        """Its part of eq. 2's sum."""
-        return self.tokens * self.sensitivity[:, None] * self.shares
+    def tokens_left(self, progress: Progress) -> float:
+        """`W_j + W_o`, less what needs no experts any more; an answer longer than expected goes on as in eq. 3."""
+        left = remaining_tokens(self.output_tokens, progress.output_tokens)
+        return max(0, self.input_tokens - progress.input_tokens) + left
 
 
-def expected_tokens(requests: Sequence[Demand]) -> Float[np.ndarray, "M E"]:
+def expected_tokens(requests: Sequence[Demand], tokens: Float[np.ndarray, " R"]) -> Float[np.ndarray, "M E"]:
     """`N_i = (sum_j W_j + T W_o) s f_i` (eMoE eq. 2), summed over task types.
 
-    Written as a sum over requests, whose shares may differ within a task. At least one request is needed.
+    Written as a sum over requests, whose shares may differ within a task; `tokens` is `W_j + W_o` of each. At least one
+    request is needed.
     """
-    return np.sum([request.weighted for request in requests], axis=0)
+    sensitivity = np.stack([request.sensitivity for request in requests])
+    return np.einsum("rm,rme->me", tokens[:, None] * sensitivity, np.stack([request.shares for request in requests]))
 
 
-def expected_rates(requests: Sequence[Demand], top_k: int) -> Float[np.ndarray, "M E"]:
+def expected_rates(requests: Sequence[Demand], tokens: Float[np.ndarray, " R"], top_k: int) -> Float[np.ndarray, "M E"]:
     """Wishes per step while every request feeds one token a step: eq. 2's proportions, `top_k` per request in all.
 
     A layer to which no request is sensitive has their plain proportions, so that a prior is at hand there too.
     """
-    rates = expected_tokens(requests)
+    rates = expected_tokens(requests, tokens)
     total = rates.sum(axis=1, keepdims=True)
     if (total > 0).all():
         shares = rates / total
@@ -55,7 +62,6 @@ def expected_rates(requests: Sequence[Demand], top_k: int) -> Float[np.ndarray, 
     return (top_k * len(requests) * shares).astype(np.float32)
 
 
-def mean_sensitivity(requests: Sequence[Demand]) -> Float[np.ndarray, " M"]:
+def mean_sensitivity(requests: Sequence[Demand], tokens: Float[np.ndarray, " R"]) -> Float[np.ndarray, " M"]:
     """`s` in each layer averaged over the expected tokens."""
-    tokens = np.array([max(request.tokens, 1e-9) for request in requests])
     return (tokens @ np.stack([request.sensitivity for request in requests]) / tokens.sum()).astype(np.float32)

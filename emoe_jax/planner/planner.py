@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from emoe_jax.errors import ConfigError
-from emoe_jax.planner.demand import Demand, expected_rates, mean_sensitivity
+from emoe_jax.planner.demand import Demand, Progress, expected_rates, mean_sensitivity
 from emoe_jax.planner.forecaster import MOST_QUESTIONS, Finished, Forecaster, Question
 from emoe_jax.planner.frequencies import TaskFrequencies
 from emoe_jax.planner.judges import Drift, Gate, coverage
@@ -21,6 +21,9 @@ from emoe_jax.tasks import OTHER, TaskProfile
 
 UNKNOWN_OUTPUT_TOKENS = 64.0
 """Expected answer length where no task was profiled."""
+
+PROBE_EVERY = 4
+"""A predictor whose gate is closed is asked so many times more rarely, only to see whether it has become better."""
 
 
 class Plan(NamedTuple):
@@ -121,26 +124,31 @@ class ResidencyPlanner:
             self._early += 1
             self._ask()
 
-    def has_news(self, request_ids: Sequence[str]) -> bool:
+    def has_news(self, request_ids: Iterable[str]) -> bool:
         """Whether a plan for these requests, which run or run next, may differ from the last one."""
         self._take_forecast()
         wanted = self._known(request_ids)
         return bool(wanted) and (self._stale or wanted != self._planned)
 
-    def plan_for(self, request_ids: Sequence[str]) -> Plan | None:
-        """The plan for these requests; None while it is what it was, or where none of them is known."""
-        if not self.has_news(request_ids):
+    def plan_for(self, at_hand: Mapping[str, Progress]) -> Plan | None:
+        """The plan for these requests, by what they have still to do; None while they are those that it was made for,
+        or where none of them is known.
+        """
+        if not self.has_news(at_hand):
             return None
-        wanted = self._known(request_ids)
+        wanted = self._known(at_hand)
         before = set(self._planned)
         demands = [self._requests[request_id].demand for request_id in wanted]
-        new = [demand for request_id, demand in zip(wanted, demands, strict=True) if request_id not in before]
-        rates = expected_rates(demands, self._top_k)
-        joined = expected_rates(new, self._top_k) if new else np.zeros_like(rates)
+        tokens = np.array([demand.tokens_left(at_hand[id]) for id, demand in zip(wanted, demands, strict=True)])
+        is_new = np.array([request_id not in before for request_id in wanted])
+        rates = expected_rates(demands, tokens, self._top_k)
+        joined = np.zeros_like(rates)
+        if is_new.any():
+            joined = expected_rates(list(itertools.compress(demands, is_new)), tokens[is_new], self._top_k)
         kept = len(before.intersection(wanted)) / len(before) if before else 0.0
         self._planned, self._stale = wanted, False
         self._drift.promise(self._promised(rates))
-        return Plan(rates, joined, kept, mean_sensitivity(demands))
+        return Plan(rates, joined, kept, mean_sensitivity(demands, tokens))
 
     def state(self) -> dict[str, Any]:
         """Prediction as JSON-able values."""
@@ -169,7 +177,7 @@ class ResidencyPlanner:
         if self._forecaster is not None:
             self._forecaster.close()
 
-    def _known(self, request_ids: Sequence[str]) -> tuple[str, ...]:
+    def _known(self, request_ids: Iterable[str]) -> tuple[str, ...]:
         return tuple(request_id for request_id in request_ids if request_id in self._requests)
 
     def _shares(self, task: str) -> Float[np.ndarray, "M E"]:
@@ -179,7 +187,8 @@ class ResidencyPlanner:
         return self._frequencies.of(task)
 
     def _ask_when_due(self) -> None:
-        if self._since >= self._every and self._forecaster is not None and not self._forecaster.busy:
+        every = self._every if self._gate.is_open else PROBE_EVERY * self._every
+        if self._since >= every and self._forecaster is not None and not self._forecaster.busy:
             self._ask()
 
     def _ask(self) -> None:

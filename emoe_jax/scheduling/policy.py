@@ -8,8 +8,8 @@ from typing import Any, Protocol
 from emoe_jax.engine.sequence import Sequence
 from emoe_jax.scheduling.plan import PrefillChunk, StepPlan
 
-SOON = int(__import__("os").environ.get("SOON", "2"))
-"""Steps. Whose last token is so near has a place that somebody else is planned for."""
+SOON = 1
+"""Tokens. A running sequence that will generate no more of them has a place that somebody else is planned for."""
 
 
 class AdmissionPolicy(Protocol):

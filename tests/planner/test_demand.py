@@ -1,10 +1,12 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emoe_jax.planner.capacities import expected_coverage, split_slots
-from emoe_jax.planner.demand import Demand, expected_rates, expected_tokens, mean_sensitivity
+from emoe_jax.planner.demand import Demand, Progress, expected_rates, expected_tokens, mean_sensitivity
 
 M, E = 3, 5
 
@@ -17,25 +19,40 @@ def shares_of(*first: float) -> np.ndarray:
     return np.tile(row, (M, 1))
 
 
+def tokens(requests: list[Demand]) -> np.ndarray:
+    """`W_j + W_o` of requests that have not begun."""
+    return np.array([request.tokens_left(Progress()) for request in requests])
+
+
 def test_equation_2_by_hand():
     sensitivity = np.array([0.0, 0.5, 1.0])
     tasks = [Demand(10, 4.0, sensitivity, shares_of(0.75)), Demand(30, 4.0, sensitivity, shares_of(0.75))]
     other = Demand(5, 1.0, np.ones(M), shares_of(0.0, 1.0))
     expected = ((10 + 30) + 2 * 4.0) * sensitivity[:, None] * shares_of(0.75) + 6.0 * shares_of(0.0, 1.0)
-    np.testing.assert_allclose(expected_tokens([*tasks, other]), expected)
+    requests = [*tasks, other]
+    np.testing.assert_allclose(expected_tokens(requests, tokens(requests)), expected)
+
+
+def test_what_is_computed_needs_no_experts_any_more():
+    request = Demand(10, 4.0, np.ones(M), shares_of(0.75))
+    states = [(0, 0), (6, 0), (10, 1), (10, 3), (10, 4), (10, 9)]
+    assert [request.tokens_left(Progress(*state)) for state in states] == [14, 8, 3, 1, 1, 1]
+    long = dataclasses.replace(request, output_tokens=100.0)
+    assert [long.tokens_left(Progress(10, generated)) for generated in (99, 100, 103, 105)] == [1, 5, 2, 5]
 
 
 def test_rates_are_top_k_per_request_in_the_proportions_of_equation_2():
     long, short = Demand(90, 10.0, np.ones(M), shares_of(1.0)), Demand(15, 10.0, np.ones(M), shares_of(0.0, 1.0))
-    rates = expected_rates([long, short], top_k=2)
+    rates = expected_rates([long, short], tokens([long, short]), top_k=2)
     np.testing.assert_allclose(rates.sum(axis=1), 4)
     np.testing.assert_allclose(rates[:, 0] / rates[:, 1], 100 / 25)
 
 
 def test_a_layer_that_nobody_is_sensitive_to_keeps_a_prior():
     request = Demand(10, 1.0, np.array([0.0, 1.0, 1.0]), shares_of(0.5, 0.25))
-    np.testing.assert_allclose(expected_rates([request], 2)[0], expected_rates([request], 2)[1])
-    np.testing.assert_allclose(mean_sensitivity([request]), [0, 1, 1])
+    rates = expected_rates([request], tokens([request]), 2)
+    np.testing.assert_allclose(rates[0], rates[1])
+    np.testing.assert_allclose(mean_sensitivity([request], tokens([request])), [0, 1, 1])
 
 
 shares = st.integers(0, 2**31).map(lambda seed: np.random.default_rng(seed).dirichlet(np.full(E, 0.3), size=(2, M)))

@@ -4,11 +4,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from emoe_jax.errors import ConfigError
 from emoe_jax.planner import ResidencyPlanner
+from emoe_jax.planner.demand import Progress
 from emoe_jax.planner.forecaster import Forecaster
-from emoe_jax.planner.judges import Drift, Gate, best_experts
+from emoe_jax.planner.judges import Drift, Gate, coverage
+from emoe_jax.planner.planner import PROBE_EVERY
 from emoe_jax.tasks import Task, TaskProfile
 
 M, E, K = 2, 8, 2
@@ -78,37 +82,50 @@ def begin(planner: ResidencyPlanner, name: str, task: str | None = "qa") -> None
 
 
 def settled_plan(planner: ResidencyPlanner, *names: str) -> Any:
-    """The plan once predictions under way have arrived."""
+    """The plan once the prediction under way, if there is one, has arrived."""
     deadline = time.monotonic() + 10
     job = planner._forecaster and planner._forecaster._job
-    assert job is not None
-    while not job.done():
+    while job is not None and not job.done():
         assert time.monotonic() < deadline
         time.sleep(0.001)
-    return planner.plan_for(names)
+    return plan_for(planner, *names)
+
+
+def plan_for(planner: ResidencyPlanner, *names: str) -> Any:
+    """The plan for requests that have not begun."""
+    return planner.plan_for(dict.fromkeys(names, Progress()))
 
 
 def wanted(plan: Any) -> list[int]:
-    return np.flatnonzero(best_experts(plan.rates, CAPACITIES)[0]).tolist()
+    best = np.argsort(-plan.rates[0], kind="stable")[: CAPACITIES[0]]
+    return sorted(best.tolist())
 
 
 def test_first_prompts_are_planned_from_the_profile():
     planner = planner_of()
     begin(planner, "a")
-    assert wanted(planner.plan_for(["a"])) == [0, 1, 2, 3]
+    assert wanted(plan_for(planner, "a")) == [0, 1, 2, 3]
+
+
+def test_what_a_request_has_done_weighs_no_more():
+    planner = planner_of()
+    begin(planner, "a")  # 10 tokens of prompt, 16 to come
+    begin(planner, "b", "sum")
+    plan: Any = planner.plan_for({"a": Progress(10, 15), "b": Progress()})
+    np.testing.assert_allclose(plan.rates, 2 * K * (1 * QA + 26 * SUM) / 27, rtol=1e-5)
 
 
 def test_the_plan_follows_who_runs():
     planner = planner_of()
     begin(planner, "a")
     begin(planner, "b", "sum")
-    first: Any = planner.plan_for(["a"])
-    assert (first.kept, planner.plan_for(["a"])) == (0.0, None)
-    both: Any = planner.plan_for(["a", "b"])
+    first: Any = plan_for(planner, "a")
+    assert (first.kept, plan_for(planner, "a")) == (0.0, None)
+    both: Any = plan_for(planner, "a", "b")
     assert both.kept == 1.0
     np.testing.assert_allclose(both.joined, K * SUM, rtol=1e-5)
     planner.end("a", None)
-    last: Any = planner.plan_for(["b"])
+    last: Any = plan_for(planner, "b")
     assert last.kept == 0.5
     assert not last.joined.any()
     assert wanted(last) == [4, 5, 6, 7]
@@ -119,13 +136,13 @@ def test_every_pth_prompt_asks_the_predictor_and_its_task_keeps_the_answer():
     planner = planner_of(predictor, predict_every=3)
     for name in "ab":
         begin(planner, name)
-        assert wanted(planner.plan_for([name])) == [0, 1, 2, 3]
+        assert wanted(plan_for(planner, name)) == [0, 1, 2, 3]
         planner.end(name, counts_of(QA))
     begin(planner, "c")
     assert wanted(settled_plan(planner, "c")) == [4, 5, 6, 7]
     assert (predictor.observed, predictor.asked) == (["qa", "qa"], ["qa"])
     begin(planner, "d")
-    assert wanted(planner.plan_for(["d"])) == [4, 5, 6, 7]
+    assert wanted(plan_for(planner, "d")) == [4, 5, 6, 7]
     assert planner.state()["predictions"] == 1
     planner.close()
 
@@ -136,7 +153,7 @@ def test_without_a_predictor_a_task_follows_its_decayed_frequency():
         begin(planner, str(index))
         planner.end(str(index), counts_of(SUM))
     begin(planner, "last")
-    assert wanted(planner.plan_for(["last"])) == [4, 5, 6, 7]
+    assert wanted(plan_for(planner, "last")) == [4, 5, 6, 7]
 
 
 def test_a_planner_that_does_not_learn_keeps_the_profile():
@@ -145,7 +162,7 @@ def test_a_planner_that_does_not_learn_keeps_the_profile():
         begin(planner, str(index))
         planner.end(str(index), counts_of(SUM))
     begin(planner, "last")
-    assert wanted(planner.plan_for(["last"])) == [0, 1, 2, 3]
+    assert wanted(plan_for(planner, "last")) == [0, 1, 2, 3]
 
 
 def test_a_predictor_that_is_worse_than_frequency_is_switched_off_and_on_again():
@@ -166,22 +183,34 @@ def test_a_predictor_that_is_worse_than_frequency_is_switched_off_and_on_again()
         prompt(QA)
     assert prompt(QA) == [0, 1, 2, 3]
     assert planner.state()["open"] is False
-    predictor.answer = favouring(1, 3, 5, 7)
-    switches = []
-    for index in range(160):  # routing that only the predictor foresees: it turns about with every prompt
-        odd = index % 2 == 1
-        predictor.answer = favouring(1, 3, 5, 7) if odd else favouring(0, 2, 4, 6)
+    asked = len(predictor.asked)
+    for _ in range(40):
+        prompt(QA)
+    assert len(predictor.asked) - asked == 40 // PROBE_EVERY
+    for index in range(160):  # routing that only the predictor foresees: it turns about before frequency has followed
+        predictor.answer = favouring(1, 3, 5, 7) if index // 16 % 2 else favouring(0, 2, 4, 6)
         prompt(predictor.answer)
-        switches.append(planner.state()["open"])
-    assert switches[-1] is True
+    assert planner.state()["open"] is True
     planner.close()
+
+
+@given(st.integers(0, 2**31))
+def test_coverage_is_that_of_the_largest_shares(seed: int):
+    rng = np.random.default_rng(seed)
+    wishes, shares = rng.integers(0, 9, (M, E)) + 1, rng.random((3, M, E)).round(1)
+    found = coverage(wishes, shares, (3, 5))
+    for plan, covered in zip(shares, found, strict=True):
+        best = [np.argsort(-plan[layer], kind="stable")[:slots] for layer, slots in enumerate((3, 5))]
+        expected = sum(int(wishes[layer, experts].sum()) for layer, experts in enumerate(best))
+        assert covered == pytest.approx(expected / wishes.sum())
+    assert coverage(wishes, shares[0], (3, 5)) == found[0]
 
 
 def test_drift_asks_early():
     predictor = FakePredictor(SUM)
     planner = planner_of(predictor, predict_every=1000)
     begin(planner, "a")
-    planner.plan_for(["a"])
+    plan_for(planner, "a")
     for _ in range(127):
         planner.observe(100, 10)
     assert predictor.asked == []
@@ -196,7 +225,7 @@ def test_tasks_that_are_insensitive_everywhere_trigger_no_prediction():
     predictor = FakePredictor(SUM)
     planner = ResidencyPlanner(profile, CAPACITIES, predictor, predict_every=1)  # pyright: ignore[reportArgumentType]
     begin(planner, "a")
-    plan = planner.plan_for(["a"])
+    plan = plan_for(planner, "a")
     assert plan is not None
     assert not plan.sensitivity.any()
     assert planner.state()["prompts_since"] == 0
@@ -210,7 +239,7 @@ def test_a_predictor_that_fails_is_named_and_no_longer_asked():
     assert wanted(settled_plan(planner, "a")) == [0, 1, 2, 3]
     assert planner.state()["error"] == "ValueError: no sense"
     begin(planner, "b")
-    planner.plan_for(["b"])
+    plan_for(planner, "b")
     assert len(predictor.asked) == 1
     planner.close()
 

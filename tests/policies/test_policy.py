@@ -131,3 +131,29 @@ def test_a_step_is_cheap():
         policy.swaps(table)
         seconds.append(time.perf_counter() - began)
     assert min(seconds) < 0.5e-3  # 0.09 ms on an idle machine
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 6))
+def test_swaps_are_the_best_exchange_again_and_again(seed: int, limit: int):
+    rng = np.random.default_rng(seed)
+    policy = make_policy("emoe", 3, 6, rng.random((3, 6)))
+    table = filled_table(policy, [2, 3, 4])
+    busy = rng.random((3, 6)) < 0.2
+    policy.plan(rng.random((3, 6)).round(1), sensitivity=rng.integers(0, 2, 3) * rng.random(3))
+    scores, sensitivity, margin = policy.scores().copy(), policy._sensitivity, policy._rule.margin
+    expected = []
+    for layer in np.flatnonzero(sensitivity):
+        absent = [e for e in range(6) if not busy[layer, e] and not table.is_resident(layer, e)]
+        resident = [e for e in range(6) if not busy[layer, e] and table.is_resident(layer, e)]
+        while absent and resident and len([swap for swap in expected if swap[0] == layer]) < limit:
+            load = max(absent, key=lambda expert: scores[layer, expert])
+            evict = min(resident, key=lambda expert: scores[layer, expert])
+            if scores[layer, load] - scores[layer, evict] <= margin:
+                break
+            expected.append((layer, load, evict))
+            absent.remove(load)
+            resident.remove(evict)
+    swaps = policy.swaps(table, limit, busy)
+    assert sorted((swap.layer, swap.load, swap.evict) for swap in swaps) == sorted(expected)
+    assert [swap.gain for swap in swaps] == sorted((swap.gain for swap in swaps), reverse=True)

@@ -40,6 +40,8 @@ class RankingMachine(RuleBasedStateMachine):
         first = min(self.model, key=lambda sequence: (self.model[sequence], sequence.order), default=None)
         assert self.ranking.first() is first
         assert self.ranking.first_rank() == (math.inf if first is None else self.model[first])
+        ascending = [(rank, sequence.order) for rank, sequence in self.ranking.ascending()]
+        assert ascending == sorted((rank, sequence.order) for sequence, rank in self.model.items())
         assert len(self.ranking) == len(self.model)
         assert all((sequence in self.ranking) == (sequence in self.model) for sequence in SEQUENCES)
 

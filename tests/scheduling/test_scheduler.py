@@ -237,6 +237,15 @@ def test_the_latest_is_preempted_and_keeps_its_tokens():
         assert sequence.generated == [expected_token(sequence, position) for position in range(3, 31)]
 
 
+def test_who_starts_next_when_the_first_come_first():
+    scheduler = make(max_num_seqs=2)
+    for name, tokens in (("a", 1), ("b", 9), ("c", 1), ("d", 1)):
+        scheduler.add(seq(name, max_tokens=tokens))
+    assert [sequence.request_id for sequence in scheduler.next_up(0.0)] == ["a", "b"]
+    scheduler.schedule(0.0)  # starts both; one of them has its last token then
+    assert [sequence.request_id for sequence in scheduler.next_up(0.0)] == ["c"]
+
+
 def test_when_sequences_start_is_kept():
     scheduler = make(max_num_seqs=1)
     runner = FakeRunner(scheduler)

@@ -78,6 +78,42 @@ def test_the_shortest_work_goes_first_while_nothing_is_due():
     assert machine.started == ["running", "short", "long prompt", "long"]
 
 
+def next_up(machine: Machine) -> list[str]:
+    return [sequence.request_id for sequence in machine.scheduler.next_up(machine.now)]
+
+
+def test_who_starts_next_is_known_while_places_are_free_or_about_to_be():
+    machine = Machine(max_num_seqs=2)
+    machine.add("running", tokens=3)
+    machine.step()
+    for name, tokens in (("long", 50), ("short", 5), ("middle", 20)):
+        machine.add(name, tokens=tokens)
+    assert next_up(machine) == ["short"]
+    machine.add("urgent", tokens=20, ttft=0.02)
+    assert next_up(machine) == ["urgent"]
+    machine.step()  # starts it; "running" has one token left
+    assert next_up(machine) == ["short"]
+    machine.step()
+    machine.step()
+    assert machine.started == ["running", "urgent", "short"]
+    assert next_up(machine) == []
+    machine.run()
+    assert next_up(machine) == []
+
+
+def test_who_waited_for_long_is_next():
+    machine = Machine(max_num_seqs=2, max_wait=40.0)
+    for name in ("one", "two"):
+        machine.add(name, tokens=50)
+    machine.step()
+    machine.add("patient", tokens=60)
+    machine.add("short", tokens=2)
+    machine.scheduler.abort("one")
+    assert next_up(machine) == ["short"]
+    machine.now = 35.0
+    assert next_up(machine) == ["patient"]
+
+
 def test_whoever_must_start_now_goes_before_shorter_ones():
     machine = Machine(max_num_seqs=1)
     machine.add("running", tokens=10)
