@@ -18,7 +18,7 @@ from emoe_jax.planner.demand import Progress
 from emoe_jax.scheduling.plan import StepPlan
 from emoe_jax.scheduling.scheduler import Scheduler
 
-PLANNING_SHARE = 0.008
+PLANNING_SHARE = 0.006
 """Of the time: the most that planning for changed requests may take while the device is busy."""
 
 
@@ -49,15 +49,12 @@ class Foresight:
         """Decide on experts for the steps after `plan`, where the requests that run now or next have changed: at once
         if the device is idle, else as often as time allows.
         """
-        if self._planner is None:
+        if self._planner is None or not (idle or self._planning.due):
             return
-        with self._timed():
-            at_hand = _progress(plan, scheduler)
-            if self._planner.has_news(at_hand) and (idle or self._planning.due):
-                with self._planning.timed():
-                    expected = self._planner.plan_for(at_hand)
-                    if expected is not None:
-                        self._residency.plan(*expected)
+        with self._timed(), self._planning.timed():
+            expected = self._planner.plan_for(_progress(plan, scheduler))
+            if expected is not None:
+                self._residency.plan(*expected)
 
     def slots_changed(self) -> None:
         """Layers have other numbers of slots."""

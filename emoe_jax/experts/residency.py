@@ -19,7 +19,7 @@ from emoe_jax.experts.waves import WaveLoader
 from emoe_jax.experts.weights import ExpertLayout
 from emoe_jax.policies import Knowledge, make_policy
 
-FOLLOWING_SHARE = 0.004
+FOLLOWING_SHARE = 0.003
 """Of the time: the most that looking at what the policy now prefers may take."""
 
 SWAPS_PER_LAYER = 4

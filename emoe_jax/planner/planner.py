@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +25,9 @@ UNKNOWN_OUTPUT_TOKENS = 64.0
 PROBE_EVERY = 4
 """A predictor whose gate is closed is asked so many times more rarely, only to see whether it has become better."""
 
+JUDGED_TOGETHER = 8
+"""Prompts whose coverage is looked at in one go, which costs little more than one."""
+
 
 class Plan(NamedTuple):
     """Arguments of `Residency.plan`."""
@@ -33,6 +36,14 @@ class Plan(NamedTuple):
     joined: Float[np.ndarray, "M E"]
     kept: float
     sensitivity: Float[np.ndarray, " M"]
+
+
+class Rivals(NamedTuple):
+    """How often a prompt wished for each expert, and the shares that prediction and frequency had expected."""
+
+    counts: Int[np.ndarray, "M E"]
+    predicted: Float[np.ndarray, "M E"]
+    frequency: Float[np.ndarray, "M E"]
 
 
 @dataclasses.dataclass
@@ -72,6 +83,7 @@ class ResidencyPlanner:
         self._requests: dict[str, _Request] = {}
         self._by_task: dict[str, Float[np.ndarray, "M E"]] = {}  # newest predictions
         self._finished: list[Finished] = []
+        self._rivals: list[Rivals] = []  # of prompts that ended and were not judged yet
         self._planned: tuple[str, ...] = ()
         self._stale = False  # whether what was planned with has changed
         self._since = 0  # prompts since the last prediction was asked for
@@ -113,8 +125,9 @@ class ResidencyPlanner:
             self._finished.append(Finished(request.task, request.embedding, counts))
             predicted = request.predicted if request.predicted is not None else self._by_task.get(request.task)
             if predicted is not None:
-                rivals = np.stack([predicted, self._frequencies.of(request.task)])
-                self._gate.observe(*coverage(counts, rivals, self._capacities).tolist())
+                self._rivals.append(Rivals(counts, predicted, self._frequencies.of(request.task)))
+                if len(self._rivals) == JUDGED_TOGETHER:
+                    self._judge()
         self._frequencies.observe(request.task, counts)
 
     def observe(self, wishes: int, covered: int, steps: int = 1) -> None:
@@ -124,19 +137,14 @@ class ResidencyPlanner:
             self._early += 1
             self._ask()
 
-    def has_news(self, request_ids: Iterable[str]) -> bool:
-        """Whether a plan for these requests, which run or run next, may differ from the last one."""
-        self._take_forecast()
-        wanted = self._known(request_ids)
-        return bool(wanted) and (self._stale or wanted != self._planned)
-
     def plan_for(self, at_hand: Mapping[str, Progress]) -> Plan | None:
         """The plan for these requests, by what they have still to do; None while they are those that it was made for,
         or where none of them is known.
         """
-        if not self.has_news(at_hand):
+        self._take_forecast()
+        wanted = tuple(request_id for request_id in at_hand if request_id in self._requests)
+        if not wanted or (wanted == self._planned and not self._stale):
             return None
-        wanted = self._known(at_hand)
         before = set(self._planned)
         demands = [self._requests[request_id].demand for request_id in wanted]
         tokens = np.array([demand.tokens_left(at_hand[id]) for id, demand in zip(wanted, demands, strict=True)])
@@ -177,9 +185,6 @@ class ResidencyPlanner:
         if self._forecaster is not None:
             self._forecaster.close()
 
-    def _known(self, request_ids: Iterable[str]) -> tuple[str, ...]:
-        return tuple(request_id for request_id in request_ids if request_id in self._requests)
-
     def _shares(self, task: str) -> Float[np.ndarray, "M E"]:
         """What a prompt of the task is planned with until it is predicted itself."""
         if self._gate.is_open and task in self._by_task:
@@ -219,6 +224,13 @@ class ResidencyPlanner:
                     self._stale |= request_id in self._planned
         self._by_task |= {task: np.mean(shares, axis=0) for task, shares in by_task.items()}
         self._ask_when_due()
+
+    def _judge(self) -> None:
+        """Have the gate see what prediction and frequency would have covered of prompts that ended."""
+        counts, *rivals = (np.stack(field) for field in zip(*self._rivals, strict=True))
+        for covered in zip(*(coverage(counts, shares, self._capacities).tolist() for shares in rivals), strict=True):
+            self._gate.observe(*covered)
+        self._rivals = []
 
     def _promised(self, rates: Float[np.ndarray, "M E"]) -> float:
         """Coverage if wishes were as planned and the best experts resident."""

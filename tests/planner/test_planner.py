@@ -197,13 +197,13 @@ def test_a_predictor_that_is_worse_than_frequency_is_switched_off_and_on_again()
 @given(st.integers(0, 2**31))
 def test_coverage_is_that_of_the_largest_shares(seed: int):
     rng = np.random.default_rng(seed)
-    wishes, shares = rng.integers(0, 9, (M, E)) + 1, rng.random((3, M, E)).round(1)
+    wishes, shares = rng.integers(0, 9, (3, M, E)) + 1, rng.random((3, M, E)).round(1)
     found = coverage(wishes, shares, (3, 5))
-    for plan, covered in zip(shares, found, strict=True):
+    for of, plan, covered in zip(wishes, shares, found, strict=True):
         best = [np.argsort(-plan[layer], kind="stable")[:slots] for layer, slots in enumerate((3, 5))]
-        expected = sum(int(wishes[layer, experts].sum()) for layer, experts in enumerate(best))
-        assert covered == pytest.approx(expected / wishes.sum())
-    assert coverage(wishes, shares[0], (3, 5)) == found[0]
+        expected = sum(int(of[layer, experts].sum()) for layer, experts in enumerate(best))
+        assert covered == pytest.approx(expected / of.sum())
+    assert coverage(wishes[0], shares[0], (3, 5)) == found[0]
 
 
 def test_drift_asks_early():

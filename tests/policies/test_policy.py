@@ -143,7 +143,7 @@ def test_swaps_are_the_best_exchange_again_and_again(seed: int, limit: int):
     policy.plan(rng.random((3, 6)).round(1), sensitivity=rng.integers(0, 2, 3) * rng.random(3))
     scores, sensitivity, margin = policy.scores().copy(), policy._sensitivity, policy._rule.margin
     expected = []
-    for layer in np.flatnonzero(sensitivity):
+    for layer in np.flatnonzero(sensitivity).tolist():
         absent = [e for e in range(6) if not busy[layer, e] and not table.is_resident(layer, e)]
         resident = [e for e in range(6) if not busy[layer, e] and table.is_resident(layer, e)]
         while absent and resident and len([swap for swap in expected if swap[0] == layer]) < limit:

@@ -233,7 +233,9 @@ def test_a_forced_end_takes_seconds(tiny: Path, timeout: str, signals: int) -> N
                 server.wait_for("shutting down", 4)
                 server.process.send_signal(signal.SIGTERM)
             assert server.wait(4) == 0
-        assert 503 in {answer.result().status_code for answer in answers}
+        accepted = [answer for answer in answers if not isinstance(answer.exception(), httpx.TransportError)]
+        assert len(accepted) > 20  # others may have come when nobody listened any more
+        assert 503 in {answer.result().status_code for answer in accepted}
         assert "Traceback" not in "".join(server.output)
 
 
