@@ -64,8 +64,9 @@ def run_comparison(
     """Ratios of `share` resident to all resident, and the runs they come from. Raises `ServerFailed`.
 
     `throughput_ratio`, `requests_ratio`: tokens/s and requests/s of a closed loop with equally many users; they differ
-    where missing experts make answers longer or shorter. `mean_latency_ratio`: at the first of the load's rates, as
-    a share of what full residency can do. `max_batch_ratio`: sequences that fit, by arithmetic.
+    where missing experts make answers longer or shorter. `mean_latency_ratios`: at each of the load's rates, which are
+    shares of what full residency can do; `mean_latency_ratio`: at the first of them. `max_batch_ratio`: sequences that
+    fit, by arithmetic.
     Sequences are as long as `--max-model-len` of the server's `arguments`, or the load's longest; weights are float32
     unless they name another `--dtype`.
     """
@@ -95,18 +96,21 @@ async def _compare(urls: dict[str, str], load: Load, report: Report) -> dict[str
             report(f"{name} resident: a closed loop of {load.concurrency} users")
             saturated[name] = summary(await closed_loop(client, load.saturated(), load.concurrency))
         slos = await idle_slos(clients[full], load)
-        rate = load.fractions[0] * saturated[full]["throughput_rps"]
-        measured = await in_turns(clients, load, rate, slos, report)
-    runs = [
-        {"policy": f"{name} resident", "rate_fraction": load.fractions[0], "rate_rps": rate, **summary(records)}
-        for name, records in measured.items()
-    ]
+        runs, latencies = [], {}
+        for fraction in load.fractions:
+            rate = fraction * saturated[full]["throughput_rps"]
+            measured = await in_turns(clients, load, rate, slos, report)
+            summaries = {name: summary(records) for name, records in measured.items()}
+            rates = {"rate_fraction": fraction, "rate_rps": rate}
+            runs += [{"policy": f"{name} resident", **rates, **found} for name, found in summaries.items()]
+            latencies[f"{fraction:g}"] = summaries[partial]["mean_latency_s"] / summaries[full]["mean_latency_s"]
     ratios = {
         f"{name}_ratio": saturated[partial][key] / saturated[full][key]
         for name, key in (("throughput", "throughput_tok_s"), ("requests", "throughput_rps"))
     }
     return ratios | {
-        "mean_latency_ratio": runs[1]["mean_latency_s"] / runs[0]["mean_latency_s"],
+        "mean_latency_ratio": next(iter(latencies.values())),
+        "mean_latency_ratios": latencies,
         "saturated": saturated,
         "runs": runs,
     }

@@ -22,7 +22,7 @@ COLUMNS = {
     "throughput_tok_s": "{:.0f}",
     "max_wait_s": "{:.1f}",
 }
-RATIOS = ("throughput_ratio", "requests_ratio", "mean_latency_ratio", "max_batch_ratio")
+RATIOS = ("throughput_ratio", "requests_ratio", "max_batch_ratio")
 
 
 def print_runs(runs: Sequence[dict[str, Any]], title: str) -> None:
@@ -48,9 +48,12 @@ def print_runs(runs: Sequence[dict[str, Any]], title: str) -> None:
 def print_ratios(report: Mapping[str, Any]) -> None:
     """What a comparison of residencies comes to."""
     table = Table(title="some experts resident over all resident, on equal memory")
-    for name in RATIOS:
-        table.add_column(name.replace("_", " "), justify="right")
-    table.add_row(*(f"{report[name]:.2f}" for name in RATIOS))
+    ratios = {name.replace("_", " "): report[name] for name in RATIOS}
+    for rate, ratio in report["mean_latency_ratios"].items():
+        ratios[f"mean latency ratio at {float(rate):.0%}"] = ratio
+    for name in ratios:
+        table.add_column(name, justify="right")
+    table.add_row(*(f"{ratio:.2f}" for ratio in ratios.values()))
     Console(width=200).print(table)
 
 

@@ -166,7 +166,19 @@ def test_a_server_that_ignores_sigterm_is_killed(log: Path, monkeypatch: pytest.
 
 def test_residencies_are_compared_on_equal_memory(log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "out.json"
-    options = ["--requests", "12", "--rates", "0.5", "--max-tokens", "56", "--full-batch", "2", "--json", str(out)]
+    options = [
+        "--requests",
+        "12",
+        "--rates",
+        "0.5",
+        "0.6",
+        "--max-tokens",
+        "56",
+        "--full-batch",
+        "2",
+        "--json",
+        str(out),
+    ]
     assert main(["--compare-residency", "40%", *options, "--server-args", "--seed", "3"]) == 0
     report = json.loads(out.read_text())
     found = batches(full=2)  # the longest prompt has 200 tokens
@@ -180,8 +192,12 @@ def test_residencies_are_compared_on_equal_memory(log: Path, tmp_path: Path, cap
         assert (named["--expert-memory"], named["--scheduling-policy"]) == (share, policy)
         assert (named["--max-model-len"], named["--dtype"], named["--seed"]) == ("256", "float32", "3")
     runs, saturated = report["runs"], report["saturated"]
-    assert [run["policy"] for run in runs] == ["100% resident", "40% resident"]
-    assert report["mean_latency_ratio"] == runs[1]["mean_latency_s"] / runs[0]["mean_latency_s"]
+    assert [run["policy"] for run in runs] == 2 * ["100% resident", "40% resident"]
+    assert [run["rate_fraction"] for run in runs] == [0.5, 0.5, 0.6, 0.6]
+    latencies = [run["mean_latency_s"] for run in runs]
+    ratios = {"0.5": latencies[1] / latencies[0], "0.6": latencies[3] / latencies[2]}
+    assert report["mean_latency_ratios"] == ratios
+    assert report["mean_latency_ratio"] == ratios["0.5"]
     assert report["throughput_ratio"] == pytest.approx(
         saturated["40%"]["throughput_tok_s"] / saturated["100%"]["throughput_tok_s"]
     )
@@ -189,7 +205,9 @@ def test_residencies_are_compared_on_equal_memory(log: Path, tmp_path: Path, cap
         saturated["40%"]["throughput_rps"] / saturated["100%"]["throughput_rps"]
     )
     assert_none_is_left(log)
-    assert "max batch ratio" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "max batch ratio" in printed
+    assert "at 60%" in printed
 
 
 def batches(**changes: Any) -> Batches:
