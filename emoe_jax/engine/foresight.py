@@ -47,14 +47,17 @@ class Foresight:
 
     def before_step(self, plan: StepPlan, scheduler: Scheduler, idle: bool) -> None:
         """Decide on experts for the steps after `plan`, where the requests that run now or next have changed: at once
-        if the device is idle, else as often as time allows.
+        if the device is idle or their tasks are others, else as often as time allows.
         """
-        if self._planner is None or not (idle or self._planning.due):
+        if self._planner is None:
             return
-        with self._timed(), self._planning.timed():
-            expected = self._planner.plan_for(_progress(plan, scheduler))
-            if expected is not None:
-                self._residency.plan(*expected)
+        with self._timed():
+            at_hand = _progress(plan, scheduler)
+            if idle or self._planning.due or self._planner.is_urgent(at_hand):
+                with self._planning.timed():
+                    expected = self._planner.plan_for(at_hand)
+                    if expected is not None:
+                        self._residency.plan(*expected)
 
     def slots_changed(self) -> None:
         """Layers have other numbers of slots."""

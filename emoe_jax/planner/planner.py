@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,9 @@ from emoe_jax.tasks import OTHER, TaskProfile
 
 UNKNOWN_OUTPUT_TOKENS = 64.0
 """Expected answer length where no task was profiled."""
+
+URGENT = 0.25
+"""Share of the requests at hand whose task was not planned for, from which on experts would be the wrong ones."""
 
 PROBE_EVERY = 4
 """A predictor whose gate is closed is asked so many times more rarely, only to see whether it has become better."""
@@ -85,6 +89,7 @@ class ResidencyPlanner:
         self._finished: list[Finished] = []
         self._rivals: list[Rivals] = []  # of prompts that ended and were not judged yet
         self._planned: tuple[str, ...] = ()
+        self._planned_tasks: Counter[str] = Counter()
         self._stale = False  # whether what was planned with has changed
         self._since = 0  # prompts since the last prediction was asked for
         self._predictions = self._early = 0
@@ -137,6 +142,15 @@ class ResidencyPlanner:
             self._early += 1
             self._ask()
 
+    def is_urgent(self, request_ids: Iterable[str]) -> bool:
+        """Whether these requests are of other tasks than those planned for, `URGENT` of them or more."""
+        tasks = self._tasks(request_ids)
+        now, before = tasks.total(), self._planned_tasks.total()
+        if not now or not before:
+            return now > 0
+        either = tasks.keys() | self._planned_tasks.keys()
+        return sum(abs(tasks[task] / now - self._planned_tasks[task] / before) for task in either) >= 2 * URGENT
+
     def plan_for(self, at_hand: Mapping[str, Progress]) -> Plan | None:
         """The plan for these requests, by what they have still to do; None while they are those that it was made for,
         or where none of them is known.
@@ -154,7 +168,7 @@ class ResidencyPlanner:
         if is_new.any():
             joined = expected_rates(list(itertools.compress(demands, is_new)), tokens[is_new], self._top_k)
         kept = len(before.intersection(wanted)) / len(before) if before else 0.0
-        self._planned, self._stale = wanted, False
+        self._planned, self._planned_tasks, self._stale = wanted, self._tasks(wanted), False
         self._drift.promise(self._promised(rates))
         return Plan(rates, joined, kept, mean_sensitivity(demands, tokens))
 
@@ -184,6 +198,10 @@ class ResidencyPlanner:
         """Join the predictor's thread."""
         if self._forecaster is not None:
             self._forecaster.close()
+
+    def _tasks(self, request_ids: Iterable[str]) -> Counter[str]:
+        requests = self._requests
+        return Counter(requests[request_id].task for request_id in request_ids if request_id in requests)
 
     def _shares(self, task: str) -> Float[np.ndarray, "M E"]:
         """What a prompt of the task is planned with until it is predicted itself."""

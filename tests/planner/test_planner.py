@@ -115,6 +115,24 @@ def test_what_a_request_has_done_weighs_no_more():
     np.testing.assert_allclose(plan.rates, 2 * K * (1 * QA + 26 * SUM) / 27, rtol=1e-5)
 
 
+def test_a_plan_is_urgent_once_a_quarter_of_the_requests_is_of_other_tasks():
+    planner = planner_of()
+    assert not planner.is_urgent([])
+    for name in "abcd":
+        begin(planner, name)
+    assert planner.is_urgent("abcd")
+    plan_for(planner, *"abcd")
+    for name in "efg":
+        begin(planner, name)
+    begin(planner, "z", "sum")
+    assert not planner.is_urgent("efg")  # other requests of the same task
+    assert not planner.is_urgent("abefz")
+    assert planner.is_urgent("abfz")
+    plan_for(planner, *"abfz")
+    assert not planner.is_urgent("abfz")
+    assert not planner.is_urgent(["unknown"])
+
+
 def test_the_plan_follows_who_runs():
     planner = planner_of()
     begin(planner, "a")
