@@ -36,6 +36,7 @@ from benchmarks.peers import MODEL, PROMPT, step_bytes
 from emoe_jax import EmoeError, Engine, SamplingParams
 from emoe_jax.checkpoint import save_checkpoint
 from emoe_jax.config import ModelConfig
+from emoe_jax.errors import one_line
 from emoe_jax.models.decoder import Decoder, init_experts
 
 BATCHES = (1, 16)
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.json is not None:
             options.json.write_text(json.dumps(numbers, indent=2) + "\n")
     except (EmoeError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

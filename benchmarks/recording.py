@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from emoe_jax import EmoeError, Engine, SamplingParams
+from emoe_jax.errors import one_line
 
 PROMPT = 16  # tokens before decoding starts
 BATCHES = (1, 8)
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.json is not None:
             options.json.write_text(json.dumps(numbers, indent=2) + "\n")
     except (EmoeError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -17,17 +17,22 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.arguments import positive
-from benchmarks.serving.client import TIMEOUT
-from benchmarks.serving.server import ServerFailed, started_server
 from benchmarks.serving.workload import Samples, demo_samples
-from emoe_jax.errors import EmoeError
+from emoe_jax.errors import EmoeError, one_line
+
+try:
+    import httpx
+
+    from benchmarks.serving.client import TIMEOUT
+    from benchmarks.serving.server import ServerFailed, started_server
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {one_line(error)}")
 
 CHAT = "/v1/chat/completions"
 KINDS = {"whole": 4, "stream": 4, "cut stream": 4, "bad": 3, "look": 1}
@@ -207,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.json is not None:
             options.json.write_text(json.dumps(report, indent=1) + "\n")
     except (EmoeError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

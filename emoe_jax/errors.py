@@ -1,5 +1,7 @@
 """Errors a user can cause. Each message is one line that names what was wrong and what would be right."""
 
+import importlib.util
+
 
 class EmoeError(Exception):
     """Base of every error that is the user's to fix; commands print it and exit with status 2."""
@@ -31,3 +33,16 @@ class SloUnattainable(RequestError):
 
     def __init__(self, message: str):
         super().__init__(message, param="slo", code="slo_unattainable")
+
+
+def one_line(error: BaseException) -> str:
+    """What a command prints of an error; of a missing package, how to get it."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"the package {error.name.partition('.')[0]} is missing: pip install 'emoe-jax[test]'"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def require(package: str) -> None:
+    """Raise `ModuleNotFoundError` now, where a package is only imported once the work is done."""
+    if importlib.util.find_spec(package) is None:
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)

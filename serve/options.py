@@ -326,7 +326,7 @@ def _seconds(text: str) -> float:
 def _timeout(text: str) -> float:
     value = _seconds(text)
     if not value:
-        raise argparse.ArgumentTypeError("no request can be served in 0 seconds")
+        raise argparse.ArgumentTypeError("0 seconds are too few for any request; expected more, up to 86400")
     return value
 
 

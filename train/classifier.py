@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from emoe_jax.errors import ConfigError, EmoeError
+from emoe_jax.errors import ConfigError, EmoeError, one_line
 from emoe_jax.tasks import OTHER, TaskClassifier, TaskProfile
 from train import prompts as labelled
 from train.keywords import demo_prompts, with_demo_keywords
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.json is not None:
             options.json.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
     except (EmoeError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

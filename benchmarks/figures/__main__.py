@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.figures import measures, report
-from emoe_jax.errors import EmoeError
+from emoe_jax.errors import EmoeError, one_line, require
 from emoe_jax.policies.learning import learn_transitions
 from emoe_jax.traces import RoutingTrace, TraceError
 
@@ -24,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parse(argv)
     console = Console(width=None if sys.stdout.isatty() else 160)
     try:
+        if given.plots is not None:
+            require("matplotlib")
         trace = RoutingTrace.load(given.trace)
         numbers = measure(trace, given.layers, given.shares, given.longest, given.seed)
         report.print_numbers(numbers, console)
@@ -33,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             given.plots.mkdir(parents=True, exist_ok=True)
             report.plot(numbers, given.plots)
     except (EmoeError, ImportError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

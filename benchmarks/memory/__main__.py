@@ -19,7 +19,7 @@ from benchmarks.memory.geometries import GEOMETRIES, read_config
 from benchmarks.memory.needs import Load, measure
 from emoe_jax.config import ModelConfig
 from emoe_jax.engine.memory import DTYPES, parse_bytes, resolve_dtype
-from emoe_jax.errors import EmoeError
+from emoe_jax.errors import EmoeError, one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.plots is not None:
             report.plot(numbers, given.plots / "memory.png")
     except (EmoeError, ImportError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -37,7 +37,7 @@ class Needs:
     """A model with a share of its experts resident, on no device in particular."""
 
     slots: int
-    """Of each MoE layer: the share rounded down to whole experts."""
+    """Of all MoE layers: the share rounded down to whole experts."""
     weights: int
     slab: int
     page: int
@@ -46,7 +46,7 @@ class Needs:
     def of(cls, config: ModelConfig, share: float, dtype: str) -> Needs:
         """Raises `CapacityError` for a share below top-k experts."""
         plan = _plan(config, share, dtype, _NO_LIMIT)
-        return cls(plan.capacities[0], plan.dense_bytes, plan.slab_bytes, page_bytes(config, plan.dtype))
+        return cls(sum(plan.capacities), plan.dense_bytes, plan.slab_bytes, page_bytes(config, plan.dtype))
 
     def memory(self, load: Load) -> int:
         """Bytes; the KV cache has a page more than the sequences use."""

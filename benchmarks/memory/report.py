@@ -68,7 +68,7 @@ def plot(numbers: dict[str, Any], path: Path) -> None:
     for panel, name in zip(panels, ("by_prompt_length", "by_batch"), strict=True):
         for colour, (share, cell) in zip(_COLOURS * len(rows), rows.items(), strict=False):
             sizes = [size / _GB for size in cell[name].values()]
-            label = f"{float(share):.0%} resident ({cell['slots']} slots per layer)"
+            label = f"{float(share):.0%} resident ({cell['slots']} slots)"
             panel.plot([int(value) for value in cell[name]], sizes, color=colour, marker=".", label=label)
         panel.axhline(numbers["device_bytes"] / _GB, color="#999999", linestyle=":", label="the device")
         panel.set_xscale("log", base=2)

@@ -14,14 +14,15 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.arguments import count
-from benchmarks.overhead.http import http_overhead
 from benchmarks.overhead.steps import host_overhead
-from emoe_jax.errors import EmoeError
+from emoe_jax.errors import EmoeError, one_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
+        from benchmarks.overhead.http import http_overhead  # needs httpx
+
         numbers = {
             "model": Path(options.model).name,
             "batch": options.batch,
@@ -35,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Console().print(table)
         if options.json is not None:
             options.json.write_text(json.dumps(numbers, indent=1) + "\n")
-    except (EmoeError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (EmoeError, ImportError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -18,7 +18,7 @@ from benchmarks.residency.live import Save, measure_live
 from benchmarks.residency.live_report import plot_live, print_live
 from benchmarks.residency.report import plot_grid, print_grid
 from emoe_jax.engine.memory import parse_bandwidth, parse_bytes
-from emoe_jax.errors import ConfigError, EmoeError
+from emoe_jax.errors import ConfigError, EmoeError, one_line, require
 from emoe_jax.policies import POLICIES
 from emoe_jax.predictor import Predictor
 from emoe_jax.traces import RoutingTrace
@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parse(argv)
     console = Console(width=None if sys.stdout.isatty() else 160)
     try:
+        if given.plots is not None:
+            require("matplotlib")
         results: dict[str, Any] = {}
         if given.trace is not None:
             results |= replay_trace(given, console)
@@ -40,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             results |= run_live(given, console, lambda part: write_json(results | part, given.json))
         write_json(results, given.json)
     except (EmoeError, ImportError, OSError) as error:
-        _fail(" ".join(str(error).split()))
+        _fail(one_line(error))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -18,7 +18,7 @@ from benchmarks.serving.devices import DEVICES
 from benchmarks.serving.simulated import poisson_workload, run_simulated, trace_workload
 from benchmarks.serving.tables import plot_runs, print_ratios, print_runs
 from benchmarks.serving.workload import demo_samples
-from emoe_jax.errors import ConfigError, EmoeError
+from emoe_jax.errors import ConfigError, EmoeError, one_line
 from emoe_jax.scheduling.registry import POLICIES
 
 
@@ -33,8 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
         if options.plot:
             plot_runs(report["runs"], options.plot, title)
-    except (EmoeError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (EmoeError, ImportError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -146,7 +146,6 @@ class Engine:
         config = checkpoint.config
         if not 0 <= load_wait_ms <= 60_000:
             raise ConfigError(f"load_wait_ms is {load_wait_ms}; expected 0 to 60000")
-        known = RoutingKnowledge.load(checkpoint.directory, config, task_profile, predictor)
         plan = functools.partial(
             MemoryPlan.of,
             config,
@@ -158,9 +157,11 @@ class Engine:
             kv_memory=kv_memory,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
-            spread=functools.partial(known.split, config=config),
             may_trade=memory_trade,
         )
+        plan(step_bytes=0)  # refuses what can never fit before seconds go into the predictor
+        known = RoutingKnowledge.load(checkpoint.directory, config, task_profile, predictor)
+        plan = functools.partial(plan, spread=functools.partial(known.split, config=config))
 
         def report(stage: str) -> Callable[[int, int], None] | None:
             return None if progress is None else functools.partial(progress, stage)
@@ -267,6 +268,8 @@ class Engine:
         slo: SLO | None = None,
     ) -> list[RequestOutput]:
         """Answers to all prompts (strings, or lists of token ids), in order. Raises `RequestError` before starting."""
+        if not isinstance(params, SamplingParams | None):
+            raise RequestError(f"params are {type(params).__name__}; expected one SamplingParams for all prompts")
         ids = []
         try:
             for prompt in _as_prompts(prompts):
@@ -502,6 +505,9 @@ def _as_prompts(prompts: Prompt | Rows[Prompt]) -> list[Prompt]:
     """One prompt, or several, as a list."""
     if isinstance(prompts, str):
         return [prompts]
+    if not isinstance(prompts, Rows | np.ndarray):
+        message = f"prompts are {type(prompts).__name__}; expected text, token ids, or a list of them"
+        raise RequestError(message, param="prompt")
     items = list(prompts)
     if items and all(isinstance(item, int | np.integer) for item in items):
         return [items]  # pyright: ignore[reportReturnType]

@@ -27,8 +27,8 @@ DEVICE = 500_000
 def test_needs_by_hand():
     assert (WEIGHTS, EXPERT, PAGE) == (56_448, 9_216, 6_144)
     full, half = (Needs.of(CONFIG, share, "float32") for share in (1.0, 0.5))
-    assert full == Needs(8, WEIGHTS, 3 * 8 * EXPERT, PAGE)
-    assert half == Needs(4, WEIGHTS, 3 * 4 * EXPERT, PAGE)
+    assert full == Needs(24, WEIGHTS, 3 * 8 * EXPERT, PAGE)
+    assert half == Needs(12, WEIGHTS, 3 * 4 * EXPERT, PAGE)
     assert full.memory(LOAD) == WEIGHTS + 24 * EXPERT + 5 * PAGE == 308_352
     assert full.memory(LOAD._replace(output_tokens=1)) == 308_352 + 2 * PAGE
 
@@ -143,6 +143,7 @@ def test_a_directory_and_its_config_are_the_same(tmp_path: Path, capsys: pytest.
     assert results[0]["resident"] == results[1]["resident"]
     assert results[0]["model"]["dtype"] == "bfloat16"
     assert results[0]["resident"]["1"]["memory"] == 308_352 // 2
+    assert results[0]["resident"]["1"]["slots"] == TINY["num_local_experts"] * TINY["num_hidden_layers"]
     assert results[0]["load"] == {"prompt_length": 32, "batch": 2, "output_tokens": 0}
     assert (tmp_path / "memory.png").stat().st_size > 10_000
     printed = capsys.readouterr().out

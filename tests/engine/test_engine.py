@@ -1,7 +1,7 @@
 """What an engine promises: the same tokens however it batches, chunks, caches and loads."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -300,4 +300,14 @@ def test_bad_prompts_are_refused(engine_of: EngineFactory, prompt: list[int] | s
     engine = engine_of(expert_memory="100%")
     with pytest.raises(RequestError, match=match):
         engine.add_request("bad", prompt, GREEDY)
+    assert not engine.has_work()
+
+
+def test_what_is_no_prompt_or_no_parameters_is_refused(engine_of: EngineFactory) -> None:
+    engine, anything = engine_of(expert_memory="100%"), cast(Any, [GREEDY])
+    for prompts in cast(Any, (5, None, 1.5)):
+        with pytest.raises(RequestError, match=r"^prompts are \w+; expected text, token ids, or a list of them$"):
+            engine.generate(prompts)
+    with pytest.raises(RequestError, match="params are list; expected one SamplingParams"):
+        engine.generate([PROMPTS[0]], anything)
     assert not engine.has_work()

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import numpy as np
 from rich.console import Console
 
-from emoe_jax.errors import EmoeError
+from emoe_jax.errors import EmoeError, one_line, require
 from emoe_jax.policies.dynamics import DYNAMICS_FILE, Dynamics
 from emoe_jax.policies.learning import learn_dynamics, learn_transitions
 from emoe_jax.policies.transitions import TRANSITIONS_FILE, save_transitions
@@ -42,11 +42,12 @@ def main(argv: list[str] | None = None) -> None:
         if given.json:
             report.write_json(numbers, given.json)
     except (EmoeError, ImportError, OSError) as error:
-        _fail(" ".join(str(error).split()))
+        _fail(one_line(error))
 
 
 def train(given: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Train up to the end, write the predictor to `--out`, and return its numbers on the held-out prompts."""
+    require("matplotlib")
     out: Path = given.out
     trace = RoutingTrace.load(given.traces)
     config = PredictorConfig(

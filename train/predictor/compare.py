@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from emoe_jax.errors import EmoeError
+from emoe_jax.errors import EmoeError, one_line
 from emoe_jax.predictor import Predictor, PredictorConfig, Prompts
 from emoe_jax.predictor.config import ARCHITECTURES, VARIANTS
 from emoe_jax.predictor.inputs import History
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.json:
             report.write_json(numbers, options.json)
     except (EmoeError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from emoe_jax import EmoeError
 from emoe_jax.checkpoint import Tokenizer
-from emoe_jax.errors import ConfigError
+from emoe_jax.errors import ConfigError, one_line
 from emoe_jax.tasks import TaskProfile
 from train import prompts as labelled
 from train.demo.evaluate import EXACT_TASKS
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.plots is not None:
             report.plot(numbers, options.plots)
     except (EmoeError, ImportError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 
