@@ -112,8 +112,9 @@ def _progress(plan: StepPlan, scheduler: Scheduler) -> dict[str, Progress]:
     """Of the requests that run or will start next: where they are once `plan` is done."""
     at_hand: dict[str, Progress] = {}
     computed = {chunk.sequence: chunk.start + chunk.length for chunk in plan.prefills}
+    samples = {*plan.decodes, *(chunk.sequence for chunk in plan.prefills if chunk.is_last)}
     for sequence in scheduler.running:
-        progress = Progress(computed.get(sequence, sequence.num_computed), sequence.num_sampled + 1)
+        progress = Progress(computed.get(sequence, sequence.num_computed), sequence.num_sampled + (sequence in samples))
         at_hand.setdefault(sequence.request_id, progress)
     for sequence in scheduler.next_up(plan.now):
         at_hand.setdefault(sequence.request_id, Progress())
