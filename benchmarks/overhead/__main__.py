@@ -2,6 +2,7 @@
 
 A decode step whose executables are replaced by their earlier results is nothing but host work. The real HTTP server
 over an engine that computes nothing is nothing but HTTP. Both should stay below 1 ms: at 16 sequences, and 64 streams.
+The scheduler alone, of ten thousand requests that wait at once, should take less than a second in all.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.arguments import count
+from benchmarks.overhead.scheduling import scheduler_overhead
 from benchmarks.overhead.steps import host_overhead
 from emoe_jax.errors import EmoeError, one_line
 
@@ -27,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "model": Path(options.model).name,
             "batch": options.batch,
             **host_overhead(options.model, options.batch, options.steps),
+            **scheduler_overhead(options.requests),
             "streams": options.streams,
             **http_overhead(options.streams, options.tokens, options.period_ms / 1e3),
         }
@@ -52,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", default="checkpoints/demo", help="checkpoint directory or hub id")
     add("--batch", type=count, default=16, help="sequences of a decode step")
     add("--steps", type=count, default=500, help="steps that are timed")
+    add("--requests", type=count, default=10_000, help="requests that the scheduler alone is timed on")
     add("--streams", type=count, default=64, help="clients that read tokens at once")
     add("--tokens", type=count, default=200, help="tokens of each stream")
     add("--period-ms", type=count, default=100, help="time from one token of a stream to the next")

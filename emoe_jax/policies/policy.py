@@ -1,8 +1,8 @@
 """`ResidencyPolicy`: a rule and its state, kept up step by step, and which experts to exchange by it."""
 
-import dataclasses
+import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -12,8 +12,7 @@ from emoe_jax.experts.table import SlotTable
 from emoe_jax.policies.rule import Plan, Rule
 
 
-@dataclasses.dataclass(frozen=True)
-class Swap:
+class Swap(NamedTuple):
     """Load one expert of a layer in place of another; `gain` orders swaps of all layers, largest first."""
 
     layer: int
@@ -109,7 +108,7 @@ class ResidencyPolicy:
         row, nth = np.nonzero(gain > self._rule.margin)  # the best for the worst, the second best for the second worst
         layer, gain = layers[row, 0], gain[row, nth] * self._sensitivity[layers[row, 0]]
         swaps = map(Swap, layer.tolist(), load[row, nth].tolist(), evict[row, nth].tolist(), gain.tolist())
-        return sorted(swaps, key=lambda swap: -swap.gain)
+        return sorted(swaps, key=operator.attrgetter("gain"), reverse=True)
 
     def _take_in(self) -> None:
         if self._steps:

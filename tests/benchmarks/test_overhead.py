@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from benchmarks.overhead.http import http_overhead
+from benchmarks.overhead.scheduling import scheduler_overhead
 from benchmarks.overhead.steps import host_overhead
 from tests.serve.checkpoint import write_tiny_checkpoint
 
@@ -19,3 +20,9 @@ def test_http_work_of_a_token() -> None:
     assert numbers["tokens"] == 20
     assert 0 < numbers["http_delay_ms_median"] <= numbers["http_delay_ms_p99"]
     assert numbers["http_cpu_ms_per_token"] >= 0
+
+
+def test_work_of_the_scheduler() -> None:
+    numbers = scheduler_overhead(requests=50)
+    assert set(numbers) == {"slo_seconds_for_50_requests", "fcfs_seconds_for_50_requests"}
+    assert min(numbers.values()) > 0

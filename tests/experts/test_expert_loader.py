@@ -231,7 +231,7 @@ def test_a_slow_read_never_holds_up_a_commit(rig: Callable[..., Rig]):
     assert not r.loader.wait_idle(0.01)
     began = time.perf_counter()
     assert r.loader.commit() == []
-    assert time.perf_counter() - began < 1
+    assert time.perf_counter() - began < 5
     assert slow.state is LoadState.STAGING
     r.reader.gate.set()
     assert r.loader.wait_idle(10)

@@ -1,6 +1,3 @@
-import random
-import time
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +13,6 @@ from emoe_jax.scheduling.plan import SampledToken, StepPlan, StepResult
 from emoe_jax.scheduling.registry import make_admission_policy
 from emoe_jax.scheduling.scheduler import Scheduler
 from emoe_jax.scheduling.slo import SloPolicy
-from tests.scheduling.pace import slowness
 
 COST = StepCost(step=0.010, chunk=0.0, prefill_token=0.0001, decode=0.001)
 
@@ -289,39 +285,3 @@ def test_any_workload_completes(workload: list[tuple], max_num_seqs: int, max_wa
         kept += in_time and not (slo.ttft_ms is None and slo.latency_ms is None)
     assert machine.scheduler.attainment.total.attained == kept
     assert machine.scheduler.attainment.total.ended == len(sequences)
-
-
-def test_ten_thousand_requests_cost_little():
-    """The host's share per request must stay small beside the device's. Measured at 0.48 to 0.57 s of a busy core."""
-    policy = SloPolicy(Estimates(OutputLengths(), CostModel(COST), 64, 512, 128))
-    scheduler = Scheduler(PagePool(4097, 16), 64, 512, 512, 128, policy=policy)
-    rng = random.Random(0)
-    slos = [SLO(), SLO(ttft_ms=2000), SLO(latency_ms=60_000), SLO(ttft_ms=60_000, latency_ms=600_000)]
-    sequences = [
-        Sequence(
-            str(index),
-            [3] * rng.randint(1, 200),
-            SamplingParams(max_tokens=rng.randint(1, 32)),
-            task=rng.choice("abcde"),
-            slo=rng.choice(slos),
-        )
-        for index in range(10_000)
-    ]
-    now, spent, before = 0.0, 0.0, slowness()
-    start = time.process_time()
-    for sequence in sequences:
-        scheduler.add(sequence)
-    spent += time.process_time() - start
-    while scheduler.has_work:
-        start = time.process_time()
-        plan = scheduler.schedule(now)
-        spent += time.process_time() - start
-        last = [chunk.sequence for chunk in plan.prefills if chunk.is_last]
-        result = StepResult({sequence: SampledToken(7) for sequence in (*plan.decodes, *last)})
-        seconds = COST.seconds(len(plan.decodes), plan.num_prefill_tokens, len(plan.prefills))
-        now += seconds
-        start = time.process_time()
-        scheduler.update(plan, result, seconds)
-        spent += time.process_time() - start
-    assert scheduler.attainment.total.ended == 10_000
-    assert spent < max(before, slowness())

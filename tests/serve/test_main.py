@@ -187,7 +187,7 @@ def test_shutdown_fails_what_does_not_finish_in_time(timeout: float, caplog: pyt
         asyncio.run(server.serve([listener]))
     for thread in threads:
         thread.join()
-    assert timeout <= time.monotonic() - begin < timeout + 2
+    assert timeout <= time.monotonic() - begin < timeout + 10
     assert answers[0].status_code == 503
     assert answers[0].json()["error"]["message"] == "the server is shutting down"
     assert not engine.running

@@ -169,7 +169,7 @@ def test_what_is_not_http_is_refused_in_our_shape(client: httpx.Client, request_
         with contextlib.suppress(ConnectionError):  # the server hangs up in the middle
             connection.sendall(request_bytes)
         answer = all_of(connection)
-        assert time.perf_counter() - began < 1
+        assert time.perf_counter() - began < 5
     assert not answer or answer.startswith(b"HTTP/1.1 400 ")
     if answer:
         assert error_in(answer) == "the request is not valid HTTP/1.1"
