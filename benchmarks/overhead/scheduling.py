@@ -54,7 +54,7 @@ def schedule_all(policy: str, requests: int, measured: Callable[[Callable[[], ob
         measured(schedule)
         last = [chunk.sequence for chunk in plan.prefills if chunk.is_last]
         result = StepResult({sequence: SampledToken(7) for sequence in (*plan.decodes, *last)})
-        seconds = COST.seconds(len(plan.decodes), plan.num_prefill_tokens, len(plan.prefills))
+        seconds = COST.of(plan)
         now += seconds
         measured(lambda plan=plan, result=result, seconds=seconds: scheduler.update(plan, result, seconds))
     return scheduler

@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from benchmarks.serving.devices import Device
@@ -21,7 +22,10 @@ END = 1
 def simulate(
     jobs: Sequence[Job], device: Device, policy: AdmissionPolicy, seed: int = 0, max_tokens: int = 1000
 ) -> list[Record]:
-    """Run all jobs to their end; the policy does not know how long an answer will be. Records in order of arrival."""
+    """Run all jobs to their end; the policy does not know how long an answer will be. Records in order of arrival.
+
+    As in the engine, a step is planned when the one before it begins: what comes meanwhile waits for the next.
+    """
     scheduler = Scheduler(
         PagePool(device.kv_tokens // device.page_size + 1, device.page_size),
         device.max_num_seqs,
@@ -49,23 +53,32 @@ def simulate(
     times: dict[EngineSequence, list[float]] = {sequence: [] for sequence, _ in arriving}
     started: dict[EngineSequence, float] = {}
     lengths = {sequence: job.sample.output_tokens for sequence, job in arriving}
+    in_flight: deque[tuple[StepPlan, float]] = deque()  # and when it ends
+
+    def dispatch(now: float) -> None:
+        if plan := scheduler.schedule(now):
+            scheduler.dispatched(plan)
+            for chunk in plan.prefills:
+                started.setdefault(chunk.sequence, now)
+            seconds = device.cost.of(plan) * max(0.5, rng.gauss(1.0, device.noise))
+            in_flight.append((plan, (in_flight[-1][1] if in_flight else now) + seconds))
+
     now, following = 0.0, 0
-    while following < len(arriving) or scheduler.has_work:
+    while following < len(arriving) or scheduler.has_work or in_flight:
         while following < len(arriving) and arriving[following][0].arrival <= now:
             scheduler.add(arriving[following][0])
             following += 1
-        plan = scheduler.schedule(now)
-        if not plan:
+        if not in_flight:
+            dispatch(now)
+        if not in_flight:
             now = arriving[following][0].arrival
             continue
-        for chunk in plan.prefills:
-            started.setdefault(chunk.sequence, now)
-        seconds = device.cost.seconds(len(plan.decodes), plan.num_prefill_tokens, len(plan.prefills))
-        seconds *= max(0.5, rng.gauss(1.0, device.noise))
-        scheduler.update(plan, _result(plan, lengths), seconds)
-        now += seconds
+        dispatch(now)
+        before, (plan, now) = now, in_flight.popleft()
         for sequence in (*plan.decodes, *(chunk.sequence for chunk in plan.prefills if chunk.is_last)):
-            times[sequence].append(now)
+            if not sequence.finished:
+                times[sequence].append(now)
+        scheduler.update(plan, _result(plan, lengths), now - max(plan.now, before))
     return [
         Record(job, tuple(times[sequence]), started[sequence], sequence.slo_unattainable) for sequence, job in arriving
     ]

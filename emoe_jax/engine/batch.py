@@ -36,7 +36,7 @@ class Buckets:
     def of(cls, max_num_seqs: int, prefill_chunk: int, max_model_len: int) -> "Buckets":
         return cls(
             sequences=_ladder(1, max_num_seqs, 2),
-            chunk_tokens=_ladder(min(32, prefill_chunk), prefill_chunk, 4),
+            chunk_tokens=_ladder(min(32, prefill_chunk), prefill_chunk, 2),
             pages=pages_for(max_model_len),
         )
 

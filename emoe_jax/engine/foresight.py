@@ -47,9 +47,9 @@ class Foresight:
 
     def before_step(self, plan: StepPlan, scheduler: Scheduler, idle: bool) -> None:
         """Decide on experts for the steps after `plan`, where the requests that run now or next have changed: at once
-        if the device is idle or their tasks are others, else as often as time allows.
+        if the device is idle or their tasks are others, else as often as time allows. Nothing where all are resident.
         """
-        if self._planner is None:
+        if self._planner is None or self._residency.is_full:
             return
         with self._timed():
             at_hand = _progress(plan, scheduler)

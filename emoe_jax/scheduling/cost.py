@@ -29,6 +29,10 @@ class StepCost:
         """Of a step with so many decoding sequences, and so many prompt tokens in so many chunks."""
         return self.step + self.chunk * chunks + self.prefill_token * prefill_tokens + self.decode * decodes
 
+    def of(self, plan: StepPlan) -> float:
+        """Seconds of the step that a plan describes."""
+        return self.seconds(len(plan.decodes), plan.num_prefill_tokens, len(plan.prefills))
+
     def prefill(self, tokens: float, chunks: float = 1) -> float:
         """What a prompt adds to the steps that compute it."""
         return self.chunk * chunks + self.prefill_token * tokens
@@ -51,8 +55,7 @@ class CostModel:
     def observe(self, plan: StepPlan, seconds: float) -> None:
         """A step of this plan took `seconds`."""
         row = (1.0, float(len(plan.prefills)), float(plan.num_prefill_tokens), float(len(plan.decodes)))
-        cost = self.cost
-        residual = abs(seconds - cost.seconds(row[3], row[2], row[1]))
+        residual = abs(seconds - self.cost.of(plan))
         weight = 1.0
         if self._residual is None:
             self._residual = residual

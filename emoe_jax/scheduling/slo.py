@@ -5,8 +5,9 @@ Where the paper leaves a choice, or its rule would idle the machine:
 - Algorithm 1 goes through the queue by stringency. Here that order counts for those who must start now; as long as
   nobody must, the shortest work goes first, which lowers the mean latency.
 - Whoever cannot keep its deadlines any more goes behind those who can.
-- When nothing runs, somebody is always admitted; whoever waited for long goes first whatever it costs; and when many
-  wait, places are filled even if that makes a running sequence late, because idle places make more of them late.
+- When nothing runs, somebody is always admitted; whoever waited for long goes first whatever it costs. Places are also
+  filled, even if that makes a running sequence late, when many wait, or by one that would be late for having waited:
+  idle places make more of them late.
 - Prompts are started step by step, not all in one: each step's tokens come out at its end. How many seconds of prompts
   a step takes grows with the queue, so that a long queue is served at full throughput.
 """
@@ -224,25 +225,32 @@ def _round_up(number: float) -> str:
 
 
 class _Guard:
-    """Keeps admissions of one step from making running sequences late: the first condition of Algorithm 1."""
+    """Keeps admissions of one step from making running sequences late for nothing: the first condition of Algorithm 1,
+    where whoever is kept waiting can wait.
+    """
 
     def __init__(self, estimates: Estimates, running: Collection[Sequence], now: float):
         self._estimates = estimates
         self._now = now
         # What prompts, running or admitted in this step, put on top of decoding.
         self._delay = sum(estimates.prefill(sequence) for sequence in running if not sequence.decodes)
-        self._slacks: list[tuple[float, float]] = []  # slack without the delay, and tokens to generate
+        # Slack without the delay, tokens to generate, and when they are expected to be there.
+        self._slacks: list[tuple[float, float, float]] = []
         for sequence in running:
             self._protect(sequence)
 
     def allows(self, sequence: Sequence, loading: float) -> bool:
-        """Whether all stay in time beside `sequence`, whose experts take `loading` seconds to come.
+        """Whether `sequence`, whose experts take `loading` seconds to come, may start beside those that run.
 
-        eMoE eq. 3: it delays a running sequence by `dE`, by its prompt, and by its token in each step they share.
+        eMoE eq. 3: it delays a running sequence by `dE`, by its prompt, and by its token in each step they share. If
+        that makes some late, it waits for them, unless that makes it late itself: one for one is nothing gained.
         """
         delay = self._delay + loading + self._estimates.prefill(sequence)
         tokens, cost = self._estimates.remaining(sequence), self._estimates.model.cost
-        return all(slack >= delay + cost.decode * min(tokens, theirs) for slack, theirs in self._slacks)
+        harmed = [end for slack, theirs, end in self._slacks if slack < delay + cost.decode * min(tokens, theirs)]
+        if not harmed or sequence.slo_unattainable:
+            return not harmed
+        return self._estimates.latest_start(sequence) < max(harmed)
 
     def admit(self, sequence: Sequence) -> None:
         """`sequence` starts."""
@@ -253,4 +261,5 @@ class _Guard:
         """Watch over a sequence, if it has a deadline for its end that can be kept."""
         slack = self._estimates.slack(sequence, self._now)
         if self._delay <= slack < math.inf and not sequence.slo_unattainable:
-            self._slacks.append((slack, self._estimates.remaining(sequence)))
+            tokens = self._estimates.remaining(sequence)
+            self._slacks.append((slack, tokens, self._now + self._delay + tokens * self._estimates.pace))

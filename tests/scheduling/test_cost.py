@@ -24,7 +24,7 @@ def random_plan(rng: random.Random) -> StepPlan:
 
 
 def seconds_of(plan: StepPlan, cost: StepCost = TRUTH) -> float:
-    return cost.seconds(len(plan.decodes), plan.num_prefill_tokens, len(plan.prefills))
+    return cost.of(plan)
 
 
 @pytest.mark.parametrize("prior", [StepCost(), StepCost(1.0, 1.0, 1.0, 1.0), StepCost(0.0, 0.0, 0.0, 0.0)])

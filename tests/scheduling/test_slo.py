@@ -50,7 +50,7 @@ class Machine:
         plan = self.scheduler.schedule(self.now)
         assert plan or not self.scheduler.has_work, "nothing planned although there is work"
         self.started += [chunk.sequence.request_id for chunk in plan.prefills if chunk.start == 0]
-        seconds = COST.seconds(len(plan.decodes), plan.num_prefill_tokens, len(plan.prefills))
+        seconds = COST.of(plan)
         self.now += seconds
         last = [chunk.sequence for chunk in plan.prefills if chunk.is_last]
         result = StepResult({sequence: SampledToken(7) for sequence in (*plan.decodes, *last)})
@@ -138,6 +138,20 @@ def test_an_admission_that_would_make_a_running_sequence_late_waits():
     alone.add("relaxed", prompt=1500, tokens=3, latency=60)
     alone.step()
     assert alone.started == ["loose", "relaxed"]
+
+
+def test_whoever_cannot_wait_for_running_ones_makes_them_late():
+    """One deadline for another: then the place is not left idle. Whoever is late anyway waits."""
+    machine = Machine()
+    machine.add("tight", tokens=20, latency=0.30)
+    machine.step()
+    late = machine.add("late", prompt=1500, tokens=3, ttft=0.01)
+    machine.step()
+    assert late.slo_unattainable
+    machine.add("as tight", prompt=1500, tokens=3, ttft=0.25)
+    machine.run()
+    assert machine.started == ["tight", "as tight", "late"]
+    assert machine.ended["tight"] > 0.30
 
 
 def test_an_admission_waits_for_what_its_experts_would_take_to_load():
