@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.serving.client import closed_loop, connected
-from benchmarks.serving.live import Load, Report, idle_slos, in_turns
-from benchmarks.serving.report import summary
+from benchmarks.serving.live import Load, Report, in_turns, put_end_to_end
+from benchmarks.serving.report import Record, summary
 from benchmarks.serving.server import started_server
 from emoe_jax.config import ModelConfig
 from emoe_jax.engine.kv_cache import pages_for
@@ -91,19 +91,18 @@ async def _compare(urls: dict[str, str], load: Load, report: Report) -> dict[str
     full, partial = urls
     async with contextlib.AsyncExitStack() as stack:
         clients = {name: await stack.enter_async_context(connected(url, load.max_tokens)) for name, url in urls.items()}
-        saturated = {}
-        for name, client in clients.items():
-            report(f"{name} resident: a closed loop of {load.concurrency} users")
-            saturated[name] = summary(await closed_loop(client, load.saturated(), load.concurrency))
-        slos = await idle_slos(clients[full], load)
+        loops: dict[str, list[Record]] = {name: [] for name in clients}
+        report(f"a closed loop of {load.concurrency} users")
+        for turn in range(load.turns):
+            for name, client in clients.items():
+                put_end_to_end(loops[name], await closed_loop(client, load.saturating(turn), load.concurrency))
+        saturated = {name: summary(records) for name, records in loops.items()}
         runs, latencies = [], {}
         for fraction in load.fractions:
-            rate = fraction * saturated[full]["throughput_rps"]
-            measured = await in_turns(clients, load, rate, slos, report)
-            summaries = {name: summary(records) for name, records in measured.items()}
-            rates = {"rate_fraction": fraction, "rate_rps": rate}
-            runs += [{"policy": f"{name} resident", **rates, **found} for name, found in summaries.items()]
-            latencies[f"{fraction:g}"] = summaries[partial]["mean_latency_s"] / summaries[full]["mean_latency_s"]
+            summaries = (await in_turns(clients, load, fraction, [full], report)).summaries()
+            latency = {found["policy"]: found["mean_latency_s"] for found in summaries}
+            latencies[f"{fraction:g}"] = latency[partial] / latency[full]
+            runs += [{**found, "policy": f"{found['policy']} resident"} for found in summaries]
     ratios = {
         f"{name}_ratio": saturated[partial][key] / saturated[full][key]
         for name, key in (("throughput", "throughput_tok_s"), ("requests", "throughput_rps"))

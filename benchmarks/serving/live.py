@@ -26,7 +26,9 @@ Report = Callable[[str], None]
 class Load:
     """What is sent: Poisson arrivals at `fractions` of the capacity that `concurrency` users reach in a closed loop.
 
-    Deadlines are `slo_scale` times what the median request of a task takes on the idle server.
+    Deadlines are `slo_scale` times what the median request of a task takes on the idle server. A run has `turns`:
+    in each, capacity and deadlines are measured, then every server gets the same part of the run. So a machine whose
+    speed changes changes it for all of them, and what is asked of them changes with it.
     """
 
     samples: Samples
@@ -36,8 +38,7 @@ class Load:
     slo_scale: float = 5.0
     max_tokens: int = 128
     seed: int = 0
-    turns: int = 4
-    """Parts of a run, between which servers take turns, so that a machine that slows down slows all of them."""
+    turns: int = 8
 
     @property
     def longest(self) -> int:
@@ -49,10 +50,10 @@ class Load:
         """How many may have to wait at once."""
         return max(self.requests, 4 * self.concurrency)
 
-    def saturated(self) -> list[Job]:
-        """Jobs for a closed loop: a quarter of a run's, and some for every user."""
-        count = max(self.requests // 4, 4 * self.concurrency)
-        return drawn([0.0] * count, self.samples, dict.fromkeys(self.samples, NO_SLO), self.seed + 1)
+    def saturating(self, turn: int) -> list[Job]:
+        """Jobs of one turn for a closed loop: some for every user, and of all turns together a quarter of a run's."""
+        count = max(self.requests // (4 * self.turns), 8 * self.concurrency)
+        return drawn([0.0] * count, self.samples, dict.fromkeys(self.samples, NO_SLO), self.seed + turn + 1)
 
     def arriving(self, rate: float, slos: Mapping[str, SLO], turn: int) -> list[Job]:
         """The jobs of one part of a run; the same for every server."""
@@ -81,41 +82,78 @@ async def _run(urls: Sequence[str], load: Load, report: Report) -> dict[str, Any
     async with contextlib.AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(connected(url, load.max_tokens)) for url in urls]
         names = [(await client.state())["scheduler"]["policy"] for client in clients]
-        capacities = []
-        for name, client in zip(names, clients, strict=True):
-            report(f"{name}: a closed loop of {load.concurrency} users")
-            records = await closed_loop(client, load.saturated(), load.concurrency)
-            capacities.append(summary(records)["throughput_rps"])
-        capacity = float(np.mean(capacities))
-        slos = await idle_slos(clients[0], load)
-        runs = []
+        by_name = dict(zip(names, clients, strict=True))
+        runs, turns = [], []
         for fraction in load.fractions:
-            rate = fraction * capacity
-            measured = await in_turns(dict(zip(names, clients, strict=True)), load, rate, slos, report)
-            for name, records in measured.items():
-                runs.append({"policy": name, "rate_fraction": fraction, "rate_rps": rate, **summary(records)})
+            run = await in_turns(by_name, load, fraction, names, report)
+            turns += run.turns
+            runs += run.summaries()
+    each = {name: float(np.mean([turn.capacities[name] for turn in turns])) for name in names}
     return {
-        "capacity_rps": capacity,
-        "capacity_rps_each": dict(zip(names, capacities, strict=True)),
-        "slos": {task: {"ttft_ms": slo.ttft_ms, "latency_ms": slo.latency_ms} for task, slo in slos.items()},
+        "capacity_rps": float(np.mean(list(each.values()))),
+        "capacity_rps_each": each,
+        "slos": {
+            task: {
+                key: float(np.mean([getattr(turn.slos[task], key) for turn in turns]))
+                for key in ("ttft_ms", "latency_ms")
+            }
+            for task in load.samples
+        },
         "runs": runs,
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """What servers could do in one part of a run: requests/s of each, and fair deadlines per task."""
+
+    capacities: Mapping[str, float]
+    slos: Mapping[str, SLO]
+
+    @property
+    def capacity(self) -> float:
+        return float(np.mean(list(self.capacities.values())))
+
+
+@dataclasses.dataclass
+class Run:
+    """Records of each server at a share of the capacity. The parts of a run are put end to end."""
+
+    fraction: float
+    records: dict[str, list[Record]]
+    turns: list[Turn]
+
+    def summaries(self) -> list[dict[str, Any]]:
+        """One per server, in their order."""
+        capacity = float(np.mean([turn.capacity for turn in self.turns]))
+        rates = {"rate_fraction": self.fraction, "capacity_rps": capacity, "rate_rps": self.fraction * capacity}
+        return [{"policy": name, **rates, **summary(records)} for name, records in self.records.items()]
+
+
 async def in_turns(
-    clients: Mapping[str, Client], load: Load, rate: float, slos: Mapping[str, SLO], report: Report
-) -> dict[str, list[Record]]:
-    """A run at `rate` requests/s against each server, by its name. The parts of a run are put end to end."""
-    measured: dict[str, list[Record]] = {name: [] for name in clients}
-    for turn in range(load.turns):
-        jobs = load.arriving(rate, slos, turn)
+    clients: Mapping[str, Client], load: Load, fraction: float, yardsticks: Sequence[str], report: Report
+) -> Run:
+    """A run against each server, by its name, at a share of what the `yardsticks` among them can do on average."""
+    run = Run(fraction, {name: [] for name in clients}, [])
+    for number in range(load.turns):
+        closed = {
+            name: await closed_loop(clients[name], load.saturating(number), load.concurrency) for name in yardsticks
+        }
+        capacities = {name: summary(records)["throughput_rps"] for name, records in closed.items()}
+        turn = Turn(capacities, await idle_slos(clients[yardsticks[0]], load))
+        run.turns.append(turn)
+        jobs = load.arriving(fraction * turn.capacity, turn.slos, number)
         for name, client in clients.items():
             if jobs:
-                report(f"{name}: {len(jobs)} requests at {rate:.2f} requests/s")
-                records = await open_loop(client, jobs)
-                begin = max((record.end for record in measured[name]), default=0.0)
-                measured[name] += [record.later(begin) for record in records]
-    return measured
+                report(f"{name}: {len(jobs)} requests at {fraction:g} of {turn.capacity:.2f} requests/s")
+                put_end_to_end(run.records[name], await open_loop(client, jobs))
+    return run
+
+
+def put_end_to_end(records: list[Record], later: Sequence[Record]) -> None:
+    """Add records of a part that begins when the others end."""
+    begin = max((record.end for record in records), default=0.0)
+    records += [record.later(begin) for record in later]
 
 
 async def idle_slos(client: Client, load: Load) -> dict[str, SLO]:

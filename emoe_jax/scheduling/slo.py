@@ -30,7 +30,7 @@ from emoe_jax.scheduling.waiting import WaitingQueue
 MAX_WAIT = 30.0
 AGED = 0.75
 """From this share of the longest wait on a sequence goes first, so that a place comes free within the rest."""
-PREFILL_STEPS = 4
+PREFILL_STEPS = 2
 """A step computes prompts for as long as so many empty steps take, and one more for each waiting sequence."""
 CROWDED = 0.5
 """When more wait than this share of the places, throughput counts: admissions may make running sequences late."""

@@ -241,7 +241,7 @@ def test_prompts_are_not_all_started_in_one_step():
     machine = Machine(max_num_seqs=8, budget=4000)
     for index in range(8):
         machine.add(str(index), prompt=500)
-    assert len(machine.step().prefills) == 3
+    assert len(machine.step().prefills) == 2
     machine.run()
 
 
