@@ -9,12 +9,17 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from serve.errors import ApiError, error_response
 
+KEEP_ALIVE = 75
+"""Seconds between an answer and the next request. Longer than clients keep idle connections themselves (httpx 5,
+aiohttp 15, proxies 60): one that is closed while a request is on its way fails that request.
+"""
+
 
 class HttpConfig(uvicorn.Config):
     """uvicorn's, with the seconds that a client may take to send the head of a request, and to read on in an answer."""
 
     def __init__(self, app: Any, *, read_timeout: float, send_timeout: float, **settings: Any):
-        super().__init__(app, http=HttpProtocol, ws="none", **settings)
+        super().__init__(app, http=HttpProtocol, ws="none", timeout_keep_alive=KEEP_ALIVE, **settings)
         self.read_timeout = read_timeout
         self.send_timeout = send_timeout
 
@@ -23,7 +28,7 @@ class HttpProtocol(H11Protocol):
     """uvicorn's, which by itself waits for ever.
 
     Closes a connection that has been without a whole request head for `read_timeout` seconds, however its bytes
-    trickle in (one that sends nothing after an answer, after uvicorn's keep-alive timeout); and one whose client has
+    trickle in (one that sends nothing after an answer, after `KEEP_ALIVE` seconds); and one whose client has
     taken nothing of an answer for `send_timeout` seconds. Bodies have a timeout of their own where they are read.
     """
 

@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--plot", metavar="FILE.png", help="draw them here")
     live = parser.add_argument_group("against a server").add_argument
     live("--url", help="a running server, with the policy that it has (default: start one per policy)")
-    live("--concurrency", type=count, default=16, help="users whose closed loop tells the capacity; the server's batch")
+    live("--concurrency", type=count, default=16, help="the servers' batch; twice as many users tell their capacity")
     live("--turns", type=count, default=8, help="parts of a run, each at shares of what the servers can do just then")
     live("--max-tokens", type=count, default=128, help="tokens of an answer at most")
     live(

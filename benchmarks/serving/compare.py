@@ -23,8 +23,6 @@ from serve.options import parse_options
 
 MAX_BATCH = 4096
 """What the server takes."""
-USERS = 2
-"""Users per sequence of the larger batch, so that in a closed loop somebody always waits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +72,7 @@ def run_comparison(
     dtype = "float32" if options.dtype == "auto" else options.dtype
     length = options.max_model_len or load.longest
     batches = Batches.of(ModelConfig.from_directory(options.model), dtype, share, length, full_batch)
-    load = dataclasses.replace(load, concurrency=USERS * max(batches.partial, batches.full))
+    load = dataclasses.replace(load, concurrency=max(batches.partial, batches.full))
     flags = ["--dtype", dtype, "--max-model-len", str(length), "--max-num-queued-reqs", str(load.queued)]
     with contextlib.ExitStack() as stack:
         urls = {}
@@ -92,10 +90,10 @@ async def _compare(urls: dict[str, str], load: Load, report: Report) -> dict[str
     async with contextlib.AsyncExitStack() as stack:
         clients = {name: await stack.enter_async_context(connected(url, load.max_tokens)) for name, url in urls.items()}
         loops: dict[str, list[Record]] = {name: [] for name in clients}
-        report(f"a closed loop of {load.concurrency} users")
+        report(f"a closed loop of {load.users} users")
         for turn in range(load.turns):
             for name, client in clients.items():
-                put_end_to_end(loops[name], await closed_loop(client, load.saturating(turn), load.concurrency))
+                put_end_to_end(loops[name], await closed_loop(client, load.saturating(turn), load.users))
         saturated = {name: summary(records) for name, records in loops.items()}
         runs, latencies = [], {}
         for fraction in load.fractions:

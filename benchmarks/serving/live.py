@@ -24,11 +24,11 @@ Report = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """What is sent: Poisson arrivals at `fractions` of the capacity that `concurrency` users reach in a closed loop.
+    """What is sent: Poisson arrivals at `fractions` of what the servers, of batches up to `concurrency`, can do.
 
-    Deadlines are `slo_scale` times what the median request of a task takes on the idle server. A run has `turns`:
-    in each, capacity and deadlines are measured, then every server gets the same part of the run. So a machine whose
-    speed changes changes it for all of them, and what is asked of them changes with it.
+    Deadlines are `slo_scale` times what the median request of a task takes on the idle server. A run has `turns`: in
+    each, capacity (in a closed loop of `users`) and deadlines are measured, then every server gets the same part of the
+    run. So a machine whose speed changes changes it for all of them, and what is asked of them changes with it.
     """
 
     samples: Samples
@@ -46,13 +46,18 @@ class Load:
         return max(sample.prompt_tokens for rows in self.samples.values() for sample in rows) + self.max_tokens
 
     @property
+    def users(self) -> int:
+        """Of a closed loop: twice what a server can run, so that somebody always waits."""
+        return 2 * self.concurrency
+
+    @property
     def queued(self) -> int:
         """How many may have to wait at once."""
-        return max(self.requests, 4 * self.concurrency)
+        return max(self.requests, 2 * self.users)
 
     def saturating(self, turn: int) -> list[Job]:
         """Jobs of one turn for a closed loop: some for every user, and of all turns together a quarter of a run's."""
-        count = max(self.requests // (4 * self.turns), 8 * self.concurrency)
+        count = max(self.requests // (4 * self.turns), 4 * self.users)
         return drawn([0.0] * count, self.samples, dict.fromkeys(self.samples, NO_SLO), self.seed + turn + 1)
 
     def arriving(self, rate: float, slos: Mapping[str, SLO], turn: int) -> list[Job]:
@@ -136,9 +141,7 @@ async def in_turns(
     """A run against each server, by its name, at a share of what the `yardsticks` among them can do on average."""
     run = Run(fraction, {name: [] for name in clients}, [])
     for number in range(load.turns):
-        closed = {
-            name: await closed_loop(clients[name], load.saturating(number), load.concurrency) for name in yardsticks
-        }
+        closed = {name: await closed_loop(clients[name], load.saturating(number), load.users) for name in yardsticks}
         capacities = {name: summary(records)["throughput_rps"] for name, records in closed.items()}
         turn = Turn(capacities, await idle_slos(clients[yardsticks[0]], load))
         run.turns.append(turn)

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from serve.errors import ErrorResponse
-from serve.protocol import HttpProtocol
+from serve.protocol import HttpConfig, HttpProtocol
 from tests.serve.conftest import StartServer, running_server
 from tests.serve.fake import FakeEngine, FakeTokenizer
 from tests.serve.test_server import COMPLETIONS, ask, wait_until
@@ -34,6 +34,12 @@ def _no_failures(client: httpx.Client, caplog: pytest.LogCaptureFixture) -> Iter
     yield
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert ask(client).status_code == 200
+
+
+def test_idle_connections_outlive_the_clients_patience() -> None:
+    """Where the server closes first, a request may be on its way; httpx is what OpenAI's client goes by."""
+    config = HttpConfig(None, read_timeout=1.0, send_timeout=1.0)
+    assert config.timeout_keep_alive > 2 * httpx.Limits().keepalive_expiry
 
 
 def connected(client: httpx.Client) -> socket.socket:
