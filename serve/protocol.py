@@ -28,8 +28,9 @@ class HttpProtocol(H11Protocol):
     """uvicorn's, which by itself waits for ever.
 
     Closes a connection that has been without a whole request head for `read_timeout` seconds, however its bytes
-    trickle in (one that sends nothing after an answer, after `KEEP_ALIVE` seconds); and one whose client has
-    taken nothing of an answer for `send_timeout` seconds. Bodies have a timeout of their own where they are read.
+    trickle in, or without the rest of a request that is answered already (one that sends nothing after a whole one,
+    after `KEEP_ALIVE` seconds); and one whose client has taken nothing of an answer for `send_timeout` seconds. Bodies
+    have a timeout of their own where they are read.
     """
 
     _reading: asyncio.TimerHandle | None = None
@@ -43,6 +44,12 @@ class HttpProtocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self._watch_reading()
+
+    def on_response_complete(self) -> None:
+        is_half_sent = self.conn.their_state is h11.SEND_BODY  # it was answered without its body
+        super().on_response_complete()
+        if is_half_sent:
+            self._watch_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)

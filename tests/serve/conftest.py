@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import httpx
 import pytest
@@ -18,6 +19,7 @@ from serve.service import Service
 from serve.text import TextCodec
 from serve.tracing import Tracing
 from serve.worker import EngineWorker
+from tests.serve.checkpoint import write_tiny_checkpoint
 from tests.serve.fake import MAX_MODEL_LEN, VOCAB_SIZE, FakeEngine, FakeTokenizer
 
 StartServer = Callable[..., AbstractContextManager[httpx.Client]]
@@ -65,3 +67,10 @@ def client() -> Iterator[httpx.Client]:
 @pytest.fixture
 def start_server() -> StartServer:
     return running_server
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    write_tiny_checkpoint(directory)
+    return directory

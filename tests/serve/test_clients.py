@@ -18,7 +18,7 @@ import pytest
 from pydantic import BaseModel
 
 from emoe_jax import Engine
-from tests.serve.checkpoint import MAX_MODEL_LEN, write_tiny_checkpoint
+from tests.serve.checkpoint import MAX_MODEL_LEN
 from tests.serve.process import ServerProcess, server_process
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what clients deprecate is theirs
@@ -74,13 +74,6 @@ test_split: test
 
 def needs(package: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason="needs the clients extra")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("checkpoints") / "tiny"
-    write_tiny_checkpoint(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")

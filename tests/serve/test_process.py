@@ -16,20 +16,13 @@ import pytest
 
 from emoe_jax.engine.kv_cache import PAGE_SIZE
 from serve.options import DEMO_MODEL
-from tests.serve.checkpoint import MAX_MODEL_LEN, write_tiny_checkpoint
+from tests.serve.checkpoint import MAX_MODEL_LEN
 from tests.serve.events import events_of
 from tests.serve.process import ServerProcess, server_process
 from tests.serve.resident import TOLERANCE, needs_proc, resident_bytes
 from tests.serve.test_load import cut_stream
 
 HELLO: list[Any] = [{"role": "user", "content": "hello there"}]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("checkpoints") / "tiny"
-    write_tiny_checkpoint(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")
