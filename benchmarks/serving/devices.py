@@ -26,7 +26,7 @@ DEMO = Device(
     max_model_len=1024,
     kv_tokens=16 * 1024,
 )
-"""The bundled demo model on two shared cores: what a server's `/v1/emoe/state` shows of `cost` after a quiet run."""
+"""The bundled demo model on two shared cores: least squares over the steps of runs at some 75 % of capacity."""
 
 _GPUS = 4
 _WEIGHTS = 46.7e9 * 2  # bytes: bfloat16

@@ -35,8 +35,8 @@ class Buckets:
     @classmethod
     def of(cls, max_num_seqs: int, prefill_chunk: int, max_model_len: int) -> "Buckets":
         return cls(
-            sequences=_ladder(1, max_num_seqs, 2),
-            chunk_tokens=_ladder(min(32, prefill_chunk), prefill_chunk, 2),
+            sequences=_ladder(1, max_num_seqs),
+            chunk_tokens=_ladder(min(32, prefill_chunk), prefill_chunk),
             pages=pages_for(max_model_len),
         )
 
@@ -122,13 +122,13 @@ def _pad(pieces: list[Piece], buckets: Buckets) -> Batch:
     return Batch(tuple(pieces), sequences[0].routing, shape, inputs, sampling, np.asarray(wants))
 
 
-def _ladder(first: int, last: int, factor: int) -> tuple[int, ...]:
-    """`first`, then multiples by `factor` below `last`, then `last`."""
+def _ladder(first: int, last: int) -> tuple[int, ...]:
+    """`first`, then twice as much each time below `last`, then `last`."""
     sizes = []
     size = first
     while size < last:
         sizes.append(size)
-        size *= factor
+        size *= 2
     return (*sizes, last)
 
 
