@@ -66,6 +66,18 @@ def test_a_task_that_needs_no_expert_in_particular_loads_none(engine: Engine) ->
     assert serve(engine, "deaf") == before
 
 
+def test_nothing_is_planned_where_all_are_resident(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = []
+    with Engine.load(tiny_checkpoint, expert_memory="100%") as engine:
+        monkeypatch.setattr(engine._foresight._planner, "plan_for", planned.append)
+        engine.generate([3, 1, 4, 1, 5], PARAMS)
+    with Engine.load(tiny_checkpoint, expert_memory="3 slots") as engine:
+        monkeypatch.setattr(engine._foresight._planner, "plan_for", planned.append)
+        assert planned == []
+        engine.generate([3, 1, 4, 1, 5], PARAMS)
+    assert planned
+
+
 def test_what_answers_lost_is_booked_by_task(engine: Engine) -> None:
     serve(engine, "odd")
     booked = engine.state()["tasks"]["odd"]

@@ -5,11 +5,13 @@ import pytest
 from emoe_jax.errors import ConfigError
 from emoe_jax.tasks import OTHER, TaskClassifier, TaskProfile
 from emoe_jax.tasks.classifier import END_CHARS
+from tests.effort import lines_run
 from train.classifier import UNRELATED
 from train.keywords import demo_prompts, with_demo_keywords, with_keywords
 from train.tasks import TASKS
 
 EMPTY = TaskProfile(num_layers=1, num_experts=8, top_k=2)
+LINES_PER_WORD = 8  # 7.3 when this was written
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +37,12 @@ def test_instructions_are_found_at_both_ends_of_long_texts(classifier: TaskClass
     assert classifier.classify(filler) == OTHER
     assert classifier.classify(f"{instruction}:\n{filler}") == "sum"
     assert classifier.classify(f"{filler}\n{instruction}.") == "sum"
+
+
+def test_a_word_costs_few_lines(classifier: TaskClassifier) -> None:
+    """However many keywords there are; `train.classifier` says how many milliseconds 2,000 tokens take."""
+    text = "\n".join(demo_prompts("sum", "test", 0, 60))[:10_000]
+    assert lines_run(lambda: classifier.classify(text)) < LINES_PER_WORD * len(text.split())
 
 
 def test_scores_add_up_each_keyword_once() -> None:
