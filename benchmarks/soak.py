@@ -148,7 +148,7 @@ async def soak(url: str, samples: Samples, minutes: float, users: int, seed: int
         load = Soak(http, samples, began + 60 * minutes, seed)
         times, memory, compilations = [], [], []
         working = asyncio.gather(*(load.user() for _ in range(users)))
-        async for seconds in _ticks(working, max(1.0, 60 * minutes / 300)):
+        async for seconds in _ticks(working, max(0.1, 60 * minutes / 300)):
             values = await _metrics(http)
             times.append(seconds)
             memory.append(values["process_resident_memory_bytes"] / 1e6)
