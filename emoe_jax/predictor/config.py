@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class PredictorConfig:
     blocks: int = 2
     members: int = 3
     first_tokens: int = 16  # how many answer tokens the with-answer prediction was trained on
+    prior_widths: tuple[float, float] | None = None  # of the priors' kernels, without and with first answer tokens
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
@@ -47,6 +49,11 @@ class PredictorConfig:
                 raise PredictorError(f"{name} is {getattr(self, name)!r}; it must be a positive integer")
         if type(self.embedding_dim) is not int or self.embedding_dim < 0:
             raise PredictorError(f"embedding_dim is {self.embedding_dim!r}; it must be 0 or more")
+        widths = self.prior_widths
+        if widths is not None and not (
+            isinstance(widths, tuple) and len(widths) == 2 and all(map(_is_positive, widths))
+        ):
+            raise PredictorError(f"prior_widths are {widths!r}; they must be two positive numbers")
         if self.top_k > self.num_experts:
             raise PredictorError(f"top_k is {self.top_k} of {self.num_experts} experts")
         if self.width % self.heads:
@@ -84,4 +91,10 @@ class PredictorConfig:
         names = {field.name for field in dataclasses.fields(PredictorConfig)}
         if not isinstance(values, dict) or set(values) != names:
             raise PredictorError(f"{path} is not the description of a predictor")
+        if isinstance(values["prior_widths"], list):
+            values["prior_widths"] = tuple(values["prior_widths"])
         return PredictorConfig(**values)
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,7 +51,8 @@ class Predictor:
         self.inputs = InputBuilder(self.kernel, trained)
         self.sizes = Sizes(self.kernel.names(()).shape[1], self.kernel.dim)
         self.history = History.empty(*shape)
-        self.priors: list[KernelPrior] = []  # before and after the first answer tokens
+        self._priors: dict[bool, KernelPrior] = {}  # those asked for since the last refit, by `with_first`
+        self._widths = dict(zip((False, True), config.prior_widths or (), strict=False))  # of their kernels
         self._observed: list[Prompts] = []
         self.refit()
 
@@ -74,7 +76,9 @@ class Predictor:
         directory.mkdir(parents=True, exist_ok=True)
         self.trained.save(directory / MEMORY)
         network.save(self.weights, directory / WEIGHTS)
-        (directory / CONFIG).write_text(json.dumps(self.config.to_json(), indent=2) + "\n")
+        before, after = self.priors
+        config = dataclasses.replace(self.config, prior_widths=(before.width, after.width))
+        (directory / CONFIG).write_text(json.dumps(config.to_json(), indent=2) + "\n")
 
     @property
     def num_parameters(self) -> int:
@@ -118,7 +122,7 @@ class Predictor:
         self, prompts: Prompts, histories: Sequence[History], with_first: bool
     ) -> Float[np.ndarray, "P M E"]:
         """Distributions of several prompts, each with its own history; `prompts.counts` are not looked at."""
-        return self.correct(prompts, self.priors[with_first].predict(prompts), histories, with_first)
+        return self.correct(prompts, self.prior(with_first).predict(prompts), histories, with_first)
 
     def correct(
         self, prompts: Prompts, prior: Float[np.ndarray, "P M E"], histories: Sequence[History], with_first: bool
@@ -162,7 +166,7 @@ class Predictor:
         return len(self._observed)
 
     def refit(self) -> None:
-        """Let the prior learn from what was observed; some tenths of a second at 500 prompts."""
+        """Let the prior learn from what was observed; takes as long as `prior` does."""
         for prompt in self._observed:
             self.memory = self.memory.join(prompt)
         self._observed = []
@@ -171,11 +175,24 @@ class Predictor:
             raise PredictorError(f"{len(self.memory)} prompts are too few to predict from")
         if len(self.memory) > MAX_MEMORY:
             self.memory = self.memory.take(range(len(self.memory) - MAX_MEMORY, len(self.memory)))
-        widths = [prior.width for prior in self.priors] or [None, None]
-        self.priors = [
-            KernelPrior(self.kernel, self.memory, with_first, width)
-            for with_first, width in zip((False, True), widths, strict=True)
-        ]
+        self._priors = {}
+        self.prior(with_first=False)
+
+    def prior(self, with_first: bool) -> KernelPrior:
+        """The prior on what is remembered, before or after the first answer tokens. The first time after `refit`, it
+        takes some tenths of a second at 500 prompts; its kernel's width is chosen only once, which takes four times
+        as long.
+        """
+        if with_first not in self._priors:
+            width = self._widths.get(with_first)
+            self._priors[with_first] = KernelPrior(self.kernel, self.memory, with_first, width)
+            self._widths[with_first] = self._priors[with_first].width
+        return self._priors[with_first]
+
+    @property
+    def priors(self) -> tuple[KernelPrior, KernelPrior]:
+        """Before and after the first answer tokens."""
+        return self.prior(with_first=False), self.prior(with_first=True)
 
     def forget_history(self) -> None:
         """As if no prompt had come before; what the prior learned stays."""

@@ -7,6 +7,7 @@ import pytest
 
 from emoe_jax.predictor import Predictor, PredictorConfig, PredictorError, Prompts, network
 from emoe_jax.predictor.inputs import History
+from emoe_jax.predictor.prior import KernelPrior
 from tests.traces.synthetic import make_trace
 
 CONFIG = PredictorConfig(3, 8, 2, embedding_dim=5, width=8, heads=2, blocks=1, members=1, first_tokens=4)
@@ -33,6 +34,21 @@ def test_a_saved_predictor_predicts_the_same(predictor, prompts, tmp_path):
     assert expected.shape == (3, 8)
     np.testing.assert_allclose(expected.sum(-1), 1, rtol=1e-5)
     assert loaded.num_parameters == predictor.num_parameters > 0
+
+
+def test_a_loaded_predictor_chooses_no_width_and_fits_no_prior_that_is_not_asked_for(predictor, tmp_path, monkeypatch):
+    predictor.save(tmp_path)
+    fitted = []
+    monkeypatch.setattr(
+        "emoe_jax.predictor.predictor.KernelPrior",
+        lambda *arguments: fitted.append(arguments[2:]) or KernelPrior(*arguments),
+    )
+    loaded = Predictor.load(tmp_path)
+    loaded.predict("chat")
+    before, after = predictor.priors
+    assert fitted == [(False, before.width)]
+    assert loaded.priors[1].width == after.width
+    assert fitted == [(False, before.width), (True, after.width)]
 
 
 def test_tasks_never_seen_and_absent_embeddings_are_fine(predictor):
@@ -99,6 +115,9 @@ def test_damaged_directories_are_one_clear_line(predictor, tmp_path):
         ("config.json", json.dumps({**config, "arch": "rnn"}).encode(), "arch is 'rnn'"),
         ("config.json", json.dumps({**config, "num_layers": "3"}).encode(), "positive integer"),
         ("config.json", json.dumps({**config, "num_layers": 4}).encode(), "the predictor is for"),
+        ("config.json", json.dumps({**config, "prior_widths": [1.0]}).encode(), "two positive numbers"),
+        ("config.json", json.dumps({**config, "prior_widths": [1.0, "2"]}).encode(), "two positive numbers"),
+        ("config.json", json.dumps({**config, "prior_widths": 3}).encode(), "two positive numbers"),
         ("memory.npz", None, "memory.npz is missing"),
         ("memory.npz", good["memory.npz"][:200], "damaged"),
         ("weights.safetensors", None, "weights.safetensors is missing"),
