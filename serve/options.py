@@ -141,10 +141,11 @@ def _build_parser() -> _Parser:
     )
     add(
         "--host-memory",
-        type=_bytes,
-        default="0B",
+        type=_bytes_or_auto,
+        default="auto",
         metavar="SIZE",
-        help="host memory that may hold experts off the device, for example 90GiB",
+        help="host memory that may keep experts off the device, for example 90GiB, or 0B (default: all of them, in at "
+        "most half of the machine's memory)",
     )
     add(
         "--device-memory",
@@ -279,6 +280,10 @@ def _bytes(text: str) -> str:
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
+
+
+def _bytes_or_auto(text: str) -> str:
+    return text if text == "auto" else _bytes(text)
 
 
 def _bandwidth(text: str) -> str:

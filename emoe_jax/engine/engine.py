@@ -25,7 +25,7 @@ from emoe_jax.engine.grammar import Grammars
 from emoe_jax.engine.intake import Intake, Prompt
 from emoe_jax.engine.knowledge import RoutingKnowledge
 from emoe_jax.engine.kv_cache import PAGE_SIZE, new_cache
-from emoe_jax.engine.memory import MemoryPlan, parse_bandwidth, usable_memory
+from emoe_jax.engine.memory import MemoryPlan, allow_pinned_memory, machine_memory, parse_bandwidth, usable_memory
 from emoe_jax.engine.opening import open_residency
 from emoe_jax.engine.pages import PagePool
 from emoe_jax.engine.quality import Quality
@@ -106,7 +106,7 @@ class Engine:
         max_num_batched_tokens: int = 512,
         scheduling_policy: str = "slo",
         policy: str = "emoe",
-        host_memory: str | int = 0,
+        host_memory: str | int = "auto",
         kv_memory: str | int | None = None,
         device_memory: str | int | None = None,
         memory_trade: bool = False,
@@ -126,7 +126,8 @@ class Engine:
 
         `expert_memory` is a share ("40%"), bytes ("6GiB") or slots per layer ("8 slots"). `dtype="auto"` is the
         checkpoint's on an accelerator and float32 on CPU, where half-precision matrix products are slow. `host_memory`
-        and `kv_memory` are bytes ("2GiB"), as is `device_memory`, of which everything on the device takes its
+        is what experts off the device may take in bytes ("2GiB"), by default all of them in at most half of the
+        machine's memory. `kv_memory` is bytes too, as is `device_memory`, of which everything on the device takes its
         part: by default what is free of it. With `memory_trade`, experts make room for the KV cache while
         requests lack pages, once `warm_up` has compiled for both. With `prefix_caching` the tokens that prompts
         begin with are not computed while the KV cache still has them. `policy` says which experts are kept
@@ -146,6 +147,7 @@ class Engine:
         config = checkpoint.config
         if not 0 <= load_wait_ms <= 60_000:
             raise ConfigError(f"load_wait_ms is {load_wait_ms}; expected 0 to 60000")
+        allow_pinned_memory()
         plan = functools.partial(
             MemoryPlan.of,
             config,
@@ -154,6 +156,7 @@ class Engine:
             dtype=dtype,
             expert_memory=expert_memory,
             host_memory=host_memory,
+            machine_bytes=machine_memory(),
             kv_memory=kv_memory,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,

@@ -25,6 +25,11 @@ WORKSPACE_SHARE = 0.1
 Spread = Callable[[tuple[int, ...]], tuple[int, ...]]
 """The same number of slots, distributed otherwise over the layers."""
 
+HOST_SHARE = 0.5
+"""Share of what is left of the machine's memory that experts off the device may take where nobody says how much."""
+
+_PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -61,7 +66,8 @@ class MemoryPlan:
         device_bytes: int,
         dtype: str = "auto",
         expert_memory: str | int = "40%",
-        host_memory: str | int = 0,
+        host_memory: str | int = "auto",
+        machine_bytes: int = 0,
         kv_memory: str | int | None = None,
         max_model_len: int | None = None,
         max_num_seqs: int = 16,
@@ -74,7 +80,9 @@ class MemoryPlan:
         `step_bytes` is what a step takes beside its arguments (`step_workspace`); without it, a share of the device is
         workspace. `max_model_len` defaults to the model's limit, or to what the KV cache can hold of one sequence.
         `spread` distributes slots over layers, unless the budget names slots per layer. With `may_trade`, slots can
-        become pages where the KV cache has not all it wants. Raises `CapacityError` with both numbers when something
+        become pages where the KV cache has not all it wants. `host_memory="auto"` has room for all experts in
+        `HOST_SHARE` of the machine's memory at most, less what a plan for a CPU takes of it, and for none where all are
+        on the device. Raises `CapacityError` with both numbers when something
         does not fit, `ConfigError` for a malformed amount.
         """
         dtype = resolve_dtype(dtype, config, platform)
@@ -121,6 +129,14 @@ class MemoryPlan:
             needed, wanted = pages_for(longest), max_num_seqs * pages_for(longest)
             room = device_bytes - dense - staging
             planned, lean, step_bytes = trading(planned, sizes, wanted + 1, needed + 1, config.top_k, room, step_bytes)
+        if host_memory != "auto":
+            host = parse_bytes("host_memory", host_memory)
+        elif lean is None and min(slots) == config.num_experts:
+            host = 0
+        else:
+            taken = dense + slab + planned.num_pages * page + staging + step_bytes if platform == "cpu" else 0
+            host = int(max(0, machine_bytes - taken) * HOST_SHARE)
+            host = min(host, len(slots) * config.num_experts * layout.nbytes)
         return cls(
             dtype=dtype,
             device_bytes=device_bytes,
@@ -128,7 +144,7 @@ class MemoryPlan:
             slab_bytes=slab,
             kv_bytes=planned.num_pages * page,
             workspace_bytes=staging + step_bytes,
-            host_bytes=parse_bytes("host_memory", host_memory),
+            host_bytes=host,
             capacities=slots,
             num_pages=planned.num_pages,
             max_model_len=longest,
@@ -202,7 +218,7 @@ def usable_memory(amount: str | int | None = None) -> int:
     if stats and "bytes_limit" in stats:
         most, free = int(stats["bytes_limit"]), int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
     else:
-        most = free = _host_memory()
+        most = free = machine_memory()
     if amount is None:
         return free
     asked = parse_bytes("device_memory", amount)
@@ -211,13 +227,21 @@ def usable_memory(amount: str | int | None = None) -> int:
     return asked
 
 
-def _host_memory() -> int:
+def machine_memory() -> int:
+    """Bytes of memory of the machine, or of the container that this process runs in."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
     except OSError:
         return machine
     return min(machine, int(limit)) if limit.isdigit() else machine
+
+
+def allow_pinned_memory() -> None:
+    """Let page-locked memory be limited by the plan alone. Without effect once JAX has a GPU: XLA's limit, 64 GB where
+    the environment says nothing, is read then.
+    """
+    os.environ.setdefault(_PINNED_LIMIT, str(math.ceil(machine_memory() / 2**30)))
 
 
 def dense_parameters(config: ModelConfig) -> int:

@@ -67,7 +67,7 @@ class Residency:
         self.slab = ExpertSlab(layout, capacities)
         self.table = SlotTable(capacities, config.num_experts, sharding=self.slab.sharding)
         self._config = config
-        store = ExpertStore(
+        self._store = ExpertStore(
             reader,
             layout,
             len(config.moe_layers),
@@ -76,7 +76,7 @@ class Residency:
             memory_kind=memory_kind,
             sharding=self.slab.sharding,
         )
-        self._loader = ExpertLoader(store, self.slab, self.table, bandwidth=link_bandwidth)
+        self._loader = ExpertLoader(self._store, self.slab, self.table, bandwidth=link_bandwidth)
         self.waves = WaveLoader(self._loader, self.table, self._eviction_order)
         self._wishes: Int[np.ndarray, "M E"] = np.zeros(shape, np.int64)
         self._wishes_resident = 0
@@ -254,6 +254,7 @@ class Residency:
                 "useless": self._useless,
                 "last_error": self._last_error,
             },
+            "store": dataclasses.asdict(self._store.stats),
         }
 
     def close(self) -> None:

@@ -29,7 +29,8 @@ class ExpertReader(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class StoreStats:
-    """Totals since the store was made. `seconds` is time inside the reader, summed over threads."""
+    """Totals since the store was made. `seconds` is time inside the reader, summed over threads; `unpinned`
+    counts records for which there was no page-locked memory."""
 
     hits: int = 0
     reads: int = 0
@@ -37,6 +38,7 @@ class StoreStats:
     read_bytes: int = 0
     seconds: float = 0.0
     evictions: int = 0
+    unpinned: int = 0
     host_bytes: int = 0
 
 
@@ -140,7 +142,13 @@ class ExpertStore:
         record.flags.writeable = False  # device arrays may alias it: a later write would change the slab's source
         if self._pinned is None or not self._host_records:
             return record
-        return jax.block_until_ready(jax.device_put(record, self._pinned))
+        try:
+            return jax.block_until_ready(jax.device_put(record, self._pinned))
+        except jax.errors.JaxRuntimeError:  # no more page-locked memory: the tier stays as large as it is
+            with self._lock:
+                self._host_records = len(self._tier)
+                self._count(unpinned=1)
+            return record
 
     def _keep(self, key: tuple[int, int], record: HostRecord) -> None:
         if not self._host_records:

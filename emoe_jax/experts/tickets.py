@@ -71,7 +71,8 @@ class TicketQueue:
         self._window = window
         self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)  # workers wait here
-        self._progress = threading.Condition(self._lock)  # everyone else
+        self._progress = threading.Condition(self._lock)  # whoever waits for urgent tickets
+        self._idle = threading.Condition(self._lock)  # whoever waits for all of them
         self._entries = itertools.count(1)
         self._tickets: dict[tuple[int, int], LoadTicket] = {}  # active ones
         # Heaps of (rank, entry, ticket). A ticket that moved on leaves its old entry behind, see `_first`.
@@ -146,7 +147,7 @@ class TicketQueue:
                 self._ready.append(ticket)
             else:
                 self._wake_workers()
-            self._progress.notify_all()
+            self._moved(ticket)
             return kept
 
     def set_failed(self, ticket: LoadTicket, error: Exception, retry_after: float | None) -> None:
@@ -161,7 +162,7 @@ class TicketQueue:
                     ticket.state, ticket.entry, ticket.delayed = LoadState.QUEUED, next(self._entries), True
                     heapq.heappush(self._delayed, (time.monotonic() + retry_after, ticket.entry, ticket))
             self._wake_workers()
-            self._progress.notify_all()
+            self._moved(ticket)
 
     @property
     def has_ready(self) -> bool:
@@ -181,7 +182,7 @@ class TicketQueue:
             for ticket in tickets:
                 ticket.state = LoadState.READY
                 self._ready.append(ticket)
-            self._progress.notify_all()
+                self._moved(ticket)
 
     def finish(self, ticket: LoadTicket, state: LoadState) -> None:
         with self._lock:
@@ -210,13 +211,8 @@ class TicketQueue:
 
     def wait_idle(self, timeout: float | None) -> bool:
         """Wait until workers can do nothing more before the next commit; False when `timeout` seconds ran out."""
-
-        def is_idle() -> bool:
-            waiting = _first(self._waiting) or _first(self._delayed)
-            return not self._staging and not (waiting and self._has_room())
-
         with self._lock:
-            return self._progress.wait_for(is_idle, timeout)
+            return self._idle.wait_for(self._is_idle, timeout)
 
     def in_flight(self, num_layers: int, num_experts: int) -> Bool[np.ndarray, "M E"]:
         """Experts on their way in, and those they are to replace."""
@@ -235,8 +231,8 @@ class TicketQueue:
                 if ticket.state is not LoadState.COMMITTING:
                     self._finish(ticket, LoadState.CANCELLED)
             self._ready.clear()
-            self._work.notify_all()
-            self._progress.notify_all()
+            for condition in (self._work, self._progress, self._idle):
+                condition.notify_all()
 
     def _push(self, ticket: LoadTicket, wake: bool = True) -> None:
         ticket.entry, ticket.delayed = next(self._entries), False
@@ -255,6 +251,17 @@ class TicketQueue:
         """After room was made. Not when nothing waits: waking a thread costs more than all else here."""
         if self._waiting or self._delayed:
             self._work.notify_all()
+
+    def _moved(self, ticket: LoadTicket) -> None:
+        """Wake those who wait for this, and no others: they would take turns with the worker for every expert."""
+        if ticket.urgent:
+            self._progress.notify_all()
+        if self._is_idle():
+            self._idle.notify_all()
+
+    def _is_idle(self) -> bool:
+        waiting = _first(self._waiting) or _first(self._delayed)
+        return not self._staging and not (waiting and self._has_room())
 
     def _has_room(self) -> bool:
         return self._staging + len(self._ready) < self._window
@@ -275,7 +282,7 @@ class TicketQueue:
             self._ready.remove(ticket)
         self._finish(ticket, LoadState.CANCELLED)
         self._wake_workers()
-        self._progress.notify_all()
+        self._moved(ticket)
         return True
 
     def _finish(self, ticket: LoadTicket, state: LoadState) -> None:

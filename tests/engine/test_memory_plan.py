@@ -139,6 +139,20 @@ def test_where_memory_is_tight_steps_are_compiled_before_it_is_split(tiny_checkp
         Engine.load(tiny_checkpoint, device_memory=device_for(4, 0, 60_000), max_model_len=96, **options)
 
 
+def test_host_memory_holds_all_experts_in_half_of_what_is_left() -> None:
+    experts = len(CONFIG.moe_layers) * CONFIG.num_experts * EXPERT
+    device = plan(10 << 20, platform="gpu", dtype="float32", machine_bytes=4 * experts)
+    assert device.host_bytes == experts
+    assert plan(10 << 20, platform="gpu", dtype="float32", machine_bytes=experts).host_bytes == experts // 2
+    shared = plan(10 << 20, machine_bytes=12 << 20, step_bytes=1 << 20)  # a CPU's memory is the machine's
+    taken = shared.dense_bytes + shared.slab_bytes + shared.kv_bytes + shared.workspace_bytes
+    assert shared.host_bytes == min(experts, ((12 << 20) - taken) // 2)
+    assert plan(10 << 20, machine_bytes=1 << 20).host_bytes == 0
+    assert plan(10 << 20, machine_bytes=1 << 40, expert_memory="100%").host_bytes == 0
+    assert plan(10 << 20, machine_bytes=1 << 40, host_memory="3MiB").host_bytes == 3 << 20
+    assert plan(10 << 20, machine_bytes=1 << 40, host_memory=0).host_bytes == 0
+
+
 def test_a_budget_is_within_the_device() -> None:
     assert usable_memory("1MiB") == 1 << 20
     assert 0 < usable_memory() < 1 << 60

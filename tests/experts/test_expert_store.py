@@ -104,6 +104,25 @@ def test_pinned_host_tier():
     assert store.read(0, 1) is record
 
 
+def test_without_page_locked_memory_left_the_tier_stays_as_large_as_it_is(monkeypatch: pytest.MonkeyPatch):
+    store = make_store(FakeReader(), records=4, memory_kind="pinned_host")
+    pinned = [store.read(0, expert) for expert in range(2)]
+
+    def refuse(*_: object) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of host memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(jax, "device_put", refuse)
+        record = store.read(0, 2)
+    assert all(isinstance(record, jax.Array) for record in pinned)
+    assert isinstance(record, np.ndarray)
+    np.testing.assert_array_equal(record, expected(0, 2))
+    assert [store.is_in_host_memory(0, expert) for expert in range(3)] == [False, True, True]
+    assert (store.stats.unpinned, store.stats.host_bytes) == (1, 2 * LAYOUT.nbytes)
+    assert isinstance(store.read(0, 3), jax.Array)
+    assert store.stats.host_bytes == 2 * LAYOUT.nbytes
+
+
 def test_out_of_range_and_negative_budget_are_refused():
     store = make_store(FakeReader(), 1)
     with pytest.raises(IndexError, match=r"no expert 8 in layer 0: 2 x 8"):

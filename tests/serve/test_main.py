@@ -120,7 +120,7 @@ def test_flags_win_over_the_configuration_file(tmp_path: Path) -> None:
     assert (options.model, options.max_num_seqs, options.seed) == ("here", 3, 6)
     assert not options.prefix_caching
     assert parse_options(["--config", str(path), "--prefix-caching"]).prefix_caching
-    assert (options.api_key, options.expert_memory, options.host_memory) == (["a", "b"], "8 slots", "0B")
+    assert (options.api_key, options.expert_memory, options.host_memory) == (["a", "b"], "8 slots", "auto")
 
 
 def test_a_taken_port_is_named_before_loading(capsys: pytest.CaptureFixture[str]) -> None:
