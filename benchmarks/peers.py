@@ -318,12 +318,12 @@ def slab_overhead(repetitions: int) -> dict[str, Any]:
         np.ones(1, np.int32),
         1 + np.arange(pages, dtype=np.int32)[None],
     )
+    kept = np.zeros(1, np.int32)
     caches = {name: new_cache(config, pages + 1, "float32") for name in ("slab", "plain")}
 
     def run_slab() -> None:
-        caches["slab"], out = resident_step(
-            leaves, experts, table, caches["slab"], inputs, skeleton=skeleton, config=config
-        )
+        arguments = (leaves, experts, table, caches["slab"], inputs, kept)
+        caches["slab"], out = resident_step(*arguments, skeleton=skeleton, config=config)
         jax.device_get((out.logits, out.wish_counts, out.substituted))
 
     def run_plain() -> None:

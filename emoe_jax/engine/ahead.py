@@ -66,23 +66,29 @@ def step_workspace(model: Decoder, plan: MemoryPlan, buckets: Buckets, executabl
     table = jax.ShapeDtypeStruct((len(config.moe_layers), config.num_experts), np.int32)
     experts = tuple(jax.eval_shape(lambda c=capacity: layout.empty_weights(c)) for capacity in plan.capacities)
     cache = jax.eval_shape(lambda: new_cache(config, plan.num_pages, dtype))
-    arguments = jax.tree.map(on_device, (leaves, experts, table, cache))
+    kept = jax.ShapeDtypeStruct(buckets.sequences[-1:], np.int32)
+    leaves, experts, table, cache, kept = jax.tree.map(on_device, (leaves, experts, table, cache, kept))
     shapes = MemoryShapes(plan.capacities, (plan.num_pages,) * config.num_layers)
 
     def compile_step(shape: Shape) -> None:
         inputs = empty_batch(shape, "resident").inputs
-        executables.compile(step.resident_step, (shape, shapes), *arguments, inputs, skeleton=skeleton, config=config)
+        arguments = (leaves, experts, table, cache, inputs, kept)
+        executables.compile(step.resident_step, (shape, shapes), *arguments, skeleton=skeleton, config=config)
 
     largest = {buckets.fit(buckets.sequences[-1], 1), buckets.fit(1, buckets.chunk_tokens[-1])}
     with ThreadPoolExecutor() as pool:
         for compiled in [pool.submit(compile_step, shape) for shape in sorted(largest)]:
             compiled.result()
-    compile_adjusted_choice(executables, buckets.sequences[-1], config.vocab_size, sharding)
+    compile_adjusted_choice(executables, buckets, buckets.sequences[-1], config.vocab_size, sharding)
     return int(executables.workspace_bytes * MARGIN)
 
 
-def compile_adjusted_choice(executables: Executables, B: int, V: int, sharding: jax.sharding.Sharding) -> None:
+def compile_adjusted_choice(
+    executables: Executables, buckets: Buckets, B: int, V: int, sharding: jax.sharding.Sharding
+) -> None:
     """The sampler for a batch in which a row has penalties, biases or a grammar."""
     logits = jax.ShapeDtypeStruct((B, V), jnp.float32, sharding=sharding)
     sampling = dataclasses.replace(SamplingArrays.of([], B), adjustments=Adjustments.none(B, V))
-    executables.compile(step.choose_tokens, (B, True), logits, sampling, np.asarray(False))
+    kept = jax.ShapeDtypeStruct(buckets.sequences[-1:], np.int32, sharding=sharding)
+    places = np.zeros(B, np.int32)
+    executables.compile(step.choose_tokens, (B, True), logits, sampling, np.asarray(False), kept, places)

@@ -1,6 +1,7 @@
 """From a step plan to padded arrays: batches in a few fixed shapes."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -70,10 +71,11 @@ class Batch(NamedTuple):
     sampling: SamplingArrays
     want_logprobs: np.ndarray
 
-    @property
-    def awaits(self) -> bool:
-        """Whether a token to feed is still on the device."""
-        return any(piece.start >= piece.sequence.num_known for piece in self.pieces)
+    def await_tokens(self, places: Mapping[Sequence, int]) -> None:
+        """Feed tokens that the host does not know from where the plan before has put them on the device."""
+        for row, (sequence, start, *_) in enumerate(self.pieces):
+            if start >= sequence.num_known:
+                self.inputs.tokens[row, 0] = -1 - places[sequence]
 
     def prompt_targets(self) -> np.ndarray | None:
         """Of a prompt's chunk, the token that follows each of its own (0 past the prompt): `[T]`.

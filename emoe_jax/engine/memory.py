@@ -261,7 +261,9 @@ def parse_bandwidth(amount: str | float | None, name: str = "link_bandwidth") ->
 
 
 def parse_bytes(name: str, amount: str | int) -> int:
-    """An integer of bytes, or text such as `2GiB`."""
+    """An integer of bytes, or text such as `2GiB`; nothing needs no unit."""
+    if amount == "0":
+        return 0
     if isinstance(amount, int):
         if amount < 0:
             raise ConfigError(f"{name} is {amount}; expected a positive number of bytes")

@@ -92,10 +92,11 @@ class Runner:
         Raises what the expert store raises under the `exact` contract; the cache stays usable.
         """
         batches = batches_of(plan, self.buckets)
-        before, self._places = self._places, {}
-        # All of them before the first is run, which puts its tokens where those of others may be.
-        fed = [self._with_kept_tokens(batch, before) if batch.awaits else batch for batch in batches]
-        return Dispatched(plan, batches, [self._run_batch(batch) for batch in fed])
+        places, kept = self._places, self._kept
+        self._places = {}
+        for batch in batches:
+            batch.await_tokens(places)
+        return Dispatched(plan, batches, [self._run_batch(batch, kept) for batch in batches])
 
     def collect(self, dispatched: Dispatched) -> RunResult:
         """Wait for a plan's tokens, and count the expert assignments of each sequence that has not ended meanwhile."""
@@ -158,7 +159,7 @@ class Runner:
         batch = empty_batch(Shape(1, 1 << (length - 1).bit_length(), 0), routing)
         batch.inputs.tokens[0, :length] = token_ids
         batch.inputs.lengths[0] = length
-        x, _, _ = self._layer_by_layer(batch, cached=False)
+        x, _, _ = self._layer_by_layer(batch, self._kept, cached=False)
         logits = self._call(step.all_logits, batch.shape, self._leaves, x, skeleton=self._skeleton)
         return np.asarray(logits)[0, :length]
 
@@ -169,13 +170,14 @@ class Runner:
             forwards = [pool.submit(self._compile_resident, shape) for shape in shapes]
             V, sharding = self.config.vocab_size, self._residency.slab.sharding
             forwards += [
-                pool.submit(compile_adjusted_choice, self.executables, B, V, sharding) for B in self.buckets.sequences
+                pool.submit(compile_adjusted_choice, self.executables, self.buckets, B, V, sharding)
+                for B in self.buckets.sequences
             ]
             forwards += [pool.submit(self._compile_prompt_logprobs, T) for T in sorted({1, *self.buckets.chunk_tokens})]
             total, done = len(shapes) + len(forwards), 0
             for shape in shapes:
                 if not self._residency.is_full:
-                    jax.block_until_ready(self._run_batch(empty_batch(shape, "exact")))
+                    jax.block_until_ready(self._run_batch(empty_batch(shape, "exact"), self._kept))
                 done += 1
                 if progress is not None:
                     progress(done, total)
@@ -185,29 +187,30 @@ class Runner:
                 if progress is not None:
                     progress(done, total)
         for shape in shapes:
-            jax.block_until_ready(self._run_batch(empty_batch(shape, "resident")))
-        for B in self.buckets.sequences:
-            self._with_kept_tokens(empty_batch(self.buckets.fit(B, 1), "resident"), {})
+            jax.block_until_ready(self._run_batch(empty_batch(shape, "resident"), self._kept))
         self.move_pages({0: 0})
 
-    def _run_batch(self, batch: Batch) -> tuple[Any, ...]:
-        """Dispatch one batch: its tokens, wish counts, substituted choices and wishes, still on the device."""
+    def _run_batch(self, batch: Batch, kept: Int[Array, " S"]) -> tuple[Any, ...]:
+        """Dispatch one batch: its tokens, wish counts, substituted choices and wishes, still on the device.
+
+        `kept` are the tokens of the steps before; those of the batches before it in the same step are not among them.
+        """
         if batch.routing == "exact" and not self._residency.is_full:
-            outputs = self._run_exact(batch)
+            outputs = self._run_exact(batch, kept)
         else:
-            cache, outputs = self._call(
-                step.resident_step, (batch.shape, self._shapes), *self._resident_arguments(batch), **self._statics
-            )
+            arguments = self._resident_arguments(batch, kept)
+            cache, outputs = self._call(step.resident_step, (batch.shape, self._shapes), *arguments, **self._statics)
             self._cache = list(cache)
         adjusted = batch.sampling.adjustments is not None
-        sampled = self._call(
+        sampled, self._kept = self._call(
             step.choose_tokens,
             (batch.shape.sequences, adjusted),
             outputs.logits,
             batch.sampling,
             batch.want_logprobs,
+            self._kept,
+            self._places_for(batch),
         )
-        self._keep_tokens(batch, sampled.tokens)
         return (
             sampled,
             self._prompt_logprobs(batch, outputs.hidden),
@@ -216,28 +219,16 @@ class Runner:
             outputs.wishes,
         )
 
-    def _with_kept_tokens(self, batch: Batch, kept: Mapping[Sequence, int]) -> Batch:
-        """A batch of decodes that feeds kept tokens where the host does not know them."""
-        places = self._no_places(batch)
-        for row, (sequence, start, *_) in enumerate(batch.pieces):
-            if start >= sequence.num_known:
-                places[row] = kept[sequence]
-        tokens = self._call(step.await_tokens, len(places), batch.inputs.tokens, self._kept, places)
-        return batch._replace(inputs=dataclasses.replace(batch.inputs, tokens=tokens))
-
-    def _keep_tokens(self, batch: Batch, tokens: Int[Array, " B"]) -> None:
-        """Keep a batch's tokens on the device for the plan that follows."""
-        places = self._no_places(batch)
+    def _places_for(self, batch: Batch) -> Int[np.ndarray, " B"]:
+        """Where the tokens that a batch samples are kept for the plan that follows."""
+        places = np.full(batch.shape.sequences, self._kept.shape[0], np.int32)
         for row, piece in enumerate(batch.pieces):
             if piece.samples:
                 places[row] = self._places[piece.sequence] = len(self._places)
-        self._kept = self._call(step.keep_tokens, len(places), self._kept, tokens, places)
+        return places
 
-    def _no_places(self, batch: Batch) -> Int[np.ndarray, " B"]:
-        return np.full(batch.shape.sequences, self._kept.shape[0], np.int32)
-
-    def _run_exact(self, batch: Batch) -> step.StepOutputs:
-        x, wish_counts, wishes = self._layer_by_layer(batch, cached=True)
+    def _run_exact(self, batch: Batch, kept: Int[Array, " S"]) -> step.StepOutputs:
+        x, wish_counts, wishes = self._layer_by_layer(batch, kept, cached=True)
         logits = self._call(
             step.last_logits, batch.shape[:2], self._leaves, x, batch.inputs.lengths, skeleton=self._skeleton
         )
@@ -245,14 +236,14 @@ class Runner:
         return step.StepOutputs(x, logits, np.stack(wish_counts), nothing, wishes)
 
     def _layer_by_layer(
-        self, batch: Batch, *, cached: bool
+        self, batch: Batch, kept: Int[Array, " S"], *, cached: bool
     ) -> tuple[Float[Array, "B T D"], list[Int[np.ndarray, " E"]], list[step.Wishes]]:
         """A forward that stops at every router: the `exact` contract, and forwards without the cache.
 
         Returns the last hidden states, the wish counts and (still on the device) the wishes per MoE layer.
         """
         config, shape, inputs = self.config, batch.shape, batch.inputs
-        x = self._call(step.embed, shape[:2], self._leaves, inputs.tokens, skeleton=self._skeleton)
+        x = self._call(step.embed, shape[:2], self._leaves, inputs.tokens, kept, skeleton=self._skeleton)
         wish_counts: list[np.ndarray] = []
         wishes: list[step.Wishes] = []
         for index, (skeleton, leaves) in enumerate(self._layers):
@@ -302,7 +293,7 @@ class Runner:
             return (self._residency.table.slot_of_expert[m].copy(),)
         return self._residency.waves.waves(m, wish_counts)
 
-    def _resident_arguments(self, batch: Batch) -> tuple[Any, ...]:
+    def _resident_arguments(self, batch: Batch, kept: Int[Array, " S"]) -> tuple[Any, ...]:
         residency = self._residency
         return (
             self._leaves,
@@ -310,6 +301,7 @@ class Runner:
             residency.table.device_table(),
             tuple(self._cache),
             batch.inputs,
+            kept,
         )
 
     def _prompt_logprobs(self, batch: Batch, hidden: Float[Array, "B T D"]) -> TokenLogprobs | None:
@@ -331,14 +323,14 @@ class Runner:
     def _compile_resident(self, shape: Shape) -> None:
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
-            self._resident_arguments(empty_batch(shape, "resident")),
+            self._resident_arguments(empty_batch(shape, "resident"), self._kept),
         )
         self.executables.compile(step.resident_step, (shape, self._shapes), *shapes, **self._statics)
 
     def _compile_prompt_logprobs(self, T: int) -> None:
         targets = np.zeros(T, np.int32)
         embed = functools.partial(step.embed, skeleton=self._skeleton)
-        hidden = jax.eval_shape(embed, self._leaves, targets[None])
+        hidden = jax.eval_shape(embed, self._leaves, targets[None], self._kept)
         hidden = jax.ShapeDtypeStruct(hidden.shape, hidden.dtype, sharding=self._residency.slab.sharding)
         self.executables.compile(step.prompt_logprobs, T, self._leaves, hidden, targets, skeleton=self._skeleton)
 

@@ -4,7 +4,7 @@
 so that the host can load what is missing: `embed`, then per layer `attend_and_route`, `expert_wave` (once per wave)
 and `close_moe` (or `dense_layer`), then `last_logits`. Without a cache the same pieces make an uncached forward.
 `choose_tokens` follows either, compiled twice per batch size (with and without penalties), and `prompt_logprobs` where
-a request asks for them. `keep_tokens` and `await_tokens` hand a step's tokens to the next one on the device.
+a request asks for them. Tokens are kept on the device, where the next step finds those that the host has not read yet.
 """
 
 import dataclasses
@@ -52,7 +52,10 @@ class Skeleton:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepInputs:
-    """A padded batch: `lengths` new tokens of each sequence, the first at position `starts`. Built on the host."""
+    """A padded batch: `lengths` new tokens of each sequence, the first at position `starts`. Built on the host.
+
+    A token of `-1 - p` is the one at place `p` of those that the steps before have kept.
+    """
 
     tokens: Int[Array | np.ndarray, "B T"]
     starts: Int[Array | np.ndarray, " B"]
@@ -106,6 +109,11 @@ class Routed(NamedTuple):
     wish_counts: Int[Array, " E"]
 
 
+def _with_kept(tokens: Int[Array | np.ndarray, "B T"], kept: Int[Array, " S"]) -> Int[Array, "B T"]:
+    tokens = jnp.asarray(tokens)
+    return jnp.where(tokens < 0, kept.at[-1 - tokens].get(mode="clip"), tokens)
+
+
 def _wish_counts(routing: Routing, valid: Bool[Array, " R"], num_experts: int) -> Int[Array, " E"]:
     wishes = jnp.where(valid[:, None], routing.wish_ids, num_experts)
     return jnp.zeros((num_experts,), jnp.int32).at[wishes.reshape(-1)].add(1, mode="drop")
@@ -129,6 +137,7 @@ def resident_step(
     slots: Int[Array, "M E"],
     cache: KVCache,
     inputs: StepInputs,
+    kept: Int[Array, " S"],
     *,
     skeleton: Skeleton,
     config: ModelConfig,
@@ -138,7 +147,7 @@ def resident_step(
     view = inputs.view()
     B, T = inputs.tokens.shape
     valid = view.valid.reshape(-1)
-    x = model.embed(jnp.asarray(inputs.tokens))
+    x = model.embed(_with_kept(inputs.tokens, kept))
     new_cache: list[LayerKV] = []
     counts: list[Array] = []
     wishes: list[Wishes] = []
@@ -170,9 +179,9 @@ def resident_step(
 
 @partial(jax.jit, static_argnames=("skeleton",))
 def embed(
-    leaves: tuple[Array, ...], tokens: Int[Array | np.ndarray, "B T"], *, skeleton: Skeleton
+    leaves: tuple[Array, ...], tokens: Int[Array | np.ndarray, "B T"], kept: Int[Array, " S"], *, skeleton: Skeleton
 ) -> Float[Array, "B T D"]:
-    return skeleton.join(leaves).embed(jnp.asarray(tokens))
+    return skeleton.join(leaves).embed(_with_kept(tokens, kept))
 
 
 @partial(jax.jit, static_argnames=("skeleton", "config", "window", "restricted"), donate_argnames=("cache",))
@@ -275,24 +284,14 @@ def prompt_logprobs(
     return jax.lax.map(of_row, (x[0], jnp.asarray(targets)), batch_size=min(PROMPT_ROWS, x.shape[1]))
 
 
-@partial(jax.jit, donate_argnames=("tokens",))
-def keep_tokens(
-    tokens: Int[Array, " S"], chosen: Int[Array, " B"], places: Int[Array | np.ndarray, " B"]
-) -> Int[Array, " S"]:
-    """`tokens` with those just chosen at `places`, where steps to come find them; `S` is no place. Donates `tokens`."""
-    return tokens.at[places].set(chosen, mode="drop")
-
-
-@jax.jit
-def await_tokens(
-    tokens: Int[Array | np.ndarray, "B 1"], kept: Int[Array, " S"], places: Int[Array | np.ndarray, " B"]
-) -> Int[Array, "B 1"]:
-    """`tokens`, but for rows with a place (below `S`) the token kept there, which the host has not read yet."""
-    return jnp.where(places[:, None] < kept.shape[0], kept.at[places].get(mode="clip")[:, None], tokens)
-
-
 @jax.jit
 def choose_tokens(
-    logits: Float[Array, "B V"], sampling: SamplingArrays, want_logprobs: Bool[Array | np.ndarray, ""]
-) -> Sampled:
-    return sample(logits, sampling, jnp.asarray(want_logprobs))
+    logits: Float[Array, "B V"],
+    sampling: SamplingArrays,
+    want_logprobs: Bool[Array | np.ndarray, ""],
+    kept: Int[Array, " S"],
+    places: Int[Array | np.ndarray, " B"],
+) -> tuple[Sampled, Int[Array, " S"]]:
+    """The next tokens, and `kept` with them at `places`; `S` is no place."""
+    sampled = sample(logits, sampling, jnp.asarray(want_logprobs))
+    return sampled, kept.at[places].set(sampled.tokens, mode="drop")

@@ -43,15 +43,16 @@ class Pieces:
         choices: Any = jax.ShapeDtypeStruct((B * T, config.top_k), jnp.int32)
         weights: Any = jax.ShapeDtypeStruct((B * T, config.top_k), jnp.float32)
         counts: Any = jax.ShapeDtypeStruct((config.num_experts,), jnp.int32)
+        self.kept: Any = jax.ShapeDtypeStruct((16,), jnp.int32)
         self.routed = step.Routed(self.x, self.rows, choices, weights, counts)
 
     def resident_step(self) -> Call:
         experts = (self.experts,) * len(self.config.moe_layers)
-        arguments = (self.leaves, experts, self.slots, self.cache, self.batch.inputs)
+        arguments = (self.leaves, experts, self.slots, self.cache, self.batch.inputs, self.kept)
         return step.resident_step, arguments, {"skeleton": self.skeleton, "config": self.config}
 
     def embed(self) -> Call:
-        return step.embed, (self.leaves, self.batch.inputs.tokens), {"skeleton": self.skeleton}
+        return step.embed, (self.leaves, self.batch.inputs.tokens, self.kept), {"skeleton": self.skeleton}
 
     def attend_and_route(self) -> Call:
         statics = {"skeleton": self.layer_skeleton, "config": self.config, "window": None, "restricted": False}
@@ -77,18 +78,10 @@ class Pieces:
         x: Any = jax.ShapeDtypeStruct((1, *self.x.shape[1:]), jnp.float32)
         return step.prompt_logprobs, (self.leaves, x, targets), {"skeleton": self.skeleton}
 
-    def keep_tokens(self) -> Call:
-        B = self.batch.shape.sequences
-        kept, chosen = (jax.ShapeDtypeStruct((size,), jnp.int32) for size in (16, B))
-        return step.keep_tokens, (kept, chosen, np.zeros(B, np.int32)), {}
-
-    def await_tokens(self) -> Call:
-        B = self.batch.shape.sequences
-        kept = jax.ShapeDtypeStruct((16,), jnp.int32)
-        return step.await_tokens, (self.batch.inputs.tokens[:, :1], kept, np.zeros(B, np.int32)), {}
-
     def choose_tokens(self) -> Call:
-        return step.choose_tokens, (self.logits, self.batch.sampling, self.batch.want_logprobs), {}
+        places = np.zeros(self.batch.shape.sequences, np.int32)
+        arguments = (self.logits, self.batch.sampling, self.batch.want_logprobs, self.kept, places)
+        return step.choose_tokens, arguments, {}
 
 
 FUNCTIONS = [name for name, member in vars(Pieces).items() if callable(member) and not name.startswith("_")]

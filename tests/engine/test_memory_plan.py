@@ -150,7 +150,7 @@ def test_host_memory_holds_all_experts_in_half_of_what_is_left() -> None:
     assert plan(10 << 20, machine_bytes=1 << 20).host_bytes == 0
     assert plan(10 << 20, machine_bytes=1 << 40, expert_memory="100%").host_bytes == 0
     assert plan(10 << 20, machine_bytes=1 << 40, host_memory="3MiB").host_bytes == 3 << 20
-    assert plan(10 << 20, machine_bytes=1 << 40, host_memory=0).host_bytes == 0
+    assert plan(10 << 20, machine_bytes=1 << 40, host_memory="0").host_bytes == 0
 
 
 def test_a_budget_is_within_the_device() -> None:
