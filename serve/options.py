@@ -144,7 +144,7 @@ def _build_parser() -> _Parser:
         type=_bytes_or_auto,
         default="auto",
         metavar="SIZE",
-        help="host memory that may keep experts off the device, for example 90GiB, or 0B (default: all of them, in at "
+        help="host memory that may keep experts off the device, for example 90GiB, or 0 (default: all of them, in at "
         "most half of the machine's memory)",
     )
     add(

@@ -144,8 +144,10 @@ class ExpertStore:
             return record
         try:
             return jax.block_until_ready(jax.device_put(record, self._pinned))
-        except jax.errors.JaxRuntimeError:  # no more page-locked memory: the tier stays as large as it is
-            with self._lock:
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            with self._lock:  # no more page-locked memory: the tier stays as large as it is
                 self._host_records = len(self._tier)
                 self._count(unpinned=1)
             return record

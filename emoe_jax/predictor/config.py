@@ -37,7 +37,7 @@ class PredictorConfig:
     blocks: int = 2
     members: int = 3
     first_tokens: int = 16  # how many answer tokens the with-answer prediction was trained on
-    prior_widths: tuple[float, float] | None = None  # of the priors' kernels, without and with first answer tokens
+    prior_widths: tuple[float, float] | None = None  # of the priors' kernels; chosen anew where they are not known
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
@@ -89,9 +89,9 @@ class PredictorConfig:
         except (OSError, ValueError) as error:
             raise PredictorError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
         names = {field.name for field in dataclasses.fields(PredictorConfig)}
-        if not isinstance(values, dict) or set(values) != names:
+        if not isinstance(values, dict) or {*values, "prior_widths"} != names:
             raise PredictorError(f"{path} is not the description of a predictor")
-        if isinstance(values["prior_widths"], list):
+        if isinstance(values.get("prior_widths"), list):
             values["prior_widths"] = tuple(values["prior_widths"])
         return PredictorConfig(**values)
 

@@ -44,7 +44,7 @@ def test_a_sound_server_has_no_errors(client: httpx.Client) -> None:
     assert set(report["requests"]) == set(KINDS)
     assert report["compilations"] == 0
     assert report["rss_begin_mb"] > 10
-    assert report["rss_end_mb"] > 10
+    assert report["rss_slope_mb_per_min"] is not None
     assert report["pages_used_left"] == engine_state()["scheduler"]["pages_used"]
 
 

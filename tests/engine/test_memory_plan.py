@@ -1,6 +1,7 @@
 """Bytes of the memory plan: never above the budget, in either split and on the way between them."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,14 @@ from hypothesis import strategies as st
 from emoe_jax import Engine, SamplingParams
 from emoe_jax.config import ModelConfig
 from emoe_jax.engine.kv_cache import page_bytes, pages_for
-from emoe_jax.engine.memory import WORKSPACE_SHARE, MemoryPlan, dense_parameters, usable_memory
+from emoe_jax.engine.memory import (
+    WORKSPACE_SHARE,
+    MemoryPlan,
+    allow_pinned_memory,
+    dense_parameters,
+    machine_memory,
+    usable_memory,
+)
 from emoe_jax.engine.splits import MemorySplit, Sizes, changes, lean_split, peak_bytes
 from emoe_jax.errors import CapacityError, ConfigError
 from emoe_jax.experts.loader import staging_bytes
@@ -151,6 +159,18 @@ def test_host_memory_holds_all_experts_in_half_of_what_is_left() -> None:
     assert plan(10 << 20, machine_bytes=1 << 40, expert_memory="100%").host_bytes == 0
     assert plan(10 << 20, machine_bytes=1 << 40, host_memory="3MiB").host_bytes == 3 << 20
     assert plan(10 << 20, machine_bytes=1 << 40, host_memory="0").host_bytes == 0
+
+
+def test_page_locked_memory_is_limited_by_the_machine_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limit = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+    monkeypatch.setenv(limit, "7")
+    allow_pinned_memory()
+    assert os.environ[limit] == "7"
+    monkeypatch.delenv(limit)
+    allow_pinned_memory()
+    assert machine_memory() <= int(os.environ[limit]) * 2**30 < machine_memory() + 2**30
 
 
 def test_a_budget_is_within_the_device() -> None:

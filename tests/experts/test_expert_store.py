@@ -1,4 +1,5 @@
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -108,11 +109,17 @@ def test_without_page_locked_memory_left_the_tier_stays_as_large_as_it_is(monkey
     store = make_store(FakeReader(), records=4, memory_kind="pinned_host")
     pinned = [store.read(0, expert) for expert in range(2)]
 
-    def refuse(*_: object) -> None:
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of host memory")
+    def refuse(message: str) -> Callable[..., None]:
+        def device_put(*_: object) -> None:
+            raise jax.errors.JaxRuntimeError(message)
+
+        return device_put
 
     with monkeypatch.context() as patched:
-        patched.setattr(jax, "device_put", refuse)
+        patched.setattr(jax, "device_put", refuse("INTERNAL: the device is gone"))
+        with pytest.raises(jax.errors.JaxRuntimeError, match="the device is gone"):
+            store.read(0, 2)
+        patched.setattr(jax, "device_put", refuse("RESOURCE_EXHAUSTED: out of host memory"))
         record = store.read(0, 2)
     assert all(isinstance(record, jax.Array) for record in pinned)
     assert isinstance(record, np.ndarray)

@@ -51,6 +51,15 @@ def test_a_loaded_predictor_chooses_no_width_and_fits_no_prior_that_is_not_asked
     assert fitted == [(False, before.width), (True, after.width)]
 
 
+def test_where_no_width_is_stored_the_same_is_chosen(predictor, tmp_path):
+    predictor.save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["prior_widths"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    widths = [prior.width for prior in Predictor.load(tmp_path).priors]
+    assert widths == [prior.width for prior in predictor.priors]
+
+
 def test_tasks_never_seen_and_absent_embeddings_are_fine(predictor):
     for task in ("", "other", "qa/never seen"):
         assert np.isfinite(predictor.predict(task)).all()
