@@ -19,6 +19,7 @@ from emoe_jax.engine.admission import admission_policy
 from emoe_jax.engine.ahead import measured_plan
 from emoe_jax.engine.answer import Answer
 from emoe_jax.engine.batch import Buckets
+from emoe_jax.engine.deliveries import Deliveries
 from emoe_jax.engine.executables import Executables
 from emoe_jax.engine.foresight import Foresight
 from emoe_jax.engine.grammar import Grammars
@@ -90,6 +91,7 @@ class Engine:
         self._step_seconds = 0.0
         self._load_wait = load_wait
         self._answers: dict[str, Answer] = {}
+        self._deliveries = Deliveries()
         self._next_id = 0
         self._steps = 0
 
@@ -270,7 +272,11 @@ class Engine:
         routing: RoutingContract | None = None,
         slo: SLO | None = None,
     ) -> list[RequestOutput]:
-        """Answers to all prompts (strings, or lists of token ids), in order. Raises `RequestError` before starting."""
+        """Answers to all prompts (strings, or lists of token ids), in order. Raises `RequestError` before starting.
+
+        May be called while iterators of `stream` are open, which then find what its steps did for them. A step that
+        fails raises here if one of these prompts was part of it.
+        """
         if not isinstance(params, SamplingParams | None):
             raise RequestError(f"params are {type(params).__name__}; expected one SamplingParams for all prompts")
         ids = []
@@ -278,13 +284,15 @@ class Engine:
             for prompt in _as_prompts(prompts):
                 ids.append(self._new_id())
                 self.add_request(ids[-1], prompt, params or SamplingParams(), task=task, routing=routing, slo=slo)
+                self._deliveries.open(ids[-1], keep=False)
             while not all(self.output(request_id).finished for request_id in ids):
-                self.step()
+                self._advance()
+                for request_id in ids:
+                    self._deliveries.check(request_id)
             return [self.output(request_id) for request_id in ids]
         finally:
             for request_id in ids:
-                self.abort(request_id)
-                self._answers.pop(request_id, None)
+                self._forget(request_id)
 
     def stream(
         self,
@@ -295,15 +303,23 @@ class Engine:
         routing: RoutingContract | None = None,
         slo: SLO | None = None,
     ) -> Iterator[Delta]:
-        """The answer to one prompt piece by piece. Closing the iterator aborts the request."""
+        """The answer to one prompt piece by piece. The first `next` starts it, closing the iterator aborts it.
+
+        Several iterators may be open at once, beside calls of `generate` and `step`: whichever advances the engine,
+        each iterator gets all its own deltas. A step that fails raises from the iterators that were part of it.
+        """
         request_id = self._new_id()
         self.add_request(request_id, prompt, params or SamplingParams(), task=task, routing=routing, slo=slo)
+        self._deliveries.open(request_id)
+        answer = self._answers[request_id]
         try:
-            while not self.output(request_id).finished:
-                yield from (delta for delta in self.step() if delta.request_id == request_id)
+            while not answer.finished:
+                yield from self._deliveries.take(request_id)
+                if not answer.finished:
+                    self._advance()
+            yield from self._deliveries.take(request_id)
         finally:
-            self.abort(request_id)
-            self._answers.pop(request_id, None)
+            self._forget(request_id)
 
     def logits(self, token_ids: Rows[int], routing: RoutingContract | None = None) -> Float[np.ndarray, "T V"]:
         """Float32 logits of one uncached forward under the routing contract."""
@@ -353,10 +369,14 @@ class Engine:
         return token_ids
 
     def has_work(self) -> bool:
-        return self._scheduler.has_work
+        """Whether `step` has something to do or to return."""
+        return self._scheduler.has_work or self._deliveries.has_others
 
     def step(self) -> list[Delta]:
         """Commit staged experts, run one scheduled batch, and return what it added; `[]` when there is no work.
+
+        What the batch added to requests of `stream` is left to their iterators. What the steps of `stream` and
+        `generate` added to other requests since the last call is returned too.
 
         With `overlap` the batch after it is dispatched before its tokens are read, so that the device computes while
         the host books them.
@@ -364,6 +384,18 @@ class Engine:
         An exception of the device or of the expert store ends the requests of the batch with `error` and is raised
         after that; other requests go on with the next step.
         """
+        self._advance()
+        return self._deliveries.take_others()
+
+    def _advance(self) -> None:
+        """One step. Raises only what no request's owner will be told of."""
+        try:
+            self._deliveries.put(self._run_step())
+        except Exception as error:
+            if not self._deliveries.is_assigned(error):
+                raise
+
+    def _run_step(self) -> list[Delta]:
         if self._in_flight and all(sequence.finished for sequence in self._in_flight[0].plan.sequences):
             self._collect()  # nobody waits for it
         due = self._trade.look()
@@ -387,8 +419,8 @@ class Engine:
             self._foresight.settle(plan, self._load_wait)
         try:
             self._in_flight.append(self._runner.dispatch(plan))
-        except Exception:
-            self._fail(plan)
+        except Exception as error:
+            self._fail(plan, error)
             raise
         self._scheduler.dispatched(plan)
 
@@ -398,8 +430,8 @@ class Engine:
         plan = dispatched.plan
         try:
             result = self._runner.collect(dispatched)
-        except Exception:
-            self._fail(plan)
+        except Exception as error:
+            self._fail(plan, error)
             self._scheduler.update(plan, StepResult({}))
             raise
         ended = time.monotonic()
@@ -421,10 +453,11 @@ class Engine:
         self._step_seconds += seconds + time.monotonic() - ended
         return deltas
 
-    def _fail(self, plan: StepPlan) -> None:
+    def _fail(self, plan: StepPlan, error: Exception) -> None:
         """End the sequences of a plan that came to nothing."""
         for sequence in plan.sequences:
             if not sequence.finished:
+                self._deliveries.fail(sequence.request_id, error)
                 self._scheduler.finish(sequence, "error")
                 self._end(sequence, "error")
 
@@ -441,7 +474,7 @@ class Engine:
         """The request's output, forgetting (and aborting) the request."""
         self.abort(request_id)
         output = self.output(request_id)
-        del self._answers[request_id]
+        self._forget(request_id)
         return output
 
     def state(self) -> dict[str, Any]:
@@ -482,8 +515,16 @@ class Engine:
         self.close()
 
     def _new_id(self) -> str:
-        self._next_id += 1
-        return f"engine-{self._next_id}"
+        while True:
+            self._next_id += 1
+            if (request_id := f"engine-{self._next_id}") not in self._answers:
+                return request_id
+
+    def _forget(self, request_id: str) -> None:
+        """Abort a request and drop all that is known of it; unknown ids are fine."""
+        self.abort(request_id)
+        self._answers.pop(request_id, None)
+        self._deliveries.close(request_id)
 
     def _foresee(self, sequences: Rows[Sequence]) -> None:
         """Tell recorder and planner of a request that came."""
