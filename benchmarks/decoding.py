@@ -21,7 +21,7 @@ import json
 import statistics
 import sys
 import tempfile
-import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,10 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import timing
 from benchmarks.peers import MODEL, PROMPT, step_bytes
-from emoe_jax import EmoeError, Engine, SamplingParams
+from benchmarks.timing import DecodingBatch
+from emoe_jax import EmoeError, Engine
 from emoe_jax.checkpoint import save_checkpoint
 from emoe_jax.config import ModelConfig
 from emoe_jax.errors import one_line
@@ -87,28 +89,47 @@ def measure(model: str, share: float, policy: str, link_bandwidth: str | None, r
             name: stack.enter_context(_engine(model, part, rule, link_bandwidth))
             for name, (part, rule) in settings.items()
         }
-        config, numbers, step = engines["full"].config, {}, {}
+        config, followed = engines["full"].config, engines["followed"]
+        numbers, step = {}, {}
+        spent: Counter[str] = Counter()
         for batch in BATCHES:
+            for engine in engines.values():
+                decode_seconds(engine, batch, 0)  # warms up
+            before = _totals(followed)
             seconds: dict[str, list[float]] = {name: [] for name in engines}
-            for repetition in range(repetitions + 1):  # the first warms up
+            for repetition in range(1, repetitions + 1):
                 for name, engine in engines.items():
                     seconds[name].append(decode_seconds(engine, batch, repetition))
-            step = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+            spent.update({name: total - before[name] for name, total in _totals(followed).items()})
+            step = {name: statistics.median(times) for name, times in seconds.items()}
             numbers[f"decode_ratio_b{batch}"] = step["full"] / step["followed"]
             numbers[f"still_ratio_b{batch}"] = step["full"] / step["still"]
             numbers[f"full_step_s_b{batch}"] = step["full"]
         numbers["loading_step_ratio"] = step["followed"] / step["still"]  # of the largest batch
-        state = engines["followed"].state()
-        loads, capacity = state["residency"]["loads"], min(state["residency"]["slots"])
-        numbers["loads_per_step"] = (loads["loads"] - sum(state["residency"]["slots"])) / state["steps"]
-        numbers["coverage"] = state["residency"]["coverage"]
-        numbers["planning_share"] = state["planner"]["planning_seconds"] / state["step_seconds"]
-        numbers["commit_share"] = loads["commit_seconds"] / state["step_seconds"]
+        residency = followed.state()["residency"]
+        numbers["loads_per_step"] = spent["loads"] / spent["steps"]
+        numbers["coverage"] = residency["coverage"]
+        numbers["planning_share"] = spent["planning_seconds"] / spent["step_seconds"]
+        numbers["commit_share"] = spent["commit_seconds"] / spent["step_seconds"]
+        capacity = min(residency["slots"])
     batch = BATCHES[-1]
     few = config.num_experts * (1 - (1 - config.top_k / config.num_experts) ** batch)
     idle = few - min(few, capacity * (1 - (1 - config.top_k / capacity) ** batch))
     read = step_bytes(config, batch)
     return numbers | {"floor_ratio_b16": read / (read - 4 * config.num_layers * idle * config.expert_params)}
+
+
+def _totals(engine: Engine) -> dict[str, float]:
+    """What an engine has done so far. Filling the slab and compiling are in it: only differences count."""
+    state = engine.state()
+    loads = state["residency"]["loads"]
+    return {
+        "steps": state["steps"],
+        "step_seconds": state["step_seconds"],
+        "planning_seconds": state["planner"]["planning_seconds"],
+        "commit_seconds": loads["commit_seconds"],
+        "loads": loads["loads"],
+    }
 
 
 @contextlib.contextmanager
@@ -128,19 +149,9 @@ def _engine(model: str, share: float, policy: str, link_bandwidth: str | None) -
 def decode_seconds(engine: Engine, batch: int, seed: int) -> float:
     """Mean seconds of a step in which `batch` random prompts decode a token each."""
     prompts = np.random.default_rng(seed).integers(0, engine.config.vocab_size, (batch, PROMPT))
-    params = SamplingParams(max_tokens=_CONTEXT - PROMPT, temperature=0, ignore_eos=True)
-    names = [f"{batch}/{seed}/{row}" for row in range(batch)]
-    for name, prompt in zip(names, prompts.tolist(), strict=True):
-        engine.add_request(name, prompt, params)
-    while not all(engine.output(name).completions[0].token_ids for name in names):
-        engine.step()
-    engine.step()
-    began = time.perf_counter()
-    for _ in range(_STEPS):
-        engine.step()
-    seconds = (time.perf_counter() - began) / _STEPS
-    for name in names:
-        engine.pop(name)
+    decoding = DecodingBatch(engine, prompts.tolist(), _STEPS + 1)
+    seconds = timing.per_call(decoding.step, _STEPS).wall
+    decoding.stop()
     return seconds
 
 

@@ -33,6 +33,9 @@ from jaxtyping import Array, Int
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import timing
+from benchmarks.arguments import count
+from benchmarks.timing import DecodingBatch
 from emoe_jax import Engine, SamplingParams
 from emoe_jax.config import ModelConfig
 from emoe_jax.engine.kv_cache import KVCache, new_cache, paged_attend, pages_for
@@ -44,7 +47,9 @@ from emoe_jax.moe import moe_ffn
 THREADS = 2
 CONTEXT = 544  # a prompt for prefill and its answer
 PROMPT = 16  # tokens before decoding starts
-DECODE_STEPS = 4  # per repetition
+DECODE_STEPS = 4  # that are timed, per repetition
+_WARM_UP = 2  # calls before the first repetition
+MAX_REPETITIONS = (CONTEXT - PROMPT - DecodingBatch.MARGIN - _WARM_UP) // (DECODE_STEPS + 1)
 _SETTLE = 0.3  # seconds before a trial: worker threads of the other library spin for a while after its own
 PREFILL = 512
 
@@ -81,27 +86,21 @@ class Ours:
             policy="static",
             prefix_caching=False,
         )
-        self._ids = itertools.count()
 
     def start(self, prompts: np.ndarray) -> None:
         """Prefill every prompt; from then on `decode` advances all of them."""
-        params = SamplingParams(max_tokens=CONTEXT - prompts.shape[1], temperature=0.0, ignore_eos=True)
-        self._running = [str(next(self._ids)) for _ in prompts]
-        for request, prompt in zip(self._running, prompts, strict=True):
-            self._engine.add_request(request, prompt.tolist(), params)
-        while not all(self.tokens()):
-            self._engine.step()
+        steps = CONTEXT - prompts.shape[1] - DecodingBatch.MARGIN
+        self._batch = DecodingBatch(self._engine, prompts.tolist(), steps)
 
     def decode(self) -> None:
-        self._engine.step()
+        self._batch.step()
 
     def tokens(self) -> list[list[int]]:
         """What each running prompt has generated."""
-        return [self._engine.output(request).completions[0].token_ids for request in self._running]
+        return self._batch.tokens()
 
     def stop(self) -> None:
-        for request in self._running:
-            self._engine.pop(request)
+        self._batch.stop()
 
     def prefill(self, prompt: np.ndarray) -> int:
         params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
@@ -154,8 +153,10 @@ class Theirs:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
-    parser.add_argument("--repetitions", type=int, default=15, help="per number (default %(default)s)")
+    parser.add_argument("--repetitions", type=count, default=15, help="per number (default %(default)s)")
     arguments = parser.parse_args(argv)
+    if arguments.repetitions > MAX_REPETITIONS:
+        parser.error(f"--repetitions is {arguments.repetitions}; a context of {CONTEXT} holds {MAX_REPETITIONS}")
     try:
         import torch  # pyright: ignore[reportMissingImports]
         from transformers import MixtralConfig, MixtralForCausalLM
@@ -226,18 +227,15 @@ def fastest(theirs: Theirs, prepare: Callable[[], Callable[[], Any]], experts: t
 
 
 def interleave(runs: dict[str, Callable[[], Any]], repetitions: int, steps: int) -> dict[str, float]:
-    """Median seconds per call of each, in turns, after a warm-up."""
+    """Median seconds per call of each, in turns, after a warm-up. Each turn begins with a call that is not timed."""
     for run in runs.values():
-        run()
-        run()
+        for _ in range(_WARM_UP):
+            run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repetitions):
         for name, run in runs.items():
             time.sleep(_SETTLE)
-            started = time.perf_counter()
-            for _ in range(steps):
-                run()
-            seconds[name].append((time.perf_counter() - started) / steps)
+            seconds[name].append(timing.per_call(run, steps).wall)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

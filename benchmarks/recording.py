@@ -3,8 +3,8 @@
 One engine, every expert resident. Trials with and without a recorder alternate, each in turn the first of its pair; a
 trial prefills a batch and times its decode steps. What counts is the median over pairs of the ratio of the two trials'
 mean step times, so that a recorder's rare long work (writing a snapshot of the file) is in it. The same ratio of CPU
-seconds, all threads together, also counts what the writing thread does beside the decoding one, and means something on
-a busy machine.
+seconds, all threads together, also counts what the writing thread does beside the decoding one until the file is
+finished, and means something on a busy machine.
 """
 
 import argparse
@@ -16,13 +16,15 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from emoe_jax import EmoeError, Engine, SamplingParams
+from benchmarks import timing
+from benchmarks.timing import DecodingBatch, Seconds
+from emoe_jax import EmoeError, Engine
 from emoe_jax.errors import one_line
 
 PROMPT = 16  # tokens before decoding starts
@@ -60,7 +62,7 @@ def measure(model: str, pairs: int, steps: int) -> dict[str, Any]:
             expert_memory="100%",
             policy="static",
             prefix_caching=False,
-            max_model_len=PROMPT + steps + 2,
+            max_model_len=PROMPT + steps + 1 + DecodingBatch.MARGIN,
             max_num_seqs=max(BATCHES),
             task_profile=None,
         ) as engine,
@@ -83,32 +85,20 @@ def measure(model: str, pairs: int, steps: int) -> dict[str, Any]:
     return numbers
 
 
-class Seconds(NamedTuple):
-    """Of a decode step, mean over a trial."""
-
-    wall: float
-    cpu: float
-
-
 def trial(engine: Engine, batch: int, steps: int, trace: Path | None) -> Seconds:
-    """Decode a batch, recorded to `trace` if that is given."""
+    """Decode a batch, recorded to `trace` if that is given: seconds per step, CPU seconds with those of the finished
+    file, so that nothing is left to a thread that writes later.
+    """
     rng = np.random.default_rng(0)
-    params = SamplingParams(max_tokens=steps + 2, temperature=0.0, ignore_eos=True)
-    running = [f"{batch}/{number}" for number in range(batch)]
+    prompts = rng.integers(0, engine.config.vocab_size, (batch, PROMPT)).tolist()
     if trace is not None:
         engine.record_traces(trace)
-    for request in running:
-        engine.add_request(request, rng.integers(0, engine.config.vocab_size, PROMPT).tolist(), params)
-    while not all(engine.output(request).token_ids for request in running):
-        engine.step()
-    wall, cpu = time.perf_counter(), time.process_time()
-    for _ in range(steps):
-        engine.step()
-    seconds = Seconds((time.perf_counter() - wall) / steps, (time.process_time() - cpu) / steps)
-    for request in running:
-        engine.pop(request)
+    decoding = DecodingBatch(engine, prompts, steps + 1)
+    seconds = timing.per_call(decoding.step, steps)
+    decoding.stop()
+    began = time.process_time()
     engine.stop_recording()
-    return seconds
+    return seconds._replace(cpu=seconds.cpu + (time.process_time() - began) / steps)
 
 
 def overhead(recording: Sequence[float], plain: Sequence[float]) -> float:

@@ -146,17 +146,19 @@ async def soak(url: str, samples: Samples, minutes: float, users: int, seed: int
     async with httpx.AsyncClient(base_url=url, limits=limits, timeout=TIMEOUT, trust_env=False) as http:
         began = time.monotonic()
         load = Soak(http, samples, began + 60 * minutes, seed)
-        times, memory, compilations = [], [], []
+        times, memory = [], []
+        before = await _metrics(http)
         working = asyncio.gather(*(load.user() for _ in range(users)))
         async for seconds in _ticks(working, max(0.1, 60 * minutes / 300)):
             values = await _metrics(http)
             times.append(seconds)
             memory.append(values["process_resident_memory_bytes"] / 1e6)
-            compilations.append(values["emoe:compilations_total"])
         await working
+        ended = time.monotonic()
         left = await _left(http)
+        after = await _metrics(http)
     return {
-        "minutes": (time.monotonic() - began) / 60,
+        "minutes": (ended - began) / 60,
         "users": users,
         "requests": dict(sorted(load.requests.items())),
         "refused": load.refused,
@@ -165,7 +167,7 @@ async def soak(url: str, samples: Samples, minutes: float, users: int, seed: int
         "rss_begin_mb": memory[0],
         "rss_end_mb": memory[-1],
         "rss_slope_mb_per_min": slope(times, memory),
-        "compilations": compilations[-1] - compilations[0],
+        "compilations": after["emoe:compilations_total"] - before["emoe:compilations_total"],
         **left,
     }
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from emoe_jax import Engine, SamplingParams
+from emoe_jax import EmoeError, Engine, SamplingParams
 
 PROMPT = 16  # tokens before decoding starts
 
@@ -21,11 +21,13 @@ class Replayed:
     """
 
     def __init__(self, call: Callable[..., Any]):
+        self.runs = 0
         self._call = call
         self._results: dict[tuple[Any, Hashable], Any] = {}
 
     def __call__(self, function: Callable[..., Any], key: Hashable, *args: Any, **statics: Any) -> Any:
         if (function, key) not in self._results:
+            self.runs += 1
             self._results[function, key] = jax.block_until_ready(self._call(function, key, *args, **statics))
         return self._results[function, key]
 
@@ -43,15 +45,19 @@ def host_overhead(model: str | Path, batch: int, steps: int) -> dict[str, float]
         while not all(engine.output(str(number)).token_ids for number in range(batch)):
             engine.step()
         executables = engine._runner.executables
-        executables.call = Replayed(executables.call)
+        executables.call = replayed = Replayed(executables.call)
         for _ in range(4):
             engine.step()
-        wall, cpu = [], []
+        wall, cpu, runs = [], [], replayed.runs
         for _ in range(steps):
             began, began_cpu = time.perf_counter(), time.thread_time()
             engine.step()
             wall.append(time.perf_counter() - began)
             cpu.append(time.thread_time() - began_cpu)
+        if replayed.runs > runs:
+            raise EmoeError(
+                f"{replayed.runs - runs} executables ran during steps whose host work alone was to be timed"
+            )
     return {
         "host_ms_per_step": 1e3 * statistics.median(wall),
         "host_ms_per_step_p99": 1e3 * float(np.percentile(wall, 99)),

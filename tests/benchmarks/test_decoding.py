@@ -12,7 +12,7 @@ TINY = hf_config(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden
 
 def test_a_tiny_model_is_measured_against_its_floor(tmp_path: Path) -> None:
     decoding.write_random_checkpoint(tmp_path, TINY)
-    numbers = decoding.measure(str(tmp_path), 0.5, "lru", None, 1)
+    numbers = decoding.measure(str(tmp_path), 0.5, "emoe", None, 2)
     assert all(numbers[f"{kind}_ratio_b{batch}"] > 0 for kind in ("decode", "still") for batch in (1, 16))
     assert 0 < numbers["coverage"] < 1
     assert numbers["loads_per_step"] > 0
