@@ -19,6 +19,7 @@ from serve.metrics import RequestMetrics
 from serve.models import model_routes
 from serve.observer import Observer
 from serve.service import ClientGone, Service
+from serve.snapshots import Snapshots
 from serve.tracing import Tracing
 
 DESCRIPTION = "Mixture-of-Experts inference with a fixed number of experts on the device, behind OpenAI's API."
@@ -63,7 +64,7 @@ def create_app(
     app.include_router(completion_routes(service))
     app.include_router(chat_routes(service))
     metrics = RequestMetrics()
-    app.include_router(model_routes(service, metrics))
+    app.include_router(model_routes(service, Snapshots(service.worker, metrics, service.names[0])))
     app.include_router(dashboard_routes())
     install_error_handlers(app)
 

@@ -13,20 +13,18 @@ from serve.answers import (
     TokenizeResponse,
 )
 from serve.body import JsonRoute
-from serve.engine_metrics import engine_families
-from serve.metrics import CONTENT_TYPE, RequestMetrics, exposition
-from serve.process_metrics import process_metrics
+from serve.metrics import CONTENT_TYPE
 from serve.schema import DetokenizeRequest, TokenizeRequest
 from serve.service import Service
+from serve.snapshots import Snapshots
 from serve.state import EngineState
 from serve.worker import Unavailable
 
 TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 
-def model_routes(service: Service, metrics: RequestMetrics) -> APIRouter:
+def model_routes(service: Service, snapshots: Snapshots) -> APIRouter:
     router = APIRouter(route_class=JsonRoute)
-    process = process_metrics()
 
     def card(name: str) -> ModelCard:
         return ModelCard(id=name, created=service.created, max_model_len=service.max_model_len)
@@ -68,18 +66,18 @@ def model_routes(service: Service, metrics: RequestMetrics) -> APIRouter:
 
     @router.get("/metrics", tags=["server"], response_class=Response, responses=TEXT)
     async def read_metrics() -> Response:
-        """Prometheus metrics: vLLM's names under `emoe:`, and those of experts and process. No engine, none of it."""
-        try:
-            state = await service.worker.call(lambda engine: engine.state())
-        except Unavailable:
-            state = {}
-        name = service.names[0]
-        families = [*metrics.families(name), *engine_families(state, name), *process.families(name)]
-        return Response(exposition(families), media_type=CONTENT_TYPE)
+        """Prometheus metrics: vLLM's names under `emoe:`, and those of experts and process. No engine, none of it.
 
-    @router.get("/v1/emoe/state", tags=["server"], response_model=EngineState, response_model_exclude_unset=True)
-    async def state() -> Any:
-        """Residency, coverage, loads and scheduler of the engine, taken between two steps."""
-        return await service.worker.call(lambda engine: engine.state())
+        At most 0.25 s old, and never older than the last request that ended.
+        """
+        return Response((await snapshots.current()).metrics_text, media_type=CONTENT_TYPE)
+
+    @router.get("/v1/emoe/state", tags=["server"], response_model=EngineState)
+    async def state() -> Response:
+        """Residency, coverage, loads and scheduler of the engine, taken between two steps.
+
+        At most 0.25 s old, and never older than the last request that came or ended.
+        """
+        return Response((await snapshots.current()).state_json, media_type="application/json")
 
     return router

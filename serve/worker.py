@@ -164,6 +164,8 @@ class EngineWorker:
         self._live: set[Generation] = set()
         self._calls: set[concurrent.futures.Future[Any]] = set()
         self._draining = False
+        self.changes = 0
+        """How often a request came, was taken by the engine, or ended; each of its prompts counts."""
         self.hurried = False  # a drain that waits should wait no longer; set by a signal handler
         self._numbers = itertools.count()
         self._failed_steps = 0
@@ -197,12 +199,14 @@ class EngineWorker:
         generation = Generation(self, [f"r{next(self._numbers)}" for _ in submissions], stats)
         stats.submitted([len(item.prompt) for item in submissions], [item.params for item in submissions])
         self._live.add(generation)
+        self.changes += 1
         self._command(lambda: self._admit(generation, submissions))
         return generation
 
     def abort(self, generation: Generation) -> None:
         if generation in self._live:
             self._live.discard(generation)
+            self.changes += 1
             generation.stats.end("abort")
             self._command(lambda: self._abort(generation))
 
@@ -266,6 +270,8 @@ class EngineWorker:
             if generation not in self._live:
                 continue
             generation.deliver(event)
+            if not isinstance(event, Progress) or event.output is not None:
+                self.changes += 1
             if isinstance(event, Progress) and event.output is not None:
                 generation.unfinished -= 1
             if isinstance(event, Exception) or not generation.unfinished:
