@@ -1,22 +1,29 @@
 """Text to token ids and back with the tokenizer and chat template that a checkpoint brings along."""
 
 import json
+import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 
+from emoe_jax.checkpoint.chat_template import ChatTemplate, is_paired
+from emoe_jax.checkpoint.control_tokens import ControlTokens
 from emoe_jax.checkpoint.files import CONFIG, read_json
+from emoe_jax.checkpoint.template_text import TemplateText
 from emoe_jax.config import ModelConfig
 from emoe_jax.errors import CheckpointError, RequestError
+
+log = logging.getLogger("emoe_jax")
 
 _FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _TEMPLATE = "chat_template.jinja"
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _INCOMPLETE = "\ufffd"
+_ANSWER = {"role": "assistant", "content": "a"}
 _CONTEXT = 8
 """Tokens of a prompt that may decide how the first token after it reads."""
 
@@ -24,14 +31,19 @@ _CONTEXT = 8
 class Tokenizer:
     """A transformers tokenizer, without any code from the checkpoint. Encoding and decoding are thread-safe."""
 
-    def __init__(self, tokenizer: Any, prepend_bos_id: int | None = None):
-        """`prepend_bos_id` replaces the special tokens that the tokenizer would add by this one, in front."""
+    def __init__(self, tokenizer: Any, prepend_bos_id: int | None = None, eos_token_ids: Sequence[int] = ()):
+        """`prepend_bos_id` replaces the special tokens that the tokenizer would add by this one, in front.
+        `eos_token_ids` are the model's.
+        """
         self._tokenizer = tokenizer
         self._prepend_bos_id = prepend_bos_id
         vocabulary = tokenizer.get_vocab()
         self._size = max(vocabulary.values()) + 1
         self._byte_ids = frozenset(i for token, i in vocabulary.items() if _BYTE_TOKEN.fullmatch(token))
         self._special_ids = frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+        self._eos_ids = frozenset(eos_token_ids)
+        self._template: ChatTemplate | None = None
+        self._control: ControlTokens | None = None
         self._anchor = self.encode("a", add_special_tokens=False)[-1:]
         self._anchor_text = self.decode(self._anchor)
 
@@ -46,14 +58,14 @@ class Tokenizer:
         if not present:
             return None
         config = ModelConfig.from_directory(directory) if (directory / CONFIG).exists() else None
-        prepend_bos_id = None if config is None else config.prepend_bos_id
+        prepend_bos_id, eos_ids = (None, ()) if config is None else (config.prepend_bos_id, config.eos_token_ids)
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # nobody here needs PyTorch
         from transformers import AutoTokenizer, T5Tokenizer  # seconds to import
 
         # OpenMoE names a tokenizer class of its own, in a file that is not to be run; it is T5's but for the BOS id.
         loader = T5Tokenizer if config is not None and config.family == "openmoe" else AutoTokenizer
         try:
-            tokenizer = cls(loader.from_pretrained(str(directory), trust_remote_code=False), prepend_bos_id)
+            tokenizer = cls(loader.from_pretrained(str(directory), trust_remote_code=False), prepend_bos_id, eos_ids)
         except Exception as error:  # transformers raises anything from KeyError to pyo3's own
             raise CheckpointError(f"{_broken_file(directory, present)} cannot be loaded: {_reason(error)}") from None
         tokenizer._check_chat_template(directory)
@@ -87,28 +99,85 @@ class Tokenizer:
         """The text that one token adds in the middle of a sequence (with its leading blank, special tokens by name)."""
         return self.decode([*self._anchor, token_id], skip_special_tokens=False)[len(self._anchor_text) :]
 
-    def chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of a conversation under the checkpoint's template, which runs in a sandbox.
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation under the chat template, which runs in a sandbox.
 
-        Only the template writes special tokens: where a message holds the text of one, it stays text. Raises
-        `RequestError` when there is no template or when it refuses the messages (`raise_exception`), and
-        `CheckpointError` when the template itself fails.
+        The template gets the messages as they are, and `kwargs` as variables. Only the template writes control tokens
+        (`_control_tokens`): where a message holds the text of one, it stays text. With `continue_final_message` the
+        prompt ends in the last message's text, and `add_generation_prompt` has to be false. Raises `RequestError` when
+        there is no template or when it refuses the messages (`raise_exception`), and `CheckpointError` when the
+        template itself fails.
         """
-        if not self.has_chat_template:
-            raise RequestError("this model has no chat template", param="messages")
+        text = self._render(messages, add_generation_prompt, continue_final_message, kwargs)
+        ids = self._chat_template()[1].encode(text)
+        return ids if self._prepend_bos_id is None else [self._prepend_bos_id, *ids]
+
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> TemplateText:
         try:
-            ids = self._tokenizer.apply_chat_template(
-                list(messages),
-                add_generation_prompt=add_generation_prompt,
-                return_dict=False,
-                sanitize_control_tokens=True,
-            )
+            template, _ = self._chat_template()
+            special = self._tokenizer.special_tokens_map
+            return template.render(messages, special, add_generation_prompt, continue_final_message, kwargs)
+        except RequestError:
+            raise
         except Exception as error:  # whatever a foreign template may raise
             if type(error) is TemplateError:  # of jinja's errors, raise_exception's is the only one of this very type
                 message = f"the chat template refused the messages: {_reason(error)}"
                 raise RequestError(message, param="messages") from None
             raise CheckpointError(f"the model's chat template failed on the messages: {_reason(error)}") from None
-        return ids if self._prepend_bos_id is None else [self._prepend_bos_id, *ids]
+
+    def _chat_template(self) -> tuple[ChatTemplate, ControlTokens]:
+        """Compiled when it is first asked for."""
+        source = self._tokenizer.chat_template
+        if source is None:
+            raise RequestError("this model has no chat template", param="messages")
+        if self._template is None or self._control is None:
+            if not isinstance(source, str):
+                names = ", ".join(sorted(source))
+                if "default" not in source:
+                    raise RequestError(
+                        f"this model has several chat templates ({names}) and none of them is its default, so it "
+                        "cannot chat; start the server with --chat-template NAME",
+                        param="messages",
+                    )
+                source = source["default"]
+            template = ChatTemplate(source)
+            self._control = ControlTokens(self._tokenizer, self._control_tokens(template))
+            self._template = template
+        return self._template, self._control
+
+    def _control_tokens(self, template: ChatTemplate) -> dict[int, str]:
+        """Tokens that only the template may write, by id: the special ones, what ends an answer, and what else the
+        template marks turns with, such as DeepSeek's `<｜User｜>`.
+
+        Not those that messages are expected to hold: tokens that are not special and come in pairs, such as `<think>`
+        and `</think>`, or for which the template itself looks in messages. Answers that come back as history contain
+        them. transformers, and servers that use it, read them as tokens too.
+        """
+        tokenizer, vocabulary = self._tokenizer, self._tokenizer.get_vocab()
+        tokens = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
+        named = {*self._special_ids, *tokenizer.all_special_ids, *(i for i in self._eos_ids if i in tokens)}
+        listed = set(getattr(tokenizer, "chat_control_tokens", None) or ())
+
+        def is_markup(token: str) -> bool:
+            if token in listed:
+                return True
+            expected = token.isspace() or template.reads(token) or is_paired(token, vocabulary)
+            return template.writes(token) and not expected
+
+        control = {i: token for i, token in tokens.items() if i in named or is_markup(token)}
+        return control | {i: tokenizer.convert_ids_to_tokens(i) for i in named if i not in control}
 
     def continuation_json(self) -> str:
         """The `tokenizer.json` of what encodes a text in the middle of another: no blank is put before it.
@@ -123,16 +192,29 @@ class Tokenizer:
         return TokenStream(self, prompt)
 
     def _check_chat_template(self, directory: Path) -> None:
-        """Raise `CheckpointError` when the template cannot even render the simplest conversation."""
+        """Raise `CheckpointError` when the template cannot even render the simplest conversation. Warn when it hides
+        from us that control tokens are its own.
+        """
         if not self.has_chat_template:
             return
-        try:
-            self.chat([{"role": "user", "content": "a"}])
-        except RequestError:
-            pass  # it renders, and has its own idea of a conversation
-        except CheckpointError as error:
-            name = _TEMPLATE if (directory / _TEMPLATE).exists() else "tokenizer_config.json"
-            raise CheckpointError(f"{directory / name}: {error}") from None
+        question = {"role": "user", "content": "a"}
+        hidden: set[str] = set()
+        for messages in ([question], [{"role": "system", "content": "a"}, question, _ANSWER, question]):
+            try:
+                text = self._render(messages)
+                hidden.update(self._chat_template()[1].hidden(text))
+            except RequestError:
+                pass  # it renders, and has its own idea of a conversation
+            except CheckpointError as error:
+                if len(messages) == 1:
+                    name = _TEMPLATE if (directory / _TEMPLATE).exists() else "tokenizer_config.json"
+                    raise CheckpointError(f"{directory / name}: {error}") from None
+        if hidden:
+            log.warning(
+                "%s: the chat template computes %s from other texts; such tokens are read as text",
+                directory,
+                ", ".join(sorted(hidden)),
+            )
 
     def is_silent(self, token_id: int) -> bool:
         """Whether the token has no text of its own: special tokens and ids beyond the vocabulary."""
