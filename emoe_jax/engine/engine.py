@@ -440,7 +440,7 @@ class Engine:
         self._steps += 1
         awaited = [sequence for sequence in result.sampled if sequence.status is SequenceStatus.RUNNING]
         self._scheduler.update(plan, result, seconds)
-        self._foresight.after_step(result.wish_counts)
+        self._foresight.after_step(result.wish_counts, result.resident_counts)
         deltas = []
         for sequence in awaited:
             answer = self._answers[sequence.request_id]

@@ -70,10 +70,10 @@ class Foresight:
         if self._planner is not None and resident and not plan.decodes:
             self._residency.settle(seconds)
 
-    def after_step(self, wish_counts: Int[np.ndarray, "M E"]) -> None:
-        """Let the policy follow a step's wishes."""
+    def after_step(self, wish_counts: Int[np.ndarray, "M E"], resident_counts: Int[np.ndarray, "M E"]) -> None:
+        """Let the policy follow a step's wishes, of which those for `resident_counts` found their expert there."""
         with self._timed():
-            covered = self._residency.observe(wish_counts)
+            covered = self._residency.observe(wish_counts, resident_counts)
             if self._planner is not None and covered is not None:
                 self._planner.observe(covered.wishes, covered.resident, covered.steps)
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from emoe_jax.config import ModelConfig
 from emoe_jax.engine import step
@@ -42,6 +42,8 @@ class Dispatched(NamedTuple):
     plan: StepPlan
     batches: list[Batch]
     outputs: list[tuple[Any, ...]]
+    residents: list[Bool[np.ndarray, "M E"]]
+    """The experts that were there when each batch was dispatched, before an `exact` one loaded what it missed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,8 @@ class RunResult(StepResult):
     """A step's tokens, and how often its routers wished for each expert."""
 
     wish_counts: Int[np.ndarray, "M E"]
+    resident_counts: Int[np.ndarray, "M E"]
+    """Those of the wishes whose expert was resident when the batch was dispatched."""
 
 
 class Runner:
@@ -96,7 +100,11 @@ class Runner:
         self._places = {}
         for batch in batches:
             batch.await_tokens(places)
-        return Dispatched(plan, batches, [self._run_batch(batch, kept) for batch in batches])
+        outputs, residents = [], []
+        for batch in batches:
+            residents.append(self._residency.table.resident_mask)
+            outputs.append(self._run_batch(batch, kept))
+        return Dispatched(plan, batches, outputs, residents)
 
     def collect(self, dispatched: Dispatched) -> RunResult:
         """Wait for a plan's tokens, and count the expert assignments of each sequence that has not ended meanwhile."""
@@ -107,8 +115,11 @@ class Runner:
         sampled: dict[Sequence, SampledToken] = {}
         choices = len(self.config.moe_layers) * self.config.top_k
         wish_counts = np.zeros((len(self.config.moe_layers), self.config.num_experts), np.int64)
-        for batch, (tokens, prompt_logprobs, counts, substituted, wishes) in zip(batches, outputs, strict=True):
+        resident_counts = np.zeros_like(wish_counts)
+        for batch, output, resident in zip(batches, outputs, dispatched.residents, strict=True):
+            tokens, prompt_logprobs, counts, substituted, wishes = output
             wish_counts += counts
+            resident_counts += counts * resident
             if self.recorder is not None:
                 record_wishes(self.recorder, batch, wishes)
             routed = counts_by_sequence(batch, wishes, self.config.num_experts)
@@ -123,7 +134,7 @@ class Runner:
                     _keep_prompt_logprobs(piece, prompt_logprobs)
                 if piece.samples:
                     sampled[piece.sequence] = _sampled_token(piece.sequence, tokens, row)
-        return RunResult(sampled, wish_counts)
+        return RunResult(sampled, wish_counts, resident_counts)
 
     def move_pages(self, moves: Mapping[int, int]) -> None:
         """Copy what is in some pages to others, once the steps in flight have written it."""

@@ -80,12 +80,14 @@ class Residency:
         self.waves = WaveLoader(self._loader, self.table, self._eviction_order)
         self._wishes: Int[np.ndarray, "M E"] = np.zeros(shape, np.int64)
         self._wishes_resident = 0
-        self._uncounted: Int[np.ndarray, "M E"] = np.zeros(shape, np.int64)  # wishes since the residents changed
         self._covered = Covered(0, 0, 0)  # since the last look at what the policy prefers
         self._following = Pace(FOLLOWING_SHARE)
         self._link_bandwidth = link_bandwidth
         self._tickets: list[LoadTicket] = []  # asked for by the policy and not over
         self._unproven: Bool[np.ndarray, "M E"] = np.zeros(shape, bool)  # loaded, and not wished for since
+        self._doubtful = np.zeros_like(
+            self._unproven
+        )  # evicted unproven; a step in flight may still have wished for it
         self._unreadable_until = np.zeros(shape)  # seconds on the monotonic clock
         self._useful = self._useless = 0
         self._last_error: str | None = None
@@ -107,7 +109,6 @@ class Residency:
     @property
     def coverage(self) -> float | None:
         """Share of the routers' wishes that were resident when they arose, since the start; None before the first."""
-        self._count()
         wishes = int(self._wishes.sum())
         return self._wishes_resident / wishes if wishes else None
 
@@ -115,14 +116,11 @@ class Residency:
         """Bring staged experts into the slab. Never waits."""
         if not self._loader.has_ready:
             return
-        self._count()  # before the residents change
         committed = self._loader.commit()
+        for ticket in committed:
+            self._unproven[ticket.layer, ticket.expert] = True
         if committed:
-            for ticket in committed:
-                self._unproven[ticket.layer, ticket.expert] = True
-            resident = self.table.resident_mask
-            self._useless += int((self._unproven & ~resident).sum())
-            self._unproven &= resident
+            self._doubt_evicted()
 
     def plan(
         self,
@@ -145,18 +143,22 @@ class Residency:
             self.commit()
             self._sort_out_tickets()
 
-    def observe(self, wish_counts: Int[np.ndarray, "M E"]) -> Covered | None:
+    def observe(
+        self, wish_counts: Int[np.ndarray, "M E"], resident_counts: Int[np.ndarray, "M E"] | None = None
+    ) -> Covered | None:
         """Note the wishes of a step and, as often as time allows, ask for the experts that the policy now prefers.
 
+        `resident_counts` are those of the wishes whose expert was resident when the step was dispatched, before it
+        loaded any itself. Without them, nothing may have been committed since.
         Returns what the residents covered since it last did, or None.
         """
-        self._uncounted += wish_counts
+        if resident_counts is None:
+            resident_counts = wish_counts * self.table.resident_mask
         self._policy.observe(wish_counts)
-        self._covered = self._covered._replace(steps=self._covered.steps + 1)
+        self._count(wish_counts, resident_counts)
         if not self._following.due:
             return None
         with self._following.timed():
-            self._count()
             covered, self._covered = self._covered, Covered(0, 0, 0)
             tokens = covered.wishes // (self._config.top_k * len(wish_counts))
             self._follow_policy(min(SWAPS_PER_LAYER, max(1, tokens)))
@@ -171,9 +173,7 @@ class Residency:
         experts = [int(expert) for expert in order if self.table.is_resident(layer, expert)][:capacity]
         self.slab.resize(layer, capacity, [self.table.slot(layer, expert) for expert in experts])
         self.table.resize(layer, capacity, experts)
-        resident = self.table.resident_mask[layer]
-        self._useless += int((self._unproven[layer] & ~resident).sum())
-        self._unproven[layer] &= resident
+        self._doubt_evicted()
 
     def refill(self) -> None:
         """Ask for the best of the absent experts where slots are empty."""
@@ -185,22 +185,26 @@ class Residency:
             for expert in order[:count].tolist():
                 self._tickets.append(self._loader.request(layer, expert, float(scores[layer, expert])))
 
-    def _count(self) -> None:
-        """Take in wishes that arose while the residents were those of now."""
-        counts = self._uncounted
-        wishes = int(counts.sum())
-        if not wishes:
-            return
-        resident = int(counts[self.table.resident_mask].sum())
-        self._wishes += counts
+    def _count(self, wish_counts: Int[np.ndarray, "M E"], resident_counts: Int[np.ndarray, "M E"]) -> None:
+        wishes, resident = int(wish_counts.sum()), int(resident_counts.sum())
+        self._wishes += wish_counts
         self._wishes_resident += resident
         steps, wishes_before, resident_before = self._covered
-        self._covered = Covered(steps, wishes_before + wishes, resident_before + resident)
-        if self._unproven.any():
-            proven = self._unproven & (counts > 0)
+        self._covered = Covered(steps + 1, wishes_before + wishes, resident_before + resident)
+        if self._unproven.any() or self._doubtful.any():
+            proven = (self._unproven | self._doubtful) & (resident_counts > 0)
             self._useful += int(proven.sum())
+            self._useless += int((self._doubtful & ~proven).sum())
             self._unproven &= ~proven
-        self._uncounted = np.zeros_like(counts)
+            self._doubtful[:] = False
+
+    def _doubt_evicted(self) -> None:
+        """Take note of loads that were evicted before anybody wished for them. The next step to be counted, which may
+        have been dispatched before, has the last word: at most one is in flight when residents change.
+        """
+        resident = self.table.resident_mask
+        self._doubtful |= self._unproven & ~resident
+        self._unproven &= resident
 
     def _follow_policy(self, limit_per_layer: int) -> None:
         self._sort_out_tickets()
@@ -231,7 +235,6 @@ class Residency:
         """Residency and loads as JSON-able values: per MoE layer, resident experts and how often routers wished for
         each expert since the start; `loading` has pairs of MoE layer and expert.
         """
-        self._count()
         capacities, stats = self.table.capacities, self._loader.stats
         loading = [[ticket.layer, ticket.expert] for ticket in self._tickets if ticket.is_active]
         return {
@@ -267,5 +270,4 @@ class Residency:
         self.close()
 
     def _eviction_order(self, layer: int) -> Int[np.ndarray, " E"]:
-        self._count()  # before the residents change
         return np.argsort(self._policy.scores()[layer], kind="stable")

@@ -34,6 +34,7 @@ class SlotTable:
         self._generation = [np.zeros(capacity, np.int64) for capacity in self.capacities]
         self._pins = [np.zeros(capacity, np.int32) for capacity in self.capacities]
         self._on_device: Array | None = None
+        self._resident_mask: Bool[np.ndarray, "M E"] | None = None
 
     @property
     def num_layers(self) -> int:
@@ -46,7 +47,12 @@ class SlotTable:
 
     @property
     def resident_mask(self) -> Bool[np.ndarray, "M E"]:
-        return self._slot_of_expert < self._absent
+        """Read-only, and as it is now: later changes make another array. The same array until the next change."""
+        mask = self._resident_mask
+        if mask is None:
+            mask = self._resident_mask = self._slot_of_expert < self._absent
+            mask.flags.writeable = False
+        return mask
 
     def expert_of_slot(self, layer: int) -> Int32[np.ndarray, " C"]:
         """Expert in each slot of the layer, -1 where empty. A read-only view that follows later changes."""
@@ -115,7 +121,7 @@ class SlotTable:
         self._expert_of_slot[layer][slot] = expert
         self._slot_of_expert[layer, expert] = slot
         self._generation[layer][slot] += 1
-        self._on_device = None
+        self._changed()
         return None if evicted == EMPTY else evicted
 
     def release(self, layer: int, slot: int) -> None:
@@ -128,7 +134,7 @@ class SlotTable:
             self._slot_of_expert[layer, expert] = self.capacities[layer]
             self._expert_of_slot[layer][slot] = EMPTY
             self._generation[layer][slot] += 1
-            self._on_device = None
+            self._changed()
 
     def resize(self, layer: int, capacity: int, experts: Sequence[int]) -> None:
         """Give a layer `capacity` slots, the first of which hold these `experts`, in order, and the others none.
@@ -148,7 +154,7 @@ class SlotTable:
         self._expert_of_slot[layer][: len(experts)] = experts
         self._generation[layer] = np.full(capacity, generation, np.int64)
         self._pins[layer] = np.zeros(capacity, np.int32)
-        self._on_device = None
+        self._changed()
 
     def device_table(self) -> Int32[Array, "M E"]:
         """`slot_of_expert` on the device; transferred only after a change, the same array otherwise."""
@@ -157,6 +163,9 @@ class SlotTable:
             # A copy, because device_put on CPU may alias the source and this table goes on changing.
             table = self._on_device = jax.device_put(self._slot_of_expert.copy(), self._sharding)
         return table
+
+    def _changed(self) -> None:
+        self._on_device = self._resident_mask = None
 
     def _check_slot(self, layer: int, slot: int) -> None:
         if not 0 <= slot < self.capacities[layer]:

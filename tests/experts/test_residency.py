@@ -190,3 +190,46 @@ def test_an_expert_that_cannot_be_read_is_left_alone_and_named(made, monkeypatch
 def test_a_link_without_bandwidth_is_refused(made, bandwidth):
     with pytest.raises(ConfigError, match="link bandwidth"):
         made(link_bandwidth=bandwidth)
+
+
+def test_a_step_in_flight_is_held_against_the_residents_that_it_had(made, monkeypatch):
+    monkeypatch.setattr(residency_module, "FOLLOWING_SHARE", 1e-9)
+    residency, _ = made(rates=rates(0, 1, 2, 3))
+    in_flight = residency.table.resident_mask
+    plan(residency, rates(4, 5, 6, 7))
+    settle(residency)
+    step = wishes(e0=2, e4=5, e5=1)
+    residency.observe(step, step * in_flight)
+    assert residency.coverage == 2 / 8
+    assert residency.state()["loads"]["useful"] == 0  # 4 and 5 came too late for that step
+    step = wishes(e4=1)
+    residency.observe(step, step * residency.table.resident_mask)
+    assert residency.state()["loads"]["useful"] == 1
+
+
+@pytest.mark.parametrize("wished", [True, False])
+def test_a_load_is_useless_only_once_the_step_in_flight_did_without_it(made, monkeypatch, wished):
+    monkeypatch.setattr(residency_module, "FOLLOWING_SHARE", 1e-9)
+    residency, _ = made(rates=rates(0, 1, 2, 3), policy="emoe")
+    plan(residency, rates(4, 5, 6, 7))
+    settle(residency)
+    in_flight = residency.table.resident_mask  # dispatched while 4 to 7 are there
+    plan(residency, rates(0, 1, 2, 3))
+    settle(residency)
+    step = wishes(e4=3 * wished, e0=1)
+    residency.observe(step, step * in_flight)
+    loads = residency.state()["loads"]
+    assert loads["useful"] == wished
+    assert loads["useless"] == 2 * 4 - wished
+
+
+def test_masks_taken_from_the_table_do_not_change(made):
+    residency, _ = made(rates=rates(0, 1, 2, 3))
+    before = residency.table.resident_mask
+    assert residency.table.resident_mask is before
+    plan(residency, rates(4, 5, 6, 7))
+    settle(residency)
+    assert before[0].tolist() == [True] * 4 + [False] * 4
+    assert residency.table.resident_mask[0].tolist() == [False] * 4 + [True] * 4
+    with pytest.raises(ValueError, match="read-only"):
+        before[0, 0] = False
