@@ -78,7 +78,7 @@ def start_up_table(
     if not has_tokenizer:
         table.add_row("tokenizer", "none in the checkpoint: takes and returns token ids only, no chat")
     elif not has_chat_template:
-        table.add_row("chat template", "none in the checkpoint: /v1/completions only, no chat")
+        table.add_row("chat template", "none, or several without a default: /v1/completions only, no chat")
     planned = format_bytes(memory["device"])
     table.add_row("device", escape(f"CPU, {planned} of host RAM" if device == "cpu" else f"{device}, {planned}"))
     for purpose, name in MEMORY.items():

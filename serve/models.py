@@ -44,7 +44,7 @@ def model_routes(service: Service, snapshots: Snapshots) -> APIRouter:
         service.check_model(body.model)
         if body.messages is not None:
             messages = [message.to_template() for message in body.messages]
-            tokens = await service.text.chat(messages, body.add_generation_prompt)
+            tokens = await service.text.chat(messages, **body.template_arguments())
         else:
             tokens = await service.text.encode(body.prompt or "", body.add_special_tokens)
         strings = [service.text.token_text(token) for token in tokens] if body.return_token_strs else None

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from emoe_jax.checkpoint.chat_template import RESERVED
 from emoe_jax.engine.memory import parse_bandwidth, parse_bytes
 from emoe_jax.engine.request import RoutingContract
 from emoe_jax.errors import ConfigError
@@ -28,6 +30,8 @@ class Options:
 
     model: str
     served_model_name: list[str] | None
+    chat_template: str | None
+    chat_template_kwargs: dict[str, Any]
     host: str
     port: int
     dtype: str
@@ -65,7 +69,9 @@ class _Help(argparse.HelpFormatter):
     """Adds the default where there is one."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        has_default = action.default not in (None, [], argparse.SUPPRESS) and "%(default)s" not in (action.help or "")
+        has_default = action.default not in (None, [], {}, argparse.SUPPRESS) and "%(default)s" not in (
+            action.help or ""
+        )
         return (action.help or "") + (" (default: %(default)s)" if has_default else "")
 
 
@@ -118,6 +124,19 @@ def _build_parser() -> _Parser:
         type=_name,
         metavar="NAME",
         help="names clients may use; the first is in answers (default: the last part of --model)",
+    )
+    add(
+        "--chat-template",
+        type=_name,
+        metavar="FILE",
+        help="chat template to use instead of the model's own, or the name of one of several that it has",
+    )
+    add(
+        "--chat-template-kwargs",
+        type=_template_kwargs,
+        default={},
+        metavar="JSON",
+        help="""variables of the chat template where requests do not set them, such as '{"enable_thinking": false}'""",
     )
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=_integer(0, 65535), default=8000, help="port to listen on; 0 picks a free one")
@@ -300,6 +319,19 @@ def _name(text: str) -> str:
     return text
 
 
+def _template_kwargs(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text[:40]!r} is not a JSON object such as {{"enable_thinking": false}}')
+    for name in RESERVED:
+        if name in value:
+            raise argparse.ArgumentTypeError(f"cannot set {name}")
+    return value
+
+
 def _origin(text: str) -> str:
     if text != "*" and not re.fullmatch(r"https?://[^/\s]+", text):
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is neither * nor of the form https://example.org")
@@ -381,4 +413,6 @@ def _config_arguments(parser: _Parser, path: Path) -> list[str]:
 def _as_arguments(flag: str, value: Any) -> list[str]:
     if isinstance(value, list):
         return [flag, *map(str, value)]
+    if isinstance(value, dict):
+        value = json.dumps(value)
     return [f"{flag}={value}"]

@@ -30,6 +30,7 @@ from emoe_jax.engine.request import (
 from emoe_jax.errors import RequestError
 from serve.strict import ClosedModel, StrictModel
 from serve.structured import StructuredRequest
+from serve.template import TemplateRequest
 
 MAX_INT32 = 2**31 - 1
 MAX_PROMPTS = 256
@@ -277,6 +278,9 @@ class ChatMessage(StrictModel):
         BeforeValidator(_joined_content, json_schema_input_type=str | list[TextPart] | None),
     ]
     name: str | None = None
+    reasoning_content: str | None = None
+    """What an assistant thought, for templates that show it apart from its answer; `reasoning` is the same."""
+    reasoning: str | None = None
 
     @field_validator("content", mode="before")
     @classmethod
@@ -298,7 +302,7 @@ class ChatMessage(StrictModel):
         return self.model_dump(exclude_none=True)
 
 
-class ChatRequest(SamplingRequest):
+class ChatRequest(TemplateRequest, SamplingRequest):
     """Body of `/v1/chat/completions`."""
 
     refused: ClassVar[Refused] = {
@@ -306,8 +310,6 @@ class ChatRequest(SamplingRequest):
         "add_special_tokens": (False,),
         "audio": (),
         "chat_template": (),
-        "chat_template_kwargs": ({},),
-        "continue_final_message": (False,),
         "documents": ([],),
         "echo": (False,),
         "function_call": ("none", "auto"),
@@ -324,7 +326,6 @@ class ChatRequest(SamplingRequest):
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_INT32)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    add_generation_prompt: bool = True
 
     @model_validator(mode="after")
     def _check_top_logprobs(self) -> "ChatRequest":
@@ -333,14 +334,13 @@ class ChatRequest(SamplingRequest):
         return self
 
 
-class TokenizeRequest(StrictModel):
+class TokenizeRequest(TemplateRequest):
     """Body of `/tokenize`: exactly one of `prompt` and `messages`."""
 
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = None
     add_special_tokens: bool = True
-    add_generation_prompt: bool = True
     return_token_strs: bool | None = None
 
     @model_validator(mode="after")

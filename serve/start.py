@@ -83,6 +83,7 @@ def load(options: Options) -> Engine:
             link_bandwidth=options.link_bandwidth,
             load_wait_ms=options.load_wait_ms,
             record_traces=options.record_traces,
+            chat_template=options.chat_template,
             seed=options.seed,
             progress=report,
         )
@@ -111,7 +112,13 @@ def serve(options: Options, engine: Engine, listener: socket.socket, provider: "
     )
     Console().print(table)
     worker = EngineWorker(engine, options.max_num_seqs + options.max_num_queued_reqs)
-    text = TextCodec(engine.tokenizer, engine.config.vocab_size, engine.max_model_len, engine.grammars)
+    text = TextCodec(
+        engine.tokenizer,
+        engine.config.vocab_size,
+        engine.max_model_len,
+        engine.grammars,
+        options.chat_template_kwargs,
+    )
     tracing = None if provider is None else Tracing(provider, names[0])
     app = create_app(
         Service(names, text, worker, tasks),

@@ -3,8 +3,9 @@
 import asyncio
 import concurrent.futures
 import functools
-from collections.abc import Callable
-from typing import Protocol, TypeVar
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar
 
 from emoe_jax.engine.structured import StructuredOutputsParams
 from emoe_jax.errors import RequestError
@@ -23,7 +24,13 @@ class ServedTokenizer(Protocol):
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str: ...
-    def chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> list[int]:
+    def chat(
+        self,
+        messages: list[dict[str, str]],
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """Raises `RequestError` when there is no template or when it refuses the messages, `CheckpointError` when it
         fails.
         """
@@ -44,7 +51,8 @@ class TextCodec:
     """The tokenizer behind one thread, so that a long prompt stalls neither other requests nor the engine.
 
     `tokenizer` is None for a checkpoint without tokenizer files: such a model takes and returns token ids only.
-    `grammars` keep what they have compiled here, so that the engine need not.
+    `grammars` keep what they have compiled here, so that the engine need not. `template_kwargs` are variables of the
+    chat template for requests that do not set them.
     """
 
     def __init__(
@@ -53,9 +61,11 @@ class TextCodec:
         vocab_size: int,
         max_model_len: int,
         grammars: ServedGrammars | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ):
         self._tokenizer = tokenizer
         self._grammars = grammars
+        self._template_kwargs = dict(template_kwargs or {})
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self.token_text = functools.lru_cache(MAX_CACHED_TEXTS)(self._token_text)
@@ -66,11 +76,19 @@ class TextCodec:
         self._check_length(len(text), "prompt")
         return await self._run(lambda: tokenizer.encode(text, add_special_tokens))
 
-    async def chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of a conversation under the checkpoint's chat template."""
+    async def chat(
+        self,
+        messages: list[dict[str, str]],
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation under the chat template, with `kwargs` as its variables."""
         tokenizer = self._required("messages")
-        self._check_length(sum(len(message["content"]) for message in messages), "messages")
-        return await self._run(lambda: tokenizer.chat(messages, add_generation_prompt))
+        self._check_length(sum(len(text) for message in messages for text in message.values()), "messages")
+        self._check_length(len(json.dumps(kwargs or {})), "chat_template_kwargs")
+        kwargs = {**self._template_kwargs, **(kwargs or {})}
+        return await self._run(lambda: tokenizer.chat(messages, add_generation_prompt, continue_final_message, kwargs))
 
     async def decode(self, ids: list[int], param: str) -> str:
         tokenizer = self._tokenizer

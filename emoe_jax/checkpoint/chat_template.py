@@ -14,6 +14,8 @@ from emoe_jax.errors import RequestError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
+MAX_DEPTH = 64
+
 STAND_INS = {"developer": "system", "tool": "user"}
 """Roles that templates need not know, and the roles that their messages have then."""
 
@@ -111,16 +113,18 @@ def _read_literals(tree: nodes.Template) -> set[str]:
     return {node.value for node in constants if isinstance(node, nodes.Const) and isinstance(node.value, str)}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, depth: int = 0) -> Any:
     """JSON's types alone, so that a template gets no methods but those of texts, lists and dicts."""
+    if depth > MAX_DEPTH:
+        raise RequestError(f"lists and objects are nested more than {MAX_DEPTH} deep", param="chat_template_kwargs")
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, str):
         return "".join([value])  # a plain one
     if isinstance(value, Mapping):
-        return {_plain(name): _plain(part) for name, part in value.items()}
+        return {_plain(name): _plain(part, depth + 1) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
+        return [_plain(part, depth + 1) for part in value]
     raise RequestError(f"a {type(value).__name__} cannot be part of a message; expected JSON's types", "messages")
 
 

@@ -15,7 +15,7 @@ from emoe_jax.checkpoint.control_tokens import ControlTokens
 from emoe_jax.checkpoint.files import CONFIG, read_json
 from emoe_jax.checkpoint.template_text import TemplateText
 from emoe_jax.config import ModelConfig
-from emoe_jax.errors import CheckpointError, RequestError
+from emoe_jax.errors import CheckpointError, ConfigError, RequestError
 
 log = logging.getLogger("emoe_jax")
 
@@ -48,14 +48,18 @@ class Tokenizer:
         self._anchor_text = self.decode(self._anchor)
 
     @classmethod
-    def load(cls, directory: str | Path) -> "Tokenizer | None":
+    def load(cls, directory: str | Path, chat_template: str | Path | None = None) -> "Tokenizer | None":
         """The tokenizer of a checkpoint directory, or None when it has no tokenizer files.
 
-        Raises `CheckpointError` that names the file when one cannot be loaded, or when the chat template is broken.
+        `chat_template` is a file, or the name of one of the checkpoint's templates where it has several. Raises
+        `CheckpointError` that names the file when one cannot be loaded, or when the chat template is broken, and
+        `ConfigError` when there is no such template.
         """
         directory = Path(directory)
         present = [name for name in _FILES if (directory / name).exists()]
         if not present:
+            if chat_template is not None:
+                raise ConfigError(f"chat_template is {str(chat_template)!r}, but {directory} has no tokenizer")
             return None
         config = ModelConfig.from_directory(directory) if (directory / CONFIG).exists() else None
         prepend_bos_id, eos_ids = (None, ()) if config is None else (config.prepend_bos_id, config.eos_token_ids)
@@ -68,12 +72,16 @@ class Tokenizer:
             tokenizer = cls(loader.from_pretrained(str(directory), trust_remote_code=False), prepend_bos_id, eos_ids)
         except Exception as error:  # transformers raises anything from KeyError to pyo3's own
             raise CheckpointError(f"{_broken_file(directory, present)} cannot be loaded: {_reason(error)}") from None
-        tokenizer._check_chat_template(directory)
+        if chat_template is not None:
+            tokenizer._use_chat_template(chat_template)
+        tokenizer._check_chat_template(_template_file(directory, chat_template))
         return tokenizer
 
     @property
     def has_chat_template(self) -> bool:
-        return self._tokenizer.chat_template is not None
+        """Whether `chat` works: of several templates, one has to be the default."""
+        template = self._tokenizer.chat_template
+        return isinstance(template, str) or (template is not None and "default" in template)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -191,7 +199,20 @@ class Tokenizer:
         """An incremental decoder of what follows a prompt."""
         return TokenStream(self, prompt)
 
-    def _check_chat_template(self, directory: Path) -> None:
+    def _use_chat_template(self, template: str | Path) -> None:
+        own = self._tokenizer.chat_template
+        named = own if isinstance(own, dict) else {}
+        if str(template) in named:
+            self._tokenizer.chat_template = named[str(template)]
+            return
+        try:
+            self._tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not a UTF-8 text file"
+            names = f", nor one of this model's templates: {', '.join(sorted(named))}" if named else ""
+            raise ConfigError(f"chat_template is {str(template)!r}, which cannot be read: {reason}{names}") from None
+
+    def _check_chat_template(self, file: Path) -> None:
         """Raise `CheckpointError` when the template cannot even render the simplest conversation. Warn when it hides
         from us that control tokens are its own.
         """
@@ -207,12 +228,11 @@ class Tokenizer:
                 pass  # it renders, and has its own idea of a conversation
             except CheckpointError as error:
                 if len(messages) == 1:
-                    name = _TEMPLATE if (directory / _TEMPLATE).exists() else "tokenizer_config.json"
-                    raise CheckpointError(f"{directory / name}: {error}") from None
+                    raise CheckpointError(f"{file}: {error}") from None
         if hidden:
             log.warning(
                 "%s: the chat template computes %s from other texts; such tokens are read as text",
-                directory,
+                file,
                 ", ".join(sorted(hidden)),
             )
 
@@ -275,6 +295,13 @@ def _broken_file(directory: Path, present: Sequence[str]) -> Path:
             except CheckpointError:
                 return path
     return directory / present[0]
+
+
+def _template_file(directory: Path, chat_template: str | Path | None) -> Path:
+    """The file to blame for a chat template."""
+    if chat_template is not None and Path(chat_template).is_file():
+        return Path(chat_template)
+    return directory / (_TEMPLATE if (directory / _TEMPLATE).exists() else "tokenizer_config.json")
 
 
 def _without_prefix(spec: Any) -> Any:

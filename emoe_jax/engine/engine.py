@@ -120,6 +120,7 @@ class Engine:
         link_bandwidth: str | float | None = None,
         load_wait_ms: float = 50.0,
         overlap: bool = True,
+        chat_template: str | Path | None = None,
         record_traces: str | Path | None = None,
         seed: int = 0,
         progress: Progress | None = None,
@@ -137,7 +138,8 @@ class Engine:
         checkpoint's own `task_profile.json` and `predictor` if it has them; the predictor is asked every
         `predict_every` prompts. Background loads keep below `link_bandwidth` bytes/s ("2GiB"); while nothing
         else runs, a prompt waits up to `load_wait_ms` for the experts that are planned for it. With `overlap`
-        the host prepares a step while the device computes the one before. `record_traces` is where to record
+        the host prepares a step while the device computes the one before. `chat_template` is a file to use
+        instead of the checkpoint's chat template, or the name of one of several. `record_traces` is where to record
         routing from the start. Raises `CheckpointError`,
         `ConfigError` or `CapacityError` with one line that names what is wrong; nothing stays allocated then.
         """
@@ -165,6 +167,7 @@ class Engine:
             may_trade=memory_trade,
         )
         plan(step_bytes=0)  # refuses what can never fit before seconds go into the predictor
+        tokenizer = Tokenizer.load(checkpoint.directory, chat_template)
         known = RoutingKnowledge.load(checkpoint.directory, config, task_profile, predictor)
         plan = functools.partial(plan, spread=functools.partial(known.split, config=config))
 
@@ -187,7 +190,6 @@ class Engine:
             # Where routers drop tokens over capacity, what a token gets depends on the rows it was computed with.
             prefix_caching=prefix_caching and config.router_capacity_factor is None,
         )
-        tokenizer = Tokenizer.load(checkpoint.directory)
         model = model or load_dense(memory.dtype)
         residency = open_residency(checkpoint, memory, policy, known, bandwidth)
         planner = None

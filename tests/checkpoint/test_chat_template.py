@@ -1,7 +1,7 @@
 """What chat templates render: as the reference does, and without control tokens of the messages."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import hypothesis.strategies as st
 import pytest
@@ -10,7 +10,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from emoe_jax.checkpoint import Tokenizer
-from emoe_jax.errors import RequestError
+from emoe_jax.errors import CheckpointError, ConfigError, RequestError
 from tests.checkpoint.templates import PAIRED, READ, SPECIAL, TEMPLATES, TURNS, chat_tokenizer
 from tests.checkpoint.test_tokenizer import save
 
@@ -235,3 +235,146 @@ def test_a_template_that_hides_its_tokens_is_told(tmp_path, caplog):
     chat_tokenizer(tmp_path / "json", "{{ (messages[0].role ~ '<|im_start|>') | tojson }}")
     (record,) = caplog.records
     assert "json: the chat template computes <|im_start|> from other texts" in record.getMessage()
+
+
+class TestRoles:
+    @pytest.mark.parametrize("name", ["chatml", "qwen3", "r1", "llama3", "glm", "phi"])
+    def test_a_developer_is_the_system_where_the_template_knows_none(self, tokenizer_of, name):
+        tokenizer = tokenizer_of(TEMPLATES[name])
+        said = {
+            role: tokenizer.chat([{"role": role, "content": "be brief"}, user("hi")])
+            for role in ("system", "developer")
+        }
+        assert said["developer"] == said["system"]
+        assert "be brief" in read(tokenizer, said["developer"])
+
+    @pytest.mark.parametrize("name", ["chatml", "mistral", "r1", "gemma", "glm"])
+    def test_a_tool_is_a_user_where_the_template_knows_none(self, tokenizer_of, name):
+        tokenizer = tokenizer_of(TEMPLATES[name])
+        said = {
+            r: tokenizer.chat([user("hi"), assistant("ok"), {"role": r, "content": "42"}]) for r in ("user", "tool")
+        }
+        assert said["tool"] == said["user"]
+        assert "42" in read(tokenizer, said["tool"])
+
+    @pytest.mark.parametrize("role", ["developer", "tool"])
+    @pytest.mark.parametrize(
+        "template",
+        [
+            TEMPLATES["harmony"],
+            "{% if 'developer' in messages | map(attribute='role') and 'tool' %}{% endif %}{{ messages[0].role }}",
+            "{% set names = {'developer': 'D', 'tool': 'T'} %}{{ names[messages[0].role] }}",
+            "{% macro known(role) %}{% if role in ('developer', 'tool') %}{{ role }}{% endif %}{% endmacro %}"
+            "{{ known(messages[0].role) }}",
+        ],
+    )
+    def test_a_template_that_names_the_role_gets_it(self, tokenizer_of, template, role):
+        tokenizer = tokenizer_of(template)
+        messages = [{"role": role, "content": "x"}, user("hi")]
+        assert read(tokenizer, tokenizer.chat(messages)) == reference(tokenizer, messages)
+
+    def test_a_word_in_a_text_is_no_name(self, tokenizer_of):
+        tokenizer = tokenizer_of("{{ 'ask a developer or a tool: ' + messages[0].role }}")
+        assert read(tokenizer, tokenizer.chat([{"role": "developer", "content": "x"}])).endswith(": system")
+        assert read(tokenizer, tokenizer.chat([{"role": "tool", "content": "x"}])).endswith(": user")
+
+
+class TestOptions:
+    @pytest.mark.parametrize("thinking", [True, False, None])
+    @pytest.mark.parametrize("name", ["qwen3", "glm"])
+    def test_variables_are_the_templates(self, tokenizer_of, name, thinking):
+        tokenizer = tokenizer_of(TEMPLATES[name])
+        kwargs = {} if thinking is None else {"enable_thinking": thinking}
+        messages = [user("hi")]
+        assert read(tokenizer, tokenizer.chat(messages, kwargs=kwargs)) == reference(tokenizer, messages, **kwargs)
+
+    def test_a_variable_takes_the_place_of_the_generation_prompt(self, tokenizer_of):
+        tokenizer = tokenizer_of(TEMPLATES["chatml"])
+        shown = tokenizer.chat([user("hi")], kwargs={"add_generation_prompt": False})
+        assert shown == tokenizer.chat([user("hi")], add_generation_prompt=False)
+
+    @pytest.mark.parametrize("name", ["messages", "chat_template", "tokenize", "continue_final_message"])
+    def test_some_variables_are_taken(self, tokenizer_of, name):
+        with pytest.raises(RequestError, match=f"chat_template_kwargs cannot set {name}"):
+            tokenizer_of(TEMPLATES["chatml"]).chat([user("hi")], kwargs={name: "x"})
+
+    def test_deep_variables_are_refused(self, tokenizer_of):
+        deep: Any = "x"
+        for _ in range(2000):
+            deep = [deep]
+        with pytest.raises(RequestError, match="nested more than 64 deep"):
+            tokenizer_of(TEMPLATES["chatml"]).chat([user("hi")], kwargs={"deep": deep})
+
+    @pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "r1", "mistral", "glm", "harmony", "qwen3"])
+    @pytest.mark.parametrize("content", ["The answer", "The answer is ", "  The", "FINAL_MESSAGE_ x", "a </s> b"])
+    def test_the_last_message_goes_on(self, tokenizer_of, name, content):
+        tokenizer = tokenizer_of(TEMPLATES[name])
+        messages = [user("hi"), assistant(content)]
+        ids = tokenizer.chat(messages, add_generation_prompt=False, continue_final_message=True)
+        wanted = reference(tokenizer, messages, add_generation_prompt=False, continue_final_message=True)
+        assert read(tokenizer, ids) == wanted
+        assert wanted.endswith((content.strip(), content))
+
+    def test_a_last_message_that_the_template_changes_cannot_go_on(self, tokenizer_of):
+        messages = [user("hi"), assistant("<think>a</think>b")]
+        with pytest.raises(RequestError, match="does not show the last message as it is"):
+            tokenizer_of(TEMPLATES["r1"]).chat(messages, add_generation_prompt=False, continue_final_message=True)
+
+    def test_not_both(self, tokenizer_of):
+        for kwargs in ({}, {"add_generation_prompt": True}):
+            with pytest.raises(RequestError, match="cannot both be true"):
+                tokenizer_of(TEMPLATES["chatml"]).chat(
+                    [user("hi")], not kwargs, continue_final_message=True, kwargs=kwargs
+                )
+
+
+class TestChoice:
+    SEVERAL: ClassVar = [
+        {"name": "rag", "template": "rag {{ messages[0].content }}"},
+        {"name": "tool_use", "template": "tools"},
+    ]
+
+    def test_a_list_without_default_stops_only_chat(self, tmp_path):
+        tokenizer = chat_tokenizer(tmp_path, self.SEVERAL)
+        assert tokenizer.encode("hi")
+        assert not tokenizer.has_chat_template
+        with pytest.raises(
+            RequestError, match=r"several chat templates \(rag, tool_use\) and none of them is its default"
+        ):
+            tokenizer.chat([user("hi")])
+
+    def test_a_list_with_a_default(self, tmp_path):
+        tokenizer = chat_tokenizer(tmp_path, [*self.SEVERAL, {"name": "default", "template": "plain"}])
+        assert tokenizer.has_chat_template
+        assert read(tokenizer, tokenizer.chat([user("hi")])) == "plain"
+
+    def test_one_of_the_list_or_a_file(self, tmp_path):
+        chat_tokenizer(tmp_path, self.SEVERAL)
+        (tmp_path / "mine.jinja").write_text("mine {{ messages[0].content }}{{ eos_token }}")
+        for choice, shown in (("rag", "rag hi"), (tmp_path / "mine.jinja", "mine hi</s>")):
+            tokenizer = Tokenizer.load(tmp_path, choice)
+            assert tokenizer is not None
+            assert read(tokenizer, tokenizer.chat([user("hi")])) == shown
+
+    @pytest.mark.parametrize(
+        ("choice", "reason"),
+        [
+            (
+                "missing.jinja",
+                "cannot be read: No such file or directory, nor one of this model's templates: rag, tool_use",
+            ),
+            ("broken.jinja", "broken.jinja: the model's chat template failed"),
+            ("binary.jinja", "not a UTF-8 text file"),
+        ],
+    )
+    def test_a_bad_choice_is_told(self, tmp_path, choice, reason):
+        chat_tokenizer(tmp_path, self.SEVERAL)
+        (tmp_path / "broken.jinja").write_text("{% if %}")
+        (tmp_path / "binary.jinja").write_bytes(b"\xff\xfe")
+        with pytest.raises((ConfigError, CheckpointError), match=reason) as error:
+            Tokenizer.load(tmp_path, tmp_path / choice)
+        assert "\n" not in str(error.value)
+
+    def test_a_choice_without_a_tokenizer(self, tmp_path):
+        with pytest.raises(ConfigError, match="has no tokenizer"):
+            Tokenizer.load(tmp_path, "rag")

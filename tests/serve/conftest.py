@@ -4,9 +4,10 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -37,9 +38,11 @@ def running_server(
     hosts: Sequence[str] = ("*",),
     read_timeout: float = 30.0,
     send_timeout: float = 60.0,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> Iterator[httpx.Client]:
     worker = EngineWorker(engine, max_unfinished)
-    service = Service(("fake", "alias"), TextCodec(engine.tokenizer, VOCAB_SIZE, MAX_MODEL_LEN), worker, tasks)
+    text = TextCodec(engine.tokenizer, VOCAB_SIZE, MAX_MODEL_LEN, template_kwargs=template_kwargs)
+    service = Service(("fake", "alias"), text, worker, tasks)
     app = create_app(service, api_keys, allowed_origins, tracing, hosts=hosts, read_timeout=read_timeout)
     config = HttpConfig(app, read_timeout=read_timeout, send_timeout=send_timeout, log_level="critical")
     server = uvicorn.Server(config)

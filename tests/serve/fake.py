@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from emoe_jax.engine.request import (
@@ -31,13 +32,21 @@ class FakeTokenizer:
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         return "".join(map(chr, ids))
 
-    def chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> list[int]:
+    def chat(
+        self,
+        messages: list[dict[str, str]],
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         if messages[0]["role"] == "tool":
             raise RequestError("conversations start with the user", param="messages")
         if messages[0]["content"] == "break the template":
             raise CheckpointError("the model's chat template failed on the messages: division by zero")
         text = "".join(f"{message['role']}:{message['content']};" for message in messages)
-        return self.encode(text + "assistant:" * add_generation_prompt, add_special_tokens=False)
+        text = text.removesuffix(";") if continue_final_message else text + "assistant:" * add_generation_prompt
+        text = "".join(f"{name}={value};" for name, value in (kwargs or {}).items()) + text
+        return self.encode(text, add_special_tokens=False)
 
     def token_text(self, token_id: int) -> str:
         return chr(token_id)

@@ -4,6 +4,7 @@ import httpx
 import pytest
 
 from serve.answers import ChatChunk, ChatResponse
+from serve.schema import ChatMessage
 from tests.serve.conftest import StartServer
 from tests.serve.events import events_of
 from tests.serve.fake import MAX_MODEL_LEN, FakeEngine, FakeTokenizer
@@ -129,3 +130,38 @@ def test_a_template_that_refuses_is_the_clients_fault(client: httpx.Client) -> N
     response = client.post("/v1/chat/completions", json=body)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "messages"
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+def test_the_template_gets_what_the_request_says(client: httpx.Client, path: str) -> None:
+    def prompt(**body: Any) -> str:
+        messages = [*HELLO, {"role": "assistant", "content": "well"}]
+        answer = client.post(
+            path, json={"messages": messages, "max_tokens": 1, "return_token_ids": True, **body}
+        ).json()
+        return FakeTokenizer().decode(answer.get("tokens") or answer["prompt_token_ids"])
+
+    said = "user:hello;assistant:well"
+    assert prompt() == prompt(add_generation_prompt=None) == f"{said};assistant:"
+    assert prompt(add_generation_prompt=False) == f"{said};"
+    assert prompt(continue_final_message=True) == said
+    assert prompt(continue_final_message=True, add_generation_prompt=False) == said
+    kwargs = {"enable_thinking": False, "x": [1]}
+    assert prompt(chat_template_kwargs=kwargs) == f"enable_thinking=False;x=[1];{said};assistant:"
+    both = client.post(path, json={"messages": HELLO, "continue_final_message": True, "add_generation_prompt": True})
+    assert both.status_code == 400
+    assert both.json()["error"]["param"] == "continue_final_message"
+    assert client.post(path, json={"messages": HELLO, "chat_template_kwargs": [1]}).status_code == 400
+    long = client.post(path, json={"messages": HELLO, "chat_template_kwargs": {"x": "y" * 1_000_000}})
+    assert long.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_the_server_has_defaults_of_its_own(start_server: StartServer) -> None:
+    with start_server(FakeEngine(FakeTokenizer()), template_kwargs={"a": 1, "b": 2}) as client:
+        answer = client.post("/tokenize", json={"messages": HELLO, "chat_template_kwargs": {"b": 3}}).json()
+    assert FakeTokenizer().decode(answer["tokens"]) == "a=1;b=3;user:hello;assistant:"
+
+
+def test_thoughts_reach_the_template() -> None:
+    message = {"role": "assistant", "content": "4", "reasoning_content": "2 + 2"}
+    assert ChatMessage.model_validate(message).to_template() == message

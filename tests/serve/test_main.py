@@ -49,6 +49,13 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--expert-memory", "9999 slots"], "--expert-memory of 9999 slots is more than all experts; a layer has "),
         (["--expert-memory", "1%"], "--expert-memory of 1% gives 0 or 1 expert slots"),
         (["--host-memory", "40%"], "--host-memory: the amount '40%' is not an amount of bytes"),
+        (
+            ["--chat-template", "/nonexistent/x.jinja"],
+            "--chat-template is '/nonexistent/x.jinja', which cannot be read",
+        ),
+        (["--chat-template-kwargs", "{x"], "--chat-template-kwargs: '{x' is not a JSON object such as"),
+        (["--chat-template-kwargs", "[1]"], "--chat-template-kwargs: '[1]' is not a JSON object such as"),
+        (["--chat-template-kwargs", '{"messages": []}'], "--chat-template-kwargs: cannot set messages"),
         (["--link-bandwidth", "fast"], "--link-bandwidth: the amount 'fast' is not an amount of bytes"),
         (["--link-bandwidth", "0GiB"], "--link-bandwidth: the amount is '0GiB'"),
         (["--record-traces", "trace.csv"], "--record-traces: trace.csv"),
