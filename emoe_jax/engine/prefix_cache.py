@@ -18,6 +18,7 @@ class PrefixCache:
     def __init__(self, pool: PagePool, enabled: bool):
         self.enabled = enabled
         self._pool = pool
+        self._pending: dict[bytes, Sequence] = {}  # pages that a running sequence is computing, by their keys
         self._query_tokens = 0
         self._hit_tokens = 0
 
@@ -32,13 +33,23 @@ class PrefixCache:
         count = (sequence.num_tokens - 1) // self._pool.page_size
         return self._pool.find(self._key(sequence, index) for index in range(count))
 
+    def is_pending(self, sequence: Sequence, found: list[int]) -> bool:
+        """Whether the page after those found for a waiting sequence is being computed for one that runs."""
+        if not self._pending or not self._may_reuse(sequence):
+            return False
+        count = (sequence.num_tokens - 1) // self._pool.page_size
+        return len(found) < count and self._key(sequence, len(found)) in self._pending
+
     def expect(self, sequence: Sequence) -> None:
         """Note on a new sequence how much of it is published by now."""
         sequence.num_cached = len(self.find(sequence)) * self._pool.page_size
 
     def take(self, sequence: Sequence, pages: list[int]) -> None:
-        """Start a sequence, which has no pages, with those that were found for it."""
+        """Start a sequence, which has no pages, with those that were found for it. It will compute the others."""
         self._pool.share(pages)
+        if self.enabled:
+            for index in range(len(pages), sequence.num_known // self._pool.page_size):
+                self._pending.setdefault(self._key(sequence, index), sequence)
         sequence.pages = list(pages)
         sequence.num_computed = len(pages) * self._pool.page_size
         if sequence.num_preemptions:
@@ -53,7 +64,17 @@ class PrefixCache:
         if self.enabled:
             size = self._pool.page_size
             for index in range(start // size, end // size):
-                self._pool.publish(sequence.pages[index], self._key(sequence, index))
+                key = self._key(sequence, index)
+                self._pool.publish(sequence.pages[index], key)
+                if self._pending.get(key) is sequence:
+                    del self._pending[key]
+
+    def stopped(self, sequence: Sequence) -> None:
+        """A sequence runs no more: what it has not computed by now, it does not compute."""
+        if self._pending:
+            for key in sequence.page_keys:
+                if self._pending.get(key) is sequence:
+                    del self._pending[key]
 
     def state(self) -> dict[str, Any]:
         """Totals over sequences that started, those left out that must be computed whole; preempted ones count once."""

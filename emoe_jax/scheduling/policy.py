@@ -47,7 +47,7 @@ class AdmissionPolicy(Protocol):
     ) -> Iterator[Sequence]:
         """Sequences to start in this step, in order, beside those `running`, of which `planned` compute prompts.
 
-        Asking for the next one means that the last one was started.
+        Asking for the next one means that the last one was started, or that it still waits and is set aside for now.
         """
         ...
 
@@ -96,8 +96,11 @@ class FcfsPolicy:
     def candidates(
         self, running: Collection[Sequence], planned: Collection[PrefillChunk], now: float
     ) -> Iterator[Sequence]:
-        while self._queue:
-            yield next(iter(self._queue))
+        set_aside = 0  # at the front of the queue
+        while len(self._queue) > set_aside:
+            sequence = next(itertools.islice(self._queue, set_aside, None))
+            yield sequence
+            set_aside += sequence in self._queue
 
     def observe(self, plan: StepPlan, seconds: float) -> None:
         pass

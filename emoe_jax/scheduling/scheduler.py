@@ -33,7 +33,9 @@ class Scheduler:
 
     When pages run out, the latest sequence is preempted: it goes back to the front of the queue with its tokens kept,
     and is prefilled again. With `prefix_caching` a sequence that starts takes over the pages of its longest prefix that
-    was computed before, its own before a preemption included; pages that are only kept for that count as free.
+    was computed before, its own before a preemption included; pages that are only kept for that count as free. What a
+    running sequence is computing is waited for: of sequences that come together with one prompt, as those of `n` > 1
+    do, the first computes its full pages and the others only what is beyond them.
 
     Raises `ConfigError` when the step's token budget cannot hold a token of every running sequence, and
     `CapacityError` when the pool cannot hold one sequence of `max_model_len` tokens.
@@ -275,10 +277,18 @@ class Scheduler:
         promised = len(self._running) + sum(
             max(0, pool.pages_for(sequence.num_tokens) - len(sequence.pages)) for sequence in self._running
         )
+        places = self.max_num_seqs - len(self._running)
         for sequence in self.policy.candidates(self._running, tuple(prefills), now):
             total = sequence.num_tokens
             cached = self.prefix_cache.find(sequence)
             missing = pool.pages_for(total) - len(cached)
+            if self.prefix_cache.is_pending(sequence, cached):
+                # Set aside until those pages are there. Its place, and pages of its own, are kept for it.
+                promised += 1 + missing
+                places -= 1
+                if not places:
+                    break
+                continue
             if not pool.can_allocate(promised + missing + pool.num_idle(cached)):
                 self.num_short_steps += 1
                 break
@@ -294,13 +304,15 @@ class Scheduler:
             insort(self._running, sequence, key=_order)
             promised += 1 + missing - pages
             budget -= length
+            places -= 1
             prefills.append(PrefillChunk(sequence, start, length, start + length == total))
-            if budget == 0 or len(self._running) == self.max_num_seqs:
+            if not budget or not places:
                 break
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's pages away; it will be prefilled again, its own tokens included."""
         self._running.remove(sequence)
+        self.prefix_cache.stopped(sequence)
         self.pool.free(sequence.pages)
         sequence.pages = []
         sequence.num_computed = sequence.num_pending = 0  # a pending token will be sampled again
@@ -336,6 +348,7 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         """Forget a sequence that ended; the caller takes it out of its queue."""
+        self.prefix_cache.stopped(sequence)
         self.pool.free(sequence.pages)
         sequence.pages = []
         sequence.status = SequenceStatus.FINISHED

@@ -16,7 +16,7 @@ import heapq
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Container, Iterator
 from typing import Any
 
 from emoe_jax.engine.request import RoutingContract
@@ -121,15 +121,16 @@ class SloPolicy:
         tasks = Counter(sequence.task for sequence in running)
         crowded = len(queue) > CROWDED * estimates.max_num_seqs
         guard = None if crowded else _Guard(estimates, running, now)
-        while len(queue) and (not spent or spent < budget):
-            oldest, since = queue.oldest()
+        set_aside: set[Sequence] = set()
+        while len(queue) > len(set_aside) and (not spent or spent < budget):
+            oldest, since = queue.oldest(but=set_aside)
             if self._is_aged(since, now):
                 sequence = oldest
             else:
                 self._defer_late(now)
                 allowed = (
                     choice
-                    for choice in self._choices(tasks, now, per_task=1)
+                    for choice in self._choices(tasks, now, per_task=1, but=set_aside)
                     if guard is None
                     or not tasks
                     or guard.allows(choice, self._loading_seconds(choice.task, choice.routing))
@@ -137,11 +138,14 @@ class SloPolicy:
                 sequence = next(allowed, None)
                 if sequence is None:
                     return
-            spent += estimates.prefill(sequence)
+            yield sequence
+            if sequence in queue:
+                set_aside.add(sequence)
+                continue
+            spent += estimates.prefill(sequence)  # without the pages that it took over
             if guard is not None:
                 guard.admit(sequence)
             tasks[sequence.task] += 1
-            yield sequence
 
     def observe(self, plan: StepPlan, seconds: float) -> None:
         self._estimates.observe(plan, seconds)
@@ -160,18 +164,23 @@ class SloPolicy:
             "output_tokens": estimates.lengths.state(),
         }
 
-    def _choices(self, tasks: Counter[Task], now: float, per_task: int | None = None) -> Iterator[Sequence]:
-        """Whom to start, best first: who must, the least work (at most `per_task` of each task), who is late anyway."""
+    def _choices(
+        self, tasks: Counter[Task], now: float, per_task: int | None = None, but: Container[Sequence] = ()
+    ) -> Iterator[Sequence]:
+        """The sequences to start, best first: the one that must start, those of the least work (at most `per_task` of
+        each task), those that are late anyway. All `but` some.
+        """
         urgent, latest_start = self._queue.most_urgent()
-        if urgent is not None and latest_start < now + self._estimates.pace:
+        if urgent is not None and urgent not in but and latest_start < now + self._estimates.pace:
             yield urgent
         by_task = [
-            _discounted(itertools.islice(ranked, per_task), self._discount(task, tasks))
+            _discounted(itertools.islice((entry for entry in ranked if entry[1] not in but), per_task), discount)
             for task, ranked in self._queue.by_work()
+            for discount in [self._discount(task, tasks)]
         ]
         for _, _, sequence in heapq.merge(*by_task):
             yield sequence
-        yield from itertools.islice(self._queue.late(), per_task)
+        yield from itertools.islice((sequence for sequence in self._queue.late() if sequence not in but), per_task)
 
     def _is_aged(self, since: float, now: float) -> bool:
         return now - since >= AGED * self.max_wait

@@ -2,7 +2,7 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import NamedTuple
 
 from emoe_jax.engine.sequence import Sequence
@@ -32,6 +32,9 @@ class WaitingQueue:
     def __iter__(self) -> Iterator[Sequence]:
         """By arrival; those put first, first."""
         return iter(self._entries)
+
+    def __contains__(self, sequence: Sequence) -> bool:
+        return sequence in self._entries
 
     def add(self, sequence: Sequence, latest_start: float, work: float) -> None:
         """A sequence waits, since its arrival. `latest_start` (seconds) is infinite when nothing is due."""
@@ -65,10 +68,10 @@ class WaitingQueue:
     def num_late(self) -> int:
         return len(self._late)
 
-    def oldest(self) -> tuple[Sequence, float]:
-        """The first by arrival, and since when (seconds) it waits. The queue is not empty."""
-        sequence, entry = next(iter(self._entries.items()))
-        return sequence, entry.since
+    def oldest(self, but: Container[Sequence] = ()) -> tuple[Sequence, float]:
+        """The first by arrival `but` for some, and since when (seconds) it waits. There is one."""
+        sequence = next(sequence for sequence in self._entries if sequence not in but)
+        return sequence, self._entries[sequence].since
 
     def most_urgent(self) -> tuple[Sequence | None, float]:
         """The one that must start first, and when (seconds); infinite when nothing is due."""

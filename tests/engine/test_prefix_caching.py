@@ -10,6 +10,8 @@ from flax import nnx
 
 from emoe_jax import Engine, RequestOutput, SamplingParams
 from emoe_jax.checkpoint import save_checkpoint
+from emoe_jax.engine.runner import Dispatched, Runner
+from emoe_jax.scheduling.plan import StepPlan
 from emoe_jax.traces import RoutingTrace
 from tests.engine.conftest import TINY, EngineFactory, random_model
 from tests.golden.tiny import OPENMOE, write_checkpoint
@@ -158,3 +160,28 @@ def test_routers_that_drop_tokens_by_batch_share_nothing(tmp_path: Path) -> None
         outputs = [answer(engine, prompt, SamplingParams(max_tokens=1, temperature=0)) for _ in range(2)]
     assert outputs[0].token_ids == outputs[1].token_ids
     assert outputs[1].num_cached_tokens == 0
+
+
+@pytest.mark.parametrize(("n", "length"), [(2, 40), (8, 33), (5, 16), (8, 7)])
+def test_several_answers_compute_their_prompt_once(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, n: int, length: int
+) -> None:
+    """But for the page that the last token is in, of which each has its own."""
+    params = SamplingParams(max_tokens=6, temperature=1, seed=3, n=n, ignore_eos=True)
+    prompt, computed, outputs = drawn(length), [], []
+    dispatch = Runner.dispatch
+
+    def counting(runner: Runner, plan: StepPlan) -> Dispatched:
+        computed[-1] += plan.num_prefill_tokens
+        return dispatch(runner, plan)
+
+    monkeypatch.setattr(Runner, "dispatch", counting)
+    for prefix_caching in (False, True):
+        computed.append(0)
+        with Engine.load(
+            tiny_checkpoint, expert_memory="100%", prefix_caching=prefix_caching, **OPTIONS | {"max_num_seqs": 8}
+        ) as engine:
+            outputs.append([completion.token_ids for completion in answer(engine, prompt, params).completions])
+    pages = (length - 1) // 16 * 16
+    assert computed == [n * length, length + (n - 1) * (length - pages)]
+    assert outputs[0] == outputs[1]

@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,7 +11,9 @@ from emoe_jax.engine.sequence import Sequence
 from emoe_jax.scheduling.cost import CostModel, StepCost
 from emoe_jax.scheduling.estimates import Estimates
 from emoe_jax.scheduling.lengths import OutputLengths
+from emoe_jax.scheduling.plan import StepPlan, StepResult
 from emoe_jax.scheduling.scheduler import Scheduler
+from emoe_jax.scheduling.slo import SloPolicy
 from tests.scheduling.test_scheduler import FakeRunner, make
 
 WORDS = 3
@@ -199,3 +202,120 @@ def test_any_workload_completes(workload: tuple[Scheduler, list[tuple[int, Seque
             assert len(sequence.generated) == min(sequence.params.max_tokens, room)
     query, hit = tokens_of(scheduler)
     assert 0 <= hit < max(1, query)
+
+
+def with_policy(policy: str, **options) -> tuple[Scheduler, SharingRunner]:
+    scheduler = make(prefix_caching=True, **options)
+    if policy == "slo":
+        estimates = Estimates(OutputLengths(), CostModel(), scheduler.max_num_seqs, 64, scheduler.prefill_chunk)
+        scheduler.use_policy(SloPolicy(estimates))
+    return scheduler, SharingRunner(scheduler)
+
+
+def computed(scheduler: Scheduler, runner: SharingRunner, ahead: bool = False) -> dict[Sequence, int]:
+    """Prompt tokens computed for each sequence until all are done; `ahead`: a step is planned before one is booked."""
+    tokens: dict[Sequence, int] = {}
+    in_flight: list[tuple[StepPlan, StepResult]] = []
+    while scheduler.has_work or in_flight:
+        plan = scheduler.schedule(0.0)
+        for chunk in plan.prefills:
+            tokens[chunk.sequence] = tokens.get(chunk.sequence, 0) + chunk.length
+        if plan:
+            result = runner.run(plan)
+            scheduler.dispatched(plan)
+            in_flight.append((plan, result))
+        if in_flight and (len(in_flight) > ahead or not plan):
+            scheduler.update(*in_flight.pop(0))
+    return tokens
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "slo"])
+@pytest.mark.parametrize("length", [3, 4, 5, 8, 17, 30])
+@pytest.mark.parametrize("chunk", [4, 8, 32])
+def test_siblings_compute_the_full_pages_of_their_prompt_once(policy: str, length: int, chunk: int):
+    scheduler, runner = with_policy(policy, prefill_chunk=chunk, pages=128)
+    siblings = [Sequence("a", list(range(length)), SamplingParams(max_tokens=3, n=8), index=i) for i in range(8)]
+    for sibling in siblings:
+        scheduler.add(sibling)
+    tokens = computed(scheduler, runner)
+    shared = (length - 1) // 4 * 4  # the last token is computed by each
+    assert sum(tokens.values()) == length + 7 * (length - shared)
+    assert [sibling.num_cached for sibling in siblings].count(shared) >= 7
+    assert all(len(sibling.generated) == 3 for sibling in siblings)
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "slo"])
+def test_requests_that_come_together_compute_what_they_begin_with_once(policy: str):
+    """Two groups of alike prompts with tails of their own, and one prompt that is like none."""
+    scheduler, runner = with_policy(policy, pages=128)
+    groups = [[seq(f"{g}{i}", [g] * 20 + [g, i] * i) for i in range(3)] for g in range(2)]
+    single = seq("single", list(range(50, 62)))
+    for sequence in [*groups[0], single, *groups[1]]:
+        scheduler.add(sequence)
+    tokens = computed(scheduler, runner)
+    for group in groups:
+        first = max(tokens[sequence] for sequence in group)
+        assert first >= 20
+        assert sum(tokens[sequence] for sequence in group) - first <= 2 * 4 + 6
+    assert tokens[single] == 12
+
+
+def test_contracts_and_scored_prompts_do_not_wait_for_each_other():
+    scheduler, runner = with_policy("fcfs", pages=128)
+    prompt = list(range(12))
+    sequences = [seq("a", prompt), seq("exact", prompt, routing="exact"), seq("scored", prompt, prompt_logprobs=0)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    plan = scheduler.schedule(0.0)
+    assert {chunk.sequence for chunk in plan.prefills} == set(sequences)
+    scheduler.update(plan, runner.run(plan))
+    runner.finish_all()
+
+
+def test_without_prefix_caching_siblings_start_at_once():
+    scheduler = make(pages=128)
+    for index in range(3):
+        scheduler.add(Sequence("a", list(range(12)), SamplingParams(max_tokens=3, n=3), index=index))
+    assert len(scheduler.schedule(0.0).prefills) == 3
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "slo"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_siblings_go_on_when_the_one_they_wait_for_is_gone(policy: str, steps: int):
+    scheduler, runner = with_policy(policy, pages=128)
+    prompt = list(range(30))
+    leader = seq("leader", prompt)
+    scheduler.add(leader)
+    for _ in range(steps):
+        scheduler.add(seq(f"other {_}", prompt))
+        runner.step()
+    assert scheduler.num_running == 1
+    scheduler.abort("leader")
+    tokens = computed(scheduler, runner)
+    assert sum(tokens.values()) == 30 - 8 * steps + (steps - 1) * 2
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "slo"])
+def test_others_go_on_while_siblings_wait_and_take_no_place_of_theirs(policy: str):
+    scheduler, runner = with_policy(policy, pages=128, max_num_seqs=3)
+    siblings = [Sequence("a", [7] * 30, SamplingParams(max_tokens=9, n=2), index=index) for index in range(2)]
+    late = [seq(f"late {index}", [index + 1] * 3, max_tokens=40) for index in range(4)]
+    scheduler.add(siblings[0])
+    runner.step()
+    for sequence in [siblings[1], *late]:
+        scheduler.add(sequence)
+    for _ in range(5):
+        runner.step()
+    if policy == "fcfs":
+        assert scheduler.running == (*siblings, late[0])
+    else:  # it starts the shortest work first
+        assert siblings[0] in scheduler.running
+    runner.finish_all()
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "slo"])
+def test_the_overlapped_loop_computes_pages_once_too(policy: str):
+    scheduler, runner = with_policy(policy, pages=128)
+    for index in range(5):
+        scheduler.add(Sequence("a", list(range(18)), SamplingParams(max_tokens=1, n=5), index=index))
+    assert sum(computed(scheduler, runner, ahead=True).values()) == 18 + 4 * 2
