@@ -83,14 +83,14 @@ class Service:
             raise RequestError(
                 f"{len(prompts)} prompts in one request; at most {self.worker.max_unfinished} are taken", param="prompt"
             )
-        await self.text.prepare(params[0].structured_outputs)
+        grammar = await self.text.prepare(params[0].structured_outputs)
         emoe = emoe or EmoeRequest()
         if emoe.task is not None and self.tasks is not None and emoe.task not in (*self.tasks, OTHER):
             known = ", ".join((*self.tasks, OTHER))
             raise RequestError(f"the task {emoe.task!r} is not in the task profile; it has {known}", "emoe.task")
         generation = self.worker.submit(
             [
-                Submission(prompt, sampling, task=emoe.task, routing=emoe.routing, slo=slo.to_slo(emoe.slo))
+                Submission(prompt, sampling, emoe.task, emoe.routing, slo.to_slo(emoe.slo), grammar)
                 for prompt, sampling in zip(prompts, params, strict=True)
             ],
             request.state.stats,

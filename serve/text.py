@@ -15,6 +15,9 @@ Result = TypeVar("Result")
 MAX_CHARS_PER_TOKEN = 128
 """No text needs fewer tokens than its length over this: longer tokens exist, but not all of them are."""
 
+GRAMMAR_THREADS = 2
+"""One grammar that takes seconds leaves another thread to the others."""
+
 MAX_CACHED_TEXTS = 1 << 16
 """Tokens whose text is remembered: log probabilities of a long prompt ask for many, and often."""
 
@@ -48,11 +51,10 @@ class ServedGrammars(Protocol):
 
 
 class TextCodec:
-    """The tokenizer behind one thread, so that a long prompt stalls neither other requests nor the engine.
+    """Tokenizer and grammars behind threads of their own, so that none of it stalls streams.
 
     `tokenizer` is None for a checkpoint without tokenizer files: such a model takes and returns token ids only.
-    `grammars` keep what they have compiled here, so that the engine need not. `template_kwargs` are variables of the
-    chat template for requests that do not set them.
+    `template_kwargs` are variables of the chat template for requests that do not set them.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class TextCodec:
         self.max_model_len = max_model_len
         self.token_text = functools.lru_cache(MAX_CACHED_TEXTS)(self._token_text)
         self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        self._compilers = concurrent.futures.ThreadPoolExecutor(GRAMMAR_THREADS, thread_name_prefix="grammars")
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         tokenizer = self._required("prompt")
@@ -98,18 +101,21 @@ class TextCodec:
             raise RequestError(f"token ids must be below the vocabulary size of {self.vocab_size}", param)
         return await self._run(lambda: tokenizer.decode(ids, skip_special_tokens=False))
 
-    async def prepare(self, wanted: StructuredOutputsParams | None) -> None:
-        """Compile what answers have to match. Raises `RequestError` that says why they cannot be held to it."""
-        grammars = self._grammars
-        if wanted is not None and grammars is not None:
-            await self._run(lambda: grammars.compile(wanted))
+    async def prepare(self, wanted: StructuredOutputsParams | None) -> object:
+        """Compile what answers have to match: a grammar that the engine finds as long as the caller keeps it. Raises
+        `RequestError` that says why answers cannot be held to it.
+        """
+        if wanted is None or self._grammars is None:
+            return None
+        return await asyncio.get_running_loop().run_in_executor(self._compilers, self._grammars.compile, wanted)
 
     def _token_text(self, token_id: int) -> str:
         """The text of one token, or vLLM's `token_id:N` where there is no tokenizer."""
         return f"token_id:{token_id}" if self._tokenizer is None else self._tokenizer.token_text(token_id)
 
     def close(self) -> None:
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        for executor in (self._executor, self._compilers):
+            executor.shutdown(wait=False, cancel_futures=True)
 
     def _required(self, param: str) -> ServedTokenizer:
         if self._tokenizer is None:

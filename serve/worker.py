@@ -71,6 +71,8 @@ class Submission:
     task: str | None = None
     routing: RoutingContract | None = None
     slo: SLO | None = None
+    grammar: object = None
+    """What was compiled for `params`; kept until the engine has found it, which would compile it anew otherwise."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt32
 
-from emoe_jax.engine.grammar import Guide
+from emoe_jax.engine.guide import Guide
 from emoe_jax.engine.request import SamplingParams
 
 
@@ -45,6 +45,16 @@ class LogitAdjustment:
     @property
     def allowed(self) -> UInt32[np.ndarray, " W"] | None:
         return None if self._guide is None else self._guide.allowed
+
+    @property
+    def guide(self) -> Guide | None:
+        """The way through what the answer has to match, if it has to match anything."""
+        return self._guide
+
+    @property
+    def pending(self) -> bool:
+        """Whether `allowed` is still being computed."""
+        return self._guide is not None and self._guide.computing is not None
 
     @property
     def failed(self) -> bool:

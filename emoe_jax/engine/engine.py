@@ -23,6 +23,7 @@ from emoe_jax.engine.deliveries import Deliveries
 from emoe_jax.engine.executables import Executables
 from emoe_jax.engine.foresight import Foresight
 from emoe_jax.engine.grammar import Grammars
+from emoe_jax.engine.guide import settle
 from emoe_jax.engine.intake import Intake, Prompt
 from emoe_jax.engine.knowledge import RoutingKnowledge
 from emoe_jax.engine.kv_cache import PAGE_SIZE, new_cache
@@ -411,6 +412,11 @@ class Engine:
 
     def _dispatch(self) -> None:
         """Have the device begin the next step, if there is anything to do."""
+        held = [sequence for sequence in self._scheduler.running if sequence.held]
+        if held:
+            guides = [s.adjustment.guide for s in held if s.adjustment is not None and s.adjustment.guide is not None]
+            only = len(held) == self._scheduler.num_running and not self._scheduler.num_waiting
+            settle(guides, idle=only and not self._in_flight)
         began = time.monotonic()
         self._residency.commit()
         plan = self._scheduler.schedule(began)
@@ -450,6 +456,8 @@ class Engine:
             if stopped:
                 self._scheduler.finish(sequence, "stop")
             deltas.append(delta)
+            if sequence.adjustment is not None and not sequence.finished:
+                sequence.adjustment.update(sequence.generated)
             if answer.finished:
                 self._foresight.ended(answer.sequences)
         self._step_seconds += seconds + time.monotonic() - ended
@@ -507,6 +515,7 @@ class Engine:
 
     def close(self) -> None:
         """Stop the loader's threads and finish the trace, if one is recorded. The engine cannot step afterwards."""
+        self.grammars.close()
         self._foresight.close()
         self.stop_recording()
 

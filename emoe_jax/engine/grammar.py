@@ -1,24 +1,25 @@
 """Which tokens may come next for an answer to match a schema, an expression, a choice or a grammar: llguidance."""
 
+import decimal
 import functools
 import json
 import logging
+import math
 import re
 import threading
-from collections.abc import Iterable
+import weakref
+from collections import OrderedDict
 from collections.abc import Sequence as Rows
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from jaxtyping import UInt32
-
 from emoe_jax.checkpoint import Tokenizer
+from emoe_jax.engine.guide import Grammar, Guide, MaskThreads
 from emoe_jax.engine.request import SamplingParams
 from emoe_jax.engine.structured import StructuredOutputsParams
 from emoe_jax.errors import RequestError
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLTokenizer
 
 log = logging.getLogger("emoe_jax")
 
@@ -30,47 +31,35 @@ MAX_COMPILED = 16
 
 ANY_OBJECT = '{"type": "object"}'
 
-EBNF_RULE = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
-"""What no grammar in Lark's notation has."""
+EBNF_RULE = re.compile(r"^[^\S\n]*+[\w-]++\s*+::=", re.MULTILINE)
+"""What no grammar in Lark's notation has. It never tries a character twice: Python's other threads stand still while an
+expression is searched, and lines without any text would cost the square of their number.
+"""
 
 MAX_EBNF_CHARS = 2**13
 """Its translation takes half a second at most then, and four times as long for twice as much."""
 
+MAX_MULTIPLE = 100_000
+"""Compiles in three seconds."""
 
-class Guide:
-    """One sequence's way through its grammar. `allowed` says which tokens may come next, a bit each, lowest first."""
-
-    def __init__(self, matcher: "LLMatcher", num_words: int):
-        self._matcher = matcher
-        self._num_words = num_words
-        self.allowed = self._mask()
-
-    @property
-    def failed(self) -> bool:
-        """Whether the grammar has become too costly to follow, so that the answer ends before it matches."""
-        return self._matcher.is_error()
-
-    def update(self, tokens: Iterable[int]) -> None:
-        """The answer went on with these tokens."""
-        for token in tokens:
-            if not self._matcher.is_stopped():
-                self._matcher.consume_token(token)
-        self.allowed = self._mask()
-
-    def _mask(self) -> UInt32[np.ndarray, " W"]:
-        """Only the end of the text once the grammar is complete, and where it failed."""
-        return np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: self._num_words]
+MULTIPLE = re.compile(r'"multipleOf"\s*+:\s*+(\d++(?:\.\d++)?+(?:[eE][+-]?\d{1,6}+)?+)')
+ESCAPED = re.compile(r"\\u([0-9a-fA-F]{4})")
 
 
 class Grammars:
-    """Compiles what requests ask for, and keeps the last few. Thread-safe."""
+    """Compiles what requests ask for. A grammar is found again as long as anything uses it, the last few longer.
+
+    Thread-safe. No lock is held while a grammar is compiled: finding one takes no time, whatever else is compiled.
+    """
 
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, eos_token_ids: Rows[int]):
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos_token_ids = list(eos_token_ids or (() if tokenizer is None else tokenizer.eos_token_ids))
         self._lock = threading.Lock()
-        self._compiled = functools.lru_cache(MAX_COMPILED)(self._compile)
+        self._latest: OrderedDict[StructuredOutputsParams, Grammar] = OrderedDict()
+        self._in_use: weakref.WeakValueDictionary[StructuredOutputsParams, Grammar] = weakref.WeakValueDictionary()
+        self._threads = MaskThreads()
 
     def warm_up(self) -> None:
         """Read the vocabulary now, which takes a second if it is large. No matter if this model cannot be guided."""
@@ -79,18 +68,33 @@ class Grammars:
         except RequestError as error:
             log.debug("no structured outputs: %s", error)
 
-    def compile(self, wanted: StructuredOutputsParams) -> "LLMatcher":
-        """A matcher at its start, to be copied. Raises `RequestError` that says why an answer cannot be held to it."""
+    def compile(self, wanted: StructuredOutputsParams) -> Grammar:
+        """The grammar, which takes seconds at worst where it is not known. Raises `RequestError` that says why an
+        answer cannot be held to it.
+        """
         with self._lock:
-            return self._compiled(wanted)
+            grammar = self._in_use.get(wanted)
+        if grammar is None:
+            grammar = self._compile(wanted)
+        with self._lock:
+            grammar = self._in_use.setdefault(wanted, grammar)
+            self._latest[wanted] = grammar
+            self._latest.move_to_end(wanted)
+            if len(self._latest) > MAX_COMPILED:
+                self._latest.popitem(last=False)
+        return grammar
 
     def guide(self, params: SamplingParams) -> Guide | None:
-        """A guide for one answer; None where anything may be answered. Raises as `compile`."""
-        if params.structured_outputs is None:
-            return None
-        return Guide(self.compile(params.structured_outputs).deep_copy(), -(-self._vocab_size // 32))
+        """A guide for one answer; None where anything may be answered. Raises as `compile`, and compiles what no
+        `compile` on another thread has compiled before.
+        """
+        return None if params.structured_outputs is None else self.compile(params.structured_outputs).guide()
 
-    def _compile(self, wanted: StructuredOutputsParams) -> "LLMatcher":
+    def close(self) -> None:
+        """End the threads that compute masks."""
+        self._threads.close()
+
+    def _compile(self, wanted: StructuredOutputsParams) -> Grammar:
         try:
             from llguidance import LLMatcher, LLParserLimits
         except ImportError:
@@ -116,7 +120,7 @@ class Grammars:
             matcher.compute_bitmask()  # most of the work, and where limits strike
         if matcher.is_error():
             raise wanted.error(f"cannot be used: {_reason(matcher.get_error())}")
-        return matcher
+        return Grammar(matcher, -(-self._vocab_size // 32), self._threads)
 
     @functools.cached_property
     def _vocabulary(self) -> "LLTokenizer":
@@ -127,8 +131,10 @@ class Grammars:
 
 
 def _grammar(wanted: StructuredOutputsParams) -> str:
+    """In the form that the library compiles. Raises `ValueError`."""
     from llguidance import LLMatcher
 
+    _check_multiples(wanted)
     if wanted.regex is not None:
         return LLMatcher.grammar_from_regex(wanted.regex)
     if wanted.choice is not None:
@@ -136,6 +142,28 @@ def _grammar(wanted: StructuredOutputsParams) -> str:
     if wanted.grammar is not None:
         return LLMatcher.grammar_from_lark(_as_lark(wanted.grammar))
     return LLMatcher.grammar_from_json_schema(str(wanted.json or ANY_OBJECT), defaults=SPACING)
+
+
+def _check_multiples(wanted: StructuredOutputsParams) -> None:
+    """Refuse a `multipleOf` that would compile for minutes: no limit of the library counts its states. Schemas that
+    hold together have the states of their least common multiple. Raises `ValueError`.
+    """
+    text = ESCAPED.sub(lambda match: chr(int(match[1], 16)), str(wanted.json or wanted.grammar or ""))
+    numbers: list[str] = MULTIPLE.findall(text)
+    if "allOf" in text or "$ref" in text:
+        needed = math.lcm(*map(_states, numbers))
+    else:
+        needed = max((int(min(_states(number), float(number))) for number in numbers), default=0)
+    if needed > MAX_MULTIPLE:
+        raise ValueError(f"its multipleOf needs {needed} states; at most {MAX_MULTIPLE} are taken")
+
+
+def _states(number: str) -> int:
+    """How many remainders a divisor has once it is scaled to an integer, at most about 10**24; powers of ten have 1."""
+    digits = number.lower().partition("e")[0].replace(".", "").strip("0")
+    exponent = decimal.Decimal(number).adjusted() + 1 - len(digits)
+    zeros = min(max(exponent, 0), 12)
+    return 1 if digits in ("", "1") else int(digits[:12]) * 10**zeros
 
 
 def _as_lark(grammar: str) -> str:

@@ -98,6 +98,11 @@ class Sequence:
         return self.num_sampled > 0 and self.num_computed == self.num_tokens - 1
 
     @property
+    def held(self) -> bool:
+        """Whether it sits out a step, as what may come next is still being computed."""
+        return self.adjustment is not None and self.adjustment.pending
+
+    @property
     def finished(self) -> bool:
         return self.status is SequenceStatus.FINISHED
 

@@ -7,8 +7,9 @@
 After `dispatched(plan)` the next step may be scheduled while this one runs. Its plan takes for granted that no sequence
 ends but those that reach their length; what it computes for one that did end, its own `update` drops.
 
-Every running sequence that decodes is in every plan; what is left of the token budget goes to prompts, oldest first,
-at most `prefill_chunk` tokens each, so that a long prompt neither stalls decoding nor blocks the prompts behind it.
+Every running sequence that decodes is in every plan, unless its grammar still computes what may come next. What is left
+of the token budget goes to prompts, oldest first, at most `prefill_chunk` tokens each, so that a long prompt neither
+stalls decoding nor blocks the prompts behind it.
 The oldest running sequence always advances (the pool holds at least one sequence of full length and only later ones
 are preempted), so every sequence finishes.
 """
@@ -191,6 +192,8 @@ class Scheduler:
             index += 1
             if sequence.num_pending and self._is_full(sequence):
                 continue  # it ends with the token that it waits for
+            if sequence.held:
+                continue
             start, total = sequence.num_computed, sequence.num_tokens
             is_decode = sequence.decodes
             length = 1 if is_decode else min(total - start, self.prefill_chunk, prefill_budget)

@@ -1,8 +1,11 @@
 """Answers that have to match a schema, an expression, a choice or a grammar do, and nothing beside them changes."""
 
 import builtins
+import concurrent.futures
 import json
 import re
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,9 @@ import jax
 import pytest
 
 from emoe_jax import Engine, RequestError, SamplingParams, StructuredOutputsParams
-from emoe_jax.engine.grammar import MAX_EBNF_CHARS, Grammars
+from emoe_jax.engine import grammar as grammar_module
+from emoe_jax.engine.grammar import EBNF_RULE, MAX_COMPILED, MAX_EBNF_CHARS, Grammars, _grammar
+from emoe_jax.engine.guide import Grammar
 from emoe_jax.engine.structured import MAX_GRAMMAR_CHARS
 from tests.serve.checkpoint import write_tiny_checkpoint
 
@@ -250,3 +255,135 @@ def test_the_demo_tokenizer_is_understood() -> None:
         text.append(token)
         guide.update([token])
     assert tokenizer.decode(text) == '"x1"'
+
+
+@pytest.mark.parametrize(
+    ("schema", "is_refused"),
+    [
+        ({"type": "integer", "multipleOf": 99_991}, False),
+        ({"type": "integer", "multipleOf": 86_400}, False),
+        ({"type": "integer", "multipleOf": 100_000_000}, False),
+        ({"type": "number", "multipleOf": 3.14159}, False),
+        ({"type": "number", "multipleOf": 0.01}, False),
+        ({"enum": ['"multipleOf": 100000007']}, False),
+        ({"type": "integer", "multipleOf": 100_000_007}, True),
+        ({"type": "number", "multipleOf": 1234567.1}, True),
+        ({"allOf": [{"type": "integer", "multipleOf": 1009}, {"multipleOf": 1013}]}, True),
+        ({"properties": {"a": {"type": "integer", "multipleOf": 7e20}}}, True),
+    ],
+)
+def test_what_would_compile_for_minutes_is_refused(engine: Engine, schema: dict[str, Any], is_refused: bool) -> None:
+    for wanted in (
+        StructuredOutputsParams(json=schema),
+        StructuredOutputsParams(grammar="start: %json " + json.dumps(schema).replace("multipleOf", "multipl\\u0065Of")),
+    ):
+        if is_refused:
+            with pytest.raises(RequestError, match=r"its multipleOf needs \d+ states; at most 100000 are taken"):
+                engine.grammars.compile(wanted)
+        else:
+            engine.grammars.compile(wanted)
+
+
+@pytest.mark.parametrize("line", ["\n", " \n", "a\n", "a \n\n", "-" * 50 + "\n", "\r\n", "\t"])
+def test_notations_are_told_apart_in_linear_time(line: str) -> None:
+    """Nothing else runs while an expression is searched. Lines of blanks took a minute, a thousand times the bound."""
+    text = line * (MAX_GRAMMAR_CHARS // len(line))
+
+    def seconds() -> float:
+        began = time.process_time()
+        assert EBNF_RULE.search(text) is None
+        return time.process_time() - began
+
+    assert min(seconds() for _ in range(3)) < 0.05
+    assert EBNF_RULE.search(line * 20 + "\n  a-b ::= c") is not None
+
+
+def test_compiling_holds_up_neither_answers_nor_other_grammars(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one grammar is being compiled, known ones are found and new ones compiled on the engine's thread."""
+    began, go_on = threading.Event(), threading.Event()
+
+    def slow(wanted: StructuredOutputsParams) -> str:
+        if wanted.regex == "slow+":
+            began.set()
+            assert go_on.wait(60)
+        return _grammar(wanted)
+
+    monkeypatch.setattr(grammar_module, "_grammar", slow)
+    known = guided(StructuredOutputsParams(choice=("known",)))
+    engine.generate(PROMPT, known)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        compiling = pool.submit(engine.grammars.compile, StructuredOutputsParams(regex="slow+"))
+        try:
+            assert began.wait(60)
+            assert engine.generate(PROMPT, known)[0].text == "known"
+            assert engine.generate(PROMPT, guided(StructuredOutputsParams(choice=("new",))))[0].text == "new"
+            assert engine.generate(PROMPT, PLAIN)[0].token_ids
+            assert not compiling.done()
+        finally:
+            go_on.set()
+        assert compiling.result(60) is engine.grammars.compile(StructuredOutputsParams(regex="slow+"))
+
+
+@pytest.mark.parametrize("others", [1, 3 * MAX_COMPILED])
+def test_a_grammar_in_use_is_never_compiled_again(engine: Engine, monkeypatch: pytest.MonkeyPatch, others: int) -> None:
+    compiled: list[StructuredOutputsParams] = []
+    monkeypatch.setattr(grammar_module, "_grammar", lambda wanted: compiled.append(wanted) or _grammar(wanted))
+    grammars = Grammars(engine.tokenizer, 300, (1,))
+    wanted = StructuredOutputsParams(regex="[ab]+")
+    kept = grammars.compile(wanted)
+    for index in range(others):
+        grammars.compile(StructuredOutputsParams(regex=f"x{index}"))
+    assert grammars.compile(StructuredOutputsParams(regex="[ab]+")) is kept
+    assert compiled.count(wanted) == 1
+    del kept
+    for index in range(MAX_COMPILED):
+        grammars.compile(StructuredOutputsParams(regex=f"y{index}"))
+    grammars.compile(wanted)
+    assert compiled.count(wanted) == 2
+    grammars.close()
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_costly_mask_holds_up_its_own_sequences_alone(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, overlap: bool
+) -> None:
+    """While the masks of a grammar with two sequences wait, others are answered to their ends."""
+    costly, light = (
+        guided(StructuredOutputsParams(regex="[c-f]{12}"), n=2),
+        guided(StructuredOutputsParams(json=PERSON)),
+    )
+    alone = [[c.token_ids for c in engine.generate(PROMPT, params)[0].completions] for params in (costly, light, PLAIN)]
+    heavy = engine.grammars.compile(costly.structured_outputs or StructuredOutputsParams(regex=""))
+    computing, go_on = threading.Semaphore(0), threading.Event()
+    advance = Grammar.advance
+
+    def slow(self: Grammar, *args: Any) -> Any:
+        if self is heavy:
+            computing.release()
+            assert go_on.wait(60)
+        return advance(self, *args)
+
+    monkeypatch.setattr(Grammar, "advance", slow)
+    monkeypatch.setattr(engine, "_overlap", overlap)
+    engine.add_request("costly", PROMPT, costly)
+    try:
+        while not all(completion.token_ids for completion in engine.output("costly").completions):
+            engine.step()
+        assert computing.acquire(timeout=60)
+        engine.add_request("light", PROMPT, light)
+        engine.add_request("plain", PROMPT, PLAIN)
+        while not (engine.output("light").finished and engine.output("plain").finished):
+            assert engine.step() is not None
+        assert [len(completion.token_ids) for completion in engine.output("costly").completions] == [1, 1]
+    finally:
+        go_on.set()
+    while engine.has_work():
+        engine.step()
+    together = [[c.token_ids for c in engine.pop(name).completions] for name in ("costly", "light", "plain")]
+    assert together == alone
+
+
+def test_a_schema_of_megabytes_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json, "loads", None)
+    with pytest.raises(RequestError, match=f"at most {MAX_GRAMMAR_CHARS}"):
+        StructuredOutputsParams(json="[" * 2_000_000)
