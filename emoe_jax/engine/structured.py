@@ -10,6 +10,9 @@ from emoe_jax.errors import RequestError
 MAX_GRAMMAR_CHARS = 2**16
 """Of a schema as JSON, of an expression or grammar, or of all choices together."""
 
+MAX_SCHEMA_TEXT = 4 * MAX_GRAMMAR_CHARS
+"""Of a schema that comes as text, which may be indented."""
+
 
 @dataclasses.dataclass(frozen=True)
 class StructuredOutputsParams:
@@ -60,6 +63,8 @@ class StructuredOutputsParams:
 
     def _json_text(self, schema: str | Mapping[str, Any]) -> str:
         """The schema in a form that can be compared and measured."""
+        if isinstance(schema, str) and len(schema) > MAX_SCHEMA_TEXT:  # parsing megabytes would stop all threads
+            raise self.error(f"has {len(schema)} characters; at most {MAX_GRAMMAR_CHARS} are taken")
         try:
             parsed = json.loads(schema) if isinstance(schema, str) else schema
             if not isinstance(parsed, Mapping):
