@@ -11,7 +11,7 @@ from fastapi.responses import Response
 from emoe_jax.engine.request import RequestOutput
 from serve.answers import AssistantMessage, ChatChoice, ChatChunk, ChatChunkChoice, ChatDelta, ChatResponse
 from serve.body import JsonRoute
-from serve.logprobs import chat_logprobs
+from serve.logprobs import TokenPlaces, chat_logprobs
 from serve.schema import ChatRequest, SloHeaders
 from serve.service import Service, emoe_of, until_disconnect, usage_of
 from serve.stream import OR_STREAM, EventStream
@@ -57,7 +57,7 @@ class ChatWriter:
     prompt: list[int]
     id: str = dataclasses.field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
-    begun: set[int] = dataclasses.field(default_factory=set)
+    begun: dict[int, TokenPlaces] = dataclasses.field(default_factory=dict)
     """Choices that have got their first chunk."""
 
     def whole(self, output: RequestOutput) -> ChatResponse:
@@ -69,7 +69,7 @@ class ChatWriter:
                 finish_reason=completion.finish_reason,
             )
             if completion.logprobs is not None:
-                choice.logprobs = chat_logprobs(completion.logprobs, self.service.text.token_text)
+                choice.logprobs = chat_logprobs(completion.logprobs, self.service.text, self._places())
             if self.request.return_token_ids:
                 choice.token_ids = completion.token_ids
             choices.append(choice)
@@ -91,19 +91,22 @@ class ChatWriter:
             if self.request.return_token_ids and not self.begun:
                 opening.prompt_token_ids = self.prompt
             result.append(opening)
-            self.begun.add(delta.index)
+            self.begun[delta.index] = self._places()
         choice = ChatChunkChoice(
             index=delta.index,
             delta=ChatDelta(content=delta.text or None),
             finish_reason=delta.finish_reason,
         )
         if delta.logprobs:
-            choice.logprobs = chat_logprobs(delta.logprobs, self.service.text.token_text)
+            choice.logprobs = chat_logprobs(delta.logprobs, self.service.text, self.begun[delta.index])
         if self.request.return_token_ids:
             choice.token_ids = list(delta.token_ids)
         if choice.delta.content or choice.finish_reason or choice.logprobs or choice.token_ids:
             result.append(self._chunk(choice))
         return result
+
+    def _places(self) -> TokenPlaces:
+        return TokenPlaces(self.service.text, self.service.text.begins_text(self.prompt))
 
     def empty(self) -> ChatChunk:
         return ChatChunk(id=self.id, created=self.created, model=self.service.names[0], choices=[])

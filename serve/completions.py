@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from emoe_jax.engine.request import RequestOutput, TokenLogprob
 from serve.answers import CompletionChoice, CompletionLogprobs, CompletionResponse
 from serve.body import JsonRoute
-from serve.logprobs import completion_logprobs
+from serve.logprobs import TokenPlaces, characters, completion_logprobs
 from serve.schema import DEFAULT_COMPLETION_TOKENS, CompletionRequest, SloHeaders
 from serve.service import Service, emoe_of, until_disconnect, usage_of
 from serve.stream import OR_STREAM, EventStream
@@ -90,8 +90,8 @@ class CompletionWriter:
     echoes: list[str]
     id: str = dataclasses.field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
-    offsets: dict[int, int] = dataclasses.field(default_factory=dict)
-    """Characters of logprob tokens sent so far, by choice; a choice is absent until its first chunk."""
+    begun: dict[int, TokenPlaces] = dataclasses.field(default_factory=dict)
+    """Choices that have got their first chunk."""
 
     def whole(self, outputs: list[RequestOutput]) -> CompletionResponse:
         answer = self.empty()
@@ -103,7 +103,8 @@ class CompletionWriter:
                     finish_reason=completion.finish_reason,
                 )
                 if completion.logprobs is not None:
-                    choice.logprobs = self._first_logprobs(position, output.prompt_logprobs or (), completion.logprobs)
+                    places, scored = self._places(position), output.prompt_logprobs or ()
+                    choice.logprobs = self._first_logprobs(position, places, scored, completion.logprobs)
                 if self.request.return_token_ids:
                     choice.prompt_token_ids = self.prompts[position]
                     choice.token_ids = completion.token_ids
@@ -115,18 +116,17 @@ class CompletionWriter:
     def chunks(self, progress: Progress) -> list[CompletionResponse]:
         delta = progress.delta
         index = self._choice(progress.position, delta.index)
-        first = index not in self.offsets
+        first = index not in self.begun
         choice = CompletionChoice(index=index, text=delta.text, finish_reason=delta.finish_reason)
         if first:
-            self.offsets[index] = len(self.echoes[progress.position]) if self.request.scores_prompt else 0
+            self.begun[index] = self._places(progress.position)
             choice.text = self.echoes[progress.position] + delta.text
         if delta.logprobs:
-            token_text = self.service.text.token_text
+            places = self.begun[index]
             if first:
-                choice.logprobs = self._first_logprobs(progress.position, delta.prompt_logprobs, delta.logprobs)
+                choice.logprobs = self._first_logprobs(progress.position, places, delta.prompt_logprobs, delta.logprobs)
             else:
-                choice.logprobs = completion_logprobs(delta.logprobs, token_text, self.offsets[index])
-            self.offsets[index] += sum(len(token_text(item.token_id)) for item in delta.logprobs)
+                choice.logprobs = completion_logprobs(delta.logprobs, self.service.text, places)
         if self.request.return_token_ids:
             choice.token_ids = list(delta.token_ids)
             if first:
@@ -140,17 +140,21 @@ class CompletionWriter:
     def empty(self) -> CompletionResponse:
         return CompletionResponse(id=self.id, created=self.created, model=self.service.names[0], choices=[])
 
+    def _places(self, position: int) -> TokenPlaces:
+        """From the first token on that has a log probability: of the prompt when it is scored, else of the answer."""
+        text, ids = self.service.text, self.prompts[position]
+        if not self.request.scores_prompt:
+            return TokenPlaces(text, text.begins_text(ids))
+        # The echo need not show all that tokens hold: a first blank, a token that begins the text.
+        return TokenPlaces(text, False, len(self.echoes[position]) - characters(text, ids))
+
     def _first_logprobs(
-        self, position: int, prompt: Sequence[TokenLogprob], answer: Sequence[TokenLogprob]
+        self, position: int, places: TokenPlaces, prompt: Sequence[TokenLogprob], answer: Sequence[TokenLogprob]
     ) -> CompletionLogprobs:
         """Those of the answer, after those of its prompt when it is echoed."""
-        token_text = self.service.text.token_text
         if not self.request.scores_prompt:
-            return completion_logprobs(answer, token_text, 0)
-        ids = self.prompts[position]
-        # The echo need not show all that tokens hold: a first blank, a token that begins the text.
-        offset = len(self.echoes[position]) - sum(len(token_text(token)) for token in ids)
-        return completion_logprobs([*prompt, *answer], token_text, offset, opening=ids[0])
+            return completion_logprobs(answer, self.service.text, places)
+        return completion_logprobs([*prompt, *answer], self.service.text, places, self.prompts[position])
 
     def _choice(self, position: int, index: int) -> int:
         return position * (self.request.n or 1) + index

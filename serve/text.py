@@ -4,7 +4,7 @@ import asyncio
 import concurrent.futures
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from emoe_jax.engine.structured import StructuredOutputsParams
@@ -40,6 +40,8 @@ class ServedTokenizer(Protocol):
         ...
 
     def token_text(self, token_id: int) -> str: ...
+    def token_bytes(self, token_id: int, opening: bool = False) -> bytes: ...
+    def begins_text(self, prompt: Sequence[int]) -> bool: ...
 
 
 class ServedGrammars(Protocol):
@@ -71,6 +73,7 @@ class TextCodec:
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self.token_text = functools.lru_cache(MAX_CACHED_TEXTS)(self._token_text)
+        self.token_bytes = functools.lru_cache(MAX_CACHED_TEXTS)(self._token_bytes)
         self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         self._compilers = concurrent.futures.ThreadPoolExecutor(GRAMMAR_THREADS, thread_name_prefix="grammars")
 
@@ -109,9 +112,26 @@ class TextCodec:
             return None
         return await asyncio.get_running_loop().run_in_executor(self._compilers, self._grammars.compile, wanted)
 
+    def begins_text(self, prompt: Sequence[int]) -> bool:
+        """Whether what follows the prompt is decoded as a text of its own."""
+        return self._tokenizer is not None and self._tokenizer.begins_text(prompt)
+
     def _token_text(self, token_id: int) -> str:
-        """The text of one token, or vLLM's `token_id:N` where there is no tokenizer."""
-        return f"token_id:{token_id}" if self._tokenizer is None else self._tokenizer.token_text(token_id)
+        """The text of one token. OpenAI's `bytes:\\xa1` for part of a character, so that no two tokens read the same;
+        vLLM's `token_id:N` where there is no tokenizer.
+        """
+        if self._tokenizer is None:
+            return f"token_id:{token_id}"
+        own = self.token_bytes(token_id)
+        try:
+            own.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in own)
+        return self._tokenizer.token_text(token_id)
+
+    def _token_bytes(self, token_id: int, opening: bool = False) -> bytes:
+        """What one token adds to an answer, or to the beginning of one."""
+        return b"" if self._tokenizer is None else self._tokenizer.token_bytes(token_id, opening)
 
     def close(self) -> None:
         for executor in (self._executor, self._compilers):

@@ -28,6 +28,16 @@ _CONTEXT = 8
 """Tokens of a prompt that may decide how the first token after it reads."""
 
 
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's letters for bytes: those that print stand for themselves, the rest follows from U+0100 on."""
+    printing = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printing]
+    return {chr(byte): byte for byte in printing} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+BYTE_OF = _byte_alphabet()
+
+
 class Tokenizer:
     """A transformers tokenizer, without any code from the checkpoint. Encoding and decoding are thread-safe."""
 
@@ -41,6 +51,7 @@ class Tokenizer:
         self._size = max(vocabulary.values()) + 1
         self._byte_ids = frozenset(i for token, i in vocabulary.items() if _BYTE_TOKEN.fullmatch(token))
         self._special_ids = frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+        self._is_byte_level = tokenizer.is_fast and _is_byte_level(tokenizer.backend_tokenizer)
         self._eos_ids = frozenset(eos_token_ids)
         self._template: ChatTemplate | None = None
         self._control: ControlTokens | None = None
@@ -106,6 +117,34 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """The text that one token adds in the middle of a sequence (with its leading blank, special tokens by name)."""
         return self.decode([*self._anchor, token_id], skip_special_tokens=False)[len(self._anchor_text) :]
+
+    def token_bytes(self, token_id: int, opening: bool = False) -> bytes:
+        """UTF-8 that one token adds to a text, or to the beginning of one (`opening`): part of a character at times.
+
+        None of a silent token. The bytes of an answer's tokens join to its text.
+        """
+        if self.is_silent(token_id):
+            return b""
+        text = self.decode([token_id]) if opening else self.token_text(token_id)
+        if _INCOMPLETE not in text:
+            return text.encode()
+        own = self._own_bytes(self._tokenizer.convert_ids_to_tokens(token_id))
+        if own is None:
+            return text.encode()  # a piece that spells U+FFFD
+        # A decoder that drops the first blank of a text has dropped it here, too.
+        return own.removeprefix(b" ") if opening and not text.startswith(" ") else own
+
+    def _own_bytes(self, piece: str) -> bytes | None:
+        """What a piece of the vocabulary stands for where it is written in bytes."""
+        if _BYTE_TOKEN.fullmatch(piece):
+            return bytes([int(piece[3:5], 16)])
+        if self._is_byte_level and all(character in BYTE_OF for character in piece):
+            return bytes(BYTE_OF[character] for character in piece)
+        return None
+
+    def begins_text(self, prompt: Sequence[int]) -> bool:
+        """Whether what follows the prompt is decoded as a text of its own."""
+        return not _text_end(self, prompt)
 
     def chat(
         self,
@@ -295,6 +334,11 @@ def _broken_file(directory: Path, present: Sequence[str]) -> Path:
             except CheckpointError:
                 return path
     return directory / present[0]
+
+
+def _is_byte_level(backend: Any) -> bool:
+    """Whether pieces of the vocabulary are written in `BYTE_OF`'s letters."""
+    return backend.decoder is not None and b'"ByteLevel"' in backend.decoder.__getstate__()
 
 
 def _template_file(directory: Path, chat_template: str | Path | None) -> Path:

@@ -236,3 +236,50 @@ def test_a_continuation_keeps_its_blank(tokenizer):
         stream = tokenizer.stream(ids[:cut])
         text = "".join(map(stream.add, ids[cut:])) + stream.flush()
         assert tokenizer.decode(ids[:cut]) + text == whole
+
+
+class TestBytes:
+    @pytest.mark.parametrize("text", [*TEXTS, "é", "a\ufffdb", "語語 語", " \u00a0x"])
+    def test_they_join_to_the_text(self, tokenizer, text):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        joined = tokenizer.token_bytes(ids[0], opening=True) + b"".join(map(tokenizer.token_bytes, ids[1:]))
+        assert joined.decode() == tokenizer.decode(ids)
+
+    @pytest.mark.parametrize("kind", ["byte_level", "stripping"])
+    def test_of_every_byte_of_a_byte_level_vocabulary(self, kind, tmp_path):
+        tokenizer = KINDS[kind](tmp_path)
+        vocabulary = tokenizer._tokenizer.get_vocab()
+        backend = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        for byte in range(128):  # those that are characters of their own tell the letters of all
+            ((letter, _),) = backend.pre_tokenize_str(chr(byte))
+            assert tokenizer.token_bytes(vocabulary[letter]) == bytes([byte])
+        seen = {tokenizer.token_bytes(vocabulary[letter]) for letter in pre_tokenizers.ByteLevel.alphabet()}
+        assert seen == {bytes([byte]) for byte in range(256)}
+
+    def test_of_byte_tokens_beside_words(self, tmp_path):
+        tokenizer = byte_fallback(tmp_path)
+        vocabulary = tokenizer._tokenizer.get_vocab()
+        assert [tokenizer.token_bytes(vocabulary[f"<0x{byte:02X}>"]) for byte in range(256)] == [
+            bytes([byte]) for byte in range(256)
+        ]
+        assert tokenizer.token_bytes(vocabulary["▁cat"]) == b" cat"
+        assert tokenizer.token_bytes(vocabulary["▁cat"], opening=True) == b"cat"
+
+    def test_silent_tokens_have_none(self, tokenizer):
+        assert tokenizer.token_bytes(tokenizer.eos_token_ids[0]) == b""
+        assert tokenizer.token_bytes(5000) == b""
+
+    def test_any_tokens_join_to_what_a_stream_says(self, tokenizer):
+        """As far as it is text: bytes that are no character become U+FFFD, and nobody agrees on how many."""
+        rng = np.random.default_rng(1)
+        for _ in range(100):
+            ids = rng.integers(0, 275, rng.integers(1, 12)).tolist()
+            for prompt in ([], ids[:1], tokenizer.encode("the cat")):
+                stream = tokenizer.stream(prompt)
+                said = "".join(map(stream.add, ids)) + stream.flush()
+                joined, opening = b"", tokenizer.begins_text(prompt)
+                for i in ids:
+                    own = tokenizer.token_bytes(i, opening)
+                    joined, opening = joined + own, opening and not own
+                if "\ufffd" not in said:
+                    assert joined.decode() == said

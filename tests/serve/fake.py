@@ -3,7 +3,7 @@
 import dataclasses
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from emoe_jax.engine.request import (
@@ -50,6 +50,12 @@ class FakeTokenizer:
 
     def token_text(self, token_id: int) -> str:
         return chr(token_id)
+
+    def token_bytes(self, token_id: int, opening: bool = False) -> bytes:
+        return chr(token_id).encode()
+
+    def begins_text(self, prompt: Sequence[int]) -> bool:
+        return False
 
     def add(self, token_id: int) -> str:
         return chr(token_id)
