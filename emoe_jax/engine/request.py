@@ -52,7 +52,7 @@ class SLO:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens. Names, defaults and meaning are vLLM's; `temperature=0` is greedy.
+    """How to choose tokens. Names, defaults and meaning are vLLM's; `temperature=0` is greedy, as is `top_p=0`.
 
     Raises `RequestError` naming the field for anything out of range.
     """
@@ -83,7 +83,7 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         _check_integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
         _check_number("temperature", self.temperature, 0, 100)
-        _check_number("top_p", self.top_p, 0, 1, open_low=True)
+        _check_number("top_p", self.top_p, 0, 1)
         _check_integer("top_k", self.top_k, -1, 2**31 - 1)
         _check_number("min_p", self.min_p, 0, 1)
         _check_number("frequency_penalty", self.frequency_penalty, -2, 2)
@@ -113,6 +113,11 @@ class SamplingParams:
             raise RequestError(message, param="stop_token_ids")
         for token in self.stop_token_ids:
             _check_integer("stop_token_ids", token, 0, 2**31 - 1)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most probable token is taken, without a draw."""
+        return self.temperature == 0 or self.top_p == 0
 
     @property
     def adjusts_logits(self) -> bool:

@@ -57,7 +57,7 @@ class SamplingArrays:
         )
         for row, sequence in enumerate(sequences):
             params = sequence.params
-            arrays.temperature[row] = params.temperature
+            arrays.temperature[row] = 0.0 if params.is_greedy else params.temperature
             arrays.top_p[row] = params.top_p
             arrays.min_p[row] = params.min_p
             arrays.top_k[row] = params.top_k

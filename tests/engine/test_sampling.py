@@ -78,6 +78,21 @@ def test_the_strictest_filters_are_greedy(params: SamplingParams):
     np.testing.assert_array_equal(out.tokens, np.argmax(logits, axis=-1))
 
 
+@pytest.mark.parametrize(
+    "params",
+    [SamplingParams(top_p=0), SamplingParams(top_p=0.0, temperature=100.0, top_k=5), SamplingParams(top_p=-0.0)],
+)
+@pytest.mark.parametrize("ties", [False, True])
+def test_no_probability_at_all_is_greedy(params: SamplingParams, ties: bool):
+    """Of equally probable tokens the first, as at temperature 0."""
+    logits = np.random.default_rng(3).normal(size=SHAPE).astype(np.float32)
+    if ties:
+        logits = np.round(np.clip(logits, -1, 1))
+    arrays = many(params, 8)
+    assert not arrays.temperature.any()  # no row draws, so no filter runs
+    np.testing.assert_array_equal(jitted(logits, arrays, NO).tokens, np.argmax(logits, axis=-1))
+
+
 filters = st.fixed_dictionaries(
     {
         "temperature": st.floats(0.1, 3),
