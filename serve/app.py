@@ -18,8 +18,10 @@ from serve.hosts import ANY
 from serve.metrics import RequestMetrics
 from serve.models import model_routes
 from serve.observer import Observer
+from serve.paths import Paths
 from serve.service import ClientGone, Service
 from serve.snapshots import Snapshots
+from serve.stream import KEEP_ALIVE_SECONDS
 from serve.tracing import Tracing
 
 DESCRIPTION = "Mixture-of-Experts inference with a fixed number of experts on the device, behind OpenAI's API."
@@ -37,10 +39,13 @@ def create_app(
     *,
     hosts: Sequence[str] = (ANY,),
     read_timeout: float = 30.0,
+    root_path: str = "",
+    keep_alive: float = KEEP_ALIVE_SECONDS,
 ) -> FastAPI:
     """`allowed_origins`: web pages whose scripts may call the server, from any of them with `*`; by default none.
 
-    `hosts`: what Host headers may name. `read_timeout`: seconds for a request's body.
+    `hosts`: what Host headers may name. `read_timeout`: seconds for a request's body. `root_path`: where a proxy has
+    the server's paths, which it may pass on with it or without. `keep_alive`: seconds that a stream may be silent.
     """
 
     @contextlib.asynccontextmanager
@@ -61,6 +66,7 @@ def create_app(
         redirect_slashes=False,  # a redirect would repeat what the Host header says
     )
     app.state.body_reader = BodyReader(read_timeout)
+    app.state.keep_alive = keep_alive
     app.include_router(completion_routes(service))
     app.include_router(chat_routes(service))
     metrics = RequestMetrics()
@@ -84,13 +90,17 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
+    app.add_middleware(Paths, root_path=root_path)
     return app
 
 
 def document_keys(schema: dict[str, Any]) -> None:
     """Have an OpenAPI schema say which operations need an API key, so that /docs asks for it and sends it along."""
-    schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-    schema["security"] = [{"key": []}]
+    schema["components"]["securitySchemes"] = {
+        "key": {"type": "http", "scheme": "bearer"},
+        "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+    }
+    schema["security"] = [{"key": []}, {"header": []}]
     for path in OPEN_PATHS & schema["paths"].keys():
         for operation in schema["paths"][path].values():
             operation["security"] = []

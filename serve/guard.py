@@ -16,14 +16,14 @@ from serve.hosts import names_one_of
 log = logging.getLogger("serve")
 
 DOCUMENTS = frozenset({"/docs", "/redoc", "/openapi.json"})
-OPEN_PATHS = frozenset({"/", "/health", "/metrics", *DOCUMENTS})
+OPEN_PATHS = frozenset({"/", "/health", "/v1/health", "/ready", "/metrics", *DOCUMENTS})
 """What needs no key. Browsers cannot send one for pages; what the documents say is in the repository, too."""
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class Guard:
     """Answers 400 to a Host that is none of `hosts`, 401 without a valid key (when keys are set), and echoes
-    `x-request-id`, or makes one up.
+    `x-request-id`, or makes one up where there is none or one with other characters than ids have.
     """
 
     def __init__(self, app: ASGIApp, api_keys: Sequence[str], hosts: Sequence[str]):
@@ -37,21 +37,19 @@ class Guard:
             return
         headers = Headers(scope=scope)
         request_id = headers.get("x-request-id", "")
+        if not REQUEST_ID.fullmatch(request_id):
+            request_id = uuid.uuid4().hex
         refusal = None
-        if request_id and not REQUEST_ID.fullmatch(request_id):
-            request_id = ""
-            refusal = ApiError(400, "x-request-id must be 1 to 128 of A-Z a-z 0-9 . _ : -", param="x-request-id")
         if self._digests and scope["path"] not in OPEN_PATHS and not self._authorized(headers):
             refusal = ApiError(
                 401,
-                "a valid API key is needed: Authorization: Bearer KEY",
+                "a valid API key is needed: Authorization: Bearer KEY, or x-api-key: KEY",
                 code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )
         if not names_one_of(headers, self._hosts):
             message = "the Host header names none of this server's hosts (--allowed-hosts)"
             refusal = ApiError(400, message, param="host", code="invalid_host")
-        request_id = request_id or uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
 
         answered = False
@@ -73,10 +71,12 @@ class Guard:
 
     def _authorized(self, headers: Headers) -> bool:
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = _digest(key.strip().encode("latin-1"))
+        given = [key.strip()] if scheme.lower() == "bearer" else []
+        given += headers.getlist("x-api-key")
         # Compare with every key, each in constant time: neither the content nor the position of a key leaks.
-        matches = [hmac.compare_digest(given, digest) for digest in self._digests]
-        return scheme.lower() == "bearer" and any(matches)
+        digests = [_digest(key.strip().encode("latin-1")) for key in given]
+        matches = [hmac.compare_digest(one, digest) for one in digests for digest in self._digests]
+        return any(matches)
 
 
 def _digest(key: bytes) -> bytes:

@@ -4,6 +4,7 @@ gives itself away by that name.
 
 import ipaddress
 import re
+import socket
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers
@@ -11,6 +12,13 @@ from starlette.datastructures import Headers
 ANY = "*"
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(?::[0-9]*)?")
+
+
+def hosts_for(listener: socket.socket, allowed: Sequence[str]) -> Sequence[str]:
+    """Names for a server's socket. On a Unix domain socket, which no browser reaches, all or `allowed`."""
+    if listener.family == socket.AF_UNIX:
+        return allowed or (ANY,)
+    return hosts_of(listener.getsockname()[0], allowed)
 
 
 def hosts_of(address: str, allowed: Sequence[str]) -> Sequence[str]:

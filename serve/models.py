@@ -57,11 +57,19 @@ def model_routes(service: Service, snapshots: Snapshots) -> APIRouter:
         service.check_model(body.model)
         return DetokenizeResponse(prompt=await service.text.decode(body.tokens, "tokens"))
 
+    @router.get("/v1/health", tags=["server"])
     @router.get("/health", tags=["server"])
     async def health() -> HealthResponse:
         """200 while the engine works, 503 when its thread has ended or its last steps all failed."""
         if not service.worker.healthy:
             raise Unavailable("the engine is not healthy")
+        return HealthResponse()
+
+    @router.get("/ready", tags=["server"])
+    async def ready() -> HealthResponse:
+        """200 while requests are taken; 503 while the model loads, while the server shuts down, and in trouble."""
+        if not service.worker.ready:
+            raise Unavailable("the server takes no requests")
         return HealthResponse()
 
     @router.get("/metrics", tags=["server"], response_class=Response, responses=TEXT)
@@ -70,7 +78,7 @@ def model_routes(service: Service, snapshots: Snapshots) -> APIRouter:
 
         At most 0.25 s old, and never older than the last request that ended.
         """
-        return Response((await snapshots.current()).metrics_text, media_type=CONTENT_TYPE)
+        return Response(await snapshots.metrics_text(), media_type=CONTENT_TYPE)
 
     @router.get("/v1/emoe/state", tags=["server"], response_model=EngineState)
     async def state() -> Response:
@@ -78,6 +86,6 @@ def model_routes(service: Service, snapshots: Snapshots) -> APIRouter:
 
         At most 0.25 s old, and never older than the last request that came or ended.
         """
-        return Response((await snapshots.current()).state_json, media_type="application/json")
+        return Response(await snapshots.state_json(), media_type="application/json")
 
     return router

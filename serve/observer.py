@@ -50,7 +50,7 @@ def log_fields(scope: Scope, status: int, stats: RequestStats) -> dict[str, Any]
     first = stats.first_token_at
     fields = {
         "request_id": scope["state"].get("request_id"),
-        "method": scope["method"],
+        "method": scope["state"].get("method", scope["method"]),
         "route": getattr(scope.get("route"), "path", None),
         "status": status,
         "latency_ms": _milliseconds(time.monotonic() - stats.arrived),

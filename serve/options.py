@@ -19,9 +19,12 @@ from emoe_jax.experts.budget import parse_expert_memory
 from emoe_jax.policies import POLICIES
 from emoe_jax.scheduling.registry import POLICIES as SCHEDULING_POLICIES
 from serve.logs import LogFormat
+from serve.paths import hides_own_path
+from serve.stream import KEEP_ALIVE_SECONDS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO_MODEL = REPOSITORY / "checkpoints" / "demo"
+DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Options:
     chat_template_kwargs: dict[str, Any]
     host: str
     port: int
+    uds: str | None
+    root_path: str
     dtype: str
     max_model_len: int | None
     max_num_seqs: int
@@ -62,6 +67,7 @@ class Options:
     otlp_endpoint: str | None
     read_timeout: float
     send_timeout: float
+    stream_keep_alive: float
     shutdown_timeout: float
 
 
@@ -99,6 +105,12 @@ def parse_options(arguments: Sequence[str]) -> Options:
         if not (DEMO_MODEL / "config.json").is_file():
             parser.error(f"there is no bundled demo model at {DEMO_MODEL}; name one with --model")
         values["model"] = str(DEMO_MODEL)
+    if values["uds"] is not None:
+        for name in ("host", "port"):
+            if values[name] is not None:
+                parser.error(f"--uds and --{name} both say where to listen; give one of them")
+    values["host"] = DEFAULT_HOST if values["host"] is None else values["host"]
+    values["port"] = DEFAULT_PORT if values["port"] is None else values["port"]
     return Options(**values)
 
 
@@ -138,8 +150,21 @@ def _build_parser() -> _Parser:
         metavar="JSON",
         help="""variables of the chat template where requests do not set them, such as '{"enable_thinking": false}'""",
     )
-    add("--host", default="127.0.0.1", help="address to listen on")
-    add("--port", type=_integer(0, 65535), default=8000, help="port to listen on; 0 picks a free one")
+    add("--host", help=f"address to listen on (default: {DEFAULT_HOST})")
+    add("--port", type=_integer(0, 65535), help=f"port to listen on; 0 picks a free one (default: {DEFAULT_PORT})")
+    add(
+        "--uds",
+        type=_name,
+        metavar="PATH",
+        help="Unix domain socket to listen on, instead of --host and --port; its user and group may connect",
+    )
+    add(
+        "--root-path",
+        type=_root_path,
+        default="",
+        metavar="/PATH",
+        help="where a proxy has the server's paths, for example /llm; it may pass them on with it or without",
+    )
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="dtype of weights and slab")
     add("--max-model-len", type=_integer(1), help="context length (default: the model's own)")
     add("--max-num-seqs", type=_integer(1, 4096), default=16, help="sequences computed together")
@@ -258,6 +283,12 @@ def _build_parser() -> _Parser:
         help="seconds in which a client must read on in its answer",
     )
     add(
+        "--stream-keep-alive",
+        type=_timeout,
+        default=KEEP_ALIVE_SECONDS,
+        help="seconds after which a stream that has nothing to say sends a comment, so that no proxy cuts it",
+    )
+    add(
         "--shutdown-timeout",
         type=_seconds,
         default=30.0,
@@ -342,6 +373,15 @@ def _host(text: str) -> str:
     if text != "*" and not re.fullmatch(r"[\w.-]+|\[[0-9a-fA-F:.]+\]", text):
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is neither * nor a name or address without port")
     return text.lower()
+
+
+def _root_path(text: str) -> str:
+    path = text.rstrip("/")
+    if path and not re.fullmatch(r"(/[\w.~-]+)+", path, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not of the form /path")
+    if path and (own := hides_own_path(path)):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} begins {own}, a path of the server itself; choose another")
+    return path
 
 
 def _url(text: str) -> str:

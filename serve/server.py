@@ -22,7 +22,7 @@ FORCED_SECONDS = 2
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet: a taken port shows before the model is loaded, not after."""
+    """A listening socket: a taken port shows before the model is loaded, not after."""
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
@@ -31,6 +31,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen()  # of two servers that are bound to one port only one may
     except OSError as error:
         listener.close()
         raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}") from None
@@ -38,6 +39,8 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def url_of(listener: socket.socket) -> str:
+    if listener.family == socket.AF_UNIX:
+        return f"unix:{listener.getsockname()}"
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 

@@ -40,7 +40,8 @@ class Service:
         return self.text.max_model_len
 
     def check_model(self, name: str | None) -> None:
-        if name is not None and name not in self.names:
+        """The empty name is the served model's, as is none."""
+        if name and name not in self.names:
             raise ApiError(
                 404,
                 f"the model {name[:100]!r} does not exist; this server has {', '.join(self.names)}",

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pydantic_core
@@ -11,12 +12,14 @@ import pydantic_core
 from serve.engine_metrics import engine_families
 from serve.metrics import RequestMetrics, exposition
 from serve.process_metrics import process_metrics
-from serve.worker import EngineWorker, Unavailable
+from serve.worker import EngineWorker, ServedEngine, Unavailable
 
 REFRESH_SECONDS = 0.25
-"""Between two looks at the engine, however many callers ask; also the greatest age of what a caller gets, a step's
-duration aside.
-"""
+"""The greatest age of what a caller gets, a step's duration aside."""
+LEAST_PAUSE = 0.02
+"""Seconds between two looks at the engine when requests come and go in between."""
+PAUSE_FACTOR = 50
+"""A look is followed by a pause of so many times its cost, up to `REFRESH_SECONDS`: looks take 2 % of the time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +54,11 @@ class Snapshot:
 
 
 class Snapshots:
-    """Looks at the engine at most once in `REFRESH_SECONDS`, between two of its steps, and only when a caller asks.
+    """Looks at the engine between two of its steps, only when a caller asks, and seldom however many ask.
 
     What a caller gets is at most `REFRESH_SECONDS` old, and never older than the last change that clients know of: a
-    request that came or ended, a compilation. Where the last look is too old but also too recent to look again, the
-    caller waits for the next one. Lives on the event loop.
+    request that came or ended, a compilation. Where the last look is older than that, but too recent to look again,
+    the caller waits for the next one. Lives on the event loop.
     """
 
     def __init__(self, worker: EngineWorker, metrics: RequestMetrics, model_name: str):
@@ -65,9 +68,24 @@ class Snapshots:
         self._latest: Snapshot | None = None
         self._looking: asyncio.Task[None] | None = None
         self._looked_at = -REFRESH_SECONDS
+        self._cost = 0.0
+        """Seconds that the last look took, what was written of it included."""
         process_metrics()  # counts compilations from now on
 
-    async def current(self) -> Snapshot:
+    async def state_json(self) -> bytes:
+        return self._written(await self._current(), lambda snapshot: snapshot.state_json)
+
+    async def metrics_text(self) -> bytes:
+        return self._written(await self._current(), lambda snapshot: snapshot.metrics_text)
+
+    def _written(self, snapshot: Snapshot, write: Callable[[Snapshot], bytes]) -> bytes:
+        began = time.perf_counter()
+        try:
+            return write(snapshot)
+        finally:
+            self._cost += time.perf_counter() - began  # next to nothing when it was written before
+
+    async def _current(self) -> Snapshot:
         asked, changes = time.monotonic(), self._changes()
         while True:
             latest = self._latest
@@ -80,10 +98,11 @@ class Snapshots:
             await asyncio.shield(self._looking)  # a caller that leaves does not end it for the others
 
     async def _look(self) -> None:
-        await asyncio.sleep(self._looked_at + REFRESH_SECONDS - time.monotonic())
-        changes = self._changes()
+        pause = min(max(PAUSE_FACTOR * self._cost, LEAST_PAUSE), REFRESH_SECONDS)
+        await asyncio.sleep(self._looked_at + pause - time.monotonic())
+        changes, self._cost = self._changes(), 0.0
         try:
-            state, taken = await self._worker.call(lambda engine: (engine.state(), time.monotonic()))
+            state, self._cost, taken = await self._worker.call(_look_at)
         except Unavailable:
             state, taken = None, time.monotonic()
         finally:
@@ -93,3 +112,10 @@ class Snapshots:
     def _changes(self) -> int:
         """How much has happened that a caller may have seen; it only grows."""
         return self._worker.changes + process_metrics().compilations
+
+
+def _look_at(engine: ServedEngine) -> tuple[dict[str, Any], float, float]:
+    """The state, the seconds that it took, and when it was taken, on the monotonic clock."""
+    began, taken = time.perf_counter(), time.monotonic()
+    state = engine.state()
+    return state, time.perf_counter() - began, taken

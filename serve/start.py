@@ -15,7 +15,8 @@ from rich.console import Console
 from emoe_jax import EmoeError, Engine
 from serve.app import create_app
 from serve.console import loading_progress, start_up_table
-from serve.hosts import hosts_of
+from serve.hosts import hosts_for
+from serve.lobby import open_lobby
 from serve.logs import configure_logging
 from serve.options import Options, as_flags, parse_options
 from serve.recording import check_trace_file
@@ -23,6 +24,7 @@ from serve.server import Server, bind, url_of
 from serve.service import Service
 from serve.text import TextCodec
 from serve.tracing import Tracing, span_provider
+from serve.uds import bind_uds
 from serve.worker import EngineWorker
 
 if TYPE_CHECKING:
@@ -36,8 +38,10 @@ def run(arguments: Sequence[str], on_loaded: Callable[[], None]) -> int:
     keep_compilations()
     try:
         provider = span_provider(options.otlp_endpoint)
-        with bind(options.host, options.port) as listener:
-            engine = load(options)
+        with bind(options.host, options.port) if options.uds is None else bind_uds(options.uds) as listener:
+            hosts = hosts_for(listener, options.allowed_hosts)
+            with open_lobby(listener, hosts, read_timeout=options.read_timeout, send_timeout=options.send_timeout):
+                engine = load(options)
             on_loaded()
             serve(options, engine, listener, provider)
     except EmoeError as error:
@@ -125,8 +129,10 @@ def serve(options: Options, engine: Engine, listener: socket.socket, provider: "
         options.api_key,
         options.allowed_origins,
         tracing,
-        hosts=hosts_of(listener.getsockname()[0], options.allowed_hosts),
+        hosts=hosts_for(listener, options.allowed_hosts),
         read_timeout=options.read_timeout,
+        root_path=options.root_path,
+        keep_alive=options.stream_keep_alive,
     )
     app.openapi()  # made now and kept, as it takes long enough to hold up streams
     gc.collect()

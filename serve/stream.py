@@ -1,6 +1,7 @@
 """Server-sent events of a running generation."""
 
 import logging
+import time
 from collections.abc import AsyncIterator
 from typing import Any, Protocol, TypeVar
 
@@ -17,6 +18,12 @@ from serve.worker import Generation, Progress
 log = logging.getLogger("serve")
 
 DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+"""A comment, which clients ignore."""
+KEEP_ALIVE_SECONDS = 15.0
+"""Proxies cut what is silent for longer: nginx after 60 s, many load balancers after 30 s."""
+LINE_ENDS = str.maketrans({end: f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"})
+"""What ends a line for some readers of events, as JSON writes it in ASCII; other line ends are escaped already."""
 
 OR_STREAM: dict[int | str, dict[str, Any]] = {
     200: {
@@ -52,33 +59,44 @@ class ChunkWriter(Protocol[ChunkType]):
 
 
 def sse(json: str) -> bytes:
-    return b"data: " + json.encode() + b"\n\n"
+    """An event of JSON, which has what is not ASCII in texts only."""
+    return b"data: " + (json if json.isascii() else json.translate(LINE_ENDS)).encode() + b"\n\n"
 
 
 class EventStream(StreamingResponse):
-    """Sends a generation as events; frees the engine's side however the stream ends."""
+    """Sends a generation as events; frees the engine's side however the stream ends.
+
+    Status and headers go out at once. What can be refused has been refused by then: the engine has taken all prompts.
+    """
 
     def __init__(self, generation: Generation, writer: ChunkWriter[Any], options: StreamOptions | None):
         self._generation = generation
+        self._writer = writer
+        self._options = options or StreamOptions()
         super().__init__(
-            _events(generation, writer, options or StreamOptions()),
+            (),  # made when the call says how long it may be silent
             media_type="text/event-stream",
             headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        keep_alive: float = scope["app"].state.keep_alive
+        self.body_iterator = _events(self._generation, self._writer, self._options, keep_alive)
         try:
             await super().__call__(scope, receive, send)
         finally:
             self._generation.abort()
 
 
-async def _events(generation: Generation, writer: ChunkWriter[Any], options: StreamOptions) -> AsyncIterator[bytes]:
+async def _events(
+    generation: Generation, writer: ChunkWriter[Any], options: StreamOptions, keep_alive: float
+) -> AsyncIterator[bytes]:
     include_usage = bool(options.include_usage)
     prompt_tokens, completion_tokens = generation.stats.prompt_tokens, 0
     outputs: dict[int, RequestOutput] = {}
+    sent = time.monotonic()
     try:
-        async for batch in generation.batches():
+        async for batch in generation.batches(patience=keep_alive):
             chunks: list[Chunk] = []
             for progress in batch:
                 new: list[Chunk] = writer.chunks(progress)
@@ -96,6 +114,11 @@ async def _events(generation: Generation, writer: ChunkWriter[Any], options: Str
                 chunks = _closed(chunks, writer, list(outputs.values()), include_usage)
             if chunks:
                 yield b"".join(sse(chunk.model_dump_json()) for chunk in chunks)
+            elif time.monotonic() - sent >= keep_alive:
+                yield KEEP_ALIVE
+            else:
+                continue
+            sent = time.monotonic()
     except Exception as error:
         # The status line is long gone; the error goes out as an event, which is what OpenAI's clients expect.
         status, body, _ = describe(error)

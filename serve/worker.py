@@ -100,13 +100,19 @@ class Generation:
         if isinstance(event, Exception):
             raise event
 
-    async def batches(self) -> AsyncIterator[list[Progress]]:
+    async def batches(self, patience: float | None = None) -> AsyncIterator[list[Progress]]:
         """Deltas in the order the engine made them, as many as have come in: a client that reads slowly gets them in
-        fewer pieces. Raises when the engine failed or the server stopped.
+        fewer pieces; none at all when nothing has come for `patience` seconds. Raises when the engine failed or the
+        server stopped.
         """
         remaining = len(self.request_ids)
         while remaining:
-            events = [await self._events.get()]
+            try:
+                async with asyncio.timeout(patience):
+                    events = [await self._events.get()]
+            except TimeoutError:
+                yield []
+                continue
             while not self._events.empty() and len(events) < MAX_BATCH:
                 events.append(self._events.get_nowait())
             batch = [event for event in events if isinstance(event, Progress)]
@@ -181,6 +187,11 @@ class EngineWorker:
     def healthy(self) -> bool:
         """Whether the engine's thread lives and its last steps did not all fail."""
         return self._thread.is_alive() and self._failed_steps < UNHEALTHY_AFTER_FAILED_STEPS
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+        return self.healthy and not self._draining
 
     @property
     def requests(self) -> int:

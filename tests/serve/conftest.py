@@ -39,11 +39,22 @@ def running_server(
     read_timeout: float = 30.0,
     send_timeout: float = 60.0,
     template_kwargs: Mapping[str, Any] | None = None,
+    root_path: str = "",
+    keep_alive: float = 15.0,
 ) -> Iterator[httpx.Client]:
     worker = EngineWorker(engine, max_unfinished)
     text = TextCodec(engine.tokenizer, VOCAB_SIZE, MAX_MODEL_LEN, template_kwargs=template_kwargs)
     service = Service(("fake", "alias"), text, worker, tasks)
-    app = create_app(service, api_keys, allowed_origins, tracing, hosts=hosts, read_timeout=read_timeout)
+    app = create_app(
+        service,
+        api_keys,
+        allowed_origins,
+        tracing,
+        hosts=hosts,
+        read_timeout=read_timeout,
+        root_path=root_path,
+        keep_alive=keep_alive,
+    )
     config = HttpConfig(app, read_timeout=read_timeout, send_timeout=send_timeout, log_level="critical")
     server = uvicorn.Server(config)
     listener = bind("127.0.0.1", 0)

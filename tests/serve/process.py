@@ -15,12 +15,17 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 class ServerProcess:
     """A started server; `output` collects what it prints."""
 
-    def __init__(self, arguments: tuple[str, ...], environment: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        arguments: tuple[str, ...],
+        environment: Mapping[str, str] | None = None,
+        listen: tuple[str, ...] = ("--port", "0"),
+    ):
         self.output: list[str] = []
         self.url = ""
         self._ready = threading.Event()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "serve.main", "--port", "0", *arguments],
+            [sys.executable, "-m", "serve.main", *listen, *arguments],
             cwd=REPOSITORY,
             env={**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "120", **(environment or {})},
             stdout=subprocess.PIPE,

@@ -101,7 +101,7 @@ def raw_status(client: httpx.Client, *headers: bytes, path: bytes = b"/health") 
 def test_host_headers(client: httpx.Client, headers: list[bytes], status: int) -> None:
     """HTTP asks for one; what it says matters to nobody here, and no answer repeats it."""
     assert raw_status(client, *headers) == status
-    assert raw_status(client, *(headers or [b"Host: x"]), path=b"/health/") in (400, 404)
+    assert raw_status(client, *(headers or [b"Host: x"]), path=b"/health/") == (status if headers else 200)
     assert client.get("/health").status_code == 200
 
 
@@ -111,9 +111,12 @@ def test_endless_headers(client: httpx.Client) -> None:
     assert client.get("/health").status_code == 200
 
 
-@pytest.mark.parametrize("request_id", [b"a\x1b[2J", b"a\tb", b"a\x7f", b"a\x00b", b"a\rb"])
-def test_control_characters_in_request_ids(client: httpx.Client, request_id: bytes) -> None:
-    assert raw_status(client, b"Host: x", b"x-request-id: " + request_id) == 400
+@pytest.mark.parametrize(
+    ("request_id", "status"), [(b"a\x1b[2J", 200), (b"a\tb", 200), (b"a\x7f", 200), (b"a\x00b", 400), (b"a\rb", 400)]
+)
+def test_control_characters_in_request_ids(client: httpx.Client, request_id: bytes, status: int) -> None:
+    """Some are not HTTP; an id with others is replaced."""
+    assert raw_status(client, b"Host: x", b"x-request-id: " + request_id) == status
 
 
 @pytest.mark.parametrize("content", ["{{ 7 * 7 }}", "{% for x in range(10**9) %}x{% endfor %}", "{{ messages }}", "{#"])

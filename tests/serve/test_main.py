@@ -64,7 +64,15 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--allowed-origins", '["*"]'], "--allowed-origins"),
         (["--allowed-origins", "https://example.org/page"], "--allowed-origins"),
         (["--allowed-hosts", "example.org:8000"], "--allowed-hosts"),
+        (["--root-path", "llm"], "--root-path: 'llm' is not of the form /path"),
+        (["--root-path", "/a b"], "--root-path"),
+        (["--root-path", "/a//b"], "--root-path"),
+        (["--root-path", "/v1/"], "--root-path: '/v1/' begins /v1/chat/completions"),
+        (["--root-path", "/metrics"], "--root-path: '/metrics' begins /metrics"),
+        (["--uds", ""], "--uds"),
+        (["--uds", "x.sock"], "--uds and --port both say where to listen"),
         (["--read-timeout", "0"], "--read-timeout"),
+        (["--stream-keep-alive", "0"], "--stream-keep-alive"),
         (["--send-timeout", "-1"], "--send-timeout"),
         (["--max-model-len", "1e3"], "--max-model-len"),
         (["--routing", "best"], "--routing"),
@@ -140,6 +148,19 @@ def test_a_trace_that_exists_is_refused_before_loading(capsys: pytest.CaptureFix
     trace = tmp_path / "trace.npz"
     trace.touch()
     assert f"{trace} exists" in fails(capsys, "--model", "/nonexistent", "--port", "0", "--record-traces", str(trace))
+
+
+@pytest.mark.parametrize("flags", [["--host", "0.0.0.0"], ["--port", "8000"], ["--host", "x", "--port", "1"]])
+def test_one_place_to_listen(capsys: pytest.CaptureFixture[str], tmp_path: Path, flags: list[str]) -> None:
+    """By flags, in the file, or one here and the other there; the defaults are no place that somebody named."""
+    uds = str(tmp_path / "x.sock")
+    wrong = f"--uds and {flags[0]} both say where to listen"
+    assert wrong in fails(capsys, "--uds", uds, *flags)
+    path = tmp_path / "serve.yaml"
+    path.write_text(f"uds: {uds}\n", encoding="utf-8")
+    assert wrong in fails(capsys, "--config", str(path), *flags)
+    options = parse_options(["--config", str(path), "--model", "x", "--root-path", "/llm/"])
+    assert (options.uds, options.host, options.port, options.root_path) == (uds, "127.0.0.1", 8000, "/llm")
 
 
 def test_help_states_the_defaults_there_are(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import pytest
 import serve.snapshots
 from emoe_jax import SamplingParams
 from serve.metrics import RequestMetrics
-from serve.snapshots import REFRESH_SECONDS, Snapshots
+from serve.snapshots import LEAST_PAUSE, REFRESH_SECONDS, Snapshots
 from serve.stats import RequestStats
 from serve.worker import EngineWorker, Submission
 from tests.serve.conftest import StartServer
@@ -48,8 +48,8 @@ def expositions(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counts
 
 
-def most_looks(seconds: float) -> int:
-    return math.ceil(seconds / REFRESH_SECONDS) + 1
+def most_looks(seconds: float, pause: float = REFRESH_SECONDS) -> int:
+    return math.ceil(seconds / pause) + 2  # the running request comes and goes
 
 
 @pytest.mark.parametrize("paths", [[STATE], [METRICS], [STATE, METRICS]])
@@ -76,6 +76,23 @@ def test_looks_do_not_grow_with_requests_that_come_and_go(start_server: StartSer
         began = time.monotonic()
         requests = [pool.submit(ask, client) for _ in range(100)]
         while not all(request.done() for request in requests):
+            assert client.get(STATE).status_code == 200
+        assert engine.looks <= most_looks(time.monotonic() - began, LEAST_PAUSE)
+
+
+def test_costly_looks_are_as_rare_as_they_may_be(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = CountingEngine(FakeTokenizer())
+    look = engine.state
+
+    def slow() -> dict[str, Any]:
+        time.sleep(0.02)
+        return look()
+
+    monkeypatch.setattr(engine, "state", slow)
+    with start_server(engine) as client:
+        began = time.monotonic()
+        while time.monotonic() - began < 1.5:
+            assert ask(client).status_code == 200  # a change
             assert client.get(STATE).status_code == 200
         assert engine.looks <= most_looks(time.monotonic() - began)
 
@@ -125,11 +142,11 @@ def test_callers_wait_for_a_look_together_and_leave_alone() -> None:
         try:
             metrics = RequestMetrics()
             snapshots = Snapshots(worker, metrics, "fake")
-            first = await snapshots.current()
-            assert first is await snapshots.current()
+            first = await snapshots.state_json()
+            assert first is await snapshots.state_json()
             generation = worker.submit([Submission([1], SamplingParams(max_tokens=2))], RequestStats(metrics))
             await generation.outputs()
-            callers = [asyncio.create_task(snapshots.current()) for _ in range(100)]
+            callers = [asyncio.create_task(snapshots.state_json()) for _ in range(100)]
             await asyncio.sleep(0)
             callers[0].cancel()
             results = await asyncio.gather(*callers, return_exceptions=True)

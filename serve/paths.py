@@ -1,0 +1,51 @@
+"""ASGI middleware around everything: brings requests that mean the same to one form."""
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+OWN_PATHS = (
+    "/",
+    "/docs",
+    "/docs/oauth2-redirect",
+    "/detokenize",
+    "/health",
+    "/metrics",
+    "/openapi.json",
+    "/ready",
+    "/redoc",
+    "/tokenize",
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/emoe/state",
+    "/v1/health",
+    "/v1/models",
+)
+"""All paths of the server, but those below the last."""
+
+
+class Paths:
+    """Answers HEAD as GET, a path with slashes at its end as one without, and a path with or without `root_path`.
+
+    Nothing is redirected: a client that follows a redirect may drop its body, or send it to another host.
+    """
+
+    def __init__(self, app: ASGIApp, root_path: str = ""):
+        self.app = app
+        self._root_path = root_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            state = {**scope.get("state", {}), "method": scope["method"]}
+            scope = {**scope, "path": self._plain(scope["path"]), "root_path": self._root_path, "state": state}
+            if scope["method"] == "HEAD":  # of which the HTTP protocol sends no body, whatever the route gives it
+                scope["method"] = "GET"
+        await self.app(scope, receive, send)
+
+    def _plain(self, path: str) -> str:
+        if path.startswith(f"{self._root_path}/") or path == self._root_path:
+            path = path.removeprefix(self._root_path)
+        return path.rstrip("/") or "/"
+
+
+def hides_own_path(root_path: str) -> str | None:
+    """A path of the server that begins with `root_path`, so that nobody could tell whether a proxy has removed it."""
+    return next((path for path in OWN_PATHS if f"{path}/".startswith(f"{root_path}/")), None)
