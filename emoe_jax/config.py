@@ -118,8 +118,11 @@ class ModelConfig:
         return family_of(raw).config(raw)
 
     @classmethod
-    def from_directory(cls, directory: str | Path) -> "ModelConfig":
-        """Read `config.json` of a checkpoint directory. Raises `CheckpointError` when it is missing or not JSON."""
+    def from_directory(cls, directory: str | Path, quiet: bool = False) -> "ModelConfig":
+        """Read `config.json` of a checkpoint directory. Raises `CheckpointError` when it is missing or not JSON.
+
+        `quiet` leaves out the warning of ignored keys, where the file is read for the second time.
+        """
         path = Path(directory) / "config.json"
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
@@ -129,4 +132,8 @@ class ModelConfig:
             raise CheckpointError(f"{path} is not valid JSON: {error}") from None
         if not isinstance(raw, dict):
             raise CheckpointError(f"{path} holds a {type(raw).__name__}; expected a JSON object")
+        if quiet:
+            from emoe_jax.models.hf_keys import without_bookkeeping
+
+            raw = without_bookkeeping(raw)
         return cls.from_hf(raw)

@@ -72,7 +72,7 @@ class Tokenizer:
             if chat_template is not None:
                 raise ConfigError(f"chat_template is {str(chat_template)!r}, but {directory} has no tokenizer")
             return None
-        config = ModelConfig.from_directory(directory) if (directory / CONFIG).exists() else None
+        config = ModelConfig.from_directory(directory, quiet=True) if (directory / CONFIG).exists() else None
         prepend_bos_id, eos_ids = (None, ()) if config is None else (config.prepend_bos_id, config.eos_token_ids)
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # nobody here needs PyTorch
         from transformers import AutoTokenizer, T5Tokenizer  # seconds to import

@@ -1,82 +1,15 @@
 """The strict reader of `config.json` that all family files use: what nobody reads is refused."""
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from emoe_jax.config import RopeConfig
 from emoe_jax.errors import ConfigError
+from emoe_jax.models.hf_keys import IRRELEVANT, NEUTRAL, is_bookkeeping, is_neutral
 
-# Keys that describe training, provenance or defaults of other tools and cannot change what a forward computes.
-_IRRELEVANT = frozenset(
-    {
-        "_attn_implementation_autoset",
-        "_name_or_path",
-        "architectures",
-        "attention_dropout",
-        "auto_map",
-        "chunk_size_feed_forward",
-        "dtype",
-        "finetuning_task",
-        "id2label",
-        "initializer_range",
-        "is_decoder",
-        "label2id",
-        "model_type",
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-        "prefix",
-        "problem_type",
-        "return_dict",
-        "router_aux_loss_coef",
-        "sep_token_id",
-        "task_specific_params",
-        "tf_legacy_loss",
-        "tokenizer_class",
-        "torch_dtype",
-        "torchscript",
-        "transformers_version",
-        "use_bfloat16",
-        "use_cache",
-        "bad_words_ids",
-        "begin_suppress_tokens",
-        "decoder_start_token_id",
-        "diversity_penalty",
-        "do_sample",
-        "early_stopping",
-        "encoder_no_repeat_ngram_size",
-        "exponential_decay_length_penalty",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "length_penalty",
-        "max_length",
-        "min_length",
-        "no_repeat_ngram_size",
-        "num_beam_groups",
-        "num_beams",
-        "num_return_sequences",
-        "output_scores",
-        "remove_invalid_values",
-        "repetition_penalty",
-        "return_dict_in_generate",
-        "suppress_tokens",
-        "temperature",
-        "top_k",
-        "top_p",
-        "typical_p",
-    }
-)
-
-# Options of transformers' base class and their one value that leaves a decoder as it is.
-_NEUTRAL: dict[str, Any] = {
-    "add_cross_attention": False,
-    "is_encoder_decoder": False,
-    "partial_rotary_factor": 1.0,
-    "pretraining_tp": 1,
-    "pruned_heads": {},
-    "tie_encoder_decoder": False,
-}
+log = logging.getLogger("emoe_jax")
 
 _ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh", "relu"]] = {
     "silu": "silu",
@@ -258,20 +191,34 @@ class HfConfig:
             raise ConfigError(f"config.json: rope scaling {kind!r} is not supported; supported: {known}")
         return _rope(kind, theta, raw, max_position)
 
+    def window(self, key: str = "sliding_window") -> int | None:
+        """A window that every layer has, unless `use_sliding_window` switches off the value that is kept."""
+        window = self.optional_size(key)
+        return window if self.get("use_sliding_window", bool, True) else None
+
+    def same_attention(self, layers: int, window: int | None) -> None:
+        """Refuse `layer_types` that do not say of every layer what holds for all in this family."""
+        kinds = self.get("layer_types", list)
+        expected = "full_attention" if window is None else "sliding_attention"
+        if kinds is not None and kinds != [expected] * layers:
+            raise ConfigError(
+                f"config.json: layer_types is {kinds!r}; {self._family} supports {expected} in all of {layers} layers"
+            )
+
     def finish(self) -> None:
-        """Raise `ConfigError` for any key that was neither read nor known to be irrelevant."""
-        for key, value in _NEUTRAL.items():
+        """Raise `ConfigError` for any key that was not read and may change a forward. Warn of keys that cannot."""
+        for key, value in NEUTRAL.items():
             self.must_be(key, value)
-        unknown = sorted(
-            key
-            for key, value in self._raw.items()
-            if key not in self._read and key not in _IRRELEVANT and value is not None
-        )
+        unread = {key: value for key, value in self._raw.items() if key not in self._read and value is not None}
+        unread = {key: value for key, value in unread.items() if key not in IRRELEVANT and not is_neutral(key, value)}
+        unknown = sorted(key for key in unread if not is_bookkeeping(key))
         if unknown:
             raise ConfigError(
                 f"config.json: option {unknown[0]!r} is not supported by {self._family}"
                 + (f" (nor {', '.join(unknown[1:])})" if unknown[1:] else "")
             )
+        if unread:
+            log.warning("config.json: ignored, as it says nothing of what is computed: %s", ", ".join(sorted(unread)))
 
 
 def _finite(key: str, value: Any) -> float:

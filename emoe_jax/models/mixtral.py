@@ -21,7 +21,10 @@ def _config(raw: Mapping[str, Any]) -> ModelConfig:
     hf = HfConfig("mixtral", raw, aliases={"num_experts": "num_local_experts"})
     decoder = hf.decoder(norm_eps=1e-5, max_position=4096 * 32, theta=1e6)
     layers = decoder["num_layers"]
-    window = hf.optional_size("sliding_window")
+    window = hf.window()
+    hf.same_attention(layers, window)
+    hf.must_be("norm_topk_prob", True)
+    hf.must_be("moe_intermediate_size", hf.size("intermediate_size"))
     hf.ignore("router_jitter_noise")  # training only
     num_experts = hf.size("num_local_experts", 8)
     config = ModelConfig(

@@ -22,6 +22,12 @@ def _config(raw: Mapping[str, Any]) -> ModelConfig:
     decoder = hf.decoder(norm_eps=1e-5, max_position=4096)
     # The norms over all heads are sized by this quotient, so no other head size exists.
     hf.must_be("head_dim", decoder["hidden_size"] // decoder["num_heads"])
+    hf.same_attention(decoder["num_layers"], None)
+    for key in ("qk_norm", "use_qk_norm"):
+        hf.must_be(key, True)
+    if not hf.get("use_sliding_window", bool, True):
+        hf.ignore("sliding_window")  # switched off
+    hf.must_be("moe_intermediate_size", hf.size("intermediate_size"))
     bias = hf.get("attention_bias", bool, False)
     clip = hf.get("clip_qkv", (int, float))
     num_experts = hf.size("num_experts", 64)

@@ -72,6 +72,7 @@ def _config(raw: Mapping[str, Any]) -> ModelConfig:
     hf.must_be("router_noisy_policy")
     hf.positive("router_capacity_factor_eval", 2.0)
     hf.ignore(*_NO_EFFECT)
+    hf.same_attention(layers, None)
     config = ModelConfig(
         family="openmoe",
         vocab_size=hf.size("vocab_size"),

@@ -24,6 +24,9 @@ def _config(raw: Mapping[str, Any]) -> ModelConfig:
     layers = decoder["num_layers"]
     bias = hf.get("attention_bias", bool, False)
     window = sliding_window(hf)
+    hf.same_attention(layers, window)
+    for key in ("qk_norm", "use_qk_norm"):
+        hf.must_be(key, True)
     hf.ignore("max_window_layers")  # written by transformers 4, which did not read it either
     num_experts = hf.size("num_experts", 128)
     config = ModelConfig(

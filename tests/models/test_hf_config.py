@@ -246,3 +246,100 @@ def test_not_a_number_in_the_file(tmp_path):
     (tmp_path / "config.json").write_bytes(b"\xff\xfe{}")
     with pytest.raises(CheckpointError, match="not valid JSON"):
         ModelConfig.from_directory(tmp_path)
+
+
+FAMILIES = {"mixtral": MIXTRAL, "olmoe": OLMOE, "qwen2_moe": QWEN2, "qwen3_moe": QWEN3, "openmoe": OPENMOE}
+BOOKKEEPING = {
+    "unsloth_version": "2026.1",
+    "unsloth_fixed": True,
+    "_commit_hash": "abc",
+    "_attn_implementation": "sdpa",
+    "attn_implementation": "flash_attention_2",
+    "experts_implementation": "grouped_mm",
+    "transformers.js_config": {"dtype": "q4"},
+    "torch_version": "2.9",
+    "model_name": "mine",
+    "base_model": "theirs",
+    "hidden_dropout": 0.1,
+    "use_flash_attn": True,
+    "gradient_checkpointing": True,
+    "chat_template": "{{ messages }}",
+    "router_z_loss_coef": 0.1,
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("key", BOOKKEEPING)
+def test_bookkeeping_is_ignored_with_one_warning(name, key, caplog):
+    raw = FAMILIES[name]
+    assert ModelConfig.from_hf({**raw, key: BOOKKEEPING[key]}) == ModelConfig.from_hf(raw)
+    (record,) = caplog.records
+    assert record.getMessage().endswith(f": {key}")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_published_file_is_read_without_a_warning(name, caplog):
+    ModelConfig.from_hf(FAMILIES[name])
+    ModelConfig.from_hf({**MIXTRAL_8X7B, "mlp_bias": False})
+    assert not caplog.records
+
+
+NEUTRAL_EVERYWHERE = {
+    "mlp_bias": (False, True),
+    "n_group": (1, 4),
+    "topk_group": (1, 2),
+    "scoring_func": ("softmax", "sigmoid"),
+    "routed_scaling_factor": (1.0, 2.5),
+    "num_nextn_predict_layers": (0, 1),
+    "n_shared_experts": (0, 1),
+    "first_k_dense_replace": (0, 1),
+    "logits_scaling": (1.0, 8.0),
+    "final_logit_softcapping": (None, 30.0),
+    "attention_sinks": (False, True),
+    "use_bias": (False, True),
+    "quantization_config": (None, {"quant_method": "awq"}),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("key", NEUTRAL_EVERYWHERE)
+def test_values_that_ask_for_nothing_are_taken_and_others_refused(name, key):
+    raw = FAMILIES[name]
+    neutral, other = NEUTRAL_EVERYWHERE[key]
+    assert ModelConfig.from_hf({**raw, key: neutral}) == ModelConfig.from_hf(raw)
+    with pytest.raises(ConfigError, match=f"{key}.* is not supported by {name}"):
+        ModelConfig.from_hf({**raw, key: other})
+
+
+@pytest.mark.parametrize(
+    ("raw", "taken", "refused"),
+    [
+        (MIXTRAL_8X7B, {"layer_types": ["full_attention"] * 32}, {"layer_types": ["full_attention"] * 31}),
+        (MIXTRAL_8X7B, {"norm_topk_prob": True}, {"norm_topk_prob": False}),
+        (MIXTRAL_8X7B, {"moe_intermediate_size": 14336}, {"moe_intermediate_size": 8}),
+        (MIXTRAL_8X7B, {"use_sliding_window": False}, {"use_qk_norm": True}),
+        (MIXTRAL_8X7B, {"use_sliding_window": False, "sliding_window": 64}, {"qkv_bias": True}),
+        (MIXTRAL_8X7B, {"mlp_only_layers": [], "decoder_sparse_step": 1}, {"mlp_only_layers": [1]}),
+        (QWEN3_30B, {"layer_types": ["full_attention"] * 48}, {"layer_types": ["linear_attention"] * 48}),
+        (QWEN3_30B, {"use_qk_norm": True}, {"use_qk_norm": False}),
+        (QWEN3_30B, {"shared_expert_intermediate_size": 0}, {"shared_expert_intermediate_size": 8}),
+        (OLMOE, {"qk_norm": True, "use_sliding_window": False, "sliding_window": 4096}, {"sliding_window": 4096}),
+        (
+            OPENMOE,
+            {"layer_types": ["full_attention"] * OPENMOE["num_hidden_layers"]},
+            {"layer_types": ["chunked_attention"]},
+        ),
+    ],
+)
+def test_values_of_sibling_families(raw, taken, refused):
+    assert ModelConfig.from_hf({**raw, **taken}) == ModelConfig.from_hf(raw)
+    with pytest.raises(ConfigError, match=next(iter(refused))):
+        ModelConfig.from_hf({**raw, **refused})
+
+
+@pytest.mark.parametrize(
+    "key", ["use_magic", "output_multiplier", "attention_scale", "rope_local_base_freq", "num_memory_tokens", "softcap"]
+)
+def test_what_nobody_knows_is_refused(key):
+    with pytest.raises(ConfigError, match=f"option '{key}' is not supported"):
+        ModelConfig.from_hf({**MIXTRAL, key: 1})
