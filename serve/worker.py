@@ -164,6 +164,7 @@ class EngineWorker:
         self._wake = threading.Condition()
         self._commands: list[Callable[[], None]] = []
         self._stopping = False
+        self._nudged = False
         # owned by the engine's thread
         self._running: dict[str, _Running] = {}
         self._outbox: list[tuple[Generation, Progress | Exception | None]] = []
@@ -215,6 +216,12 @@ class EngineWorker:
         self.changes += 1
         self._command(lambda: self._admit(generation, submissions))
         return generation
+
+    def nudge(self) -> None:
+        """Have the engine step once even if it has no request: experts wait to be committed. From any thread."""
+        with self._wake:
+            self._nudged = True
+            self._wake.notify()
 
     def abort(self, generation: Generation) -> None:
         if generation in self._live:
@@ -296,17 +303,22 @@ class EngineWorker:
         try:
             while self._wait_for_work():
                 self._post()
-                if self._engine.has_work():
+                if self._engine.has_work() or self._take_nudge():
                     self._step()
                     self._post()
         except BaseException:
             log.exception("the engine's thread ended")
             self._on_loop(lambda: self._fail_everything(EngineFailure("the engine has stopped")))
 
+    def _take_nudge(self) -> bool:
+        with self._wake:
+            nudged, self._nudged = self._nudged, False
+            return nudged
+
     def _wait_for_work(self) -> bool:
         """Run the commands that came in; sleep when there is nothing to do. False when asked to stop."""
         with self._wake:
-            while not (self._commands or self._stopping or self._engine.has_work()):
+            while not (self._commands or self._stopping or self._nudged or self._engine.has_work()):
                 self._wake.wait()
             commands, self._commands = self._commands, []
             stopping = self._stopping

@@ -93,6 +93,7 @@ class Engine:
         self._load_wait = load_wait
         self._answers: dict[str, Answer] = {}
         self._deliveries = Deliveries()
+        self._suspect = False  # whether a step has failed since weights were last looked after
         self._next_id = 0
         self._steps = 0
 
@@ -375,6 +376,10 @@ class Engine:
         """Whether `step` has something to do or to return."""
         return self._scheduler.has_work or self._deliveries.has_others
 
+    def on_staged(self, call: Callable[[], None]) -> None:
+        """Have `call` called, from another thread, when experts are staged: a sleeping owner may `step` then."""
+        self._residency.on_staged(call)
+
     def step(self) -> list[Delta]:
         """Commit staged experts, run one scheduled batch, and return what it added; `[]` when there is no work.
 
@@ -418,7 +423,12 @@ class Engine:
             only = len(held) == self._scheduler.num_running and not self._scheduler.num_waiting
             settle(guides, idle=only and not self._in_flight)
         began = time.monotonic()
+        if self._suspect:
+            self._residency.mend()
+            self._suspect = False
         self._residency.commit()
+        if not self._scheduler.has_work:
+            return
         plan = self._scheduler.schedule(began)
         self._foresight.before_step(plan, self._scheduler, idle=not self._in_flight)
         if not plan:
@@ -465,6 +475,7 @@ class Engine:
 
     def _fail(self, plan: StepPlan, error: Exception) -> None:
         """End the sequences of a plan that came to nothing."""
+        self._suspect = True
         for sequence in plan.sequences:
             if not sequence.finished:
                 self._deliveries.fail(sequence.request_id, error)
@@ -488,7 +499,9 @@ class Engine:
         return output
 
     def state(self) -> dict[str, Any]:
-        """What the engine is doing, as JSON-able values."""
+        """What the engine is doing, as JSON-able values. Commits what is staged if no step is in flight."""
+        if not self._in_flight:
+            self._residency.commit()
         return {
             "model": self.model_name,
             "family": self.config.family,

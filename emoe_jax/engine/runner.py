@@ -1,9 +1,10 @@
 """Runs step plans on the device: picks executables, keeps the donated cache, reads the tokens back."""
 
+import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from collections.abc import Sequence as Rows
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -283,10 +284,12 @@ class Runner:
                 )
                 self._keep(index, layer_cache)  # before anything can fail: the old arrays are donated
                 counts = np.asarray(routed.wish_counts)
-                for slots in self._waves(m, counts, batch.routing):
-                    experts = self._residency.slab.weights[m]
-                    wave = (*shape[:2], experts.capacity)
-                    total = self._call(step.expert_wave, wave, routed, slots, experts, total, config=config)
+                # Closed here: an error's traceback would keep the generator, and with it the pins of its slots.
+                with contextlib.closing(self._waves(m, counts, batch.routing)) as waves:
+                    for slots in waves:
+                        experts = self._residency.slab.weights[m]
+                        wave = (*shape[:2], experts.capacity)
+                        total = self._call(step.expert_wave, wave, routed, slots, experts, total, config=config)
                 x = self._call(step.close_moe, (kind, *shape[:2]), leaves, routed, total, skeleton=skeleton)
                 wish_counts.append(counts)
                 wishes.append(layer_wishes)
@@ -298,11 +301,12 @@ class Runner:
 
     def _waves(
         self, m: int, wish_counts: Int[np.ndarray, " E"], routing: RoutingContract
-    ) -> Iterable[Int[np.ndarray, " E"]]:
+    ) -> Generator[Int[np.ndarray, " E"], None, None]:
         """Slots of the experts that take part, per call of the MoE op: the resident ones, or the wished in waves."""
         if routing == "resident":
-            return (self._residency.table.slot_of_expert[m].copy(),)
-        return self._residency.waves.waves(m, wish_counts)
+            yield self._residency.table.slot_of_expert[m].copy()
+        else:
+            yield from self._residency.waves.waves(m, wish_counts)
 
     def _resident_arguments(self, batch: Batch, kept: Int[Array, " S"]) -> tuple[Any, ...]:
         residency = self._residency

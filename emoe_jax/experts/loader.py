@@ -14,7 +14,7 @@ from jaxtyping import Bool
 from emoe_jax.errors import CapacityError
 from emoe_jax.experts.slab import ExpertSlab
 from emoe_jax.experts.store import ExpertStore
-from emoe_jax.experts.table import SlotTable
+from emoe_jax.experts.table import EMPTY, SlotTable
 from emoe_jax.experts.tickets import LoadState, LoadTicket, TicketQueue
 
 _WINDOW_BYTES = 64 << 20
@@ -83,6 +83,7 @@ class ExpertLoader:
         self._queue = TicketQueue(nbytes, self._window, bandwidth)
         self._lock = threading.Lock()  # guards the three fields below
         self._totals: Counter[str] = Counter()  # fields of LoaderStats
+        self._lost: dict[int, list[int]] = {}  # layer -> experts that a failed commit cost
         self._staging = 0
         self._busy_since = 0.0
         self._threads = [
@@ -127,6 +128,12 @@ class ExpertLoader:
         """Wait until nothing more can be staged before the next `commit`; False when `timeout` seconds ran out."""
         return self._queue.wait_idle(timeout)
 
+    def on_settled(self, call: Callable[[], None]) -> None:
+        """Have `call` called from a worker's thread when something is staged and nothing more can be before a `commit`.
+        It must be quick and must not call back.
+        """
+        self._queue.on_settled = call
+
     @property
     def has_ready(self) -> bool:
         """Whether a `commit` would find anything staged."""
@@ -137,11 +144,15 @@ class ExpertLoader:
 
         A ticket whose slot is pinned by the running step stays ready for a later commit. One whose expert arrived by
         other means, or whose place is gone, ends as `STALE`.
+
+        Raises what went wrong on the device. Every ticket taken is over then, or stays ready. Slots whose weights were
+        not written are empty, a layer whose arrays are gone has new ones, and `restore` loads what was there.
         """
         began = time.perf_counter()
-        kept = []
-        with self._writes() as writes:
-            for ticket in self._queue.take_ready():
+        kept: list[LoadTicket] = []
+        taken = self._queue.take_ready()
+        with self._writes(taken) as writes:
+            for ticket in taken:
                 if limit is not None and len(writes.tickets) >= limit:
                     kept.append(ticket)
                 elif (slot := self._slot_for(ticket)) is None:
@@ -153,6 +164,7 @@ class ExpertLoader:
                 else:
                     writes.add(ticket, slot)
             self._queue.put_back(kept)
+            kept.clear()
         self._count(commit_seconds=time.perf_counter() - began)
         return writes.tickets
 
@@ -197,6 +209,26 @@ class ExpertLoader:
             wanted += [(layer, expert, slot) for expert, slot in zip(missing, empty, strict=False)]
         self._load(wanted, on_progress)
 
+    @property
+    def must_restore(self) -> bool:
+        """Whether a layer lost experts to a commit that failed."""
+        return bool(self._lost)
+
+    def restore(self) -> None:
+        """Load experts that failed commits have cost once more. For the owner of the step, before the next one.
+
+        Raises like `load_now`; what has not been loaded then is tried again with the next call.
+        """
+        for layer, experts in list(self._lost.items()):
+            missing = [expert for expert in experts if not self._table.is_resident(layer, expert)]
+            self.load_now(layer, missing[: len(self._table.empty_slots(layer))])
+            del self._lost[layer]
+
+    def mend(self) -> None:
+        """After a step has failed: find layers whose arrays are gone, as `commit` does where it fails itself."""
+        for layer in range(self._table.num_layers):
+            self._rebuild_if_lost(layer)
+
     def close(self) -> None:
         """Cancel what is under way and join the workers."""
         self._queue.close()
@@ -214,6 +246,18 @@ class ExpertLoader:
     ) -> None:
         """Bring `(layer, expert, slot)`s in. This thread stages too; one commit runs while the next is being staged."""
         waiting: dict[LoadTicket, int] = {}
+        try:
+            self._load_through(wanted, waiting, on_progress)
+        finally:
+            self._queue.give_up(waiting)  # none, unless something failed: nobody would take them any more
+
+    def _load_through(
+        self,
+        wanted: Sequence[tuple[int, int, int]],
+        waiting: dict[LoadTicket, int],
+        on_progress: Callable[[int, int], None] | None,
+    ) -> None:
+        """`_load`, with the tickets that it has not taken care of in `waiting`."""
         remaining = iter(wanted)
         running: set[int] = set()  # layers whose commit may still run
         ahead = max(1, self._window // 2)  # as many again are being copied by the commit that runs
@@ -234,7 +278,7 @@ class ExpertLoader:
             for layer in running:  # bounds the records that unfinished copies keep in host memory
                 self._slab.block_until_ready(layer)
             staged = [ticket for ticket in over if ticket.state is LoadState.COMMITTING]
-            with self._writes() as writes:
+            with self._writes(staged) as writes:
                 for ticket in staged:
                     writes.add(ticket, waiting[ticket])
             running = {ticket.layer for ticket in staged}
@@ -258,19 +302,39 @@ class ExpertLoader:
         return next(iter(self._table.empty_slots(ticket.layer)), None)
 
     @contextlib.contextmanager
-    def _writes(self) -> "Iterator[_Writes]":
-        """Collect the writes of one commit; at the end they are in slab and table, or given up if anything failed."""
+    def _writes(self, taken: Sequence[LoadTicket]) -> "Iterator[_Writes]":
+        """Collect the writes of one commit: at the end they are in slab and table. If anything failed, those that are
+        not are given up, and so are all tickets that were `taken` for it.
+        """
         writes = _Writes(self._table)
-        state = LoadState.FAILED
         try:
             yield writes
             writes.flush(self._slab)
-            state = LoadState.COMMITTED
-            self._count(loads=len(writes.tickets), loaded_bytes=len(writes.tickets) * self._store.layout.nbytes)
-        finally:
-            writes.abandon()
-            for ticket in writes.tickets:
-                self._queue.finish(ticket, state)
+        except BaseException as error:
+            for layer, evicted in writes.abandon().items():
+                self._lost.setdefault(layer, []).extend(evicted)
+                self._rebuild_if_lost(layer)
+            cause = error if isinstance(error, Exception) else None
+            for ticket in taken:
+                if ticket.state is not LoadState.COMMITTING:
+                    continue
+                resident = ticket in writes.tickets and self._table.is_resident(ticket.layer, ticket.expert)
+                self._queue.finish(ticket, LoadState.COMMITTED if resident else LoadState.FAILED, cause)
+                self._count(loads=resident, failures=not resident)
+            raise
+        for ticket in writes.tickets:
+            self._queue.finish(ticket, LoadState.COMMITTED)
+        self._count(loads=len(writes.tickets), loaded_bytes=len(writes.tickets) * self._store.layout.nbytes)
+
+    def _rebuild_if_lost(self, layer: int) -> None:
+        """Give a layer new arrays if it has none, without experts. Those it had are noted for `restore`."""
+        if not self._slab.is_lost(layer):
+            return
+        experts = self._table.expert_of_slot(layer)
+        self._lost.setdefault(layer, []).extend(int(expert) for expert in experts[experts != EMPTY])
+        for slot in range(self._table.capacities[layer]):
+            self._table.release(layer, slot)
+        self._slab.rebuild(layer)
 
     def _work(self) -> None:
         while (ticket := self._queue.next()) is not None:
@@ -322,10 +386,13 @@ class _Writes:
         self.tickets: list[LoadTicket] = []
         self._table = table
         self._pending: dict[int, dict[int, jax.Array]] = defaultdict(dict)  # layer -> slot -> record
+        self._evicted: dict[int, list[int]] = defaultdict(list)
 
     def add(self, ticket: LoadTicket, slot: int) -> None:
         assert ticket.staged is not None
-        self._table.assign(ticket.layer, slot, ticket.expert)
+        evicted = self._table.assign(ticket.layer, slot, ticket.expert)
+        if evicted is not None:
+            self._evicted[ticket.layer].append(evicted)
         self.tickets.append(ticket)
         self._pending[ticket.layer][slot] = ticket.staged  # replaces an expert that was evicted again right away
 
@@ -335,8 +402,9 @@ class _Writes:
             slab.commit(layer, list(slots.values()), list(slots))
             del self._pending[layer]
 
-    def abandon(self) -> None:
-        """Empty the slots whose weights were not written."""
+    def abandon(self) -> dict[int, list[int]]:
+        """Empty the slots whose weights were not written. By layer, the experts that were to make room."""
         for layer, slots in self._pending.items():
             for slot in slots:
                 self._table.release(layer, slot)
+        return {layer: self._evicted[layer] for layer in self._pending}

@@ -1,6 +1,7 @@
 """Which experts are on the device, kept up between steps: slab, table, store, loader and policy as one thing."""
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from emoe_jax.experts.tickets import LoadState, LoadTicket
 from emoe_jax.experts.waves import WaveLoader
 from emoe_jax.experts.weights import ExpertLayout
 from emoe_jax.policies import Knowledge, make_policy
+
+log = logging.getLogger(__name__)
 
 FOLLOWING_SHARE = 0.003
 """Of the time: the most that looking at what the policy now prefers may take."""
@@ -112,15 +115,38 @@ class Residency:
         wishes = int(self._wishes.sum())
         return self._wishes_resident / wishes if wishes else None
 
+    def on_staged(self, call: Callable[[], None]) -> None:
+        """Have `call` called, from another thread, when loads are staged and wait for a `commit`."""
+        self._loader.on_settled(call)
+        if self._loader.has_ready:
+            call()
+
     def commit(self) -> None:
-        """Bring staged experts into the slab. Never waits."""
+        """Bring staged experts into the slab. Never waits, but for experts that a failed commit or step has lost.
+
+        A commit that fails on the device costs its own loads, which are left alone for a while as if they could not be
+        read. Raises what the store raises when the experts of a lost layer cannot be loaded again.
+        """
+        if self._loader.must_restore:
+            self._loader.restore()
         if not self._loader.has_ready:
             return
-        committed = self._loader.commit()
+        committed = []
+        try:
+            committed = self._loader.commit()
+        except Exception as error:
+            log.exception("a commit failed; its experts are left alone for %g s", SECONDS_BEFORE_RETRY)
+            self._last_error = f"commit: {type(error).__name__}: {error}"[:500]
+            self._loader.restore()
+            self._doubt_evicted()
         for ticket in committed:
             self._unproven[ticket.layer, ticket.expert] = True
         if committed:
             self._doubt_evicted()
+
+    def mend(self) -> None:
+        """After a step has failed: layers whose weights are gone get others, and their experts before the next step."""
+        self._loader.mend()
 
     def plan(
         self,

@@ -118,6 +118,21 @@ class ExpertSlab:
         for array in jax.tree.leaves(old):
             array.delete()
 
+    def is_lost(self, layer: int) -> bool:
+        """Whether the arrays of a layer are gone: donated to a commit that failed, or never computed. Waits for them."""
+        try:
+            self.block_until_ready(layer)
+        except RuntimeError:  # JAX's own errors derive from it
+            return True
+        return False
+
+    def rebuild(self, layer: int) -> None:
+        """New arrays for a layer that lost its own. No slot holds an expert then."""
+        for array in jax.tree.leaves(self._weights[layer]):
+            if not array.is_deleted():
+                array.delete()
+        self._weights[layer] = self._empty(self.capacities[layer])
+
     def block_until_ready(self, layer: int) -> None:
         """Wait for the commits to a layer; the staged records are free afterwards."""
         weights = self._weights[layer]

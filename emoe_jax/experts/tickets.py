@@ -6,7 +6,7 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
@@ -82,6 +82,8 @@ class TicketQueue:
         self._staging = 0
         self._link_free_at = 0.0
         self._closed = False
+        self.on_settled: Callable[[], None] | None = None
+        """Called from a worker's thread, under a lock, when it has staged something and has no more to do."""
 
     def request(
         self,
@@ -148,6 +150,7 @@ class TicketQueue:
             else:
                 self._wake_workers()
             self._moved(ticket)
+            self._tell_settled()
             return kept
 
     def set_failed(self, ticket: LoadTicket, error: Exception, retry_after: float | None) -> None:
@@ -163,6 +166,7 @@ class TicketQueue:
                     heapq.heappush(self._delayed, (time.monotonic() + retry_after, ticket.entry, ticket))
             self._wake_workers()
             self._moved(ticket)
+            self._tell_settled()
 
     @property
     def has_ready(self) -> bool:
@@ -184,9 +188,21 @@ class TicketQueue:
                 self._ready.append(ticket)
                 self._moved(ticket)
 
-    def finish(self, ticket: LoadTicket, state: LoadState) -> None:
+    def finish(self, ticket: LoadTicket, state: LoadState, error: Exception | None = None) -> None:
         with self._lock:
+            ticket.error = error or ticket.error
             self._finish(ticket, state)
+
+    def give_up(self, tickets: Iterable[LoadTicket]) -> None:
+        """Cancel tickets that nobody waits for any more, urgent and taken ones too; those that are over stay so."""
+        with self._lock:
+            for ticket in tickets:
+                if self._tickets.get((ticket.layer, ticket.expert)) is ticket:
+                    if ticket in self._ready:
+                        self._ready.remove(ticket)
+                    self._finish(ticket, LoadState.CANCELLED)
+                    self._moved(ticket)
+            self._wake_workers()
 
     def wait_any(self, tickets: Iterable[LoadTicket]) -> list[LoadTicket]:
         """Block until at least one of the urgent tickets is staged or over; those, with the staged ones taken."""
@@ -258,6 +274,10 @@ class TicketQueue:
             self._progress.notify_all()
         if self._is_idle():
             self._idle.notify_all()
+
+    def _tell_settled(self) -> None:
+        if self.on_settled is not None and self._ready and self._is_idle():
+            self.on_settled()
 
     def _is_idle(self) -> bool:
         waiting = _first(self._waiting) or _first(self._delayed)

@@ -1,0 +1,73 @@
+"""An engine that has nothing else to do commits what was staged."""
+
+import asyncio
+import time
+
+import numpy as np
+import pytest
+
+from emoe_jax import Engine, SamplingParams
+from serve.worker import EngineWorker
+from tests.engine.conftest import EngineFactory
+
+
+def wanted(engine: Engine) -> list[int]:
+    """Plan for three experts that are absent from layer 0, and for what is there elsewhere."""
+    residency = engine._residency
+    mask = residency.table.resident_mask
+    rates = mask.astype(np.float32)
+    experts = np.flatnonzero(~mask[0])[:3]
+    rates[0] = 0
+    rates[0, experts] = 1
+    residency.plan(rates, rates, 0.0, np.ones(len(rates), np.float32))
+    return experts.tolist()
+
+
+@pytest.fixture
+def engine(engine_of: EngineFactory) -> Engine:
+    engine = engine_of(expert_memory="3 slots", policy="emoe")
+    engine.generate([1, 2, 3], SamplingParams(max_tokens=2))
+    engine._residency.settle(10)
+    return engine
+
+
+def test_the_state_of_an_idle_engine_shows_what_was_staged(engine: Engine) -> None:
+    experts = wanted(engine)
+    assert engine._residency._loader.wait_idle(10)
+    residency = engine.state()["residency"]
+    assert residency["experts"][0] == experts
+    assert residency["loading"] == []
+
+
+def test_a_step_without_work_commits(engine: Engine) -> None:
+    experts = wanted(engine)
+    assert engine._residency._loader.wait_idle(10)
+    assert not engine.has_work()
+    assert engine.step() == []
+    assert engine._residency.table.resident(0).tolist() == experts
+
+
+@pytest.mark.parametrize("staged_before", [False, True])
+def test_a_sleeping_worker_is_woken_by_loads(engine: Engine, staged_before: bool) -> None:
+    async def scenario() -> None:
+        worker = EngineWorker(engine, 8)
+        if not staged_before:
+            engine.on_staged(worker.nudge)
+        worker.start()
+        try:
+            if staged_before:
+                experts = await worker.call(lambda _: wanted(engine))
+                assert engine._residency._loader.wait_idle(10)
+                await asyncio.sleep(0.05)
+                assert engine._residency.table.resident(0).tolist() != experts  # nobody has told it
+                engine.on_staged(worker.nudge)
+            else:
+                experts = await worker.call(lambda _: wanted(engine))
+            deadline = time.monotonic() + 20
+            while engine._residency.table.resident(0).tolist() != experts and time.monotonic() < deadline:
+                await asyncio.sleep(0.01)
+            assert engine._residency.table.resident(0).tolist() == experts
+        finally:
+            assert worker.stop(20)
+
+    asyncio.run(scenario())
