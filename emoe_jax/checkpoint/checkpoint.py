@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from emoe_jax.checkpoint.files import CONFIG, locate, open_weights, read_json
-from emoe_jax.checkpoint.safetensors import WEIGHT_DTYPES, SafetensorsFile
+from emoe_jax.checkpoint.safetensors import WEIGHT_DTYPES, SafetensorsFile, are_finite
 from emoe_jax.config import ModelConfig
 from emoe_jax.errors import CheckpointError
 from emoe_jax.experts.weights import ExpertLayout
@@ -86,12 +86,15 @@ class Checkpoint:
     def read_expert(self, moe_index: int, expert: int, record: np.ndarray, layout: ExpertLayout) -> None:
         """Fill one contiguous record (`ExpertLayout`) with expert `expert` of the `moe_index`-th MoE layer.
 
-        One copy where the dtypes match; no pages of the file stay in the process.
+        One copy where the dtypes match. Raises `CheckpointError` where the file was changed since it was opened, and
+        for weights that are not finite: a file may have been overwritten without a trace.
         """
         source = self._sources[moe_index][expert]
-        w_in, w_out = layout.views(record)
-        self._read(source.w_in, w_in)
-        self._read((source.w_out,), w_out)
+        for parts, out in zip(((*source.w_in,), (source.w_out,)), layout.views(record), strict=True):
+            self._read(parts, out)
+            if not are_finite(out):
+                names = ", ".join(self._names[part.name] for part in parts)
+                raise CheckpointError(f"{self._files[parts[0].name].path}: {names} has values that are not finite")
 
     def load_dense(self, dtype: str | np.dtype, progress: Progress | None = None) -> tuple[nnx.GraphDef, nnx.State]:
         """Everything but the experts on the default device, as the split of a `Decoder` (`nnx.merge` joins it).

@@ -119,7 +119,7 @@ class ExpertSlab:
             array.delete()
 
     def is_lost(self, layer: int) -> bool:
-        """Whether the arrays of a layer are gone: donated to a commit that failed, or never computed. Waits for them."""
+        """Whether the arrays of a layer are gone: donated to a commit that failed, or never computed. Blocks."""
         try:
             self.block_until_ready(layer)
         except RuntimeError:  # JAX's own errors derive from it
