@@ -5,6 +5,7 @@ asks for them, so requests without any pay nothing.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence as Rows
 
 import jax
@@ -24,16 +25,29 @@ class LogitAdjustment:
     """
 
     def __init__(self, params: SamplingParams, prompt: Rows[int], vocab_size: int, guide: Guide | None = None):
-        self.bias = np.zeros(vocab_size, np.float32)
-        self.seen = np.zeros(vocab_size, np.bool_)
         self.repetition = params.repetition_penalty
         self._frequency, self._presence = params.frequency_penalty, params.presence_penalty
-        for token, value in params.logit_bias.items():
-            self.bias[token] = value
-        self.seen[list(prompt)] = True
+        self._logit_bias = params.logit_bias
+        self._prompt = prompt
+        self._vocab_size = vocab_size
         self._guide = guide
         self._generated: set[int] = set()
         self._num_counted = 0
+
+    # Made when the sequence's first token is chosen: most sequences wait before that, and many never get there.
+
+    @functools.cached_property
+    def bias(self) -> Float[np.ndarray, " V"]:
+        bias = np.zeros(self._vocab_size, np.float32)
+        for token, value in self._logit_bias.items():
+            bias[token] = value
+        return bias
+
+    @functools.cached_property
+    def seen(self) -> Bool[np.ndarray, " V"]:
+        seen = np.zeros(self._vocab_size, np.bool_)
+        seen[list(self._prompt)] = True
+        return seen
 
     @classmethod
     def of(

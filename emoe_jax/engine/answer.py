@@ -1,5 +1,7 @@
 """A request from its arrival to its last token, as the caller sees it."""
 
+from collections.abc import Callable
+
 from emoe_jax.engine.request import Delta, FinishReason, RequestOutput, TokenLogprob
 from emoe_jax.engine.sequence import Sequence
 from emoe_jax.engine.text import TextStream
@@ -9,10 +11,12 @@ from emoe_jax.scheduling.plan import SampledToken
 class Answer:
     """Collects the sequences of one request into its `RequestOutput`."""
 
-    def __init__(self, output: RequestOutput, sequences: list[Sequence], streams: list[TextStream]):
+    def __init__(self, output: RequestOutput, sequences: list[Sequence], text_stream: Callable[[Sequence], TextStream]):
+        """`text_stream` makes what turns a sequence's tokens into text, when its first token comes."""
         self._output = output
         self._sequences = sequences
-        self._streams = streams
+        self._text_stream = text_stream
+        self._streams: dict[int, TextStream] = {}
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -37,7 +41,9 @@ class Answer:
 
     def add(self, sequence: Sequence, sampled: SampledToken) -> tuple[Delta, bool]:
         """Book a token. Returns what it added, and whether a stop string ended the completion here."""
-        completion, stream = self._output.completions[sequence.index], self._streams[sequence.index]
+        completion, stream = self._output.completions[sequence.index], self._streams.get(sequence.index)
+        if stream is None:
+            stream = self._streams[sequence.index] = self._text_stream(sequence)
         # The token that ends a text (end of sequence, stop token) is counted but not shown.
         ends_text = sequence.finish_reason == "stop"
         text = "" if ends_text else stream.add(sampled.token_id)[0]

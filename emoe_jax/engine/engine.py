@@ -45,6 +45,8 @@ from emoe_jax.scheduling.scheduler import Scheduler
 from emoe_jax.tasks import TaskProfile
 from emoe_jax.traces.recorder import TraceRecorder
 
+ROWS_AT_ONCE = 4096
+
 Progress = Callable[[str, int, int], None]
 """Called with `(stage, done, total)`."""
 
@@ -367,9 +369,7 @@ class Engine:
         completions = [Completion(index, logprobs=None if params.logprobs is None else []) for index in range(params.n)]
         output = RequestOutput(request_id, token_ids, completions, sequences[0].task, sequences[0].routing)
         output.prompt_logprobs = None if params.prompt_logprobs is None else []
-        self._answers[request_id] = Answer(
-            output, sequences, [self._intake.text_stream(sequence) for sequence in sequences]
-        )
+        self._answers[request_id] = Answer(output, sequences, self._intake.text_stream)
         return token_ids
 
     def has_work(self) -> bool:
@@ -555,7 +555,7 @@ class Engine:
         recorder = self._runner.recorder
         token_ids, embedding = sequences[0].prompt_token_ids, None
         if recorder is not None or self._foresight.wants_embeddings:
-            embedding = self._runner.embedding_table()[token_ids].mean(axis=0, dtype=np.float32)
+            embedding = mean_row(self._runner.embedding_table(), token_ids)
         self._foresight.arrived(sequences[0], embedding)
         if recorder is not None:
             for sequence in sequences:
@@ -567,6 +567,16 @@ class Engine:
         answer.end(sequence, reason)
         if answer.finished:
             self._foresight.ended(answer.sequences)
+
+
+def mean_row(table: Float[np.ndarray, "V D"], token_ids: Rows[int]) -> Float[np.ndarray, " D"]:
+    """The mean of a table's rows, each distinct one read once and few at a time, in float32."""
+    tokens, counts = np.unique(np.asarray(token_ids, np.int64), return_counts=True)
+    total = np.zeros(table.shape[1], np.float32)
+    for start in range(0, len(tokens), ROWS_AT_ONCE):
+        rows = table[tokens[start : start + ROWS_AT_ONCE]].astype(np.float32)
+        total += counts[start : start + ROWS_AT_ONCE].astype(np.float32) @ rows
+    return total / np.float32(len(token_ids))
 
 
 def _as_prompts(prompts: Prompt | Rows[Prompt]) -> list[Prompt]:

@@ -1,0 +1,100 @@
+"""What the engine does when a request comes is little, however many sequences it has and however long its prompt is."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from emoe_jax import RequestError, SamplingParams
+from emoe_jax.engine.adjust import LogitAdjustment
+from emoe_jax.engine.engine import ROWS_AT_ONCE, mean_row
+from emoe_jax.engine.intake import MAX_CLASSIFIED_TOKENS
+from tests.engine.conftest import EngineFactory
+
+PROMPT = [5, 9, 17, 3]
+
+
+@pytest.mark.parametrize(
+    "params", [{"presence_penalty": 1.0}, {"logit_bias": {3: 5.0}}, {"repetition_penalty": 1.5, "stop_token_ids": (7,)}]
+)
+def test_sequences_that_wait_hold_no_arrays(
+    engine_of: EngineFactory, monkeypatch: pytest.MonkeyPatch, params: dict[str, Any]
+) -> None:
+    """Of 64 sequences, only those that have run have arrays over the vocabulary and a stream of text."""
+    engine = engine_of(expert_memory="100%")
+    made: list[int] = []
+    text_stream = engine._intake.text_stream
+    monkeypatch.setattr(engine._intake, "text_stream", lambda item: made.append(item.index) or text_stream(item))
+    engine.add_request("many", PROMPT, SamplingParams(max_tokens=4, n=64, ignore_eos=True, **params))
+    waiting = engine._scheduler.waiting
+    assert len(waiting) == 64
+    assert all(sequence.prompt_token_ids is waiting[0].prompt_token_ids for sequence in waiting)
+    adjustments = [sequence.adjustment for sequence in waiting if sequence.adjustment is not None]
+    assert len(adjustments) == 64
+    assert not made
+    assert not any({"bias", "seen"} & vars(adjustment).keys() for adjustment in adjustments)
+    while not made:
+        engine.step()
+    started = {sequence.index for sequence in engine._scheduler.running}
+    assert set(made) <= started
+    assert 0 < sum("bias" in vars(adjustment) for adjustment in adjustments) <= len(started) < 64
+    engine.pop("many")
+
+
+@pytest.mark.parametrize("size", [1, 3, ROWS_AT_ONCE + 5, 3 * ROWS_AT_ONCE])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_the_mean_of_embeddings(size: int, dtype: Any) -> None:
+    rng = np.random.default_rng(size)
+    table = rng.normal(size=(2 * ROWS_AT_ONCE, 6)).astype(dtype)
+    tokens = rng.integers(0, len(table), size).tolist()
+    expected = table[tokens].astype(np.float64).mean(axis=0)
+    np.testing.assert_allclose(mean_row(table, tokens), expected, atol=2e-6)
+    assert mean_row(table, tokens).dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("tokens", "problem"),
+    [
+        ([1, 2, -1], "token id -1 is outside"),
+        ([1, 61], "token id 61 is outside"),
+        ([1, True], "token id True is not an integer"),
+        ([1, 2.0], "token id 2.0 is not an integer"),
+        ([1, "2"], "token id '2' is not an integer"),
+    ],
+)
+def test_what_is_no_token_is_named(engine_of: EngineFactory, tokens: list[Any], problem: str) -> None:
+    engine = engine_of(expert_memory="100%")
+    with pytest.raises(RequestError, match=problem):
+        engine.add_request("a", tokens, SamplingParams())
+    engine.logits(np.asarray([1, 2, 3]))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("length", [3, MAX_CLASSIFIED_TOKENS, 5 * MAX_CLASSIFIED_TOKENS])
+def test_long_prompts_are_classified_by_both_ends(
+    engine_of: EngineFactory, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    intake = engine_of(expert_memory="100%")._intake
+    decoded: list[list[int]] = []
+
+    class Tokenizer:
+        def decode(self, ids: list[int]) -> str:
+            decoded.append(ids)
+            return "text"
+
+    class Classifier:
+        def classify(self, text: str) -> str:
+            return text + "!"
+
+    monkeypatch.setattr(intake, "_tokenizer", Tokenizer())
+    monkeypatch.setattr(intake, "_classifier", Classifier())
+    tokens = list(range(length))
+    assert intake._classify(tokens, tokens) == "text!"
+    half = MAX_CLASSIFIED_TOKENS // 2
+    assert decoded == [tokens if length <= MAX_CLASSIFIED_TOKENS else tokens[:half] + tokens[-half:]]
+
+
+def test_an_adjustment_counts_as_before() -> None:
+    adjustment = LogitAdjustment(SamplingParams(presence_penalty=1.0, logit_bias={2: 3.0}), PROMPT, 20)
+    adjustment.update([2, 4])
+    assert adjustment.bias[[2, 4, 5]].tolist() == [2.0, -1.0, 0.0]
+    assert np.flatnonzero(adjustment.seen).tolist() == [2, 3, 4, 5, 9, 17]
