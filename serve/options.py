@@ -175,7 +175,12 @@ def _build_parser() -> _Parser:
         default="slo",
         help="who starts next: by deadlines and expected work, or first come first served",
     )
-    add("--max-num-queued-reqs", type=_integer(0), default=256, help="prompts that may wait; more are refused with 503")
+    add(
+        "--max-num-queued-reqs",
+        type=_integer(0),
+        default=256,
+        help="sequences (prompts times n) that may wait; more are refused with 503",
+    )
     add(
         "--expert-memory",
         type=_amount,

@@ -71,6 +71,21 @@ class Service:
             )
         return room if asked is None else asked
 
+    def check_room(self, prompts: int, n: int) -> None:
+        """Refuse a request before it costs anything: `RequestError` where its sequences can never all be taken,
+        `QueueFull` or `Unavailable` where they cannot be now.
+        """
+        most = self.worker.max_unfinished
+        if prompts > most:
+            raise RequestError(f"{prompts} prompts in one request; at most {most} are taken", param="prompt")
+        if prompts * n > most:
+            raise RequestError(
+                f"{prompts} prompt{'s' * (prompts > 1)} with n = {n} are {prompts * n} sequences; at most {most} are "
+                "taken in one request",
+                param="n",
+            )
+        self.worker.check_room(prompts * n)
+
     async def begin(
         self,
         request: Request,
@@ -80,11 +95,7 @@ class Service:
         slo: SloHeaders,
     ) -> Generation:
         """Hand the prompts of a request to the engine and wait until it has taken them."""
-        if len(prompts) > self.worker.max_unfinished:
-            raise RequestError(
-                f"{len(prompts)} prompts in one request; at most {self.worker.max_unfinished} are taken", param="prompt"
-            )
-        grammar = await self.text.prepare(params[0].structured_outputs)
+        grammar = await until_disconnect(request, self.text.prepare(params[0].structured_outputs))
         emoe = emoe or EmoeRequest()
         if emoe.task is not None and self.tasks is not None and emoe.task not in (*self.tasks, OTHER):
             known = ", ".join((*self.tasks, OTHER))

@@ -11,6 +11,8 @@ import dataclasses
 import itertools
 import logging
 import threading
+import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -23,6 +25,9 @@ log = logging.getLogger("serve")
 UNHEALTHY_AFTER_FAILED_STEPS = 3
 MAX_BATCH = 64
 """Deltas handed out at a time: who has not read for long shall not hold up others when all is sent."""
+
+ADMISSION_SECONDS = 0.005
+"""Between two steps, for requests that have come; those with many prompts are taken in over several steps."""
 
 Result = TypeVar("Result")
 
@@ -87,18 +92,22 @@ class Progress:
 class Generation:
     """What one HTTP request has running in the engine: one or more prompts. Lives on the event loop."""
 
-    def __init__(self, worker: "EngineWorker", request_ids: list[str], stats: RequestStats):
+    def __init__(self, worker: "EngineWorker", request_ids: list[str], sequences: int, stats: RequestStats):
         self._worker = worker
         self.request_ids = request_ids
         self.stats = stats
-        self.unfinished = len(request_ids)
-        self._events: asyncio.Queue[Progress | Exception | None] = asyncio.Queue()
+        self.unfinished = sequences
+        self._events: asyncio.Queue[Progress | Exception] = asyncio.Queue()
+        self._taken = asyncio.Event()
+        self._refusal: Exception | None = None
 
     async def accepted(self) -> None:
-        """Wait until the engine took every prompt. Raises `RequestError` when it refused one."""
-        event = await self._events.get()
-        if isinstance(event, Exception):
-            raise event
+        """Wait until the engine took every prompt; the first may have tokens by then. Raises `RequestError` when the
+        engine refused one.
+        """
+        await self._taken.wait()
+        if self._refusal is not None:
+            raise self._refusal
 
     async def batches(self, patience: float | None = None) -> AsyncIterator[list[Progress]]:
         """Deltas in the order the engine made them, as many as have come in: a client that reads slowly gets them in
@@ -139,7 +148,12 @@ class Generation:
             self.stats.add(event.position, event.delta, event.output)
         elif isinstance(event, EngineFailure | Unavailable):
             self.stats.end("error")
-        self._events.put_nowait(event)
+        if isinstance(event, Exception) and not self._taken.is_set():
+            self._refusal = event
+        if event is None or self._refusal is not None:
+            self._taken.set()
+        else:
+            self._events.put_nowait(event)
 
 
 @dataclasses.dataclass(slots=True)
@@ -151,8 +165,17 @@ class _Running:
     unfinished: int
 
 
+@dataclasses.dataclass(slots=True)
+class _Admission:
+    """A request that the engine is taking in; its prompts from `position` on are still to come."""
+
+    generation: Generation
+    submissions: Sequence[Submission]
+    position: int = 0
+
+
 class EngineWorker:
-    """Runs `engine` on a thread of its own. `max_unfinished` bounds the prompts running and waiting together.
+    """Runs `engine` on a thread of its own. `max_unfinished` bounds the sequences running and waiting together.
 
     All public methods are for the event loop's thread.
     """
@@ -167,6 +190,7 @@ class EngineWorker:
         self._nudged = False
         # owned by the engine's thread
         self._running: dict[str, _Running] = {}
+        self._admissions: deque[_Admission] = deque()
         self._outbox: list[tuple[Generation, Progress | Exception | None]] = []
         # owned by the event loop
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -201,20 +225,28 @@ class EngineWorker:
 
     @property
     def unfinished(self) -> int:
-        """Prompts of those requests that are not finished."""
+        """Sequences of those requests that are not finished."""
         return sum(generation.unfinished for generation in self._live)
+
+    def check_room(self, sequences: int) -> None:
+        """Raises `QueueFull` or `Unavailable` where so many more sequences would not be taken now."""
+        if self._draining or not self._thread.is_alive():
+            raise Unavailable("the server is shutting down" if self._draining else "the engine has stopped")
+        if self.unfinished + sequences > self.max_unfinished:
+            raise QueueFull(
+                f"{self.unfinished} sequences run or wait and {sequences} more came; at most {self.max_unfinished} "
+                "are taken"
+            )
 
     def submit(self, submissions: Sequence[Submission], stats: RequestStats) -> Generation:
         """Queue all prompts or none. Raises `QueueFull` or `Unavailable`."""
-        if self._draining or not self._thread.is_alive():
-            raise Unavailable("the server is shutting down" if self._draining else "the engine has stopped")
-        if self.unfinished + len(submissions) > self.max_unfinished:
-            raise QueueFull(f"{self.unfinished} prompts run or wait; at most {self.max_unfinished} are taken")
-        generation = Generation(self, [f"r{next(self._numbers)}" for _ in submissions], stats)
+        sequences = sum(item.params.n for item in submissions)
+        self.check_room(sequences)
+        generation = Generation(self, [f"r{next(self._numbers)}" for _ in submissions], sequences, stats)
         stats.submitted([len(item.prompt) for item in submissions], [item.params for item in submissions])
         self._live.add(generation)
         self.changes += 1
-        self._command(lambda: self._admit(generation, submissions))
+        self._command(lambda: self._admissions.append(_Admission(generation, submissions)))
         return generation
 
     def nudge(self) -> None:
@@ -292,7 +324,7 @@ class EngineWorker:
             generation.deliver(event)
             if not isinstance(event, Progress) or event.output is not None:
                 self.changes += 1
-            if isinstance(event, Progress) and event.output is not None:
+            if isinstance(event, Progress) and event.delta.finish_reason is not None:
                 generation.unfinished -= 1
             if isinstance(event, Exception) or not generation.unfinished:
                 self._live.discard(generation)
@@ -302,6 +334,7 @@ class EngineWorker:
     def _run(self) -> None:
         try:
             while self._wait_for_work():
+                self._admit()
                 self._post()
                 if self._engine.has_work() or self._take_nudge():
                     self._step()
@@ -318,7 +351,7 @@ class EngineWorker:
     def _wait_for_work(self) -> bool:
         """Run the commands that came in; sleep when there is nothing to do. False when asked to stop."""
         with self._wake:
-            while not (self._commands or self._stopping or self._nudged or self._engine.has_work()):
+            while not (self._commands or self._admissions or self._stopping or self._nudged or self._engine.has_work()):
                 self._wake.wait()
             commands, self._commands = self._commands, []
             stopping = self._stopping
@@ -326,24 +359,35 @@ class EngineWorker:
             command()
         return not stopping
 
-    def _admit(self, generation: Generation, submissions: Sequence[Submission]) -> None:
-        added: list[str] = []
+    def _admit(self) -> None:
+        """Take in prompts for a moment, one of each request in turn: a step is never far away."""
+        ends = time.monotonic() + ADMISSION_SECONDS
+        while self._admissions:
+            admission = self._admissions.popleft()
+            self._admit_next(admission)
+            if time.monotonic() >= ends:
+                return
+
+    def _admit_next(self, admission: "_Admission") -> None:
+        generation, position = admission.generation, admission.position
+        request_id, item = generation.request_ids[position], admission.submissions[position]
         try:
-            for request_id, item in zip(generation.request_ids, submissions, strict=True):
-                self._engine.add_request(
-                    request_id, item.prompt, item.params, task=item.task, routing=item.routing, slo=item.slo
-                )
-                added.append(request_id)
+            self._engine.add_request(
+                request_id, item.prompt, item.params, task=item.task, routing=item.routing, slo=item.slo
+            )
         except Exception as error:
-            for request_id in added:
-                self._engine.pop(request_id)
+            self._abort(generation)
             self._outbox.append((generation, error if isinstance(error, RequestError) else self._failure(error)))
             return
-        for position, (request_id, item) in enumerate(zip(added, submissions, strict=True)):
-            self._running[request_id] = _Running(generation, position, item.params.n)
-        self._outbox.append((generation, None))
+        self._running[request_id] = _Running(generation, position, item.params.n)
+        if position + 1 < len(admission.submissions):
+            admission.position += 1
+            self._admissions.append(admission)
+        else:
+            self._outbox.append((generation, None))
 
     def _abort(self, generation: Generation) -> None:
+        self._admissions = deque(item for item in self._admissions if item.generation is not generation)
         for request_id in generation.request_ids:
             if self._running.pop(request_id, None):
                 self._engine.pop(request_id)
