@@ -28,7 +28,8 @@ def chat_routes(service: Service) -> APIRouter:
         """Answer a conversation. A stream's events are `chat.completion.chunk` objects."""
         service.check_model(body.model)
         messages = [message.to_template() for message in body.messages]
-        prompt = await service.text.chat(messages, **body.template_arguments())
+        service.check_room(1, body.n or 1)
+        prompt = await until_disconnect(request, service.text.chat(messages, **body.template_arguments()))
         if body.max_completion_tokens is not None:
             asked, asked_param = body.max_completion_tokens, "max_completion_tokens"
         else:

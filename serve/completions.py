@@ -28,10 +28,8 @@ def completion_routes(service: Service) -> APIRouter:
     ) -> Response:
         """Continue a prompt. A stream's events have the shape of the whole answer."""
         service.check_model(body.model)
-        prompts = [
-            await service.text.encode(prompt, body.add_special_tokens) if isinstance(prompt, str) else prompt
-            for prompt in body.prompt
-        ]
+        service.check_room(len(body.prompt), body.n or 1)
+        prompts = await until_disconnect(request, service.text.encode_all(body.prompt, body.add_special_tokens))
         params = []
         for prompt in prompts:
             budget = service.token_budget(prompt, "prompt", body.max_tokens, "max_tokens")
@@ -41,7 +39,7 @@ def completion_routes(service: Service) -> APIRouter:
             if body.scores_prompt:
                 sampling = dataclasses.replace(sampling, prompt_logprobs=body.logprobs)
             params.append(sampling)
-        writer = CompletionWriter(service, body, prompts, await _echoes(service, body))
+        writer = CompletionWriter(service, body, prompts, await until_disconnect(request, _echoes(service, body)))
         generation = await service.begin(request, prompts, params, body.emoe, slo)
         if body.stream:
             return EventStream(generation, writer, body.stream_options)

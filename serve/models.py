@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from serve.answers import (
@@ -15,7 +15,7 @@ from serve.answers import (
 from serve.body import JsonRoute
 from serve.metrics import CONTENT_TYPE
 from serve.schema import DetokenizeRequest, TokenizeRequest
-from serve.service import Service
+from serve.service import Service, until_disconnect
 from serve.snapshots import Snapshots
 from serve.state import EngineState
 from serve.worker import Unavailable
@@ -39,23 +39,24 @@ def model_routes(service: Service, snapshots: Snapshots) -> APIRouter:
         return card(model)
 
     @router.post("/tokenize", tags=["tokens"])
-    async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
+    async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeResponse:
         """Token ids of a text, or of a conversation under the chat template."""
         service.check_model(body.model)
         if body.messages is not None:
             messages = [message.to_template() for message in body.messages]
-            tokens = await service.text.chat(messages, **body.template_arguments())
+            encoding = service.text.chat(messages, **body.template_arguments(), must_fit=False)
         else:
-            tokens = await service.text.encode(body.prompt or "", body.add_special_tokens)
+            encoding = service.text.encode(body.prompt or "", body.add_special_tokens)
+        tokens = await until_disconnect(request, encoding)
         strings = [service.text.token_text(token) for token in tokens] if body.return_token_strs else None
         return TokenizeResponse(
             count=len(tokens), max_model_len=service.max_model_len, tokens=tokens, token_strs=strings
         )
 
     @router.post("/detokenize", tags=["tokens"])
-    async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
+    async def detokenize(body: DetokenizeRequest, request: Request) -> DetokenizeResponse:
         service.check_model(body.model)
-        return DetokenizeResponse(prompt=await service.text.decode(body.tokens, "tokens"))
+        return DetokenizeResponse(prompt=await until_disconnect(request, service.text.decode(body.tokens, "tokens")))
 
     @router.get("/v1/health", tags=["server"])
     @router.get("/health", tags=["server"])

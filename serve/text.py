@@ -4,19 +4,30 @@ import asyncio
 import concurrent.futures
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from emoe_jax.engine.structured import StructuredOutputsParams
 from emoe_jax.errors import RequestError
-
-Result = TypeVar("Result")
+from serve.lanes import MAX_WAITING_BYTES, TextLanes, size_of
 
 MAX_CHARS_PER_TOKEN = 128
 """No text needs fewer tokens than its length over this: longer tokens exist, but not all of them are."""
 
 GRAMMAR_THREADS = 2
 """One grammar that takes seconds leaves another thread to the others."""
+
+PIECE_CHARS_PER_TOKEN = 8
+MIN_PIECE = 2**16
+"""Characters: a text of more than these, and of more than 8 per token of the context, is measured in such pieces."""
+
+MESSAGE_BYTES = 128
+"""What a message of a conversation counts for besides its content: templates write around it."""
+
+BYTES_PER_ID = 4
+
+TOKENS_PER_CUT = 64
+"""How many tokens a cut adds at most: a word falls into two."""
 
 MAX_CACHED_TEXTS = 1 << 16
 """Tokens whose text is remembered: log probabilities of a long prompt ask for many, and often."""
@@ -57,6 +68,7 @@ class TextCodec:
 
     `tokenizer` is None for a checkpoint without tokenizer files: such a model takes and returns token ids only.
     `template_kwargs` are variables of the chat template for requests that do not set them.
+    What waits for the tokenizer is bounded by `max_waiting_bytes`: `QueueFull` is raised for more.
     """
 
     def __init__(
@@ -66,6 +78,7 @@ class TextCodec:
         max_model_len: int,
         grammars: ServedGrammars | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
+        max_waiting_bytes: int = MAX_WAITING_BYTES,
     ):
         self._tokenizer = tokenizer
         self._grammars = grammars
@@ -74,13 +87,36 @@ class TextCodec:
         self.max_model_len = max_model_len
         self.token_text = functools.lru_cache(MAX_CACHED_TEXTS)(self._token_text)
         self.token_bytes = functools.lru_cache(MAX_CACHED_TEXTS)(self._token_bytes)
-        self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        self._lanes = TextLanes(max_waiting_bytes)
         self._compilers = concurrent.futures.ThreadPoolExecutor(GRAMMAR_THREADS, thread_name_prefix="grammars")
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, which may be longer than the context."""
         tokenizer = self._required("prompt")
         self._check_length(len(text), "prompt")
-        return await self._run(lambda: tokenizer.encode(text, add_special_tokens))
+        size = size_of(text)
+        with self._lanes.reserve(1, size):
+            return await self._lanes.run(size, lambda: tokenizer.encode(text, add_special_tokens))
+
+    async def encode_all(self, prompts: Sequence[str | list[int]], add_special_tokens: bool = True) -> list[list[int]]:
+        """Token ids of a request's prompts, texts of which have to fit the context. Raises `RequestError`."""
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        if not texts:
+            return [prompt for prompt in prompts if not isinstance(prompt, str)]
+        tokenizer = self._required("prompt")
+        for text in texts:
+            self._check_length(len(text), "prompt")
+
+        def encode(text: str) -> list[int]:
+            self._check_tokens([text], "prompt")
+            return tokenizer.encode(text, add_special_tokens)
+
+        sizes = [size_of(prompt) if isinstance(prompt, str) else 0 for prompt in prompts]
+        with self._lanes.reserve(len(texts), sum(sizes)):
+            return [
+                await self._lanes.run(size, functools.partial(encode, prompt)) if isinstance(prompt, str) else prompt
+                for prompt, size in zip(prompts, sizes, strict=True)
+            ]
 
     async def chat(
         self,
@@ -88,13 +124,27 @@ class TextCodec:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         kwargs: Mapping[str, Any] | None = None,
+        *,
+        must_fit: bool = True,
     ) -> list[int]:
-        """Token ids of a conversation under the chat template, with `kwargs` as its variables."""
+        """Token ids of a conversation under the chat template, with `kwargs` as its variables. With `must_fit`, a
+        `RequestError` is raised for texts that have more tokens than the context.
+        """
         tokenizer = self._required("messages")
-        self._check_length(sum(len(text) for message in messages for text in message.values()), "messages")
-        self._check_length(len(json.dumps(kwargs or {})), "chat_template_kwargs")
+        texts = [text for message in messages for text in message.values()]
+        variables = json.dumps(kwargs or {})
+        self._check_length(sum(map(len, texts)), "messages")
+        self._check_length(len(variables), "chat_template_kwargs")
         kwargs = {**self._template_kwargs, **(kwargs or {})}
-        return await self._run(lambda: tokenizer.chat(messages, add_generation_prompt, continue_final_message, kwargs))
+
+        def encode() -> list[int]:
+            if must_fit:
+                self._check_tokens([message["content"] for message in messages], "messages")
+            return tokenizer.chat(messages, add_generation_prompt, continue_final_message, kwargs)
+
+        size = sum(map(size_of, texts)) + len(variables) + MESSAGE_BYTES * len(messages)
+        with self._lanes.reserve(1, size):
+            return await self._lanes.run(size, encode)
 
     async def decode(self, ids: list[int], param: str) -> str:
         tokenizer = self._tokenizer
@@ -102,7 +152,9 @@ class TextCodec:
             raise RequestError("this model has no tokenizer, so its token ids have no text", param=param)
         if any(token >= self.vocab_size for token in ids):
             raise RequestError(f"token ids must be below the vocabulary size of {self.vocab_size}", param)
-        return await self._run(lambda: tokenizer.decode(ids, skip_special_tokens=False))
+        size = BYTES_PER_ID * len(ids)
+        with self._lanes.reserve(1, size):
+            return await self._lanes.run(size, lambda: tokenizer.decode(ids, skip_special_tokens=False))
 
     async def prepare(self, wanted: StructuredOutputsParams | None) -> object:
         """Compile what answers have to match: a grammar that the engine finds as long as the caller keeps it. Raises
@@ -134,14 +186,34 @@ class TextCodec:
         return b"" if self._tokenizer is None else self._tokenizer.token_bytes(token_id, opening)
 
     def close(self) -> None:
-        for executor in (self._executor, self._compilers):
-            executor.shutdown(wait=False, cancel_futures=True)
+        self._lanes.close()
+        self._compilers.shutdown(wait=False, cancel_futures=True)
 
     def _required(self, param: str) -> ServedTokenizer:
         if self._tokenizer is None:
             instead = "no chat either; send token ids to /v1/completions" if param == "messages" else "send token ids"
             raise RequestError(f"this model has no tokenizer, {instead}", param=param)
         return self._tokenizer
+
+    def _check_tokens(self, texts: Sequence[str], param: str) -> None:
+        """Refuse texts that are too long before they are tokenized whole: other threads stand still while millions of
+        token ids are handed over. Texts are cut into pieces, which have a few tokens more than the whole at each cut.
+        """
+        piece = max(MIN_PIECE, self.max_model_len * PIECE_CHARS_PER_TOKEN)
+        if sum(map(len, texts)) <= piece:
+            return
+        tokenizer = self._required(param)
+        least = 0
+        for text in texts:
+            for start in range(0, len(text), piece):
+                least += max(0, len(tokenizer.encode(text[start : start + piece], False)) - TOKENS_PER_CUT)
+                if least > self.max_model_len:
+                    raise RequestError(
+                        f"the prompt is too long: it has more than {least} tokens; this model's maximum context length "
+                        f"is {self.max_model_len} tokens, one of them for the answer",
+                        param=param,
+                        code="context_length_exceeded",
+                    )
 
     def _check_length(self, chars: int, param: str) -> None:
         """Refuse what cannot fit without tokenizing it: that takes seconds for megabytes of text."""
@@ -152,6 +224,3 @@ class TextCodec:
                 param=param,
                 code="context_length_exceeded",
             )
-
-    async def _run(self, function: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, function)

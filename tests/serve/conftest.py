@@ -14,6 +14,7 @@ import pytest
 import uvicorn
 
 from serve.app import create_app
+from serve.lanes import MAX_WAITING_BYTES
 from serve.protocol import HttpConfig
 from serve.server import bind, url_of
 from serve.service import Service
@@ -31,6 +32,7 @@ def running_server(
     engine: FakeEngine,
     *,
     max_unfinished: int = 1000,
+    max_waiting_bytes: int = MAX_WAITING_BYTES,
     api_keys: Sequence[str] = (),
     allowed_origins: Sequence[str] = (),
     tasks: tuple[str, ...] | None = None,
@@ -43,7 +45,13 @@ def running_server(
     keep_alive: float = 15.0,
 ) -> Iterator[httpx.Client]:
     worker = EngineWorker(engine, max_unfinished)
-    text = TextCodec(engine.tokenizer, VOCAB_SIZE, MAX_MODEL_LEN, template_kwargs=template_kwargs)
+    text = TextCodec(
+        engine.tokenizer,
+        VOCAB_SIZE,
+        MAX_MODEL_LEN,
+        template_kwargs=template_kwargs,
+        max_waiting_bytes=max_waiting_bytes,
+    )
     service = Service(("fake", "alias"), text, worker, tasks)
     app = create_app(
         service,
