@@ -133,6 +133,8 @@ class ModelCard(BaseModel):
     created: int
     owned_by: Literal["emoe-jax"] = "emoe-jax"
     max_model_len: int
+    default_sampling_params: Omittable[dict[str, float]] = None
+    """Of requests that leave them open, where the checkpoint has its own."""
 
 
 class ModelList(BaseModel):

@@ -35,7 +35,9 @@ def chat_routes(service: Service) -> APIRouter:
         else:
             asked, asked_param = body.max_tokens, "max_tokens"
         max_tokens = service.token_budget(prompt, "messages", asked, asked_param)
-        params = body.to_params(max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
+        params = body.to_params(
+            max_tokens, (body.top_logprobs or 0) if body.logprobs else None, service.sampling_defaults
+        )
         writer = ChatWriter(service, body, prompt)
         generation = await service.begin(request, [prompt], [params], body.emoe, slo)
         if body.stream:

@@ -35,7 +35,7 @@ def completion_routes(service: Service) -> APIRouter:
             budget = service.token_budget(prompt, "prompt", body.max_tokens, "max_tokens")
             # An answer of no tokens is one of which the only token is not shown.
             count = max(1, min(budget, DEFAULT_COMPLETION_TOKENS) if body.max_tokens is None else body.max_tokens)
-            sampling = body.to_params(count, body.logprobs)
+            sampling = body.to_params(count, body.logprobs, service.sampling_defaults)
             if body.scores_prompt:
                 sampling = dataclasses.replace(sampling, prompt_logprobs=body.logprobs)
             params.append(sampling)

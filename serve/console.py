@@ -71,6 +71,7 @@ def start_up_table(
     has_chat_template: bool,
     tasks: Sequence[str] | None,
     url: str,
+    sampling: Mapping[str, object] | None = None,
 ) -> Table:
     """`memory` in bytes by purpose; `resident` experts on the device, one number per MoE layer."""
     table = Table(show_header=False, title="eMoE-JAX", title_justify="left")
@@ -92,5 +93,8 @@ def start_up_table(
     table.add_row("routing", routing)
     if tasks is not None:
         table.add_row("tasks", escape(", ".join(tasks)))
+    if sampling:
+        values = ", ".join(f"{name} {value}" for name, value in sampling.items())
+        table.add_row("sampling defaults", f"{values} (generation_config.json)")
     table.add_row("address", url)
     return table

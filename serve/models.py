@@ -27,7 +27,13 @@ def model_routes(service: Service, snapshots: Snapshots) -> APIRouter:
     router = APIRouter(route_class=JsonRoute)
 
     def card(name: str) -> ModelCard:
-        return ModelCard(id=name, created=service.created, max_model_len=service.max_model_len)
+        defaults = dict(service.sampling_defaults) or None
+        return ModelCard(
+            id=name,
+            created=service.created,
+            max_model_len=service.max_model_len,
+            default_sampling_params=defaults,
+        )
 
     @router.get("/v1/models", tags=["models"])
     async def list_models() -> ModelList:

@@ -35,6 +35,7 @@ class Options:
     served_model_name: list[str] | None
     chat_template: str | None
     chat_template_kwargs: dict[str, Any]
+    generation_config: str
     host: str
     port: int
     uds: str | None
@@ -149,6 +150,12 @@ def _build_parser() -> _Parser:
         default={},
         metavar="JSON",
         help="""variables of the chat template where requests do not set them, such as '{"enable_thinking": false}'""",
+    )
+    add(
+        "--generation-config",
+        choices=("auto", "none"),
+        default="auto",
+        help="sampling defaults of requests: those of the model's generation_config.json, or none of them",
     )
     add("--host", help=f"address to listen on (default: {DEFAULT_HOST})")
     add("--port", type=_integer(0, 65535), help=f"port to listen on; 0 picks a free one (default: {DEFAULT_PORT})")

@@ -223,8 +223,13 @@ class SamplingRequest(StructuredRequest):
             raise RequestError("stream_options needs stream to be true", param="stream_options")
         return self
 
-    def to_params(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
+    def to_params(
+        self, max_tokens: int, logprobs: int | None, defaults: Mapping[str, Any] | None = None
+    ) -> SamplingParams:
+        """`defaults` are sampling parameters for what the request leaves open."""
         given = {name: getattr(self, name) for name in GIVEN_OR_DEFAULT}
+        given = {name: value for name, value in given.items() if value is not None}
+        left_open = {name: value for name, value in (defaults or {}).items() if name in GIVEN_OR_DEFAULT}
         return SamplingParams(
             max_tokens=max_tokens,
             logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
@@ -235,7 +240,7 @@ class SamplingRequest(StructuredRequest):
             ignore_eos=bool(self.ignore_eos),
             logprobs=logprobs,
             structured_outputs=self.to_structured_outputs(),
-            **{name: value for name, value in given.items() if value is not None},
+            **(left_open | given),
         )
 
 

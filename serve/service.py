@@ -3,7 +3,7 @@
 import asyncio
 import dataclasses
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -33,6 +33,8 @@ class Service:
     worker: EngineWorker
     tasks: tuple[str, ...] | None = None
     """Tasks of the task profile; None without one, when a request may name any."""
+    sampling_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Sampling parameters of requests that leave them open, as the checkpoint says."""
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     @property
@@ -69,7 +71,7 @@ class Service:
                 param=asked_param,
                 code="context_length_exceeded",
             )
-        return room if asked is None else asked
+        return min(room, self.sampling_defaults.get("max_tokens", room)) if asked is None else asked
 
     def check_room(self, prompts: int, n: int) -> None:
         """Refuse a request before it costs anything: `RequestError` where its sequences can never all be taken,

@@ -88,6 +88,7 @@ def load(options: Options) -> Engine:
             load_wait_ms=options.load_wait_ms,
             record_traces=options.record_traces,
             chat_template=options.chat_template,
+            generation_config=options.generation_config,
             seed=options.seed,
             progress=report,
         )
@@ -112,6 +113,7 @@ def serve(options: Options, engine: Engine, listener: socket.socket, provider: "
         has_tokenizer=engine.tokenizer is not None,
         has_chat_template=engine.tokenizer is not None and engine.tokenizer.has_chat_template,
         tasks=tasks,
+        sampling=engine.sampling_defaults,
         url=url,
     )
     Console().print(table)
@@ -126,7 +128,7 @@ def serve(options: Options, engine: Engine, listener: socket.socket, provider: "
     )
     tracing = None if provider is None else Tracing(provider, names[0])
     app = create_app(
-        Service(names, text, worker, tasks),
+        Service(names, text, worker, tasks, engine.sampling_defaults),
         options.api_key,
         options.allowed_origins,
         tracing,

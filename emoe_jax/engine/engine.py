@@ -19,6 +19,7 @@ from emoe_jax.engine.admission import admission_policy
 from emoe_jax.engine.ahead import measured_plan
 from emoe_jax.engine.answer import Answer
 from emoe_jax.engine.batch import Buckets
+from emoe_jax.engine.defaults import model_name, sampling_defaults
 from emoe_jax.engine.deliveries import Deliveries
 from emoe_jax.engine.executables import Executables
 from emoe_jax.engine.foresight import Foresight
@@ -77,6 +78,8 @@ class Engine:
         seed: int,
     ):
         self.model_name = model_name
+        self.sampling_defaults: dict[str, Any] = {}
+        """Fields of `SamplingParams` for requests that leave them open, as the checkpoint says."""
         self.tokenizer = tokenizer
         self.routing: RoutingContract = routing
         self.config: ModelConfig = runner.config
@@ -125,6 +128,7 @@ class Engine:
         load_wait_ms: float = 50.0,
         overlap: bool = True,
         chat_template: str | Path | None = None,
+        generation_config: str = "auto",
         record_traces: str | Path | None = None,
         seed: int = 0,
         progress: Progress | None = None,
@@ -143,8 +147,9 @@ class Engine:
         `predict_every` prompts. Background loads keep below `link_bandwidth` bytes/s ("2GiB"); while nothing
         else runs, a prompt waits up to `load_wait_ms` for the experts that are planned for it. With `overlap`
         the host prepares a step while the device computes the one before. `chat_template` is a file to use
-        instead of the checkpoint's chat template, or the name of one of several. `record_traces` is where to record
-        routing from the start. Raises `CheckpointError`,
+        instead of the checkpoint's chat template, or the name of one of several. `generation_config="none"` leaves
+        out the sampling defaults of `generation_config.json`, which hold where no `SamplingParams` are given.
+        `record_traces` is where to record routing from the start. Raises `CheckpointError`,
         `ConfigError` or `CapacityError` with one line that names what is wrong; nothing stays allocated then.
         """
         if routing not in ("resident", "exact"):
@@ -171,6 +176,7 @@ class Engine:
             may_trade=memory_trade,
         )
         plan(step_bytes=0)  # refuses what can never fit before seconds go into the predictor
+        defaults = sampling_defaults(checkpoint.directory, generation_config)
         tokenizer = Tokenizer.load(checkpoint.directory, chat_template)
         known = RoutingKnowledge.load(checkpoint.directory, config, task_profile, predictor)
         plan = functools.partial(plan, spread=functools.partial(known.split, config=config))
@@ -205,7 +211,7 @@ class Engine:
             buckets = Buckets.of(max_num_seqs, prefill_chunk, memory.max_model_len)
             runner = Runner(model, residency, cache, buckets, executables)
             engine = cls(
-                Path(path).name,
+                model_name(path),
                 tokenizer,
                 runner,
                 scheduler,
@@ -217,6 +223,7 @@ class Engine:
                 overlap,
                 seed,
             )
+            engine.sampling_defaults = defaults
             engine.use_task_profile(known.profile)
             if record_traces is not None:
                 engine.record_traces(record_traces)
@@ -285,11 +292,12 @@ class Engine:
         """
         if not isinstance(params, SamplingParams | None):
             raise RequestError(f"params are {type(params).__name__}; expected one SamplingParams for all prompts")
+        params = params or SamplingParams(**self.sampling_defaults)
         ids = []
         try:
             for prompt in _as_prompts(prompts):
                 ids.append(self._new_id())
-                self.add_request(ids[-1], prompt, params or SamplingParams(), task=task, routing=routing, slo=slo)
+                self.add_request(ids[-1], prompt, params, task=task, routing=routing, slo=slo)
                 self._deliveries.open(ids[-1], keep=False)
             while not all(self.output(request_id).finished for request_id in ids):
                 self._advance()
@@ -315,7 +323,8 @@ class Engine:
         each iterator gets all its own deltas. A step that fails raises from the iterators that were part of it.
         """
         request_id = self._new_id()
-        self.add_request(request_id, prompt, params or SamplingParams(), task=task, routing=routing, slo=slo)
+        params = params or SamplingParams(**self.sampling_defaults)
+        self.add_request(request_id, prompt, params, task=task, routing=routing, slo=slo)
         self._deliveries.open(request_id)
         answer = self._answers[request_id]
         try:

@@ -41,6 +41,7 @@ def running_server(
     read_timeout: float = 30.0,
     send_timeout: float = 60.0,
     template_kwargs: Mapping[str, Any] | None = None,
+    sampling_defaults: Mapping[str, Any] | None = None,
     root_path: str = "",
     keep_alive: float = 15.0,
 ) -> Iterator[httpx.Client]:
@@ -52,7 +53,7 @@ def running_server(
         template_kwargs=template_kwargs,
         max_waiting_bytes=max_waiting_bytes,
     )
-    service = Service(("fake", "alias"), text, worker, tasks)
+    service = Service(("fake", "alias"), text, worker, tasks, sampling_defaults or {})
     app = create_app(
         service,
         api_keys,

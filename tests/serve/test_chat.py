@@ -165,3 +165,21 @@ def test_the_server_has_defaults_of_its_own(start_server: StartServer) -> None:
 def test_thoughts_reach_the_template() -> None:
     message = {"role": "assistant", "content": "4", "reasoning_content": "2 + 2"}
     assert ChatMessage.model_validate(message).to_template() == message
+
+
+def test_a_checkpoint_has_sampling_defaults(start_server: StartServer) -> None:
+    engine = FakeEngine(FakeTokenizer())
+    defaults = {"temperature": 0.6, "top_k": 20, "repetition_penalty": 1.1, "max_tokens": 7}
+    with start_server(engine, sampling_defaults=defaults) as client:
+        assert client.get("/v1/models").json()["data"][0]["default_sampling_params"] == defaults
+        assert chat(client, max_tokens=None)["usage"]["completion_tokens"] == 7
+        chat(client, temperature=1.0, max_tokens=9)
+        body = {"prompt": "hi", "top_k": 0}
+        assert client.post("/v1/completions", json=body).json()["usage"]["completion_tokens"] == 7
+    said = [(p.temperature, p.top_k, p.repetition_penalty) for p in (r["params"] for r in engine.requests)]
+    assert said == [(0.6, 20, 1.1), (1.0, 20, 1.1), (0.6, 0, 1.1)]
+    assert [request["params"].max_tokens for request in engine.requests] == [7, 9, 7]
+
+
+def test_without_defaults_none_are_shown(client: httpx.Client) -> None:
+    assert "default_sampling_params" not in client.get("/v1/models").json()["data"][0]
