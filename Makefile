@@ -5,16 +5,15 @@ VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: serve test parity lint format clean
+.PHONY: serve test setup-all lint format clean
 
 serve: $(VENV)/.base  ## Serve the bundled demo model on http://127.0.0.1:8000 (more flags: make serve ARGS="--port 9000")
 	$(BIN)/python -m serve.main $(ARGS)
 
-test: $(VENV)/.test  ## The whole test suite, without a GPU
+test: $(VENV)/.test  ## The test suite, without a GPU; names what it skips
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
-parity: $(VENV)/.parity  ## The same, and live comparison against transformers (installs torch)
-	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+setup-all: $(VENV)/.full  ## What `make test` needs to skip nothing but the GPU: torch, other clients, a browser's driver
 
 lint: $(VENV)/.dev  ## Formatting, linting and types
 	$(BIN)/ruff format --check .
@@ -33,6 +32,10 @@ $(VENV)/.venv:
 $(VENV)/.base: $(VENV)/.venv pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
+
+$(VENV)/.full: $(VENV)/.venv pyproject.toml .ci/constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable ".[dev,clients,browser,parity]"
+	touch $@ $(VENV)/.test $(VENV)/.dev
 
 $(VENV)/.%: $(VENV)/.venv pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[$*]"

@@ -1,6 +1,7 @@
 """The page at `/`: what it is served with, and what a person sees of it in a browser."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -17,7 +18,10 @@ from tests.serve.fake import FakeEngine, FakeTokenizer
 from tests.serve.states import engine_state
 
 TEXT = PAGE.read_text(encoding="utf-8")
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+CHROMIUM = os.environ.get("EMOE_CHROMIUM") or next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+"""The browser of the system, if it has one; without one, that of `playwright install`."""
 
 
 class LivelyEngine(FakeEngine):
@@ -74,12 +78,16 @@ def test_the_script_parses(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs the browser extra")
     with playwright.sync_playwright() as started:
         try:
-            browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+            browser = started.chromium.launch(
+                executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"]
+            )
         except playwright.Error as error:
-            pytest.skip(f"no browser starts: {str(error).splitlines()[0]}")
+            if CHROMIUM is not None:
+                raise
+            pytest.skip(f"no browser is installed: {str(error).splitlines()[0]}")
         yield browser
         browser.close()
 
