@@ -44,6 +44,7 @@ class ServedEngine(Protocol):
         task: str | None = None,
         routing: RoutingContract | None = None,
         slo: SLO | None = None,
+        arrival: float | None = None,
     ) -> list[int]: ...
     def step(self) -> list[Delta]: ...
     def has_work(self) -> bool: ...
@@ -373,7 +374,13 @@ class EngineWorker:
         request_id, item = generation.request_ids[position], admission.submissions[position]
         try:
             self._engine.add_request(
-                request_id, item.prompt, item.params, task=item.task, routing=item.routing, slo=item.slo
+                request_id,
+                item.prompt,
+                item.params,
+                task=item.task,
+                routing=item.routing,
+                slo=item.slo,
+                arrival=generation.stats.arrived,
             )
         except Exception as error:
             self._abort(generation)

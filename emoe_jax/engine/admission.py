@@ -28,7 +28,8 @@ def admission_policy(
 class ExpertLoading:
     """`dE` of eMoE eq. 3, from what loads have cost so far.
 
-    Under `exact` a step waits for missing experts; under `resident` it only pays for committing them.
+    Under `exact` a step waits for missing experts: as long as it waited for one on average, or before the first wait
+    as long as its bytes take at the measured bandwidth. Under `resident` it only pays for committing them.
     """
 
     def __init__(self, profile: TaskProfile | None, residency: Residency):
@@ -48,5 +49,7 @@ class ExpertLoading:
             return 0.0
         stats = residency.loads
         if routing == "exact":
+            if stats.waited_loads:
+                return missing * stats.wait_seconds / stats.waited_loads
             return missing * residency.slab.layout.nbytes / stats.bandwidth if stats.bandwidth else 0.0
         return missing * stats.commit_seconds / stats.loads if stats.loads else 0.0

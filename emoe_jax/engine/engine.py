@@ -92,6 +92,8 @@ class Engine:
         self._foresight = Foresight(residency, planner, self.config.top_k)
         self._trade = MemoryTrade(memory, residency, scheduler, runner, self._foresight.slots_changed)
         self._in_flight: deque[Dispatched] = deque()  # oldest first, at most two
+        self._waited_before: deque[float] = deque()  # seconds that loads had been waited for when each was planned
+        self._waited_at_collect = 0.0
         self._overlap = overlap
         self._collected_at = 0.0
         self._step_seconds = 0.0
@@ -360,13 +362,17 @@ class Engine:
         task: str | None = None,
         routing: RoutingContract | None = None,
         slo: SLO | None = None,
+        arrival: float | None = None,
     ) -> list[int]:
-        """Queue a request and return its prompt's token ids. Raises `RequestError`, queueing nothing."""
+        """Queue a request and return its prompt's token ids. Raises `RequestError`, queueing nothing.
+
+        Its deadlines count from `arrival`, in seconds of `time.monotonic`: by default from now.
+        """
         if request_id in self._answers:
             raise RequestError(f"request id {request_id!r} is in use", param="request_id")
         if routing not in (None, "resident", "exact"):
             raise RequestError(f"routing is {routing!r}; expected 'resident' or 'exact'", param="routing")
-        sequences = self._intake.sequences(request_id, prompt, params, task, routing or self.routing, slo)
+        sequences = self._intake.sequences(request_id, prompt, params, task, routing or self.routing, slo, arrival)
         try:
             for sequence in sequences:
                 self._scheduler.add(sequence)
@@ -439,6 +445,7 @@ class Engine:
         if not self._scheduler.has_work:
             return
         plan = self._scheduler.schedule(began)
+        waited = self._residency.waited_seconds
         self._foresight.before_step(plan, self._scheduler, idle=not self._in_flight)
         if not plan:
             return
@@ -446,6 +453,7 @@ class Engine:
             self._foresight.settle(plan, self._load_wait)
         try:
             self._in_flight.append(self._runner.dispatch(plan))
+            self._waited_before.append(waited)
         except Exception as error:
             self._fail(plan, error)
             raise
@@ -453,7 +461,7 @@ class Engine:
 
     def _collect(self) -> list[Delta]:
         """Wait for the oldest step in flight and book it."""
-        dispatched = self._in_flight.popleft()
+        dispatched, waited_before = self._in_flight.popleft(), self._waited_before.popleft()
         plan = dispatched.plan
         try:
             result = self._runner.collect(dispatched)
@@ -464,9 +472,12 @@ class Engine:
         ended = time.monotonic()
         seconds = ended - max(plan.now, self._collected_at)  # the device was busy with the step before until then
         self._collected_at = ended
+        # Of that time, what went into waiting for loads is no computing time.
+        waited = self._residency.waited_seconds - max(waited_before, self._waited_at_collect)
+        self._waited_at_collect = self._residency.waited_seconds
         self._steps += 1
         awaited = [sequence for sequence in result.sampled if sequence.status is SequenceStatus.RUNNING]
-        self._scheduler.update(plan, result, seconds)
+        self._scheduler.update(plan, result, seconds, waited=waited, ended=ended)
         self._foresight.after_step(result.wish_counts, result.resident_counts)
         deltas = []
         for sequence in awaited:

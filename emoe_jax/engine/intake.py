@@ -66,8 +66,10 @@ class Intake:
         task: str | None,
         routing: RoutingContract,
         slo: SLO | None,
+        arrival: float | None = None,
     ) -> list[Sequence]:
-        """The `params.n` sequences of a request that arrives now."""
+        """The `params.n` sequences of a request that arrived at `arrival`, by default now."""
+        now = time.monotonic()
         token_ids = self.tokenize(prompt)
         if params.stop and self._tokenizer is None:
             raise RequestError("the model has no tokenizer, so stop strings cannot be found", param="stop")
@@ -87,7 +89,8 @@ class Intake:
                 routing=routing,
                 task=task,
                 slo=slo or self._usual_slo(task),
-                arrival=time.monotonic(),
+                arrival=now if arrival is None else min(arrival, now),
+                queued_at=now,
                 seed=seed,
                 adjustment=LogitAdjustment.of(params, token_ids, vocab_size, self._grammars.guide(params)),
             )

@@ -33,7 +33,9 @@ class Sequence:
     task: str | None = None
     slo: SLO = dataclasses.field(default_factory=SLO)
     arrival: float = 0.0
-    """Seconds on the engine's clock."""
+    """When it came, in seconds on the engine's clock: its deadlines count from here."""
+    queued_at: float = 0.0
+    """When the engine took it, which may be later: a server tokenizes and queues. 0 where that is when it came."""
     seed: int = 0
     """What the sampler uses: the request's seed, or a number that the engine drew."""
     adjustment: LogitAdjustment | None = None

@@ -31,7 +31,9 @@ def staging_bytes(record_bytes: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class LoaderStats:
-    """Totals since the loader was made. `busy_seconds`: time with at least one worker staging."""
+    """Totals since the loader was made. `busy_seconds`: time with at least one worker staging. `wait_seconds`: time in
+    `load_now`, of which `waited_loads` are the experts.
+    """
 
     loads: int = 0
     loaded_bytes: int = 0
@@ -43,6 +45,8 @@ class LoaderStats:
     cancelled: int = 0
     wasted: int = 0
     deferred: int = 0
+    waited_loads: int = 0
+    wait_seconds: float = 0.0
 
     @property
     def bandwidth(self) -> float | None:
@@ -91,6 +95,11 @@ class ExpertLoader:
         ]
         for thread in self._threads:
             thread.start()
+
+    @property
+    def wait_seconds(self) -> float:
+        """As in `stats`."""
+        return self._totals["wait_seconds"]
 
     @property
     def stats(self) -> LoaderStats:
@@ -192,7 +201,11 @@ class ExpertLoader:
                 f"layer {layer} must load {len(missing)} experts, but only {len(slots)} of its "
                 f"{self._table.capacities[layer]} slots are empty or may be replaced"
             )
-        self._load([(layer, expert, slot) for expert, slot in zip(missing, slots, strict=False)])
+        began = time.perf_counter()
+        try:
+            self._load([(layer, expert, slot) for expert, slot in zip(missing, slots, strict=False)])
+        finally:
+            self._count(wait_seconds=time.perf_counter() - began, waited_loads=len(missing))
         return len(missing)
 
     def fill(self, experts: Sequence[Iterable[int]], on_progress: Callable[[int, int], None] | None = None) -> None:

@@ -93,6 +93,7 @@ class Residency:
         )  # evicted unproven; a step in flight may still have wished for it
         self._unreadable_until = np.zeros(shape)  # seconds on the monotonic clock
         self._useful = self._useless = 0
+        self._settled_seconds = 0.0
         self._last_error: str | None = None
 
     def fill(self, progress: Callable[[int, int], None] | None = None) -> None:
@@ -120,6 +121,11 @@ class Residency:
         self._loader.on_settled(call)
         if self._loader.has_ready:
             call()
+
+    @property
+    def waited_seconds(self) -> float:
+        """How long the owner of the step has waited for loads so far, in `settle` and in waves."""
+        return self._settled_seconds + self._loader.wait_seconds
 
     def commit(self) -> None:
         """Bring staged experts into the slab. Never waits, but for experts that a failed commit or step has lost.
@@ -162,12 +168,14 @@ class Residency:
 
     def settle(self, seconds: float) -> None:
         """Commit what has been asked for as it arrives, until all of it is there or the time is over."""
-        deadline = time.monotonic() + seconds
+        began = time.monotonic()
+        deadline = began + seconds
         self._sort_out_tickets()
         while self._tickets and (left := deadline - time.monotonic()) > 0:
             self._loader.wait_idle(left)
             self.commit()
             self._sort_out_tickets()
+        self._settled_seconds += time.monotonic() - began
 
     def observe(
         self, wish_counts: Int[np.ndarray, "M E"], resident_counts: Int[np.ndarray, "M E"] | None = None

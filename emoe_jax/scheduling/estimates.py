@@ -25,13 +25,17 @@ class Estimates:
         self._max_model_len = max_model_len
         self._prefill_chunk = prefill_chunk
         self.pace = model.cost.seconds(max_num_seqs)
+        self.exact_wait = 0.0
+        """What a token under `exact` waits for loads on top of that: the average over steps with such sequences."""
 
-    def observe(self, plan: StepPlan, seconds: float) -> None:
-        """A step of this plan took `seconds`."""
+    def observe(self, plan: StepPlan, seconds: float, waited: float = 0.0) -> None:
+        """A step of this plan took `seconds`, and `waited` more for experts to be loaded."""
         self.model.observe(plan, seconds)
         if plan.decodes:
             # One step that had to be compiled must not count for many.
             self.pace += PACE_MEMORY * (min(seconds, 10 * self.pace) - self.pace)
+            if any(sequence.routing == "exact" for sequence in plan.decodes):
+                self.exact_wait += PACE_MEMORY * (min(waited, 10 * self.pace) - self.exact_wait)
 
     def expect(self, sequence: Sequence) -> None:
         """Note on a new sequence how long its answer will be."""
@@ -64,11 +68,31 @@ class Estimates:
         if slo.ttft_ms is not None and sequence.first_token_at is None:
             starts["ttft_ms"] = started + slo.ttft_ms / 1e3 - self.model.cost.step
         if slo.latency_ms is not None:
-            starts["latency_ms"] = started + slo.latency_ms / 1e3 - self.remaining(sequence) * self.pace
+            starts["latency_ms"] = started + slo.latency_ms / 1e3 - self.remaining(sequence) * self.pace_of(sequence)
         return starts
 
     def slack(self, sequence: Sequence, now: float) -> float:
         """How much later than expected a running sequence may end; infinite without a deadline for its end."""
         if sequence.slo.latency_ms is None:
             return math.inf
-        return sequence.arrival + sequence.slo.latency_ms / 1e3 - now - self.remaining(sequence) * self.pace
+        return (
+            sequence.arrival + sequence.slo.latency_ms / 1e3 - now - self.remaining(sequence) * self.pace_of(sequence)
+        )
+
+    def first_token_slack(self, sequence: Sequence, now: float) -> float:
+        """How much more than its steps the first token of a running prompt may take; infinite without a deadline.
+
+        What computing its prompt and those of others takes is not among the steps.
+        """
+        if sequence.slo.ttft_ms is None or sequence.first_token_at is not None or sequence.decodes:
+            return math.inf
+        return sequence.arrival + sequence.slo.ttft_ms / 1e3 - now - self.prefill_steps(sequence) * self.model.cost.step
+
+    def prefill_steps(self, sequence: Sequence) -> int:
+        """The fewest steps that compute the rest of a prompt."""
+        tokens = sequence.num_tokens - max(sequence.num_computed, sequence.num_cached)
+        return -(-tokens // self._prefill_chunk)
+
+    def pace_of(self, sequence: Sequence) -> float:
+        """Seconds that a token of this sequence takes, the loads included that its contract waits for."""
+        return self.pace + (self.exact_wait if sequence.routing == "exact" else 0.0)

@@ -51,8 +51,8 @@ class AdmissionPolicy(Protocol):
         """
         ...
 
-    def observe(self, plan: StepPlan, seconds: float) -> None:
-        """A step took so long."""
+    def observe(self, plan: StepPlan, seconds: float, waited: float = 0.0) -> None:
+        """A step took `seconds`, and `waited` more for experts to be loaded."""
         ...
 
     def ended(self, sequence: Sequence) -> None:
@@ -102,7 +102,7 @@ class FcfsPolicy:
             yield sequence
             set_aside += sequence in self._queue
 
-    def observe(self, plan: StepPlan, seconds: float) -> None:
+    def observe(self, plan: StepPlan, seconds: float, waited: float = 0.0) -> None:
         pass
 
     def ended(self, sequence: Sequence) -> None:

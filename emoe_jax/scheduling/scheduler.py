@@ -230,10 +230,20 @@ class Scheduler:
             chunk.sequence.num_computed += chunk.length
             chunk.sequence.num_pending += chunk.is_last
 
-    def update(self, plan: StepPlan, result: StepResult, seconds: float | None = None) -> list[Sequence]:
+    def update(
+        self,
+        plan: StepPlan,
+        result: StepResult,
+        seconds: float | None = None,
+        *,
+        waited: float = 0.0,
+        ended: float | None = None,
+    ) -> list[Sequence]:
         """Book a step: append its tokens, free the pages of sequences that ended, and return these.
 
-        `seconds` is what the step took from `schedule` on; policies learn from it. None where nobody measured.
+        `seconds` is what the step took, from `schedule` or from the end of the step before on; policies learn from it.
+        None where nobody measured. `waited` of them went into waiting for loads. `ended` is when the step was over, by
+        default `seconds` after `schedule`.
 
         Token conditions end a sequence here: "stop" for an end-of-sequence or stop token (kept as the last token),
         "length" for `max_tokens` and `max_model_len`. Sequences that ended while the plan was in flight are skipped.
@@ -243,8 +253,8 @@ class Scheduler:
         if self._in_flight.popleft() is not plan:
             raise ValueError("steps are updated in the order in which they were dispatched")
         if seconds is not None:
-            self.policy.observe(plan, seconds)
-        self._now = plan.now + (seconds or 0.0)
+            self.policy.observe(plan, max(0.0, seconds - waited), waited)
+        self._now = plan.now + (seconds or 0.0) if ended is None else ended
         finished: list[Sequence] = []
         sampled = result.sampled
         for sequence in plan.decodes:

@@ -147,8 +147,8 @@ class SloPolicy:
                 guard.admit(sequence)
             tasks[sequence.task] += 1
 
-    def observe(self, plan: StepPlan, seconds: float) -> None:
-        self._estimates.observe(plan, seconds)
+    def observe(self, plan: StepPlan, seconds: float, waited: float = 0.0) -> None:
+        self._estimates.observe(plan, seconds, waited)
 
     def ended(self, sequence: Sequence) -> None:
         self._estimates.lengths.observe(sequence)
@@ -160,6 +160,7 @@ class SloPolicy:
             "late": self._queue.num_late,
             "unattainable": self._unattainable,
             "seconds_per_token": estimates.pace,
+            "exact_wait_s": estimates.exact_wait,
             "cost": estimates.model.state(),
             "output_tokens": estimates.lengths.state(),
         }
@@ -209,8 +210,8 @@ class SloPolicy:
 
     def _check_attainable(self, sequence: Sequence, latest_start: float, running: Collection[Sequence]) -> None:
         """Raise `SloUnattainable` when a sequence, started after those due before it, would be late."""
-        estimates, now = self._estimates, sequence.arrival
-        start = now
+        estimates = self._estimates
+        start = max(sequence.arrival, sequence.queued_at)
         if len(running) >= estimates.max_num_seqs:
             start += min(estimates.remaining(other) for other in running) * estimates.pace
         start += sum(estimates.work(other) for other in self._queue if estimates.latest_start(other) <= latest_start)
@@ -243,7 +244,7 @@ class _Guard:
         self._now = now
         # What prompts, running or admitted in this step, put on top of decoding.
         self._delay = sum(estimates.prefill(sequence) for sequence in running if not sequence.decodes)
-        # Slack without the delay, tokens to generate, and when they are expected to be there.
+        # Slack without the delay, steps to the deadline's token, and when that is expected to be there.
         self._slacks: list[tuple[float, float, float]] = []
         for sequence in running:
             self._protect(sequence)
@@ -267,8 +268,15 @@ class _Guard:
         self._protect(sequence)
 
     def _protect(self, sequence: Sequence) -> None:
-        """Watch over a sequence, if it has a deadline for its end that can be kept."""
+        """Watch over a sequence, if it has a deadline for its end, or for its first token, that can be kept."""
+        if sequence.slo_unattainable:
+            return
+        first = self._estimates.first_token_slack(sequence, self._now)
+        if self._delay <= first < math.inf:
+            steps = self._estimates.prefill_steps(sequence)
+            end = self._now + self._delay + steps * self._estimates.model.cost.step
+            self._slacks.append((first, steps, end))
         slack = self._estimates.slack(sequence, self._now)
-        if self._delay <= slack < math.inf and not sequence.slo_unattainable:
+        if self._delay <= slack < math.inf:
             tokens = self._estimates.remaining(sequence)
             self._slacks.append((slack, tokens, self._now + self._delay + tokens * self._estimates.pace))

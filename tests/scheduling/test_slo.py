@@ -299,3 +299,83 @@ def test_any_workload_completes(workload: list[tuple], max_num_seqs: int, max_wa
         kept += in_time and not (slo.ttft_ms is None and slo.latency_ms is None)
     assert machine.scheduler.attainment.total.attained == kept
     assert machine.scheduler.attainment.total.ended == len(sequences)
+
+
+@pytest.mark.parametrize("tokens", [2, 20])
+def test_an_admission_that_would_make_a_running_prompt_s_first_token_late_waits(tokens: int):
+    """Algorithm 1 for `ttft_ms`: a prompt of four steps is running when another comes."""
+    machine = Machine(budget=256)
+    relaxed = {"prompt": 200, "tokens": 3, "latency": 60}
+    tight = machine.add("tight", prompt=900, tokens=tokens, ttft=0.14)
+    machine.step()
+    machine.add("relaxed", **relaxed)
+    machine.run()
+    assert machine.started == ["tight", "relaxed"]
+    assert tight.first_token_at is not None
+    assert tight.first_token_at <= 0.14
+    assert machine.scheduler.attainment.state()["attainment"] == 1.0
+    loose = Machine(budget=256)
+    loose.add("loose", prompt=900, tokens=tokens, ttft=60)
+    loose.step()
+    loose.add("relaxed", **relaxed)
+    while len(loose.started) < 2:
+        loose.step()
+    assert loose.scheduler.num_running == 2  # in the last step of the first one's prompt, where there is room
+
+
+def test_a_prompt_that_was_started_in_the_same_step_is_protected_too():
+    machine = Machine(budget=1000)
+    tight = machine.add("tight", prompt=300, tokens=4, ttft=0.05)
+    machine.add("relaxed", prompt=600, tokens=4, latency=60)
+    machine.run()
+    assert tight.first_token_at is not None
+    assert tight.first_token_at <= 0.05
+
+
+def test_time_before_the_engine_took_a_request_counts():
+    """Tokenizing took 0.9 s: what is left is too little for a strict deadline, and enough for another."""
+    machine = Machine()
+    machine.now = 10.0
+    late = Sequence("late", [3] * 10, SamplingParams(max_tokens=4), slo=SLO(ttft_ms=905, strict=True), arrival=9.1)
+    late.queued_at = 10.0
+    with pytest.raises(SloUnattainable, match="ttft_ms of 905"):
+        machine.scheduler.add(late)
+    early = Sequence("early", [3] * 10, SamplingParams(max_tokens=4), slo=SLO(ttft_ms=950, strict=True), arrival=9.1)
+    early.queued_at = 10.0
+    machine.scheduler.add(early)
+    machine.run()
+    assert machine.scheduler.attainment.total.attained == 1
+
+
+@pytest.mark.parametrize("waited", [0.0, 0.5, 3.0])
+def test_waiting_for_loads_is_no_computing_time(waited: float):
+    """Steps take what they take, and `waited` more. Neither `c` nor strict deadlines of others may show it."""
+    machine = Machine()
+    for index in range(6):
+        sequence = Sequence(str(index), [3] * 10, SamplingParams(max_tokens=30), routing="exact", arrival=machine.now)
+        machine.scheduler.add(sequence)
+        while not sequence.finished:
+            plan = machine.scheduler.schedule(machine.now)
+            seconds = COST.of(plan) + waited
+            machine.now += seconds
+            last = [chunk.sequence for chunk in plan.prefills if chunk.is_last]
+            result = StepResult({other: SampledToken(7) for other in (*plan.decodes, *last)})
+            machine.scheduler.update(plan, result, seconds, waited=waited)
+    cost = machine.estimates.model.cost
+    assert cost.seconds(1) == pytest.approx(COST.seconds(1), rel=0.1)
+    assert machine.estimates.pace < 2 * COST.seconds(4)
+    assert (machine.estimates.exact_wait > 0.05) == bool(waited)
+    machine.add("strict", tokens=20, latency=1.0, strict=True)  # `resident`: it waits for nothing
+    if waited:
+        with pytest.raises(SloUnattainable):
+            machine.add("strict too", tokens=20, latency=1.0, strict=True, routing="exact")
+    machine.run()
+
+
+def test_a_step_ends_when_it_ended():
+    """Planned while the step before was running: its own seconds begin later than its plan."""
+    machine = Machine()
+    sequence = machine.add("a", ttft=1.0)
+    plan = machine.scheduler.schedule(0.0)
+    machine.scheduler.update(plan, StepResult({sequence: SampledToken(7)}), 0.4, ended=1.2)
+    assert sequence.first_token_at == 1.2

@@ -81,6 +81,7 @@ class FakeEngine:
         self.step_seconds = step_seconds
         self.running: dict[str, Running] = {}
         self.requests: list[dict[str, Any]] = []
+        self.arrivals: list[float | None] = []
         self.failures: list[Exception] = []
         self.failing_ids: set[str] = set()
         self.gate = threading.Event()
@@ -96,6 +97,7 @@ class FakeEngine:
         task: str | None = None,
         routing: RoutingContract | None = None,
         slo: SLO | None = None,
+        arrival: float | None = None,
     ) -> list[int]:
         assert isinstance(prompt, list)
         if any(token >= VOCAB_SIZE for token in prompt):
@@ -109,6 +111,7 @@ class FakeEngine:
         streams = [TextStream(self.tokenizer, params.stop) for _ in range(params.n)]
         self.running[request_id] = Running(output, params, streams)
         self.requests.append({"prompt": prompt, "params": params, "task": task, "routing": routing, "slo": slo})
+        self.arrivals.append(arrival)
         return prompt
 
     def has_work(self) -> bool:

@@ -179,3 +179,22 @@ def test_the_bound_counts_sequences(prompts: int, n: int) -> None:
             worker.stop()
 
     asyncio.run(scenario())
+
+
+def test_deadlines_count_from_the_arrival_of_the_http_request() -> None:
+    """The engine is told when the request came, whatever tokenizing and queueing took since."""
+
+    async def scenario() -> None:
+        engine = FakeEngine(FakeTokenizer())
+        worker = EngineWorker(engine, 8)
+        worker.start()
+        try:
+            stats = new_stats()
+            await asyncio.sleep(0.05)
+            generation = worker.submit([Submission([1, 104], SamplingParams(max_tokens=2))] * 2, stats)
+            await generation.outputs()
+            assert engine.arrivals == [stats.arrived] * 2
+        finally:
+            worker.stop()
+
+    asyncio.run(scenario())

@@ -1,0 +1,98 @@
+"""What a step waits for loads is told apart from what it computes, and deadlines count from arrival."""
+
+import time
+from typing import Any
+
+import pytest
+
+from emoe_jax import SLO, Engine, SamplingParams
+from emoe_jax.engine.admission import ExpertLoading
+from emoe_jax.errors import SloUnattainable
+from emoe_jax.experts.store import ExpertStore
+from emoe_jax.scheduling.slo import SloPolicy
+from tests.engine.conftest import EngineFactory
+
+SLOW = 0.02
+GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_steps_tell_waiting_from_computing(
+    engine_of: EngineFactory, monkeypatch: pytest.MonkeyPatch, overlap: bool
+) -> None:
+    engine = engine_of(expert_memory="2 slots", overlap=overlap)
+    engine.generate([1, 2, 3], GREEDY, routing="exact")  # compiles
+    told: list[tuple[float, float]] = []
+    observe, read = SloPolicy.observe, ExpertStore.read
+
+    def noting(policy: SloPolicy, plan: Any, seconds: float, waited: float = 0.0) -> None:
+        told.append((seconds, waited))
+        observe(policy, plan, seconds, waited)
+
+    def slow(store: ExpertStore, layer: int, expert: int) -> Any:
+        time.sleep(SLOW)
+        return read(store, layer, expert)
+
+    monkeypatch.setattr(SloPolicy, "observe", noting)
+    residency = engine._residency
+    before, loads, began = residency.waited_seconds, residency.loads.waited_loads, time.monotonic()
+    with monkeypatch.context() as patch:
+        patch.setattr(ExpertStore, "read", slow)
+        engine.generate([1, 2, 3], GREEDY, routing="exact")
+    took = time.monotonic() - began
+    waited = residency.waited_seconds - before
+    assert waited >= SLOW * (residency.loads.waited_loads - loads) / 4  # two threads read, a window at a time
+    assert sum(w for _, w in told) == pytest.approx(waited)
+    assert sum(s for s, _ in told) <= took - waited + 1e-6
+    loading = ExpertLoading(None, residency)
+    assert loading.seconds(None, "exact") >= 0
+    stats = residency.loads
+    monkeypatch.setattr(type(loading.experts), "missing", lambda *_: 3)
+    assert loading.seconds(None, "exact") == pytest.approx(3 * stats.wait_seconds / stats.waited_loads)
+
+
+def test_a_prompt_that_waits_for_its_plan_computes_no_longer(
+    engine_of: EngineFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(expert_memory="2 slots", overlap=True)
+    engine.generate([1, 2, 3], GREEDY)
+    told: list[tuple[float, float]] = []
+    monkeypatch.setattr(SloPolicy, "observe", lambda _, plan, seconds, waited=0.0: told.append((seconds, waited)))
+
+    def settle(plan: Any, seconds: float) -> None:
+        time.sleep(0.3)
+        engine._residency._settled_seconds += 0.3
+
+    monkeypatch.setattr(engine._foresight, "settle", settle)
+    engine.generate([1, 2, 3], GREEDY)
+    assert sum(waited for _, waited in told) == pytest.approx(0.3)
+    assert max(seconds for seconds, _ in told) < 0.3
+
+
+@pytest.mark.parametrize("early", [0.0, 2.5])
+def test_deadlines_count_from_arrival(engine_of: EngineFactory, early: float) -> None:
+    engine: Engine = engine_of(expert_memory="100%")
+    engine.generate([1, 2, 3], GREEDY)
+    arrival = time.monotonic() - early
+    engine.add_request("slo", [1, 2, 3], GREEDY, slo=SLO(ttft_ms=2000), arrival=arrival)
+    before = engine.state()["scheduler"]["slo"]["attained"]
+    while engine.has_work():
+        engine.step()
+    assert engine.state()["scheduler"]["slo"]["attained"] - before == (early < 2)
+    queued = engine.pop("slo").completions[0].queue_seconds
+    assert queued is not None
+    assert queued >= early
+    if early:
+        with pytest.raises(SloUnattainable):
+            engine.add_request("strict", [1], GREEDY, slo=SLO(ttft_ms=2000, strict=True), arrival=arrival)
+    else:
+        engine.add_request("strict", [1], GREEDY, slo=SLO(ttft_ms=60_000, strict=True), arrival=arrival)
+        engine.pop("strict")
+
+
+def test_an_arrival_in_the_future_is_now(engine_of: EngineFactory) -> None:
+    engine = engine_of(expert_memory="100%")
+    engine.add_request("future", [1, 2], GREEDY, arrival=time.monotonic() + 1000)
+    (sequence,) = engine._scheduler.waiting
+    assert sequence.arrival <= time.monotonic()
+    engine.pop("future")
