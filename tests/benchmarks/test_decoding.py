@@ -7,7 +7,14 @@ from benchmarks.peers import step_bytes
 from emoe_jax.config import ModelConfig
 from train.demo.shape import hf_config
 
-TINY = hf_config(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_local_experts=8)
+TINY = hf_config(
+    vocab_size=64,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_local_experts=8,
+    num_experts_per_tok=2,
+)
 
 
 def test_a_tiny_model_is_measured_against_its_floor(tmp_path: Path) -> None:

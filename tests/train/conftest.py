@@ -8,4 +8,4 @@ from train.demo import tokenizer
 
 @pytest.fixture(scope="session")
 def bpe() -> Tokenizer:
-    return tokenizer.train(seed=0, vocab_size=600, examples=300)
+    return tokenizer.train(seed=0, vocab_size=600, pieces=300)

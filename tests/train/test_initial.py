@@ -9,7 +9,7 @@ from train.demo.attention import attend_packed, causal_within_documents
 
 
 def test_the_first_two_layers_start_as_an_induction_circuit():
-    config = shape.model_config(num_hidden_layers=2, num_local_experts=2, vocab_size=200)
+    config = shape.model_config(num_hidden_layers=2, num_local_experts=2, num_experts_per_tok=2, vocab_size=200)
     parameters = objective.init(config, 0)
 
     @jax.jit

@@ -1,9 +1,13 @@
 """Training: batches, the differentiable MoE layer, learning, resuming, and the checkpoint that comes out."""
 
+import dataclasses
+import io
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 from transformers import AutoTokenizer
 
 from emoe_jax.experts.weights import ExpertWeights
@@ -11,10 +15,12 @@ from emoe_jax.models.attention import attend
 from emoe_jax.models.routing import Routing
 from train.demo import batches, evaluate, export, objective, report, shape, trainer
 from train.demo.attention import attend_packed, causal_within_documents
-from train.demo.batches import Encoder
+from train.demo.batches import Encoder, Recipe
+from train.demo.mixture import GROUPS
 from train.demo.moe import dropped, moe_buffers
 from train.demo.trainer import Checkpoints, Plan
 from train.progress import History, read_history
+from train.tasks import texts
 
 TINY = {
     "vocab_size": 600,
@@ -25,10 +31,13 @@ TINY = {
     "num_key_value_heads": 1,
     "head_dim": 16,
     "num_local_experts": 4,
+    "num_experts_per_tok": 2,
 }
 PLAN = Plan(
-    steps=12, rows=4, length=96, long_every=5, loss_positions=128, peak_rate=1e-2, warmup_steps=2, checkpoint_every=5
+    steps=12, rows=4, length=96, long_every=5, loss_positions=128, peak_rate=2e-2, warmup_steps=2, checkpoint_every=5
 )
+
+RECIPE = Recipe(seed=0, steps=100, loss_positions=256)
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +47,15 @@ def config():
 
 def test_batches_follow_from_the_step_alone(bpe, config):
     encoder = Encoder(bpe)
-    first, again = (batches.make(encoder, config, 0, 7, 4, 128, 256) for _ in range(2))
+    first, again = (batches.make(encoder, config, RECIPE, 7, 4, 128) for _ in range(2))
     for one, other in zip(first, again, strict=True):
         np.testing.assert_array_equal(one, other)
-    assert not np.array_equal(first.tokens, batches.make(encoder, config, 0, 8, 4, 128, 256).tokens)
-    assert not np.array_equal(first.tokens, batches.make(encoder, config, 1, 7, 4, 128, 256).tokens)
+    assert not np.array_equal(first.tokens, batches.make(encoder, config, RECIPE, 8, 4, 128).tokens)
+    assert not np.array_equal(first.tokens, batches.make(encoder, config, Recipe(1, 100, 256), 7, 4, 128).tokens)
 
 
 def test_a_batch_teaches_next_tokens_within_documents(bpe, config):
-    batch = batches.make(Encoder(bpe), config, 0, 0, 4, 128, 256)
+    batch = batches.make(Encoder(bpe), config, RECIPE, 0, 4, 128)
     tokens, documents = batch.tokens.reshape(-1), batch.documents.reshape(-1)
     learned = batch.loss_at[batch.weights > 0]
     np.testing.assert_array_equal(tokens[learned + 1], batch.targets[batch.weights > 0])
@@ -56,8 +65,39 @@ def test_a_batch_teaches_next_tokens_within_documents(bpe, config):
     assert set(batch.tokens[starts]) == {0}
 
 
+def test_rows_are_full_and_every_answer_is_learned(bpe, config):
+    recipe = dataclasses.replace(RECIPE, loss_positions=8 * 128)
+    batch = batches.make(Encoder(bpe), config, recipe, 50, 8, 128)
+    assert np.mean(batch.documents == 0) < 0.06
+    text = batch.groups.reshape(-1)[batch.loss_at] > GROUPS.index("facts")
+    assert set(np.unique(batch.weights[text])) <= {np.float32(0.5), np.float32(0.3), 0}
+    assert (batch.weights[text] == 0.5).sum() > 100
+
+
+def test_a_batch_has_all_kinds_of_text_in_the_shares_of_the_stage(bpe, config):
+    """The balancing loss is taken over a batch: what is not mixed there, cannot have experts of its own."""
+    counts = np.zeros(len(GROUPS))
+    recipe = dataclasses.replace(RECIPE, seed=5)
+    for step in range(30, 34):
+        batch = batches.make(Encoder(bpe), config, recipe, step, 16, 256)
+        counts += np.bincount(batch.groups[batch.documents > 0], minlength=len(GROUPS))
+    shares = dict(zip(GROUPS, counts / counts.sum(), strict=True))
+    assert min(share for group, share in shares.items() if group != "conv") > 0.01  # of generated chats there are few
+    assert 0.08 < shares["facts"] < 0.25
+    assert 0.15 < sum(shares[kind] for kind in texts.KINDS) < 0.5
+
+
+def test_expert_dropout_restricts_its_share_of_rows(bpe, config):
+    for share in (0.0, 0.25, 1.0):
+        recipe = dataclasses.replace(RECIPE, expert_dropout=share)
+        slots = np.concatenate([batches.make(Encoder(bpe), config, recipe, s, 16, 64).slots for s in range(8)])
+        restricted = (slots < config.num_experts).any(axis=1)
+        assert abs(restricted.mean() - share) < 0.15
+        assert slots.min() >= config.top_k
+
+
 def test_a_joined_row_is_one_conversation(bpe, config):
-    batch = batches.make(Encoder(bpe), config, 0, 0, 1, 512, 256, joined=True)
+    batch = batches.make(Encoder(bpe), config, RECIPE, 0, 1, 512, joined=True)
     used = batch.documents[0] > 0
     np.testing.assert_array_equal(batch.positions[0][used], np.arange(int(used.sum())))
     assert (batch.tokens[0][used] == 0).sum() == 1
@@ -160,7 +200,7 @@ def test_training_learns_and_a_killed_run_resumes_exactly(bpe, config, tmp_path)
         losses[step] = float(metrics.loss)
 
     whole = trainer.run(config, PLAN, bpe, None, note)
-    assert losses[12] < 0.9 * losses[1]
+    assert np.mean([losses[step] for step in range(9, 13)]) < 0.9 * losses[1]
     checkpoints = Checkpoints(tmp_path)
     trainer.run(config, PLAN, bpe, checkpoints, note, stop_after=5)
     assert checkpoints.steps() == [5]
@@ -182,7 +222,11 @@ def test_the_checkpoint_holds_the_rounded_weights(bpe, config, tmp_path):
         np.testing.assert_array_equal(one, other.astype(jnp.bfloat16).astype(jnp.float32))
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template
     numbers = evaluate.evaluate(shipped, config, Encoder(bpe), seed=0, count=4, generated=1)
-    assert set(numbers["tasks"]) == {"sum", "clsfy", "qa", "comp", "conv"}
+    assert set(numbers["tasks"]) == {"sum", "clsfy", "qa", "comp", "conv", "facts"}
+    assert sum(part["examples"] for part in numbers["tasks"]["facts"]["by_field"].values()) == 4
+    assert set(numbers["texts"]) == {"prose", "reference", "code", "french", "dialogue"}
+    assert all(1 < row["perplexity"] < 600 * 2 for row in numbers["texts"].values())  # the vocabulary has 600 entries
+    report.print_table(numbers, Console(record=True, file=io.StringIO()))
     assert 0 <= numbers["mean_js_divergence_bits"] <= 1
 
 
@@ -213,7 +257,7 @@ def test_rouge_and_divergence():
 def test_history_drops_what_came_after_the_checkpoint(tmp_path):
     history = History(tmp_path / "history.jsonl", 0)
     for step in (1, 2, 3):
-        history.add({"step": step, "loss": 2.0, "answer_accuracy": 0.5})
+        history.add({"step": step, "loss": 2.0, "answer_accuracy": 0.5, "fact_accuracy": 0.1})
     history.close()
     with history.path.open("a") as file:
         file.write('{"step": 4, "lo')

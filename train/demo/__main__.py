@@ -20,8 +20,9 @@ from train.demo.objective import Metrics
 from train.demo.trainer import Checkpoints, Plan, run
 from train.progress import History, progress_bar, read_history
 from train.ranges import check_ranges
+from train.tasks import texts
 
-STEPS = 5200
+STEPS = 5800
 _LOG_EVERY = 50
 
 
@@ -38,6 +39,18 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the data, the initial weights and the test examples")
     parser.add_argument("--rows", type=int, default=Plan.rows, help="sequences per step, a multiple of 4")
     parser.add_argument("--length", type=int, default=Plan.length, help="tokens per sequence, at most 256")
+    parser.add_argument(
+        "--expert-dropout",
+        type=float,
+        default=Plan.expert_dropout,
+        help="share of rows that get by with part of the experts (the shipped model: 0)",
+    )
+    parser.add_argument(
+        "--concentration",
+        type=float,
+        default=Plan.concentration,
+        help="weight of the loss that draws a kind of text to few experts (the shipped model: 0)",
+    )
     parser.add_argument("--json", type=Path, help="write the numbers here")
     parser.add_argument("--eval-only", action="store_true", help="measure the checkpoint in --out, train nothing")
     parser.add_argument("--eval-examples", type=int, default=500, help="test examples per task")
@@ -50,6 +63,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "seed": (0, 2**31 - 1),
         "rows": (4, 4096),
         "length": (64, 256),
+        "expert_dropout": (0, 1),
+        "concentration": (0, 10),
         "eval_examples": (1, 10**6),
     }
     check_ranges(parser, options, ranges)
@@ -81,7 +96,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _train(options: argparse.Namespace, console: Console) -> None:
-    plan = Plan(options.steps, options.seed, options.rows, options.length)
+    plan = Plan(
+        options.steps,
+        options.seed,
+        options.rows,
+        options.length,
+        loss_positions=options.rows * options.length * 9 // 16,
+        expert_dropout=options.expert_dropout,
+        concentration=options.concentration,
+    )
     work: Path = options.work
     _claim(work, plan)
     bpe = _tokenizer(work, plan, console)
@@ -94,11 +117,12 @@ def _train(options: argparse.Namespace, console: Console) -> None:
 
         def show(step: int, metrics: Metrics) -> None:
             history.add({"step": step} | {name: round(float(value), 5) for name, value in metrics._asdict().items()})
-            text = f"loss {metrics.loss:.3f}  answers {metrics.answer_accuracy:.1%}"
+            text = f"loss {metrics.loss:.3f}  answers {metrics.answer_accuracy:.1%}  facts {metrics.fact_accuracy:.1%}"
             progress.update(bar, completed=step, description=text)
             if not console.is_terminal and step % _LOG_EVERY == 0:
                 console.print(
-                    f"step {step}/{plan.steps}  {text}  balance {metrics.balance:.2f}  dropped {metrics.dropped:.1%}"
+                    f"step {step}/{plan.steps}  {text}  text {metrics.text_loss:.2f}  balance {metrics.balance:.2f}"
+                    f"  dropped {metrics.dropped:.1%}"
                     f"  {time.monotonic() - began:.0f} s"
                 )
 
@@ -110,12 +134,16 @@ def _train(options: argparse.Namespace, console: Console) -> None:
 
 
 def _claim(work: Path, plan: Plan) -> None:
-    """Mark the directory as this plan's; refuse one that holds another plan's run."""
+    """Mark the directory as this plan's on these texts; refuse one that holds a run of another plan or other texts."""
     work.mkdir(parents=True, exist_ok=True)
     (work / ".gitignore").write_text("*\n")
-    described, path = json.dumps(dataclasses.asdict(plan)), work / "plan.json"
+    path = work / "plan.json"
+    described = json.dumps(dataclasses.asdict(plan) | {"texts": texts.fingerprint()})
     if path.exists() and path.read_text() != described:
-        _fail(f"{work} holds a run of another plan, {path.read_text()}; choose another --work or remove it")
+        _fail(
+            f"{work} holds a run of another plan or on other texts, {path.read_text()}; this is {described}; "
+            "choose another --work or remove it"
+        )
     path.write_text(described)
 
 

@@ -1,4 +1,4 @@
-"""What the trained model can do on the test splits, with every expert resident, through the op that serves it.
+"""What the trained model knows, on the test splits, with every expert resident, through the op that serves it.
 
 Exact match needs no generation: greedy decoding yields the reference answer if and only if every token of it, the end
 included, is the most probable one after those before it, which one forward over prompt and answer shows.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,25 +23,45 @@ from emoe_jax.models.routing import Routing
 from emoe_jax.moe import moe_ffn
 from train.demo import objective
 from train.demo.batches import Encoder
+from train.demo.mixture import answered
 from train.demo.objective import Parameters
 from train.demo.tokenizer import ASSISTANT, EOS, PAD
-from train.tasks import TASKS, chitchat, examples, qa
+from train.tasks import TASKS, examples, facts, qa, texts
 from train.tasks.example import Example
 
 EXACT_TASKS = ("clsfy", "comp", "qa")
 _ROWS = 32  # sequences per forward
 _LENGTH = 192  # tokens; longer examples are cut off and count as wrong
 _NEW_TOKENS = 64
+TEXT_LENGTH = 128  # tokens of a stretch of real text: as long as a row of training
+
+T = TypeVar("T")
+
+
+class Scored(NamedTuple):
+    """Token ids, and how many of them are given before the first that is scored."""
+
+    ids: list[int]
+    given: int
 
 
 class Scores(NamedTuple):
-    """Of `X` examples of one task: whether greedy decoding gives the answer, its nats, its tokens, and how often each
-    expert was chosen (`usage`, all tokens of prompt and answer)."""
+    """Of `X` examples of one task: whether greedy decoding gives all scored tokens, their nats, their number, and how
+    often each expert was chosen (`usage`, all tokens)."""
 
     exact: Bool[np.ndarray, " X"]
     nats: Float[np.ndarray, " X"]
     tokens: Int[np.ndarray, " X"]
     usage: Float[np.ndarray, "L E"]
+
+    @property
+    def shares(self) -> Float[np.ndarray, "L E"]:
+        return self.usage / self.usage.sum(axis=1, keepdims=True)
+
+    @property
+    def perplexity(self) -> float:
+        """Per scored token."""
+        return float(np.exp(self.nats.sum() / self.tokens.sum()))
 
 
 def _hidden(
@@ -82,26 +102,44 @@ def _next(
 
 def score(parameters: Parameters, config: ModelConfig, encoder: Encoder, chosen: Sequence[Example]) -> Scores:
     """Exact match, nats and routing of examples, with the reference answers given."""
+    return score_ids(parameters, config, encoder, [_answered(encoder, example) for example in chosen])
+
+
+def score_ids(parameters: Parameters, config: ModelConfig, encoder: Encoder, chosen: Sequence[Scored]) -> Scores:
+    """The same of token ids."""
     exact, nats, counts = [], [], []
     usage = np.zeros((config.num_layers, config.num_experts))
     for group in _groups(chosen):
         tokens = np.full((_ROWS, _LENGTH), encoder.special[PAD], np.int32)
-        answered = np.zeros((_ROWS, _LENGTH), bool)  # positions whose next token belongs to the answer
+        scored = np.zeros((_ROWS, _LENGTH), bool)  # positions whose next token is scored
         used = np.zeros((_ROWS, _LENGTH), bool)
-        for row, example in enumerate(group):
-            prompt = prompt_ids(encoder, example)
-            ids = (prompt + encoder.text(example.answer) + [encoder.special[EOS]])[:_LENGTH]
+        for row, (whole, given) in enumerate(group):
+            ids = whole[:_LENGTH]
             tokens[row, : len(ids)] = ids
             used[row, : len(ids)] = True
-            answered[row, len(prompt) - 1 : len(ids) - 1] = True
+            scored[row, given - 1 : len(ids) - 1] = True
         best, surprise, use = (np.asarray(part) for part in _forward(parameters, tokens, used, config))
         usage += use
-        right = (best == np.roll(tokens, -1, axis=1)) | ~answered
-        whole = answered.any(axis=1)
-        exact += list((right.all(axis=1) & whole)[: len(group)])
-        nats += list((surprise * answered).sum(axis=1)[: len(group)])
-        counts += list(answered.sum(axis=1)[: len(group)])
+        right = (best == np.roll(tokens, -1, axis=1)) | ~scored
+        whole_rows = [len(ids) <= _LENGTH for ids, _ in group]
+        exact += list(right.all(axis=1)[: len(group)] & whole_rows)
+        nats += list((surprise * scored).sum(axis=1)[: len(group)])
+        counts += list(scored.sum(axis=1)[: len(group)])
     return Scores(np.array(exact), np.array(nats), np.array(counts), usage)
+
+
+def _answered(encoder: Encoder, example: Example) -> Scored:
+    prompt = prompt_ids(encoder, example)
+    return Scored([*prompt, *encoder.text(example.answer), encoder.special[EOS]], len(prompt))
+
+
+def held_out_text(encoder: Encoder, kind: str, seed: int, count: int, length: int = TEXT_LENGTH) -> list[list[int]]:
+    """Token ids of `count` stretches of test documents of a kind, at most `length` each, the first of them `<s>`."""
+    if kind == "dialogue":
+        chats = [texts.dialogue("test", f"{seed}/{index}") for index in range(count)]
+        return [encoder.conversation(answered(chat), "dialogue")[0][:length] for chat in chats]
+    passages = [texts.passage(kind, "test", f"{seed}/{index}", length * 8) for index in range(count)]
+    return [encoder.passage(passage, length) for passage in passages]
 
 
 def prompt_ids(encoder: Encoder, example: Example) -> list[int]:
@@ -150,49 +188,70 @@ def rouge_l(reference: str, candidate: str) -> float:
 def evaluate(
     parameters: Parameters, config: ModelConfig, encoder: Encoder, seed: int, count: int, generated: int
 ) -> dict[str, Any]:
-    """Per task on `count` test examples, ROUGE-L on `generated` of them, routing per task and between tasks."""
+    """Per task and of facts on `count` test examples, ROUGE-L on `generated` of them, perplexity of `count` stretches
+    of each kind of text, and how all of these use the experts."""
     tasks: dict[str, dict[str, Any]] = {}
     usage = {}
+
+    def scored(name: str, chosen: Sequence[Example]) -> Scores:
+        scores = score(parameters, config, encoder, chosen)
+        usage[name] = scores.shares
+        tasks[name] = {"examples": count, "perplexity": scores.perplexity}
+        return scores
+
     for task in TASKS:
         chosen = examples(task, "test", seed, count)
-        scores = score(parameters, config, encoder, chosen)
-        usage[task] = scores.usage / scores.usage.sum(axis=1, keepdims=True)
-        entropy = entropy_bits(usage[task]).mean()
-        tasks[task] = {"examples": count, "perplexity": perplexity(scores), "routing_entropy_bits": float(entropy)}
+        scores = scored(task, chosen)
         if task in EXACT_TASKS:
             tasks[task]["exact_match"] = float(scores.exact.mean())
         else:
-            some = chosen[:generated]
-            answers = generate(parameters, config, encoder, some)
-            pairs = zip(some, answers, strict=True)
-            tasks[task]["rouge_l"] = float(np.mean([rouge_l(example.answer, answer) for example, answer in pairs]))
-            tasks[task]["generated"] = generated
-            tasks[task]["samples"] = [
-                {"prompt": example.prompt, "reference": example.answer, "answer": answer}
-                for example, answer in itertools.islice(zip(some, answers, strict=True), 5)
-            ]
+            tasks[task] |= _generated(parameters, config, encoder, chosen[:generated])
+    exact = scored("facts", examples("facts", "test", seed, count)).exact
+    fields = np.array([facts.field_of(f"{seed}/{index}").name for index in range(count)])
+    tasks["facts"]["exact_match"] = float(exact.mean())
+    tasks["facts"]["by_field"] = {
+        str(name): {"examples": int((fields == name).sum()), "exact_match": float(exact[fields == name].mean())}
+        for name in np.unique(fields)
+    }
+    read = {}
+    for kind in texts.KINDS:
+        stretches = [Scored(ids, 1) for ids in held_out_text(encoder, kind, seed, count)]
+        scores = score_ids(parameters, config, encoder, stretches)
+        usage[kind] = scores.shares
+        read[kind] = {"stretches": count, "tokens": int(scores.tokens.sum()), "perplexity": scores.perplexity}
     rivals = score(parameters, config, encoder, [qa.rival_example("test", f"{seed}/{index}") for index in range(count)])
-    small_talk = [chitchat.example("test", f"{seed}/{index}") for index in range(count)]
+    for name, shares in usage.items():
+        (tasks.get(name) or read[name])["routing_entropy_bits"] = float(entropy_bits(shares).mean())
     divergence = {
         f"{first}-{second}": divergence_bits(usage[first], usage[second]).tolist()
-        for first, second in itertools.combinations(TASKS, 2)
+        for first, second in itertools.combinations(usage, 2)
     }
     return {
         "tasks": tasks,
+        "texts": read,
         "qa_rivals_exact_match": float(rivals.exact.mean()),
-        "chitchat_perplexity": perplexity(score(parameters, config, encoder, small_talk)),
         "js_divergence_bits_by_layer": divergence,
         "mean_js_divergence_bits": float(np.mean(list(divergence.values()))),
     }
 
 
-def perplexity(scores: Scores) -> float:
-    """Per token of the answers."""
-    return float(np.exp(scores.nats.sum() / scores.tokens.sum()))
+def _generated(
+    parameters: Parameters, config: ModelConfig, encoder: Encoder, chosen: Sequence[Example]
+) -> dict[str, Any]:
+    """ROUGE-L of greedy answers, and the first of them."""
+    answers = generate(parameters, config, encoder, chosen)
+    pairs = list(zip(chosen, answers, strict=True))
+    return {
+        "rouge_l": float(np.mean([rouge_l(example.answer, answer) for example, answer in pairs])),
+        "generated": len(pairs),
+        "samples": [
+            {"prompt": example.prompt, "reference": example.answer, "answer": answer} for example, answer in pairs[:5]
+        ],
+    }
 
 
 def entropy_bits(shares: Float[np.ndarray, "... E"]) -> Float[np.ndarray, ...]:
-    """Shannon entropy over the last axis: 4 bits when 16 experts are used alike."""
+    """Shannon entropy over the last axis: 5 bits when 32 experts are used alike."""
     return -np.sum(np.where(shares > 0, shares * np.log2(np.where(shares > 0, shares, 1)), 0), axis=-1)
 
 
@@ -201,6 +260,6 @@ def divergence_bits(first: Float[np.ndarray, "L E"], second: Float[np.ndarray, "
     return entropy_bits((first + second) / 2) - (entropy_bits(first) + entropy_bits(second)) / 2
 
 
-def _groups(chosen: Sequence[Example]) -> Iterator[Sequence[Example]]:
+def _groups(chosen: Sequence[T]) -> Iterator[Sequence[T]]:
     for start in range(0, len(chosen), _ROWS):
         yield chosen[start : start + _ROWS]

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from emoe_jax.experts.weights import ExpertWeights
 
 CAPACITY_FACTOR = (
-    1.75  # rows an expert can take in training, as a multiple of an even share; what comes later is dropped
+    1.5  # rows an expert can take in training, as a multiple of an even share; what comes later is dropped
 )
 
 
@@ -38,7 +38,7 @@ def moe_buffers(
     gate, up = (jnp.einsum("ecd,efd->ecf", buffers, half) for half in jnp.split(experts.w_in, 2, axis=1))
     out = jnp.einsum("ecf,edf->ecd", jax.nn.silu(gate) * up, experts.w_out)
     collected = _collect(out.reshape(-1, D), source, place).reshape(R, k, D)
-    return jnp.einsum("rkd,rk->rd", collected, weights)
+    return jnp.sum(collected * weights[..., None], axis=1)  # as an einsum it is `R` tiny products, one by one
 
 
 def dropped(ids: Int[Array, "R k"], experts: int) -> Float[Array, ""]:
@@ -69,7 +69,8 @@ def _layout(ids: Int[Array, "R k"], experts: int, size: int) -> tuple[Int[Array,
 
 def _take(rows: Float[Array, "X D"], index: Array) -> Array:
     """Rows at `index`; an index one past the end gives zeros."""
-    return jnp.concatenate([rows, jnp.zeros((1, rows.shape[1]), rows.dtype)])[index]
+    last = rows.shape[0] - 1
+    return jnp.where((index <= last)[..., None], rows[jnp.minimum(index, last)], 0)
 
 
 @jax.custom_vjp

@@ -1,10 +1,11 @@
-"""What training minimises: cross entropy of the chosen positions, and what keeps routing balanced, concentrated by task
-and small.
+"""What training minimises: cross entropy of the chosen positions, and what keeps routing balanced and small.
 
-A model that always has every expert at hand comes to need every expert. This one is to be served with part of them, so
-a share of its training rows gets by with part of them: in each layer a random set in which experts that the row's
-tokens want are likely. And as eMoE presumes that a task needs few of the experts, a task's tokens are drawn towards
-those that it wants most (the aim of Mod-Squad, Chen et al. 2023, with a plainer loss).
+This is how mixtures of experts are trained: top-k routing, a loss that has experts used alike over a batch in which all
+kinds of text are mixed (Switch Transformer), and the router's z-loss (ST-MoE). Two techniques are there to be compared
+with it, and off. With *expert dropout* a share of the rows gets by with part of the experts: in each layer a random set
+in which experts that the row's tokens want are likely. Such a model does not come to need every expert, and no choice
+of residents hurts it. With *concentration* a group's tokens are drawn towards those experts that the group wants most
+(the aim of Mod-Squad, Chen et al. 2023, with a plainer loss).
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ from emoe_jax.models.decoder import Decoder, MoEFunction
 from emoe_jax.models.routing import Routing, route
 from train.demo import initial
 from train.demo.attention import attend_packed, causal_within_documents
-from train.demo.batches import PROMPT_WEIGHT, Batch
+from train.demo.batches import Batch
+from train.demo.mixture import GROUPS
 from train.demo.moe import dropped, moe_buffers
-from train.tasks import TASKS
 
-BALANCE_WEIGHT = 0.04
-CONCENTRATION_WEIGHT = 0.04
-TASK_EXPERTS = 3 / 8  # of a layer's experts: those that a task is drawn to
+BALANCE_WEIGHT = 0.04  # 0.01 in Hugging Face's count, which is k times ours
+GROUP_EXPERTS = 3 / 8  # of a layer's experts: those that concentration draws a group to
 Z_WEIGHT = 1e-3
+SHORT_ANSWER = 2.0  # loss weight from which on a position belongs to an answer that has to be exact
+_FACTS = GROUPS.index("facts")  # groups behind it are kinds of real text
 
 
 class Restriction(NamedTuple):
@@ -59,10 +61,11 @@ class Metrics(NamedTuple):
     """Of one step, all float32 scalars."""
 
     loss: Float[Array, ""]  # weighted cross entropy, nats
-    answer_loss: Float[Array, ""]  # of the answers' tokens alone, unweighted, in rows that may use every expert
-    answer_accuracy: Float[Array, ""]  # share of those tokens that are most probable
+    answer_accuracy: Float[Array, ""]  # share of answers' tokens that are most probable, of short answers of the tasks
+    fact_accuracy: Float[Array, ""]  # the same of facts
+    text_loss: Float[Array, ""]  # nats per token of real text, unweighted
     balance: Float[Array, ""]  # 1 when experts are used alike
-    strayed: Float[Array, ""]  # router probability outside the experts that a token's task wants most
+    strayed: Float[Array, ""]  # router probability outside the experts that a token's group wants most
     dropped: Float[Array, ""]  # share of assignments
 
 
@@ -108,11 +111,13 @@ def packed_forward(
     return x, routings
 
 
-def loss(parameters: Parameters, batch: Batch, config: ModelConfig) -> tuple[Float[Array, ""], Metrics]:
+def loss(
+    parameters: Parameters, batch: Batch, config: ModelConfig, expert_dropout: bool = False, concentration: float = 0.0
+) -> tuple[Float[Array, ""], Metrics]:
     """The training objective of a batch, and what to report of it."""
     model = decoder(config, parameters.dense)
     tokens, positions, documents = (jnp.asarray(x) for x in (batch.tokens, batch.positions, batch.documents))
-    restriction = Restriction(jnp.asarray(batch.slots), jnp.asarray(batch.luck))
+    restriction = Restriction(jnp.asarray(batch.slots), jnp.asarray(batch.luck)) if expert_dropout else None
     x, routings = packed_forward(model, parameters.experts, tokens, positions, documents, restriction=restriction)
     logits = model.logits(x.reshape(-1, x.shape[-1])[batch.loss_at])
     log_z = jax.nn.logsumexp(logits, axis=-1)
@@ -120,29 +125,37 @@ def loss(parameters: Parameters, batch: Batch, config: ModelConfig) -> tuple[Flo
     cross_entropy = jnp.sum(nats * batch.weights) / jnp.sum(batch.weights)
     valid = documents.reshape(-1) > 0
     balance = jnp.mean(jnp.stack([balance_loss(routing, valid) for routing in routings]))
-    tasks = jax.nn.one_hot(jnp.asarray(batch.tasks).reshape(-1), len(TASKS)) * valid[:, None]
-    strayed = jnp.mean(jnp.stack([concentration_loss(routing, tasks) for routing in routings]))
     router_z = jnp.mean(jnp.stack([jnp.mean(jax.nn.logsumexp(r.logits, axis=-1) ** 2 * valid) for r in routings]))
-    free = restriction.slots[batch.loss_at // tokens.shape[1], 0] == config.num_experts
-    answers = (jnp.asarray(batch.weights > PROMPT_WEIGHT) & free).astype(jnp.float32)
-    count = jnp.maximum(jnp.sum(answers), 1)
+    groups = jnp.asarray(batch.groups).reshape(-1)
+    strayed = jnp.float32(0)
+    if concentration:
+        marks = jax.nn.one_hot(groups, len(GROUPS)) * valid[:, None]
+        strayed = jnp.mean(jnp.stack([concentration_loss(routing, marks) for routing in routings]))
+    weights = jnp.asarray(batch.weights)
+    right, group = jnp.argmax(logits, axis=-1) == batch.targets, groups[batch.loss_at]
+    short = weights >= SHORT_ANSWER
     metrics = Metrics(
         cross_entropy,
-        jnp.sum(nats * answers) / count,
-        jnp.sum((jnp.argmax(logits, axis=-1) == batch.targets) * answers) / count,
+        _mean(right, short & (group != _FACTS)),
+        _mean(right, short & (group == _FACTS)),
+        _mean(nats, (weights > 0) & (group > _FACTS)),
         balance,
         strayed,
         jnp.mean(jnp.stack([dropped(r.ids, config.num_experts) for r in routings])),
     )
-    shaping = BALANCE_WEIGHT * balance + CONCENTRATION_WEIGHT * strayed + Z_WEIGHT * router_z
-    return cross_entropy + shaping, metrics
+    return cross_entropy + BALANCE_WEIGHT * balance + concentration * strayed + Z_WEIGHT * router_z, metrics
+
+
+def _mean(values: Array, chosen: Bool[Array, " P"]) -> Float[Array, ""]:
+    """Over the chosen ones; 0 of none."""
+    return jnp.sum(values * chosen) / jnp.maximum(jnp.sum(chosen), 1)
 
 
 def balance_loss(routing: Routing, valid: Bool[Array, " R"]) -> Float[Array, ""]:
     """`E * sum_e share_e * probability_e` of a batch (Switch Transformer, eq. 4): 1 when all experts are used alike.
 
-    The shares are of a whole batch, in which all tasks are mixed: experts may specialise by task at no cost. They are
-    of what the router wished for, not of what a restriction left it.
+    The shares are of a whole batch, in which all kinds of text are mixed: experts may specialise at no cost. They are
+    of what the router wished for, not of what expert dropout left it.
     """
     E = routing.logits.shape[1]
     wishes = jnp.where(valid[:, None], routing.wish_ids, E)
@@ -152,16 +165,16 @@ def balance_loss(routing: Routing, valid: Bool[Array, " R"]) -> Float[Array, ""]
     return E * jnp.sum(shares * jnp.sum(probabilities, axis=0) / jnp.maximum(jnp.sum(valid), 1))
 
 
-def concentration_loss(routing: Routing, tasks: Float[Array, "R J"]) -> Float[Array, ""]:
-    """Mean router probability outside the `TASK_EXPERTS` share of the experts that a row's task wants most.
+def concentration_loss(routing: Routing, groups: Float[Array, "R J"]) -> Float[Array, ""]:
+    """Mean router probability outside the `GROUP_EXPERTS` share of the experts that a row's group wants most.
 
-    `tasks` is one-hot, and zero for rows that do not count.
+    `groups` is one-hot, and zero for rows that do not count.
     """
     probabilities = jax.nn.softmax(routing.logits, axis=-1)
-    wanted = jnp.einsum("rj,re->je", tasks, jax.lax.stop_gradient(probabilities))
-    count = jnp.full(len(wanted), round(TASK_EXPERTS * probabilities.shape[1]))
-    outside = tasks @ (1.0 - _highest(wanted, count))
-    return jnp.sum(probabilities * outside) / jnp.maximum(jnp.sum(tasks), 1)
+    wanted = jnp.einsum("rj,re->je", groups, jax.lax.stop_gradient(probabilities))
+    count = jnp.full(len(wanted), round(GROUP_EXPERTS * probabilities.shape[1]))
+    outside = groups @ (1.0 - _highest(wanted, count))
+    return jnp.sum(probabilities * outside) / jnp.maximum(jnp.sum(groups), 1)
 
 
 def _highest(scores: Float[Array, "X E"], count: Int[Array, " X"]) -> Bool[Array, "X E"]:

@@ -13,17 +13,20 @@ from rich.table import Table
 
 
 def plot_loss(history: Sequence[dict[str, float]], path: Path) -> None:
-    """Training loss and answer accuracy over the steps, each with a running mean."""
+    """Training loss and accuracy of answers over the steps, each with a running mean."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     steps = [line["step"] for line in history]
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, name, label in zip(
-        axes, ("loss", "answer_accuracy"), ("weighted cross entropy, nats", "answer tokens predicted"), strict=True
-    ):
+    shown = {
+        "loss": "weighted cross entropy, nats",
+        "answer_accuracy": "answer tokens predicted",
+        "fact_accuracy": "answer tokens predicted, facts",
+    }
+    figure, axes = pyplot.subplots(1, len(shown), figsize=(15, 4), layout="constrained")
+    for axis, (name, label) in zip(axes, shown.items(), strict=True):
         values = [line[name] for line in history]
         axis.plot(steps, values, linewidth=0.5, alpha=0.35)
         axis.plot(steps, _running_mean(values, 50), linewidth=1.5)
@@ -44,7 +47,7 @@ def _running_mean(values: Sequence[float], width: int) -> np.ndarray:
 
 
 def print_table(numbers: dict[str, Any], console: Console) -> None:
-    """The evaluation, one row per task."""
+    """The evaluation: a table of tasks, one of facts by field, one of kinds of text, and how experts are shared."""
     table = Table(title="demo model, test splits, every expert resident, greedy decoding")
     table.add_column("task")
     for column in ("exact match", "ROUGE-L", "perplexity", "routing entropy (bits)"):
@@ -58,18 +61,28 @@ def print_table(numbers: dict[str, Any], console: Console) -> None:
             f"{row['perplexity']:.3f}",
             f"{row['routing_entropy_bits']:.2f}",
         )
+        for field, part in row.get("by_field", {}).items():
+            table.add_row(f"  {field}", f"{part['exact_match']:.1%}")
     console.print(table)
+    table = Table(title="real text, held-out documents, every expert resident")
+    table.add_column("kind")
+    for column in ("tokens", "perplexity", "routing entropy (bits)"):
+        table.add_column(column, justify="right")
+    for kind, row in numbers["texts"].items():
+        table.add_row(kind, str(row["tokens"]), f"{row['perplexity']:.2f}", f"{row['routing_entropy_bits']:.2f}")
+    console.print(table)
+    table = Table(title="how much the use of experts differs: Jensen-Shannon divergence (bits), mean over layers")
+    names = [*numbers["tasks"], *numbers["texts"]]
+    table.add_column("")
+    for name in names[1:]:
+        table.add_column(name, justify="right")
     pairs = numbers["js_divergence_bits_by_layer"]
-    table = Table(title="how much tasks differ in their use of experts: Jensen-Shannon divergence (bits) by layer")
-    table.add_column("tasks")
-    for layer in range(len(next(iter(pairs.values())))):
-        table.add_column(str(layer), justify="right")
-    for pair, by_layer in pairs.items():
-        table.add_row(pair, *(f"{value:.2f}" for value in by_layer))
+    for row, first in enumerate(names[:-1]):
+        later = [f"{np.mean(pairs[f'{first}-{second}']):.2f}" for second in names[row + 1 :]]
+        table.add_row(first, *[""] * row, *later)
     console.print(table)
     console.print(
         f"mean divergence {numbers['mean_js_divergence_bits']:.3f} bits; "
-        f"perplexity on real small talk {numbers['chitchat_perplexity']:.1f}; "
         f"QA where only the name tells two values apart: {numbers['qa_rivals_exact_match']:.1%}"
     )
 

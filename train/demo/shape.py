@@ -11,13 +11,13 @@ MAX_LENGTH = 1024
 
 
 def hf_config(**changes: Any) -> dict[str, Any]:
-    """`config.json` of the demo model: Mixtral, 8 layers of 16 experts, top-2. Keyword arguments replace entries."""
+    """`config.json` of the demo model: Mixtral, 8 layers of 32 experts, top-4. Keyword arguments replace entries."""
     return {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 128,
-        "intermediate_size": 128,
+        "intermediate_size": 64,
         "num_hidden_layers": 8,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -30,8 +30,8 @@ def hf_config(**changes: Any) -> dict[str, Any]:
         "rope_theta": 1000000.0,
         "sliding_window": None,
         "attention_dropout": 0.0,
-        "num_experts_per_tok": 2,
-        "num_local_experts": 16,
+        "num_experts_per_tok": 4,
+        "num_local_experts": 32,
         "output_router_logits": False,
         "router_aux_loss_coef": 0.01,
         "router_jitter_noise": 0.0,

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from train.demo import mixture
 
 BOS, EOS, PAD, USER, ASSISTANT, SYSTEM = "<s>", "</s>", "<pad>", "<|user|>", "<|assistant|>", "<|system|>"
+_PASSAGE = 400  # characters of running text, about as many as a row of training takes
 SPECIAL = (BOS, EOS, PAD, USER, ASSISTANT, SYSTEM)
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -26,15 +27,19 @@ CHAT_TEMPLATE = (
 )
 
 
-def corpus(seed: int, examples: int) -> Iterator[str]:
-    """Training text: the turns of `examples` examples of the training mixture."""
-    for index in range(examples):
+def corpus(seed: int, pieces: int) -> Iterator[str]:
+    """Training text: the turns and passages of so many pieces of the training mixture."""
+    for index in range(pieces):
         key = f"tokenizer/{index}"
-        for message in mixture.with_answer(mixture.draw(seed, key), key):
-            yield message["content"]
+        piece = mixture.draw(seed, key, mixture.STAGES[1])
+        if piece.example is None:
+            yield piece.text[:_PASSAGE]
+        else:
+            for message in mixture.with_answer(piece.example, key):
+                yield message["content"]
 
 
-def train(seed: int, vocab_size: int, examples: int = 40_000) -> Tokenizer:
+def train(seed: int, vocab_size: int, pieces: int = 40_000) -> Tokenizer:
     """A BPE tokenizer of `vocab_size` entries, special tokens included."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()  # pyright: ignore[reportAttributeAccessIssue]
@@ -47,7 +52,7 @@ def train(seed: int, vocab_size: int, examples: int = 40_000) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(corpus(seed, examples), trainer)
+    tokenizer.train_from_iterator(corpus(seed, pieces), trainer)
     return tokenizer
 
 

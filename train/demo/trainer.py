@@ -1,10 +1,11 @@
-"""The training loop: AdamW in cycles of the rate, Orbax checkpoints, resuming where a killed run stopped."""
+"""The training loop: AdamW, Orbax checkpoints, resuming where a killed run stopped."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
 import functools
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,25 +17,31 @@ from tokenizers import Tokenizer
 from emoe_jax.config import ModelConfig
 from train.checkpoints import Checkpoints
 from train.demo import batches, objective
-from train.demo.batches import Batch, Encoder
+from train.demo.batches import Batch, Encoder, Recipe
 from train.demo.objective import Metrics, Parameters
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Everything that decides the outcome of a run. A step takes `rows` sequences of `length` tokens; every
-    `long_every`-th takes fewer sequences, four times as long, of which each is one conversation."""
+    `long_every`-th takes fewer sequences, four times as long, of which each is one document."""
 
     steps: int
     seed: int = 0
     rows: int = 32
     length: int = 128
     long_every: int = 10
-    loss_positions: int = 1024
-    peak_rate: float = 1e-3
+    loss_positions: int = 2304
+    peak_rate: float = 1.2e-3
     warmup_steps: int = 100
     weight_decay: float = 0.05
-    checkpoint_every: int = 200
+    checkpoint_every: int = 100
+    expert_dropout: float = 0.0  # share of rows that get by with part of the experts
+    concentration: float = 0.0  # weight of the loss that draws a group of text to few experts
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe(self.seed, self.steps, self.loss_positions, self.expert_dropout)
 
 
 class TrainState(NamedTuple):
@@ -45,36 +52,24 @@ class TrainState(NamedTuple):
     optimizer: Any
 
 
-class Cycle(NamedTuple):
-    """Part of a run: its share of the steps, its peak over the highest rate, and the part of it spent at the peak."""
-
-    share: float
-    peak: float
-    plateau: float
-
-
-CYCLES = (Cycle(43 / 52, 1.0, 0.6), Cycle(9 / 52, 0.4, 0.0))
-_LOW = 0.02  # of the highest rate: where every cycle ends
+_SAVE_SECONDS = 150  # a killed run loses at most so much work, however slow its steps
+_PLATEAU = 0.55  # share of the steps until which the rate stays highest
+_LOW = 0.02  # of the highest rate: where it ends
 
 
 def learning_rate(plan: Plan) -> optax.Schedule:
-    """Cycles of a rise, a plateau and a straight line down. Of 5200 steps: 4300 and 900."""
-    low, schedules, ends = _LOW * plan.peak_rate, [], [0]
-    for index, cycle in enumerate(CYCLES):
-        steps = max(4, round(cycle.share * plan.steps))
-        rise = min(plan.warmup_steps if index == 0 else plan.warmup_steps // 2, steps // 4)
-        hold, peak, start = max(rise, int(cycle.plateau * steps)), cycle.peak * plan.peak_rate, ends[-1]
-        schedules += [
-            optax.linear_schedule(low if index else 0.0, peak, rise),
-            optax.constant_schedule(peak),
-            optax.linear_schedule(peak, low, steps - hold),
-        ]
-        ends += [start + rise, start + hold, start + steps]
-    return optax.join_schedules(schedules, ends[1:-1])
+    """A rise, a plateau and a straight line down."""
+    rise = min(plan.warmup_steps, max(1, plan.steps // 4))
+    hold = max(rise, int(_PLATEAU * plan.steps))
+    parts = [
+        optax.linear_schedule(0.0, plan.peak_rate, rise),
+        optax.constant_schedule(plan.peak_rate),
+        optax.linear_schedule(plan.peak_rate, _LOW * plan.peak_rate, max(1, plan.steps - hold)),
+    ]
+    return optax.join_schedules(parts, [rise, hold])
 
 
 def optimizer(plan: Plan) -> optax.GradientTransformation:
-
     def decayed(parameters: Parameters) -> Parameters:
         dense = {name: leaf.ndim > 1 and name != "embedding" for name, leaf in parameters.dense.items()}
         return Parameters(dense, jax.tree.map(lambda _: True, parameters.experts))  # pyright: ignore[reportArgumentType]
@@ -93,7 +88,9 @@ def start(config: ModelConfig, plan: Plan) -> TrainState:
 @functools.partial(jax.jit, static_argnames=("config", "plan"), donate_argnames="state")
 def train_step(state: TrainState, batch: Batch, config: ModelConfig, plan: Plan) -> tuple[TrainState, Metrics]:
     """One update. Donates `state`."""
-    (_, metrics), gradients = jax.value_and_grad(objective.loss, has_aux=True)(state.parameters, batch, config)
+    (_, metrics), gradients = jax.value_and_grad(objective.loss, has_aux=True)(
+        state.parameters, batch, config, plan.expert_dropout > 0, plan.concentration
+    )
     # optax types its trees as nests of containers and arrays, which a NamedTuple is only at run time.
     before: Any = state.parameters
     updates, moments = optimizer(plan).update(gradients, state.optimizer, before)
@@ -121,8 +118,9 @@ def run(
     def batch_of(step: int) -> Batch:
         joined = step % plan.long_every == plan.long_every - 1
         rows, length = (plan.rows // 4, plan.length * 4) if joined else (plan.rows, plan.length)
-        return batches.make(encoder, config, plan.seed, step, rows, length, plan.loss_positions, joined)
+        return batches.make(encoder, config, plan.recipe, step, rows, length, joined)
 
+    saved = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(1) as worker:
         coming = worker.submit(batch_of, first)
         for step in range(first, last):
@@ -131,6 +129,8 @@ def run(
                 coming = worker.submit(batch_of, step + 1)
             state, metrics = train_step(state, batch, config, plan)
             report(step + 1, metrics)
-            if checkpoints and ((step + 1) % plan.checkpoint_every == 0 or step + 1 == last):
+            due = (step + 1) % plan.checkpoint_every == 0 or time.monotonic() - saved > _SAVE_SECONDS
+            if checkpoints and (due or step + 1 == last):
                 checkpoints.save(state)
+                saved = time.monotonic()
     return state
