@@ -79,7 +79,9 @@ def paged_attend(config: ModelConfig, window: int | None, cache: LayerKV, view: 
     """Write the new keys and values to their pages, then attend over what the block tables name, a block at a time.
 
     Blocks run from the first that any new token sees to the last, so cost follows the contexts at hand and not the
-    width of the block tables; a block that a row does not see leaves its sums as they are, bit for bit.
+    width of the block tables; a block that a row does not see leaves its sums as they are, bit for bit. What pages
+    hold outside a row's context (stale values, padding, the trash page) cannot reach it, even if it is not finite.
+    Rows that pad the batch get zeros.
     """
     pages = jnp.take_along_axis(view.block_tables, view.positions // PAGE_SIZE, axis=1)
     pages = jnp.where(view.valid, pages, 0)
@@ -109,6 +111,6 @@ def paged_attend(config: ModelConfig, window: int | None, cache: LayerKV, view: 
             return sums.add(q, keys, values, mask, config.attention_scale)
 
         sums = jax.lax.fori_loop(first, last + 1, block, AttentionSums.zero(q, K))
-        return sums.output(q.dtype), updated
+        return jnp.where(view.valid[:, :, None, None], sums.output(q.dtype), 0), updated
 
     return attend_fn

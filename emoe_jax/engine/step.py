@@ -115,7 +115,7 @@ def _with_kept(tokens: Int[Array | np.ndarray, "B T"], kept: Int[Array, " S"]) -
 
 
 def _wish_counts(routing: Routing, valid: Bool[Array, " R"], num_experts: int) -> Int[Array, " E"]:
-    wishes = jnp.where(valid[:, None], routing.wish_ids, num_experts)
+    wishes = jnp.where((valid & routing.known)[:, None], routing.wish_ids, num_experts)
     return jnp.zeros((num_experts,), jnp.int32).at[wishes.reshape(-1)].add(1, mode="drop")
 
 

@@ -21,7 +21,8 @@ class AttentionSums(NamedTuple):
     """Softmax attention over the keys seen so far, by kv head and its group of query heads, in float32.
 
     Sums are relative to the highest score yet (Milakov and Gimelshein 2018, "Online normalizer calculation for
-    softmax"). Masked scores are the lowest float32: sums that hold nothing else vanish with the first key seen.
+    softmax"). A masked key adds exactly nothing, whatever its key and value hold: memory that a query must not see may
+    be stale and not finite, and 0 times NaN is NaN.
     """
 
     highest: Float[Array, "B K G T"]
@@ -42,14 +43,26 @@ class AttentionSums(NamedTuple):
         mask: Bool[Array, "B T S"],
         scale: float,
     ) -> "AttentionSums":
-        """With `S` more keys; query head `n` reads kv head `n // (N / K)`."""
+        """With `S` more keys; query head `n` reads kv head `n // (N / K)`.
+
+        A query that sees a value that is not finite gets NaN, even where that value's weight underflows to 0, and so
+        does one that sees no key at all.
+        """
         grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
         scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k, preferred_element_type=jnp.float32) * scale
         scores = jnp.where(mask[:, None, None, :, :], scores, _MASKED)
         highest = jnp.maximum(self.highest, jnp.max(scores, axis=-1))
         kept = jnp.exp(self.highest - highest)
-        powers = jnp.exp(scores - highest[..., None])
-        added = jnp.einsum("BKGTS,BSKH->BKGTH", powers.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        powers = jnp.where(mask[:, None, None, :, :], jnp.exp(scores - highest[..., None]), 0.0)
+        if mask.shape[1] == 1:  # one query: what it does not see is not there
+            v = jnp.where(mask[:, 0, :, None, None], v, 0)
+            added = jnp.einsum("BKGTS,BSKH->BKGTH", powers.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        else:  # a query must not be reached by what only a later one sees
+            finite = jnp.isfinite(v)
+            v = jnp.where(finite, v, 0)
+            added = jnp.einsum("BKGTS,BSKH->BKGTH", powers.astype(v.dtype), v, preferred_element_type=jnp.float32)
+            lost = jnp.any(mask & ~jnp.all(finite, axis=(2, 3))[:, None, :], axis=-1)
+            added = jnp.where(lost[:, None, None, :, None], jnp.nan, added)
         weight = self.weight * kept + jnp.sum(powers, axis=-1)
         return AttentionSums(highest, weight, self.values * kept[..., None] + added)
 

@@ -18,6 +18,11 @@ class Routing(NamedTuple):
     wish_ids: Int[Array, "R k"]
     wish_probs: Float[Array, "R k"]
 
+    @property
+    def known(self) -> Bool[Array, " R"]:
+        """Whether a row's logits said anything: its wishes are NaN where they did not."""
+        return ~jnp.isnan(self.wish_probs[:, 0])
+
 
 def route(
     logits: Float[Array, "R E"],
@@ -25,23 +30,41 @@ def route(
     allowed: Bool[Array, "R E"] | None = None,
     valid: Bool[Array, " R"] | None = None,
 ) -> Routing:
-    """Softmax over all experts, then the `k` most probable of those `allowed`, weighted as the family does.
+    """The `k` experts with the highest logits of those `allowed`, weighted as the family does.
 
-    An expert that is not allowed is replaced by the next best that is (eMoE section 1.4). Weights are the chosen
-    experts' probabilities under the full softmax, renormalised over the chosen where the family renormalises; so a
-    family that does not gives a substitute its own, smaller, weight. `wish_*` are the unfiltered choices, best first.
-    Rows where `valid` is false get no assignment.
+    An expert that is not allowed is replaced by the next best that is (eMoE section 1.4). Where fewer than `k` are
+    allowed, the ids left over are `E` with weight 0. `wish_*` are the unfiltered choices, best first, with their
+    probabilities under the softmax over all experts. Rows where `valid` is false get no assignment.
+
+    A family that renormalises weights the chosen experts by the softmax over their own logits: the quotient of their
+    probabilities, but without underflow where a router is sure of absent experts. A family that does not renormalise
+    weights them by their probabilities among all experts, so a substitute has its own, smaller weight; it is 0 where
+    the probability underflows.
+
+    An infinite logit counts as the largest float32. So weights are finite unless a row's logits hold NaN; such a row
+    gets no assignment, and weights of NaN from which `moe_ffn` makes a row of NaN.
 
     Worked example, k = 2, probabilities [.5, .3, .2], expert 1 not allowed: wishes [0, 1], ids [0, 2],
     weights [.5, .2] raw or [.714, .286] renormalised.
     """
-    probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    wish_probs, wish_ids = jax.lax.top_k(probs, config.top_k)
+    limit = float(jnp.finfo(jnp.float32).max)
+    bounded = jnp.clip(logits.astype(jnp.float32), -limit, limit)
+    probs = jax.nn.softmax(bounded, axis=-1)
+    chosen, wish_ids = jax.lax.top_k(bounded, config.top_k)
+    wish_probs = jnp.take_along_axis(probs, wish_ids, axis=-1)
     weights, ids = wish_probs, wish_ids
+    present = None  # all of them
     if allowed is not None:
-        weights, ids = jax.lax.top_k(jnp.where(allowed, probs, -1.0), config.top_k)
+        chosen, ids = jax.lax.top_k(jnp.where(allowed, bounded, -jnp.inf), config.top_k)
+        weights = jnp.take_along_axis(probs, ids, axis=-1)
+        present = chosen > -jnp.inf
     if config.norm_topk_prob:
-        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        powers = jnp.exp(chosen - jnp.max(chosen, axis=-1, keepdims=True))
+        weights = powers / jnp.sum(powers, axis=-1, keepdims=True)
+    if present is not None:
+        weights, ids = jnp.where(present, weights, 0.0), jnp.where(present, ids, config.num_experts)
+    lost = jnp.any(jnp.isnan(bounded), axis=-1, keepdims=True)
+    weights, ids = jnp.where(lost, jnp.nan, weights), jnp.where(lost, config.num_experts, ids)
     if valid is not None:
         ids = jnp.where(valid[:, None], ids, config.num_experts)
     if config.router_capacity_factor is not None:
@@ -79,5 +102,6 @@ def substituted(routing: Routing, num_experts: int) -> Substituted:
     """What of each row's `k` wishes was not served because another expert stood in."""
     served = jnp.any(routing.wish_ids[:, :, None] == routing.ids[:, None, :], axis=-1)
     missed = ~served & (routing.ids[:, :1] < num_experts)  # rows without assignments wished for nothing
-    mass = jnp.sum(routing.wish_probs * missed, axis=-1) / jnp.sum(routing.wish_probs, axis=-1)
+    wished = jnp.where(routing.known[:, None], routing.wish_probs, 1.0)  # NaN would reach the sums over rows
+    mass = jnp.sum(wished * missed, axis=-1) / jnp.sum(wished, axis=-1)
     return Substituted(jnp.sum(missed, axis=-1, dtype=jnp.int32), mass)

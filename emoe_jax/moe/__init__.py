@@ -31,7 +31,9 @@ def moe_ffn(
 ) -> Float[Array, "R D"]:
     """`accumulator` (default zero) plus, per row, the weighted FFN outputs of its `k` experts, in the rows' dtype.
 
-    An id of `E` is no assignment; an expert whose slot is the capacity is absent and contributes nothing. Each row's
+    An id of `E` is no assignment; an expert whose slot is the capacity is absent and contributes nothing. A row with a
+    weight of NaN becomes NaN, whatever its ids are, and reaches no other row; nor does a slot that holds NaN reach a
+    row that does not ask for its expert. Each row's
     contributions are added in ascending expert id, whatever the slots are. So with a wave-exact backend (`BACKENDS`),
     calling once per chunk of the experts in ascending id, each call adding to the one before, gives bit for bit the
     result of one call with all experts resident, for the same number of rows. Sums are float32, rounded to the rows'
@@ -60,6 +62,9 @@ def _moe_ffn(
     config: ModelConfig,
     backend: str,
 ) -> Float[Array, "R D"]:
+    lost = jnp.any(jnp.isnan(weights), axis=-1, keepdims=True)
+    accumulator = jnp.where(lost, jnp.nan, accumulator)
+
     def run(name: str) -> Callable[..., Array]:
         return partial(BACKENDS[name].run, config=config)
 

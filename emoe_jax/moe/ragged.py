@@ -6,7 +6,7 @@ the groups.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.weights import ExpertWeights
@@ -31,8 +31,15 @@ def ragged(
     x = rows[groups.row[by_slot]]
     hidden = _ragged_dot(x, experts.w_in, sizes)
     products = _ragged_dot(gate(hidden, config).astype(rows.dtype), experts.w_out, sizes)
+    lost = ~jnp.append(_finite(experts.w_in) & _finite(experts.w_out), True)[groups.slot[by_slot]]
+    products = jnp.where(lost[:, None], jnp.nan, products)
     return combine(products[jnp.argsort(by_slot)], groups, weights, accumulator)
 
 
 def _ragged_dot(x: Float[Array, "A I"], w: Float[Array, "C O I"], sizes: Int[Array, " C"]) -> Float[Array, "A O"]:
+    w = jnp.where(_finite(w)[:, None, None], w, 0)  # where it is dense, every row is multiplied by every slot
     return jax.lax.ragged_dot(x, jnp.swapaxes(w, 1, 2), sizes, preferred_element_type=jnp.float32)
+
+
+def _finite(w: Float[Array, "C O I"]) -> Bool[Array, " C"]:
+    return jnp.all(jnp.isfinite(w), axis=(1, 2))

@@ -26,5 +26,7 @@ def reference(
     hidden = jnp.einsum("RD,CFD->RCF", rows, experts.w_in, preferred_element_type=jnp.float32)
     gated = gate(hidden, config).astype(rows.dtype)
     products = jnp.einsum("RCF,CDF->RCD", gated, experts.w_out, preferred_element_type=jnp.float32)
+    asked = jnp.any(one_hot > 0, axis=1)  # a slot that a row does not ask for may hold anything
+    products = jnp.where(asked[:, :, None], products, 0)
     out = accumulator.astype(jnp.float32) + jnp.einsum("RC,RCD->RD", weight_of_slot, products)
     return out.astype(accumulator.dtype)
