@@ -160,6 +160,7 @@ class HfConfig:
         heads, hidden = self.size("num_attention_heads"), self.size("hidden_size")
         max_position = self.size("max_position_embeddings", max_position)
         head_dim = self.size("head_dim", max(1, hidden // heads))
+        rope = self.rope(max_position, theta)
         return {
             "family": self._family,
             "vocab_size": self.size("vocab_size"),
@@ -167,9 +168,9 @@ class HfConfig:
             "num_layers": self.size("num_hidden_layers"),
             "num_heads": heads,
             "head_dim": head_dim,
-            "max_position": max_position,
+            "max_position": _context_length(rope, max_position),
             "norm_eps": self.positive("rms_norm_eps", norm_eps),
-            "rope": self.rope(max_position, theta),
+            "rope": rope,
             "attention_scale": head_dim**-0.5,
             "activation": self.activation(),
             "tie_embeddings": self.get("tie_word_embeddings", bool, False),
@@ -262,6 +263,21 @@ def _rope(
         attention_factor=attention_factor,
         truncate=truncate,
     )
+
+
+def _context_length(rope: RopeConfig, max_position: int) -> int:
+    """Tokens that a model is made for, of `max_position_embeddings` and its scaling rule, as vLLM derives it.
+
+    YaRN stretches the original length, whatever `max_position_embeddings` is; linear scaling stretches
+    `max_position_embeddings`. In checkpoints of the other rules `max_position_embeddings` is the stretched length.
+    """
+    original = {"yarn": rope.original_max_position, "linear": max_position}.get(rope.kind)
+    if original is None:
+        return max_position
+    length = int(round(original * rope.factor, 6))  # a factor may be a quotient that was rounded
+    if length >= 2**31:
+        raise ConfigError(f"config.json: rope factor {rope.factor} makes a context of {length} tokens of {original}")
+    return length
 
 
 def _yarn_attention_factor(factor: float, options: Mapping[str, float]) -> float:

@@ -1,12 +1,15 @@
 """Translation of `config.json`: what each key means, and what is refused by name."""
 
+import functools
 import json
 import math
 import re
+from typing import Any
 
 import pytest
 
 from emoe_jax.config import ModelConfig
+from emoe_jax.engine.memory import MemoryPlan
 from emoe_jax.errors import CheckpointError, ConfigError
 from tests.golden.tiny import CONFIGS, OPENMOE
 
@@ -343,3 +346,52 @@ def test_values_of_sibling_families(raw, taken, refused):
 def test_what_nobody_knows_is_refused(key):
     with pytest.raises(ConfigError, match=f"option '{key}' is not supported"):
         ModelConfig.from_hf({**MIXTRAL, key: 1})
+
+
+@pytest.mark.parametrize(
+    ("max_position", "scaling", "limit"),
+    [
+        (128, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),
+        (128, {"rope_type": "yarn", "factor": 4}, 512),
+        (40960, {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 131072),
+        (512, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),
+        (163840, {"rope_type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}, 163840),
+        (1000, {"rope_type": "yarn", "original_max_position_embeddings": 300}, 1000),
+        (1000, {"rope_type": "yarn", "factor": 1.1}, 1100),
+        (2048, {"rope_type": "linear", "factor": 2.5}, 5120),
+        (100, {"type": "linear", "factor": 3}, 300),
+        (
+            131072,
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+            131072,
+        ),
+        (4096, {"rope_type": "default"}, 4096),
+        (4096, None, 4096),
+    ],
+)
+@pytest.mark.parametrize("base", [MIXTRAL, QWEN3], ids=["mixtral", "qwen3"])
+def test_the_context_is_what_the_scaling_rule_makes_of_it(
+    base: dict[str, Any], max_position: int, scaling: dict[str, Any] | None, limit: int
+) -> None:
+    """For `rope_scaling` and for `rope_parameters`, and the memory plan goes by it."""
+    raw = base | {"max_position_embeddings": max_position}
+    config = ModelConfig.from_hf(raw | {"rope_scaling": scaling})
+    assert config.max_position == limit
+    if scaling is not None:
+        assert ModelConfig.from_hf(raw | {"rope_parameters": scaling}).max_position == limit
+    plan = functools.partial(MemoryPlan.of, config, platform="cpu", device_bytes=1 << 42, expert_memory="100%")
+    assert plan(max_model_len=limit).max_model_len == limit
+    with pytest.raises(ConfigError, match=f"max_model_len is {limit + 1}; the model allows 2 to {limit}"):
+        plan(max_model_len=limit + 1)
+
+
+def test_a_context_beyond_32_bits_is_refused() -> None:
+    raw = MIXTRAL | {"max_position_embeddings": 2**30, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    with pytest.raises(ConfigError, match=f"makes a context of {2**31} tokens"):
+        ModelConfig.from_hf(raw)
