@@ -11,6 +11,7 @@ from fastapi.responses import Response
 from emoe_jax.engine.request import RequestOutput
 from serve.answers import AssistantMessage, ChatChoice, ChatChunk, ChatChunkChoice, ChatDelta, ChatResponse
 from serve.body import JsonRoute
+from serve.failures import check_answered
 from serve.logprobs import TokenPlaces, chat_logprobs
 from serve.schema import ChatRequest, SloHeaders
 from serve.service import Service, emoe_of, until_disconnect, usage_of
@@ -46,6 +47,7 @@ def chat_routes(service: Service) -> APIRouter:
             outputs = await until_disconnect(request, generation.outputs())
         finally:
             generation.abort()
+        check_answered(outputs)
         return Response(writer.whole(outputs[0]).model_dump_json(), media_type="application/json")
 
     return router

@@ -12,6 +12,7 @@ from fastapi.responses import Response
 from emoe_jax.engine.request import RequestOutput, TokenLogprob
 from serve.answers import CompletionChoice, CompletionLogprobs, CompletionResponse
 from serve.body import JsonRoute
+from serve.failures import check_answered
 from serve.logprobs import TokenPlaces, characters, completion_logprobs
 from serve.schema import DEFAULT_COMPLETION_TOKENS, CompletionRequest, SloHeaders
 from serve.service import Service, emoe_of, until_disconnect, usage_of
@@ -47,6 +48,7 @@ def completion_routes(service: Service) -> APIRouter:
             outputs = await until_disconnect(request, generation.outputs())
         finally:
             generation.abort()
+        check_answered(outputs)
         if body.max_tokens == 0:
             outputs = [_without_answer(output) for output in outputs]
         return Response(writer.whole(outputs).model_dump_json(), media_type="application/json")
@@ -71,7 +73,7 @@ def _without_answer(output: RequestOutput) -> RequestOutput:
             text="",
             token_ids=[],
             logprobs=None if completion.logprobs is None else [],
-            finish_reason="length",
+            finish_reason="length" if completion.error is None else "error",
         )
         for completion in output.completions
     ]

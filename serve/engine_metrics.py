@@ -26,6 +26,7 @@ COUNTERS = (
     ("slo_answers", "Answers that had a deadline.", "scheduler.slo.with_slo"),
     ("slo_attained", "Those that kept all of theirs.", "scheduler.slo.attained"),
     ("slo_given_up", "Sequences whose deadlines were given up while they waited.", "scheduler.unattainable"),
+    ("answers_not_finite", "Answers ended because the model computed NaN or infinity.", "not_finite"),
     ("engine_steps", "Steps of the engine.", "steps"),
     ("engine_step_seconds", "Time spent in steps.", "step_seconds"),
     ("expert_loads", "Experts brought to the device.", "residency.loads.loads"),

@@ -110,6 +110,7 @@ class EngineState(Described):
     routing: str = ""
     steps: int = 0
     step_seconds: Annotated[float, Field(description="Time spent in them.")] = 0.0
+    not_finite: Annotated[int, Field(description="Answers ended because the model computed NaN or infinity.")] = 0
     residency: ResidencyState = ResidencyState()
     planner: PlannerState = PlannerState()
     tasks: Annotated[dict[str, TaskState], Field(description="What ended requests lost, by task.")] = {}

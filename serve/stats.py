@@ -41,10 +41,11 @@ class RequestStats:
         if answer is None:
             metrics.prompt_tokens += self._prompts[position]
             self._prompts[position] = 0  # counted
-            if self.first_token_at is None:
-                self.first_token_at = now
             answer = self._answers[position, delta.index] = _Answer(now)
-            metrics.first_token.observe(now - self.arrived)
+            if count:  # an answer may end with an error before its first token
+                metrics.first_token.observe(now - self.arrived)
+                if self.first_token_at is None:
+                    self.first_token_at = now
         elif count:
             metrics.inter_token.observe(now - answer.last_at)
         answer.last_at = now

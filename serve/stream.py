@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 from emoe_jax.engine.request import RequestOutput
 from serve.answers import EmoeAnswer, Usage
 from serve.errors import ErrorResponse, describe
+from serve.failures import early_end
 from serve.schema import StreamOptions
 from serve.service import emoe_of, usage_of
 from serve.worker import Generation, Progress
@@ -95,12 +96,14 @@ async def _events(
     prompt_tokens, completion_tokens = generation.stats.prompt_tokens, 0
     outputs: dict[int, RequestOutput] = {}
     sent = time.monotonic()
+    failure: str | None = None
     try:
         async for batch in generation.batches(patience=keep_alive):
             chunks: list[Chunk] = []
             for progress in batch:
                 new: list[Chunk] = writer.chunks(progress)
                 completion_tokens += len(progress.delta.token_ids)
+                failure = failure or progress.delta.error
                 if include_usage and options.continuous_usage_stats:
                     for chunk in new:
                         chunk.usage = Usage(
@@ -119,6 +122,8 @@ async def _events(
             else:
                 continue
             sent = time.monotonic()
+        if failure is not None:  # after the chunks: clients stop reading here
+            yield sse(ErrorResponse(error=describe(early_end(failure))[1]).model_dump_json())
     except Exception as error:
         # The status line is long gone; the error goes out as an event, which is what OpenAI's clients expect.
         status, body, _ = describe(error)

@@ -65,6 +65,14 @@ class Answer:
         delta = Delta(sequence.request_id, sequence.index, text, (sampled.token_id,), logprobs, reason, prompt_logprobs)
         return delta, stream.stopped
 
+    def fail(self, sequence: Sequence, error: str) -> Delta:
+        """End a completion with `error`; the delta has what text was held back for a stop string."""
+        completion, stream = self._output.completions[sequence.index], self._streams.get(sequence.index)
+        text = "" if stream is None else stream.flush()  # a text begins with its first token
+        completion.text += text
+        completion.finish_reason, completion.error = "error", error
+        return Delta(sequence.request_id, sequence.index, text, (), finish_reason="error", error=error)
+
     def end(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a completion without a token."""
         completion = self._output.completions[sequence.index]

@@ -1,6 +1,7 @@
 """The programmatic interface: load a checkpoint under an expert-memory budget, generate, stream, look inside."""
 
 import functools
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -45,6 +46,10 @@ from emoe_jax.scheduling.registry import check_policy
 from emoe_jax.scheduling.scheduler import Scheduler
 from emoe_jax.tasks import TaskProfile
 from emoe_jax.traces.recorder import TraceRecorder
+
+log = logging.getLogger(__name__)
+
+NOT_FINITE = "the model computed numbers that are not finite"
 
 ROWS_AT_ONCE = 4096
 
@@ -103,6 +108,7 @@ class Engine:
         self._suspect = False  # whether a step has failed since weights were last looked after
         self._next_id = 0
         self._steps = 0
+        self._not_finite = 0
 
     @classmethod
     def load(
@@ -339,14 +345,15 @@ class Engine:
             self._forget(request_id)
 
     def logits(self, token_ids: Rows[int], routing: RoutingContract | None = None) -> Float[np.ndarray, "T V"]:
-        """Float32 logits of one uncached forward under the routing contract."""
+        """Float32 logits of one uncached forward under the routing contract; NaN where the model computes NaN."""
         self._intake.check_tokens(token_ids)
         return self._runner.logits(token_ids, routing or self.routing)
 
     def quality(self, text: Prompt) -> Quality:
         """Perplexity of a text under the present residents and under all experts, and the KL between the two.
 
-        Two uncached forwards. Raises `RequestError` for a text of fewer than two tokens.
+        Two uncached forwards. Raises `RequestError` for a text of fewer than two tokens, and where the model's logits
+        are not finite.
         """
         token_ids = self._intake.tokenize(text)
         if len(token_ids) < 2:
@@ -405,7 +412,8 @@ class Engine:
         the host books them.
 
         An exception of the device or of the expert store ends the requests of the batch with `error` and is raised
-        after that; other requests go on with the next step.
+        after that; other requests go on with the next step. A sequence for which the model computes NaN or infinity
+        ends with `error` and without another token; nothing is raised.
         """
         self._advance()
         return self._deliveries.take_others()
@@ -477,9 +485,10 @@ class Engine:
         self._waited_at_collect = self._residency.waited_seconds
         self._steps += 1
         awaited = [sequence for sequence in result.sampled if sequence.status is SequenceStatus.RUNNING]
+        lost = [sequence for sequence in result.not_finite if sequence.status is SequenceStatus.RUNNING]
         self._scheduler.update(plan, result, seconds, waited=waited, ended=ended)
         self._foresight.after_step(result.wish_counts, result.resident_counts)
-        deltas = []
+        deltas = [self._lose(sequence) for sequence in lost]
         for sequence in awaited:
             answer = self._answers[sequence.request_id]
             delta, stopped = answer.add(sequence, result.sampled[sequence])
@@ -492,6 +501,18 @@ class Engine:
                 self._foresight.ended(answer.sequences)
         self._step_seconds += seconds + time.monotonic() - ended
         return deltas
+
+    def _lose(self, sequence: Sequence) -> Delta:
+        """End a completion for which the model computed NaN or infinity."""
+        answer = self._answers[sequence.request_id]
+        if all(completion.error is None for completion in answer.output.completions):  # once per request
+            fields = {"request": sequence.request_id, "routing": sequence.routing, "tokens": sequence.num_known}
+            log.error("a request ended: %s", NOT_FINITE, extra={"fields": fields})
+        self._not_finite += 1
+        delta = answer.fail(sequence, NOT_FINITE)
+        if answer.finished:
+            self._foresight.ended(answer.sequences)
+        return delta
 
     def _fail(self, plan: StepPlan, error: Exception) -> None:
         """End the sequences of a plan that came to nothing."""
@@ -528,6 +549,7 @@ class Engine:
             "routing": self.routing,
             "steps": self._steps,
             "step_seconds": round(self._step_seconds, 6),
+            "not_finite": self._not_finite,
             **self._foresight.state(),
             "scheduler": self._scheduler.state(),
             "memory": self.memory_report(),
@@ -576,6 +598,8 @@ class Engine:
         token_ids, embedding = sequences[0].prompt_token_ids, None
         if recorder is not None or self._foresight.wants_embeddings:
             embedding = mean_row(self._runner.embedding_table(), token_ids)
+            if not np.isfinite(embedding).all():
+                embedding = None  # the predictor remembers those of earlier prompts
         self._foresight.arrived(sequences[0], embedding)
         if recorder is not None:
             for sequence in sequences:

@@ -7,6 +7,8 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from emoe_jax.errors import RequestError
+
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
@@ -26,7 +28,12 @@ class Quality:
     def of(
         cls, token_ids: Sequence[int], resident: Float[np.ndarray, "T V"], full: Float[np.ndarray, "T V"]
     ) -> "Quality":
-        """From the logits of at least two tokens under both contracts."""
+        """From the logits of two or more tokens under both contracts; `RequestError` where they are not finite."""
+        for contract, logits in (("resident", resident), ("exact", full)):
+            lost = np.flatnonzero(~np.isfinite(logits[:-1]).all(axis=-1))
+            if len(lost):
+                message = f"the model's logits under {contract!r} are not finite from token {lost[0]} on"
+                raise RequestError(message, param="text")
         ours, theirs = (np.asarray(jax.nn.log_softmax(logits[:-1], axis=-1)) for logits in (resident, full))
         at = np.arange(len(token_ids) - 1), np.asarray(token_ids[1:])
         kl = (np.exp(theirs) * (theirs - ours)).sum(axis=-1)

@@ -1,9 +1,12 @@
 """From a batch's wishes to counts per sequence, and to rows of a routing trace."""
 
+from collections.abc import Collection
+
 import numpy as np
 from jaxtyping import Int
 
 from emoe_jax.engine.batch import Batch
+from emoe_jax.engine.sequence import Sequence
 from emoe_jax.engine.step import Wishes
 from emoe_jax.traces.recorder import TraceRecorder
 
@@ -29,16 +32,18 @@ def counts_by_sequence(batch: Batch, wishes: AnyWishes, num_experts: int) -> Int
     return np.bincount(flat[used], minlength=B * M * E).reshape(B, M, E)
 
 
-def record_wishes(recorder: TraceRecorder, batch: Batch, wishes: AnyWishes) -> None:
+def record_wishes(
+    recorder: TraceRecorder, batch: Batch, wishes: AnyWishes, left_out: Collection[Sequence] = ()
+) -> None:
     """Record the tokens of sequences that have a `sample` number and have not ended, each once: what was preempted and
-    computed again is in the trace already.
+    computed again is in the trace already. Nothing of the sequences `left_out`.
     """
     rows: list[int] = []
     samples: list[int] = []
     positions: list[int] = []
     for index, (sequence, start, length, _) in enumerate(batch.pieces):
         skipped = max(0, sequence.num_recorded - start)
-        if sequence.sample < 0 or sequence.finished or skipped >= length:
+        if sequence.sample < 0 or sequence.finished or skipped >= length or sequence in left_out:
             continue
         first = index * batch.shape.tokens
         rows += range(first + skipped, first + length)

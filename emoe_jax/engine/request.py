@@ -147,6 +147,8 @@ class Delta:
     finish_reason: FinishReason | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """Of the prompt's tokens but the first; with a completion's first delta, when they were asked for."""
+    error: str | None = None
+    """With the finish reason `error`: what went wrong, where the model's own numbers did. Then there is no token."""
 
 
 @dataclasses.dataclass
@@ -158,6 +160,8 @@ class Completion:
     token_ids: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None
+    error: str | None = None
+    """What went wrong, where the answer ended because the model's own numbers did."""
     queue_seconds: float | None = None
     """From arrival until its first step was planned; None before its first token."""
 

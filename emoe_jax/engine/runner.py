@@ -114,18 +114,21 @@ class Runner:
             outputs = [(*output, without_probs(wishes)) for *output, wishes in outputs]
         outputs = jax.device_get(outputs)
         sampled: dict[Sequence, SampledToken] = {}
+        not_finite: set[Sequence] = set()
         choices = len(self.config.moe_layers) * self.config.top_k
         wish_counts = np.zeros((len(self.config.moe_layers), self.config.num_experts), np.int64)
         resident_counts = np.zeros_like(wish_counts)
         for batch, output, resident in zip(batches, outputs, dispatched.residents, strict=True):
-            tokens, prompt_logprobs, counts, substituted, wishes = output
+            tokens, prompt_logprobs, counts, substituted, finite, wishes = output
             wish_counts += counts
             resident_counts += counts * resident
+            spoilt = _not_finite(batch, finite, prompt_logprobs)
+            not_finite |= spoilt
             if self.recorder is not None:
-                record_wishes(self.recorder, batch, wishes)
+                record_wishes(self.recorder, batch, wishes, spoilt)
             routed = counts_by_sequence(batch, wishes, self.config.num_experts)
             for row, piece in enumerate(batch.pieces):
-                if piece.sequence.finished:
+                if piece.sequence.finished or piece.sequence in spoilt:
                     continue
                 piece.sequence.add_routing(routed[row])
                 piece.sequence.substituted += int(substituted.choices[row])
@@ -135,7 +138,7 @@ class Runner:
                     _keep_prompt_logprobs(piece, prompt_logprobs)
                 if piece.samples:
                     sampled[piece.sequence] = _sampled_token(piece.sequence, tokens, row)
-        return RunResult(sampled, wish_counts, resident_counts)
+        return RunResult(sampled, wish_counts, resident_counts, not_finite=frozenset(not_finite))
 
     def move_pages(self, moves: Mapping[int, int]) -> None:
         """Copy what is in some pages to others, once the steps in flight have written it."""
@@ -164,7 +167,7 @@ class Runner:
         return self._embedding_table
 
     def logits(self, token_ids: Rows[int], routing: RoutingContract) -> Float[np.ndarray, "T V"]:
-        """Float32 logits of one uncached forward under a routing contract."""
+        """Float32 logits of one uncached forward under a routing contract; NaN where the model computes NaN."""
         length = len(token_ids)
         if not 0 < length <= self.config.max_position:
             raise RequestError(f"{length} tokens given; expected 1 to {self.config.max_position}", param="token_ids")
@@ -203,7 +206,8 @@ class Runner:
         self.move_pages({0: 0})
 
     def _run_batch(self, batch: Batch, kept: Int[Array, " S"]) -> tuple[Any, ...]:
-        """Dispatch one batch: its tokens, wish counts, substituted choices and wishes, still on the device.
+        """Dispatch one batch: its tokens, log probabilities of prompts, wish counts, substituted choices, which of its
+        sequences are finite, and wishes, still on the device.
 
         `kept` are the tokens of the steps before; those of the batches before it in the same step are not among them.
         """
@@ -228,6 +232,7 @@ class Runner:
             self._prompt_logprobs(batch, outputs.hidden),
             outputs.wish_counts,
             outputs.substituted,
+            outputs.finite,
             outputs.wishes,
         )
 
@@ -241,11 +246,11 @@ class Runner:
 
     def _run_exact(self, batch: Batch, kept: Int[Array, " S"]) -> step.StepOutputs:
         x, wish_counts, wishes = self._layer_by_layer(batch, kept, cached=True)
-        logits = self._call(
+        logits, finite = self._call(
             step.last_logits, batch.shape[:2], self._leaves, x, batch.inputs.lengths, skeleton=self._skeleton
         )
         nothing = Substituted(*np.zeros((2, batch.shape.sequences)))  # pyright: ignore[reportArgumentType]
-        return step.StepOutputs(x, logits, np.stack(wish_counts), nothing, wishes)
+        return step.StepOutputs(x, logits, np.stack(wish_counts), nothing, finite, wishes)
 
     def _layer_by_layer(
         self, batch: Batch, kept: Int[Array, " S"], *, cached: bool
@@ -351,6 +356,19 @@ class Runner:
 
     def _call(self, function: Callable[..., Any], key: Any, *args: Any, **statics: Any) -> Any:
         return self.executables.call(function, key, *args, **statics)
+
+
+def _not_finite(
+    batch: Batch, finite: Bool[np.ndarray, " B"], prompt_logprobs: TokenLogprobs | None
+) -> frozenset[Sequence]:
+    """The sequences of a batch for which the model computed NaN or infinity."""
+    spoilt = {piece.sequence for row, piece in enumerate(batch.pieces) if not finite[row]}
+    if prompt_logprobs is not None:  # only in batches of one sequence
+        piece = batch.pieces[0]
+        count = min(piece.length, len(piece.sequence.prompt_token_ids) - 1 - piece.start)
+        if not np.isfinite(prompt_logprobs.logprob[: max(0, count)]).all():
+            spoilt.add(piece.sequence)
+    return frozenset(spoilt)
 
 
 def _sampled_token(sequence: Sequence, sampled: Sampled, row: int) -> SampledToken:

@@ -95,6 +95,8 @@ class StepOutputs(NamedTuple):
     wish_counts: Int[Array | np.ndarray, "M E"]
     substituted: Substituted
     """By sequence, summed over its new tokens and all layers."""
+    finite: Bool[Array, " B"]
+    """By sequence: whether the last hidden states of its new tokens, and its logits, are finite."""
     wishes: Wishes | list[Wishes]
     """Of all MoE layers, or a list by layer."""
 
@@ -128,6 +130,12 @@ def _attend_function(config: ModelConfig, window: int | None, cache: LayerKV | N
 def _last_hidden(x: Float[Array, "B T D"], lengths: Int[Array, " B"]) -> Float[Array, "B D"]:
     last = jnp.maximum(lengths - 1, 0)
     return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+
+
+def _all_finite(x: Float[Array, "B T D"], valid: Bool[Array, "B T"], logits: Float[Array, "B V"]) -> Bool[Array, " B"]:
+    """A key, value or router logit that is NaN makes its token's residual stream NaN, which stays so to the end."""
+    tokens = jnp.all(jnp.isfinite(x), axis=-1) | ~valid
+    return jnp.all(tokens, axis=-1) & jnp.all(jnp.isfinite(logits), axis=-1)
 
 
 @partial(jax.jit, static_argnames=("skeleton", "config"), donate_argnames=("cache",))
@@ -174,7 +182,8 @@ def resident_step(
     missed = Substituted(
         *(jnp.sum(jnp.stack(field).reshape(-1, B, T), axis=(0, 2)) for field in zip(*replaced, strict=True))
     )
-    return tuple(new_cache), StepOutputs(x, logits, jnp.stack(counts), missed, stacked)
+    finite = _all_finite(x, view.valid, logits)
+    return tuple(new_cache), StepOutputs(x, logits, jnp.stack(counts), missed, finite, stacked)
 
 
 @partial(jax.jit, static_argnames=("skeleton",))
@@ -256,9 +265,12 @@ def dense_layer(
 @partial(jax.jit, static_argnames=("skeleton",))
 def last_logits(
     leaves: tuple[Array, ...], x: Float[Array, "B T D"], lengths: Int[Array | np.ndarray, " B"], *, skeleton: Skeleton
-) -> Float[Array, "B V"]:
-    """Float32 logits of the last token of each sequence."""
-    return skeleton.join(leaves).logits(_last_hidden(x, jnp.asarray(lengths)))
+) -> tuple[Float[Array, "B V"], Bool[Array, " B"]]:
+    """Float32 logits of the last token of each sequence, and whether all that it computed is finite."""
+    lengths = jnp.asarray(lengths)
+    logits = skeleton.join(leaves).logits(_last_hidden(x, lengths))
+    valid = jnp.arange(x.shape[1], dtype=jnp.int32)[None, :] < lengths[:, None]
+    return logits, _all_finite(x, valid, logits)
 
 
 @partial(jax.jit, static_argnames=("skeleton",))

@@ -56,6 +56,10 @@ class SampledToken(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """What the runner brings back: a token for every decode and every last prefill chunk of the plan."""
+    """What the runner brings back: a token for every decode and every last prefill chunk of the plan, but for the
+    sequences in `not_finite`.
+    """
 
     sampled: Mapping[Sequence, SampledToken]
+    not_finite: frozenset[Sequence] = dataclasses.field(default=frozenset(), kw_only=True)
+    """Sequences for which the model computed NaN or infinity: no token can be chosen, and their pages are spoilt."""

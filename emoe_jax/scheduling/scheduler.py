@@ -246,7 +246,9 @@ class Scheduler:
         default `seconds` after `schedule`.
 
         Token conditions end a sequence here: "stop" for an end-of-sequence or stop token (kept as the last token),
-        "length" for `max_tokens` and `max_model_len`. Sequences that ended while the plan was in flight are skipped.
+        "length" for `max_tokens` and `max_model_len`. A sequence whose numbers are not finite ends with "error", and
+        the pages that the step wrote for it are not published. Sequences that ended while the plan was in flight are
+        skipped.
         """
         if not self._in_flight:
             self.dispatched(plan)
@@ -257,6 +259,10 @@ class Scheduler:
         self._now = plan.now + (seconds or 0.0) if ended is None else ended
         finished: list[Sequence] = []
         sampled = result.sampled
+        for sequence in plan.sequences:
+            if sequence in result.not_finite and sequence.status is SequenceStatus.RUNNING:
+                self.finish(sequence, "error")
+                finished.append(sequence)
         for sequence in plan.decodes:
             if sequence.status is SequenceStatus.RUNNING:
                 self.prefix_cache.publish(sequence, sequence.num_known - 1, sequence.num_known)
