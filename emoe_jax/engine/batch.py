@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from collections.abc import Sequence as Rows
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,9 @@ from emoe_jax.engine.sampling import SamplingArrays
 from emoe_jax.engine.sequence import Sequence
 from emoe_jax.engine.step import StepInputs
 from emoe_jax.scheduling.plan import StepPlan
+
+UNCACHED_ROWS = 512
+"""Tokens that an uncached forward computes at a time. Up to so many attend to each other in one block."""
 
 
 class Shape(NamedTuple):
@@ -108,6 +112,25 @@ def empty_batch(shape: Shape, routing: RoutingContract) -> Batch:
         np.zeros((B, T), np.int32), np.zeros(B, np.int32), np.zeros(B, np.int32), np.zeros((B, pages), np.int32)
     )
     return Batch((), routing, shape, inputs, SamplingArrays.of([], B), np.asarray(False))
+
+
+def uncached_batches(token_ids: Rows[int], routing: RoutingContract) -> list[Batch]:
+    """A text in batches of at most `UNCACHED_ROWS` tokens, for a forward that has pages `1, 2, ...` to itself.
+
+    A text that fits one batch needs no pages. The shapes are powers of two, so that few are compiled.
+    """
+    length = len(token_ids)
+    rows = min(1 << (length - 1).bit_length(), UNCACHED_ROWS)
+    pages = pages_for(1 << (length - 1).bit_length()) if length > rows else 0
+    batches = []
+    for start in range(0, length, rows):
+        batch = empty_batch(Shape(1, rows, pages), routing)
+        count = min(rows, length - start)
+        batch.inputs.tokens[0, :count] = token_ids[start : start + count]
+        batch.inputs.starts[0], batch.inputs.lengths[0] = start, count
+        batch.inputs.block_tables[0] = np.arange(1, pages + 1)
+        batches.append(batch)
+    return batches
 
 
 def _pad(pieces: list[Piece], buckets: Buckets) -> Batch:

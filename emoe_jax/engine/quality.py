@@ -9,6 +9,9 @@ from jaxtyping import Float
 
 from emoe_jax.errors import RequestError
 
+_ROWS = 512
+"""Rows of logits that are on the device together."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
@@ -34,7 +37,12 @@ class Quality:
             if len(lost):
                 message = f"the model's logits under {contract!r} are not finite from token {lost[0]} on"
                 raise RequestError(message, param="text")
-        ours, theirs = (np.asarray(jax.nn.log_softmax(logits[:-1], axis=-1)) for logits in (resident, full))
-        at = np.arange(len(token_ids) - 1), np.asarray(token_ids[1:])
-        kl = (np.exp(theirs) * (theirs - ours)).sum(axis=-1)
-        return cls(float(np.exp(-ours[at].mean())), float(np.exp(-theirs[at].mean())), float(kl.mean()))
+        count = len(token_ids) - 1
+        ours, theirs, kl = np.zeros(count), np.zeros(count), np.zeros(count)
+        for first in range(0, count, _ROWS):
+            rows = slice(first, min(first + _ROWS, count))
+            at = np.arange(rows.stop - first), np.asarray(token_ids[first + 1 : rows.stop + 1])
+            our, their = (np.asarray(jax.nn.log_softmax(logits[rows], axis=-1)) for logits in (resident, full))
+            ours[rows], theirs[rows] = our[at], their[at]
+            kl[rows] = (np.exp(their) * (their - our)).sum(axis=-1)
+        return cls(float(np.exp(-ours.mean())), float(np.exp(-theirs.mean())), float(kl.mean()))

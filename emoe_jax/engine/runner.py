@@ -16,12 +16,13 @@ from jaxtyping import Array, Bool, Float, Int
 from emoe_jax.config import ModelConfig
 from emoe_jax.engine import step
 from emoe_jax.engine.ahead import MemoryShapes, compile_adjusted_choice
-from emoe_jax.engine.batch import Batch, Buckets, Piece, Shape, batches_of, empty_batch
+from emoe_jax.engine.batch import Batch, Buckets, Shape, batches_of, empty_batch, uncached_batches
 from emoe_jax.engine.executables import Executables
 from emoe_jax.engine.kv_cache import KVCache, LayerKV, move_pages, resize_pages
+from emoe_jax.engine.readback import keep_prompt_logprobs, not_finite, sampled_token
 from emoe_jax.engine.recording import counts_by_sequence, record_wishes, without_probs
-from emoe_jax.engine.request import RoutingContract, TokenLogprob
-from emoe_jax.engine.sampling import Sampled, TokenLogprobs
+from emoe_jax.engine.request import RoutingContract
+from emoe_jax.engine.sampling import TokenLogprobs
 from emoe_jax.engine.sequence import Sequence
 from emoe_jax.errors import RequestError
 from emoe_jax.experts.residency import Residency
@@ -114,7 +115,7 @@ class Runner:
             outputs = [(*output, without_probs(wishes)) for *output, wishes in outputs]
         outputs = jax.device_get(outputs)
         sampled: dict[Sequence, SampledToken] = {}
-        not_finite: set[Sequence] = set()
+        lost: set[Sequence] = set()
         choices = len(self.config.moe_layers) * self.config.top_k
         wish_counts = np.zeros((len(self.config.moe_layers), self.config.num_experts), np.int64)
         resident_counts = np.zeros_like(wish_counts)
@@ -122,8 +123,8 @@ class Runner:
             tokens, prompt_logprobs, counts, substituted, finite, wishes = output
             wish_counts += counts
             resident_counts += counts * resident
-            spoilt = _not_finite(batch, finite, prompt_logprobs)
-            not_finite |= spoilt
+            spoilt = not_finite(batch, finite, prompt_logprobs)
+            lost |= spoilt
             if self.recorder is not None:
                 record_wishes(self.recorder, batch, wishes, spoilt)
             routed = counts_by_sequence(batch, wishes, self.config.num_experts)
@@ -135,10 +136,10 @@ class Runner:
                 piece.sequence.substituted_mass += float(substituted.mass[row])
                 piece.sequence.assigned += piece.length * choices
                 if prompt_logprobs is not None:
-                    _keep_prompt_logprobs(piece, prompt_logprobs)
+                    keep_prompt_logprobs(piece, prompt_logprobs)
                 if piece.samples:
-                    sampled[piece.sequence] = _sampled_token(piece.sequence, tokens, row)
-        return RunResult(sampled, wish_counts, resident_counts, not_finite=frozenset(not_finite))
+                    sampled[piece.sequence] = sampled_token(piece.sequence, tokens, row)
+        return RunResult(sampled, wish_counts, resident_counts, not_finite=frozenset(lost))
 
     def move_pages(self, moves: Mapping[int, int]) -> None:
         """Copy what is in some pages to others, once the steps in flight have written it."""
@@ -167,16 +168,34 @@ class Runner:
         return self._embedding_table
 
     def logits(self, token_ids: Rows[int], routing: RoutingContract) -> Float[np.ndarray, "T V"]:
-        """Float32 logits of one uncached forward under a routing contract; NaN where the model computes NaN."""
+        """Float32 logits of one uncached forward under a routing contract; NaN where the model computes NaN.
+
+        Layer by layer, and within a layer at most `UNCACHED_ROWS` tokens at a time. Beside what a step of so many
+        tokens takes, the device holds the keys and values of one layer; scores exist for one block of keys.
+        """
         length = len(token_ids)
         if not 0 < length <= self.config.max_position:
             raise RequestError(f"{length} tokens given; expected 1 to {self.config.max_position}", param="token_ids")
-        batch = empty_batch(Shape(1, 1 << (length - 1).bit_length(), 0), routing)
-        batch.inputs.tokens[0, :length] = token_ids
-        batch.inputs.lengths[0] = length
-        x, _, _ = self._layer_by_layer(batch, self._kept, cached=False)
-        logits = self._call(step.all_logits, batch.shape, self._leaves, x, skeleton=self._skeleton)
-        return np.asarray(logits)[0, :length]
+        batches = uncached_batches(token_ids, routing)
+        alone = len(batches) == 1  # then nothing is attended to but the batch itself
+        states: list[Any] = []
+        for batch in batches:
+            tokens, shape = batch.inputs.tokens, batch.shape[:2]
+            x = self._call(step.embed, shape, self._leaves, tokens, self._kept, skeleton=self._skeleton)
+            states.append(x if alone else np.asarray(x))  # the device holds one batch at a time
+        pages = None if alone else self._blank_pages(batches[0].shape.pages + 1)
+        for index in range(len(self._layers)):
+            for number, batch in enumerate(batches):
+                x = jax.device_put(states[number], self._residency.slab.sharding)
+                pages, x, *_ = self._layer(index, batch, x, pages)
+                states[number] = x if alone else np.asarray(x)
+        logits = np.empty((length, self.config.vocab_size), np.float32)
+        for batch, x in zip(batches, states, strict=True):
+            x = jax.device_put(x, self._residency.slab.sharding)
+            rows = self._call(step.all_logits, batch.shape[:2], self._leaves, x, skeleton=self._skeleton)
+            start, count = batch.inputs.starts[0], batch.inputs.lengths[0]
+            logits[start : start + count] = np.asarray(rows)[0, :count]
+        return logits
 
     def warm_up(self, progress: Progress | None = None) -> None:
         """Compile every shape that `run` can meet: whole forwards on a pool of threads, the rest beside it."""
@@ -245,7 +264,7 @@ class Runner:
         return places
 
     def _run_exact(self, batch: Batch, kept: Int[Array, " S"]) -> step.StepOutputs:
-        x, wish_counts, wishes = self._layer_by_layer(batch, kept, cached=True)
+        x, wish_counts, wishes = self._layer_by_layer(batch, kept)
         logits, finite = self._call(
             step.last_logits, batch.shape[:2], self._leaves, x, batch.inputs.lengths, skeleton=self._skeleton
         )
@@ -253,56 +272,79 @@ class Runner:
         return step.StepOutputs(x, logits, np.stack(wish_counts), nothing, finite, wishes)
 
     def _layer_by_layer(
-        self, batch: Batch, kept: Int[Array, " S"], *, cached: bool
+        self, batch: Batch, kept: Int[Array, " S"]
     ) -> tuple[Float[Array, "B T D"], list[Int[np.ndarray, " E"]], list[step.Wishes]]:
-        """A forward that stops at every router: the `exact` contract, and forwards without the cache.
+        """A forward that stops at every router: the `exact` contract.
 
         Returns the last hidden states, the wish counts and (still on the device) the wishes per MoE layer.
         """
-        config, shape, inputs = self.config, batch.shape, batch.inputs
-        x = self._call(step.embed, shape[:2], self._leaves, inputs.tokens, kept, skeleton=self._skeleton)
+        x = self._call(step.embed, batch.shape[:2], self._leaves, batch.inputs.tokens, kept, skeleton=self._skeleton)
         wish_counts: list[np.ndarray] = []
         wishes: list[step.Wishes] = []
-        for index, (skeleton, leaves) in enumerate(self._layers):
-            kind, window = self._kinds[index], config.sliding_window(index)
-            layer_cache = self._cache[index] if cached else None
-            pages = self._shapes.pages[index] if cached else 0
-            statics = {"skeleton": skeleton, "config": config, "window": window}
-            if not config.is_moe(index):
-                layer_cache, x = self._call(
-                    step.dense_layer, (kind, *shape, pages), leaves, x, layer_cache, inputs, **statics
-                )
-                self._keep(index, layer_cache)
-            else:
-                m = len(wish_counts)
-                restricted = batch.routing == "resident"
-                layer_cache, routed, total, layer_wishes = self._call(
-                    step.attend_and_route,
-                    (kind, *shape, pages, restricted),
-                    leaves,
-                    x,
-                    layer_cache,
-                    inputs,
-                    self._residency.table.resident_mask[m],
-                    restricted=restricted,
-                    **statics,
-                )
-                self._keep(index, layer_cache)  # before anything can fail: the old arrays are donated
-                counts = np.asarray(routed.wish_counts)
-                # Closed here: an error's traceback would keep the generator, and with it the pins of its slots.
-                with contextlib.closing(self._waves(m, counts, batch.routing)) as waves:
-                    for slots in waves:
-                        experts = self._residency.slab.weights[m]
-                        wave = (*shape[:2], experts.capacity)
-                        total = self._call(step.expert_wave, wave, routed, slots, experts, total, config=config)
-                x = self._call(step.close_moe, (kind, *shape[:2]), leaves, routed, total, skeleton=skeleton)
+        for index in range(len(self._layers)):
+            keep = functools.partial(self._cache.__setitem__, index)
+            _, x, counts, layer_wishes = self._layer(index, batch, x, self._cache[index], keep)
+            if layer_wishes is not None:
                 wish_counts.append(counts)
                 wishes.append(layer_wishes)
         return x, wish_counts, wishes
 
-    def _keep(self, index: int, layer_cache: LayerKV | None) -> None:
-        if layer_cache is not None:
-            self._cache[index] = layer_cache
+    def _layer(
+        self,
+        index: int,
+        batch: Batch,
+        x: Float[Array, "B T D"],
+        layer_cache: LayerKV | None,
+        keep: Callable[[LayerKV], None] | None = None,
+    ) -> tuple[LayerKV | None, Float[Array, "B T D"], Int[np.ndarray, " E"], step.Wishes | None]:
+        """One layer that stops at its router. Donates `layer_cache`; without one, sequences attend to themselves only.
+
+        Returns the cache, the hidden states, the wish counts and the wishes (None of a layer without experts). `keep`
+        gets the cache before anything can fail: the old arrays are gone by then.
+        """
+        config, shape, inputs = self.config, batch.shape, batch.inputs
+        skeleton, leaves = self._layers[index]
+        kind, window = self._kinds[index], config.sliding_window(index)
+        pages = 0 if layer_cache is None else layer_cache.k.shape[0]
+        statics = {"skeleton": skeleton, "config": config, "window": window}
+        if not config.is_moe(index):
+            layer_cache, x = self._call(
+                step.dense_layer, (kind, *shape, pages), leaves, x, layer_cache, inputs, **statics
+            )
+            if keep is not None and layer_cache is not None:
+                keep(layer_cache)
+            return layer_cache, x, np.zeros(0, np.int32), None
+        m = config.moe_layers.index(index)
+        restricted = batch.routing == "resident"
+        layer_cache, routed, total, wishes = self._call(
+            step.attend_and_route,
+            (kind, *shape, pages, restricted),
+            leaves,
+            x,
+            layer_cache,
+            inputs,
+            self._residency.table.resident_mask[m],
+            restricted=restricted,
+            **statics,
+        )
+        if keep is not None and layer_cache is not None:
+            keep(layer_cache)
+        counts = np.asarray(routed.wish_counts)
+        # Closed here: an error's traceback would keep the generator, and with it the pins of its slots.
+        with contextlib.closing(self._waves(m, counts, batch.routing)) as waves:
+            for slots in waves:
+                experts = self._residency.slab.weights[m]
+                wave = (*shape[:2], experts.capacity)
+                total = self._call(step.expert_wave, wave, routed, slots, experts, total, config=config)
+        x = self._call(step.close_moe, (kind, *shape[:2]), leaves, routed, total, skeleton=skeleton)
+        return layer_cache, x, counts, wishes
+
+    def _blank_pages(self, count: int) -> LayerKV:
+        """Pages of one layer for an uncached forward, in the cache's dtype."""
+        shape, dtype = (count, *self._cache[0].k.shape[1:]), self._cache[0].k.dtype
+        zeros = np.zeros(shape, dtype)
+        sharding = self._residency.slab.sharding
+        return LayerKV(jax.device_put(zeros, sharding), jax.device_put(zeros.copy(), sharding))
 
     def _waves(
         self, m: int, wish_counts: Int[np.ndarray, " E"], routing: RoutingContract
@@ -356,40 +398,3 @@ class Runner:
 
     def _call(self, function: Callable[..., Any], key: Any, *args: Any, **statics: Any) -> Any:
         return self.executables.call(function, key, *args, **statics)
-
-
-def _not_finite(
-    batch: Batch, finite: Bool[np.ndarray, " B"], prompt_logprobs: TokenLogprobs | None
-) -> frozenset[Sequence]:
-    """The sequences of a batch for which the model computed NaN or infinity."""
-    spoilt = {piece.sequence for row, piece in enumerate(batch.pieces) if not finite[row]}
-    if prompt_logprobs is not None:  # only in batches of one sequence
-        piece = batch.pieces[0]
-        count = min(piece.length, len(piece.sequence.prompt_token_ids) - 1 - piece.start)
-        if not np.isfinite(prompt_logprobs.logprob[: max(0, count)]).all():
-            spoilt.add(piece.sequence)
-    return frozenset(spoilt)
-
-
-def _sampled_token(sequence: Sequence, sampled: Sampled, row: int) -> SampledToken:
-    token, wanted = int(sampled.tokens[row]), sequence.params.logprobs
-    if wanted is None:
-        return SampledToken(token)
-    return SampledToken(token, float(sampled.logprob[row]), _alternatives(sampled, row, wanted))
-
-
-def _keep_prompt_logprobs(piece: Piece, logprobs: TokenLogprobs) -> None:
-    """Book what a prompt's chunk tells of the tokens after each of its own, once even if it is computed again."""
-    sequence, known = piece.sequence, len(piece.sequence.prompt_logprobs)
-    following = sequence.prompt_token_ids[piece.start + 1 : piece.start + 1 + piece.length]
-    for row, token in enumerate(following):
-        if piece.start + row == known:
-            top = _alternatives(logprobs, row, sequence.params.prompt_logprobs or 0)
-            sequence.prompt_logprobs.append(TokenLogprob(token, float(logprobs.logprob[row]), top))
-            known += 1
-
-
-def _alternatives(logprobs: Sampled | TokenLogprobs, row: int, count: int) -> tuple[tuple[int, float], ...]:
-    """The `count` most probable tokens of a row, best first."""
-    pairs = zip(logprobs.top_ids[row, :count], logprobs.top_logprobs[row, :count], strict=True)
-    return tuple((int(token), float(logprob)) for token, logprob in pairs)

@@ -2,8 +2,12 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+BLOCK = 512
+"""Queries and keys of a sequence without a cache that are attended to at once."""
 
 _MASKED = jnp.finfo(jnp.float32).min
 
@@ -70,6 +74,39 @@ class AttentionSums(NamedTuple):
         B, K, G, T, H = self.values.shape
         mean = self.values / self.weight[..., None]
         return mean.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H).astype(dtype)
+
+
+def attend_causally(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    positions: Int[Array, "B T"],
+    window: int | None,
+    scale: float,
+) -> Float[Array, "B T N H"]:
+    """Sequences of equal positions attend to themselves. Scores exist for `BLOCK` queries and keys at a time."""
+    T = q.shape[1]
+    if T <= BLOCK:
+        return attend(q, k, v, attention_mask(positions, positions[0], window), scale)
+    number = -(-T // BLOCK)
+    padding = ((0, 0), (0, number * BLOCK - T))
+    q, k, v = (jnp.pad(x, (*padding, (0, 0), (0, 0))) for x in (q, k, v))
+    positions = jnp.pad(positions, padding, constant_values=jnp.iinfo(jnp.int32).max)  # after all, so seen by none
+
+    def part(x: Array, index: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(x, index * BLOCK, BLOCK, axis=1)
+
+    def attended(row: Array) -> Array:
+        queries, at = part(q, row), part(positions, row)
+
+        def add(index: Array, sums: AttentionSums) -> AttentionSums:
+            mask = attention_mask(at, part(positions, index)[0], window)
+            return sums.add(queries, part(k, index), part(v, index), mask, scale)
+
+        return jax.lax.fori_loop(0, number, add, AttentionSums.zero(queries, k.shape[2])).output(q.dtype)
+
+    blocks = jax.lax.map(attended, jnp.arange(number, dtype=jnp.int32))
+    return jnp.moveaxis(blocks, 0, 1).reshape(q.shape)[:, :T]
 
 
 def attend(

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.weights import ExpertWeights
-from emoe_jax.models.attention import attend, attention_mask
+from emoe_jax.models.attention import attend_causally
 from emoe_jax.models.rope import inverse_frequencies, rotate
 from emoe_jax.models.routing import Routing, route
 
@@ -223,8 +223,7 @@ class Decoder(nnx.Module):
 
 def causal_attend(config: ModelConfig, window: int | None, positions: Int[Array, "B T"]) -> AttendFunction:
     """Attention of sequences to themselves, without a cache."""
-    mask = attention_mask(positions, positions[0], window)
-    return lambda q, k, v: (attend(q, k, v, mask, config.attention_scale), None)
+    return lambda q, k, v: (attend_causally(q, k, v, positions, window, config.attention_scale), None)
 
 
 def init_experts(config: ModelConfig, key: Array) -> tuple[ExpertWeights, ...]:

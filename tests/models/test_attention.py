@@ -9,7 +9,7 @@ import pytest
 
 from emoe_jax.config import ModelConfig
 from emoe_jax.engine.kv_cache import PAGE_SIZE, KVView, LayerKV, paged_attend
-from emoe_jax.models.attention import attend, attention_mask
+from emoe_jax.models.attention import BLOCK, attend, attend_causally, attention_mask
 
 N, K, H = 4, 2, 8
 CONFIG = ModelConfig(
@@ -131,3 +131,26 @@ def test_rows_of_a_batch_do_not_reach_each_other(dtype: str) -> None:
     assert np.isnan(got[1]).all()
     spoilt = np.isnan(np.asarray(after.v, np.float32)).any(axis=(1, 2, 3))
     assert np.flatnonzero(spoilt).tolist() == [tables[1, 17 // PAGE_SIZE]]
+
+
+@pytest.mark.parametrize("window", [None, 100, 700])
+@pytest.mark.parametrize("T", [BLOCK, BLOCK + 1, 2 * BLOCK + 37])
+def test_blocks_of_a_long_sequence_are_attention(T: int, window: int | None) -> None:
+    q, k, v = (jax.random.normal(key, (2, T, heads, H)) for key, heads in zip(_KEYS, (N, K, K), strict=True))
+    positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (2, T))
+    want = attend(q, k, v, attention_mask(positions, positions[0], window), 0.5)
+    np.testing.assert_allclose(attend_causally(q, k, v, positions, window, 0.5), want, atol=1e-5)
+
+
+def test_scores_do_not_grow_with_the_square_of_the_length() -> None:
+    temporaries = []
+    for T in (2048, 4096, 8192):
+        operands: list[Any] = [jax.ShapeDtypeStruct((1, T, heads, H), jnp.float32) for heads in (N, K, K)]
+        positions: Any = jax.ShapeDtypeStruct((1, T), jnp.int32)
+        compiled = jax.jit(attend_causally, static_argnums=(4, 5)).lower(*operands, positions, None, 0.5).compile()
+        memory = compiled.memory_analysis()
+        assert memory is not None
+        temporaries.append(memory.temp_size_in_bytes)
+    inputs = 8192 * (N + 2 * K) * H * 4
+    assert temporaries[2] < 2.2 * temporaries[1] < 5 * temporaries[0]
+    assert temporaries[2] < 4 * inputs + 4 * 4 * N * BLOCK * BLOCK
