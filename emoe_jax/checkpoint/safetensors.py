@@ -117,7 +117,7 @@ class SafetensorsFile:
 
     def _fill(self, name: str, start: int, out: np.ndarray) -> None:
         """Read the bytes of a contiguous array from position `start`, which is in tensor `name`."""
-        target = memoryview(out.reshape(-1).view(np.uint8))
+        target = out.reshape(-1).view(np.uint8).data
         done = 0
         try:
             while done < len(target):

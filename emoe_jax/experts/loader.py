@@ -4,10 +4,9 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import jax
 import numpy as np
 from jaxtyping import Bool
 
@@ -16,6 +15,7 @@ from emoe_jax.experts.slab import ExpertSlab
 from emoe_jax.experts.store import ExpertStore
 from emoe_jax.experts.table import EMPTY, SlotTable
 from emoe_jax.experts.tickets import LoadState, LoadTicket, TicketQueue
+from emoe_jax.experts.writes import Writes
 
 _WINDOW_BYTES = 64 << 20
 
@@ -315,11 +315,11 @@ class ExpertLoader:
         return next(iter(self._table.empty_slots(ticket.layer)), None)
 
     @contextlib.contextmanager
-    def _writes(self, taken: Sequence[LoadTicket]) -> "Iterator[_Writes]":
+    def _writes(self, taken: Sequence[LoadTicket]) -> Iterator[Writes]:
         """Collect the writes of one commit: at the end they are in slab and table. If anything failed, those that are
         not are given up, and so are all tickets that were `taken` for it.
         """
-        writes = _Writes(self._table)
+        writes = Writes(self._table)
         try:
             yield writes
             writes.flush(self._slab)
@@ -390,34 +390,3 @@ class ExpertLoader:
                 f"no expert {expert} in layer {layer}: the model has {self._table.num_layers} MoE layers "
                 f"of {self._table.num_experts} experts"
             )
-
-
-class _Writes:
-    """Assignments of one commit: the table at once, so that the next choice sees them, the slab in one go per layer."""
-
-    def __init__(self, table: SlotTable):
-        self.tickets: list[LoadTicket] = []
-        self._table = table
-        self._pending: dict[int, dict[int, jax.Array]] = defaultdict(dict)  # layer -> slot -> record
-        self._evicted: dict[int, list[int]] = defaultdict(list)
-
-    def add(self, ticket: LoadTicket, slot: int) -> None:
-        assert ticket.staged is not None
-        evicted = self._table.assign(ticket.layer, slot, ticket.expert)
-        if evicted is not None:
-            self._evicted[ticket.layer].append(evicted)
-        self.tickets.append(ticket)
-        self._pending[ticket.layer][slot] = ticket.staged  # replaces an expert that was evicted again right away
-
-    def flush(self, slab: ExpertSlab) -> None:
-        for layer in list(self._pending):
-            slots = self._pending[layer]
-            slab.commit(layer, list(slots.values()), list(slots))
-            del self._pending[layer]
-
-    def abandon(self) -> dict[int, list[int]]:
-        """Empty the slots whose weights were not written. By layer, the experts that were to make room."""
-        for layer, slots in self._pending.items():
-            for slot in slots:
-                self._table.release(layer, slot)
-        return {layer: self._evicted[layer] for layer in self._pending}

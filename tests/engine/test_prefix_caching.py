@@ -178,9 +178,8 @@ def test_several_answers_compute_their_prompt_once(
     monkeypatch.setattr(Runner, "dispatch", counting)
     for prefix_caching in (False, True):
         computed.append(0)
-        with Engine.load(
-            tiny_checkpoint, expert_memory="100%", prefix_caching=prefix_caching, **OPTIONS | {"max_num_seqs": 8}
-        ) as engine:
+        options: dict[str, Any] = OPTIONS | {"max_num_seqs": 8, "prefix_caching": prefix_caching}
+        with Engine.load(tiny_checkpoint, expert_memory="100%", **options) as engine:
             outputs.append([completion.token_ids for completion in answer(engine, prompt, params).completions])
     pages = (length - 1) // 16 * 16
     assert computed == [n * length, length + (n - 1) * (length - pages)]
