@@ -346,7 +346,11 @@ def show(numbers: dict[str, Any]) -> None:
     )
     for column in ("", "ours", "transformers", "ratio", "floor", "transformers used"):
         table.add_column(column, justify="left" if column in ("", "transformers used") else "right")
-    for name, label in (("decode_b1", "decode, batch 1"), ("decode_b8", "decode, batch 8"), ("prefill_512", "prefill")):
+    for name, label in (
+        ("decode_b1", "decode, batch 1"),
+        ("decode_b8", "decode, batch 8"),
+        (f"prefill_{PREFILL}", "prefill"),
+    ):
         floor = numbers.get(f"{name}_floor_s")
         table.add_row(
             label,

@@ -23,6 +23,7 @@ EXACT_TASKS = ("clsfy", "comp", "qa")
 BATCHES = (1, 16)
 _ANSWER_TOKENS = 64
 _DECODE_STEPS = 96
+_SWITCH_PROMPTS = 80  # of each task
 _CONTEXT = 512  # tokens that an engine is loaded for
 
 Report = Callable[[str], None]
@@ -170,14 +171,14 @@ def host_share(engine: Engine) -> dict[str, float]:
     return {name: value / seconds for name, value in spent.items()}
 
 
-def topic_switch(model: str, share: float, policy: str, prompts: int = 80) -> dict[str, Any]:
+def topic_switch(model: str, share: float, policy: str) -> dict[str, Any]:
     """One prompt after another of one task, then as many of another: coverage by prompt, and how soon it is back.
 
     `prompts_to_recover`: after how many the mean coverage of five prompts reaches 95 % of the second task's steady
     state, the mean over its last half; None if it does not.
     """
     first, second = "qa", "conv"
-    params = SamplingParams(max_tokens=_ANSWER_TOKENS, temperature=0)
+    params, prompts = SamplingParams(max_tokens=_ANSWER_TOKENS, temperature=0), _SWITCH_PROMPTS
     with engine_of(model, share, policy) as engine:
         curve = []
         for task in (first, second):
