@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from emoe_jax.checkpoint import Tokenizer
 from emoe_jax.engine.guide import Grammar, Guide, MaskThreads
+from emoe_jax.engine.one_of import without_one_of
 from emoe_jax.engine.request import SamplingParams
 from emoe_jax.engine.structured import StructuredOutputsParams
 from emoe_jax.errors import RequestError
@@ -141,7 +142,8 @@ def _grammar(wanted: StructuredOutputsParams) -> str:
         return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, wanted.choice)))
     if wanted.grammar is not None:
         return LLMatcher.grammar_from_lark(_as_lark(wanted.grammar))
-    return LLMatcher.grammar_from_json_schema(str(wanted.json or ANY_OBJECT), defaults=SPACING)
+    schema = without_one_of(str(wanted.json or ANY_OBJECT))
+    return LLMatcher.grammar_from_json_schema(schema, defaults=SPACING)
 
 
 def _check_multiples(wanted: StructuredOutputsParams) -> None:
