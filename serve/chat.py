@@ -40,7 +40,7 @@ def chat_routes(service: Service) -> APIRouter:
             max_tokens, (body.top_logprobs or 0) if body.logprobs else None, service.sampling_defaults
         )
         writer = ChatWriter(service, body, prompt)
-        generation = await service.begin(request, [prompt], [params], body.emoe, slo)
+        generation = await service.begin(request, [prompt], [params], body.emoe, slo, body.cache_salt)
         if body.stream:
             return EventStream(generation, writer, body.stream_options)
         try:

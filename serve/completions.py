@@ -41,7 +41,7 @@ def completion_routes(service: Service) -> APIRouter:
                 sampling = dataclasses.replace(sampling, prompt_logprobs=body.logprobs)
             params.append(sampling)
         writer = CompletionWriter(service, body, prompts, await until_disconnect(request, _echoes(service, body)))
-        generation = await service.begin(request, prompts, params, body.emoe, slo)
+        generation = await service.begin(request, prompts, params, body.emoe, slo, body.cache_salt)
         if body.stream:
             return EventStream(generation, writer, body.stream_options)
         try:

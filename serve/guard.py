@@ -24,12 +24,14 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 class Guard:
     """Answers 400 to a Host that is none of `hosts`, 401 without a valid key (when keys are set), and echoes
     `x-request-id`, or makes one up where there is none or one with other characters than ids have.
+
+    Routes find the hash of the request's key as `request.state.tenant`, None where all clients have the same.
     """
 
     def __init__(self, app: ASGIApp, api_keys: Sequence[str], hosts: Sequence[str]):
         self.app = app
         self._hosts = hosts
-        self._digests = [_digest(key.encode()) for key in api_keys]
+        self._digests = list({_digest(key.encode()): None for key in api_keys})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -40,7 +42,8 @@ class Guard:
         if not REQUEST_ID.fullmatch(request_id):
             request_id = uuid.uuid4().hex
         refusal = None
-        if self._digests and scope["path"] not in OPEN_PATHS and not self._authorized(headers):
+        key = self._key(headers)
+        if self._digests and scope["path"] not in OPEN_PATHS and key is None:
             refusal = ApiError(
                 401,
                 "a valid API key is needed: Authorization: Bearer KEY, or x-api-key: KEY",
@@ -51,6 +54,7 @@ class Guard:
             message = "the Host header names none of this server's hosts (--allowed-hosts)"
             refusal = ApiError(400, message, param="host", code="invalid_host")
         scope.setdefault("state", {})["request_id"] = request_id
+        scope["state"]["tenant"] = key if len(self._digests) > 1 else None
 
         answered = False
 
@@ -69,14 +73,15 @@ class Guard:
             log.error("a route failed", exc_info=error, extra={"fields": {"request_id": request_id}})
             await error_response(error)(scope, receive, send_with_id)
 
-    def _authorized(self, headers: Headers) -> bool:
+    def _key(self, headers: Headers) -> bytes | None:
+        """The hash of the key that a request has, None without a valid one."""
         scheme, _, key = headers.get("authorization", "").partition(" ")
         given = [key.strip()] if scheme.lower() == "bearer" else []
         given += headers.getlist("x-api-key")
         # Compare with every key, each in constant time: neither the content nor the position of a key leaks.
         digests = [_digest(key.strip().encode("latin-1")) for key in given]
-        matches = [hmac.compare_digest(one, digest) for one in digests for digest in self._digests]
-        return any(matches)
+        matches = [digest for one in digests for digest in self._digests if hmac.compare_digest(one, digest)]
+        return matches[0] if matches else None
 
 
 def _digest(key: bytes) -> bytes:

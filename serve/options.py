@@ -101,6 +101,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
     if given.config is not None:
         arguments = [*_config_arguments(parser, Path(given.config)), *arguments]
     values = vars(parser.parse_args(arguments))
+    values |= {name: value for name, value in vars(given).items() if isinstance(value, list) and value}
     del values["config"]
     if values["model"] is None:
         if not (DEMO_MODEL / "config.json").is_file():
@@ -134,6 +135,7 @@ def _build_parser() -> _Parser:
     add(
         "--served-model-name",
         nargs="+",
+        action="extend",
         type=_name,
         metavar="NAME",
         help="names clients may use; the first is in answers (default: the last part of --model)",
@@ -256,10 +258,19 @@ def _build_parser() -> _Parser:
         help="milliseconds that a prompt waits for its planned experts while nothing else runs",
     )
     add("--record-traces", metavar="FILE.npz", help="record the routing of all requests here")
-    add("--api-key", nargs="+", type=_name, default=[], metavar="KEY", help="keys of which a client must send one")
+    add(
+        "--api-key",
+        nargs="+",
+        action="extend",
+        type=_name,
+        default=[],
+        metavar="KEY",
+        help="keys of which a client must send one; those of several keys do not reuse each other's prompts",
+    )
     add(
         "--allowed-origins",
         nargs="+",
+        action="extend",
         type=_origin,
         default=[],
         metavar="ORIGIN",
@@ -268,6 +279,7 @@ def _build_parser() -> _Parser:
     add(
         "--allowed-hosts",
         nargs="+",
+        action="extend",
         type=_host,
         default=[],
         metavar="HOST",

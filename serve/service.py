@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import hashlib
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
@@ -95,6 +96,7 @@ class Service:
         params: Sequence[SamplingParams],
         emoe: EmoeRequest | None,
         slo: SloHeaders,
+        cache_salt: str | None,
     ) -> Generation:
         """Hand the prompts of a request to the engine and wait until it has taken them."""
         grammar = await until_disconnect(request, self.text.prepare(params[0].structured_outputs))
@@ -102,9 +104,10 @@ class Service:
         if emoe.task is not None and self.tasks is not None and emoe.task not in (*self.tasks, OTHER):
             known = ", ".join((*self.tasks, OTHER))
             raise RequestError(f"the task {emoe.task!r} is not in the task profile; it has {known}", "emoe.task")
+        deadlines, salt = slo.to_slo(emoe.slo), salt_of(request.state.tenant, cache_salt)
         generation = self.worker.submit(
             [
-                Submission(prompt, sampling, emoe.task, emoe.routing, slo.to_slo(emoe.slo), grammar)
+                Submission(prompt, sampling, emoe.task, emoe.routing, deadlines, salt, grammar)
                 for prompt, sampling in zip(prompts, params, strict=True)
             ],
             request.state.stats,
@@ -115,6 +118,16 @@ class Service:
             generation.abort()
             raise
         return generation
+
+
+def salt_of(tenant: bytes | None, cache_salt: str | None) -> str | None:
+    """What the engine keeps the prompts of a request apart by: its API key, where there are several, and its own salt.
+
+    A salt is a key's own: clients of two keys that choose the same one, such as a user's number, share nothing.
+    """
+    if tenant is None:
+        return cache_salt
+    return hashlib.sha256(tenant + (cache_salt or "").encode()).hexdigest()
 
 
 async def until_disconnect(request: Request, work: Coroutine[Any, Any, Result]) -> Result:

@@ -45,6 +45,7 @@ class ServedEngine(Protocol):
         routing: RoutingContract | None = None,
         slo: SLO | None = None,
         arrival: float | None = None,
+        cache_salt: str | None = None,
     ) -> list[int]: ...
     def step(self) -> list[Delta]: ...
     def has_work(self) -> bool: ...
@@ -77,6 +78,7 @@ class Submission:
     task: str | None = None
     routing: RoutingContract | None = None
     slo: SLO | None = None
+    cache_salt: str | None = None
     grammar: object = None
     """What was compiled for `params`; kept until the engine has found it, which would compile it anew otherwise."""
 
@@ -381,6 +383,7 @@ class EngineWorker:
                 routing=item.routing,
                 slo=item.slo,
                 arrival=generation.stats.arrived,
+                cache_salt=item.cache_salt,
             )
         except Exception as error:
             self._abort(generation)

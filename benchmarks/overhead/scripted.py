@@ -34,6 +34,8 @@ class ScriptedEngine:
         task: str | None = None,
         routing: RoutingContract | None = None,
         slo: Any = None,
+        arrival: float | None = None,
+        cache_salt: str | None = None,
     ) -> list[int]:
         assert isinstance(prompt, list)
         output = RequestOutput(request_id, prompt, [Completion(0)], task, routing or "resident")

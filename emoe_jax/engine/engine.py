@@ -292,6 +292,7 @@ class Engine:
         task: str | None = None,
         routing: RoutingContract | None = None,
         slo: SLO | None = None,
+        cache_salt: str | None = None,
     ) -> list[RequestOutput]:
         """Answers to all prompts (strings, or lists of token ids), in order. Raises `RequestError` before starting.
 
@@ -305,7 +306,7 @@ class Engine:
         try:
             for prompt in _as_prompts(prompts):
                 ids.append(self._new_id())
-                self.add_request(ids[-1], prompt, params, task=task, routing=routing, slo=slo)
+                self.add_request(ids[-1], prompt, params, task=task, routing=routing, slo=slo, cache_salt=cache_salt)
                 self._deliveries.open(ids[-1], keep=False)
             while not all(self.output(request_id).finished for request_id in ids):
                 self._advance()
@@ -324,6 +325,7 @@ class Engine:
         task: str | None = None,
         routing: RoutingContract | None = None,
         slo: SLO | None = None,
+        cache_salt: str | None = None,
     ) -> Iterator[Delta]:
         """The answer to one prompt piece by piece. The first `next` starts it, closing the iterator aborts it.
 
@@ -332,7 +334,7 @@ class Engine:
         """
         request_id = self._new_id()
         params = params or SamplingParams(**self.sampling_defaults)
-        self.add_request(request_id, prompt, params, task=task, routing=routing, slo=slo)
+        self.add_request(request_id, prompt, params, task=task, routing=routing, slo=slo, cache_salt=cache_salt)
         self._deliveries.open(request_id)
         answer = self._answers[request_id]
         try:
@@ -370,16 +372,19 @@ class Engine:
         routing: RoutingContract | None = None,
         slo: SLO | None = None,
         arrival: float | None = None,
+        cache_salt: str | None = None,
     ) -> list[int]:
         """Queue a request and return its prompt's token ids. Raises `RequestError`, queueing nothing.
 
         Its deadlines count from `arrival`, in seconds of `time.monotonic`: by default from now.
+        It reuses, and leaves for reuse, only what was computed under the same `cache_salt`.
         """
         if request_id in self._answers:
             raise RequestError(f"request id {request_id!r} is in use", param="request_id")
         if routing not in (None, "resident", "exact"):
             raise RequestError(f"routing is {routing!r}; expected 'resident' or 'exact'", param="routing")
-        sequences = self._intake.sequences(request_id, prompt, params, task, routing or self.routing, slo, arrival)
+        routing = routing or self.routing
+        sequences = self._intake.sequences(request_id, prompt, params, task, routing, slo, arrival, cache_salt)
         try:
             for sequence in sequences:
                 self._scheduler.add(sequence)

@@ -9,7 +9,7 @@ from emoe_jax.checkpoint import Tokenizer
 from emoe_jax.config import ModelConfig
 from emoe_jax.engine.adjust import LogitAdjustment
 from emoe_jax.engine.grammar import Grammars
-from emoe_jax.engine.request import SLO, RoutingContract, SamplingParams
+from emoe_jax.engine.request import SLO, RoutingContract, SamplingParams, check_cache_salt
 from emoe_jax.engine.sequence import Sequence
 from emoe_jax.engine.text import TextStream
 from emoe_jax.errors import RequestError
@@ -67,9 +67,11 @@ class Intake:
         routing: RoutingContract,
         slo: SLO | None,
         arrival: float | None = None,
+        cache_salt: str | None = None,
     ) -> list[Sequence]:
         """The `params.n` sequences of a request that arrived at `arrival`, by default now."""
         now = time.monotonic()
+        check_cache_salt(cache_salt)
         token_ids = self.tokenize(prompt)
         if params.stop and self._tokenizer is None:
             raise RequestError("the model has no tokenizer, so stop strings cannot be found", param="stop")
@@ -91,6 +93,7 @@ class Intake:
                 slo=slo or self._usual_slo(task),
                 arrival=now if arrival is None else min(arrival, now),
                 queued_at=now,
+                cache_salt=cache_salt,
                 seed=seed,
                 adjustment=LogitAdjustment.of(params, token_ids, vocab_size, self._grammars.guide(params)),
             )

@@ -12,7 +12,8 @@ class PrefixCache:
     """Which pages of a pool hold the first tokens of a sequence; only full pages are published and shared.
 
     A page's key is a hash over the page before it, its own tokens and, at the start of the chain, the routing
-    contract: equal keys mean equal tokens from position 0 on, computed under the same contract.
+    contract and the salt: equal keys mean equal tokens from position 0 on, computed under the same contract for
+    requests of the same salt. Requests of another salt learn nothing of them, neither by counts nor by time.
     """
 
     def __init__(self, pool: PagePool, enabled: bool):
@@ -91,7 +92,13 @@ class PrefixCache:
         """The key of a sequence's page, which its tokens fill; hashed once."""
         keys, size = sequence.page_keys, self._pool.page_size
         while len(keys) <= index:
-            parent = keys[-1] if keys else sequence.routing.encode()
+            parent = keys[-1] if keys else _start(sequence)
             tokens = array("I", sequence.tokens(len(keys) * size, size))
             keys.append(blake2b(parent + tokens.tobytes(), digest_size=32).digest())
         return keys[index]
+
+
+def _start(sequence: Sequence) -> bytes:
+    """Stands for the page before the first: 32 bytes, as of any page, so that no salt is taken for tokens."""
+    salt = b"" if sequence.cache_salt is None else b"\0" + sequence.cache_salt.encode(errors="surrogatepass")
+    return blake2b(sequence.routing.encode() + salt, digest_size=32).digest()

@@ -15,6 +15,8 @@ MAX_LOGPROBS = 20
 MAX_N = 64
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
+MAX_CACHE_SALT = 256
+"""Characters of a request's `cache_salt`."""
 MAX_LOGIT_BIAS = 1024
 """Tokens of one request that `logit_bias` may name."""
 
@@ -29,6 +31,13 @@ def _check_number(name: str, value: object, low: float, high: float, *, open_low
 def _check_integer(name: str, value: object, low: int, high: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise RequestError(f"{name} is {value!r}; expected an integer in [{low}, {high}]", param=name)
+
+
+def check_cache_salt(salt: object) -> None:
+    """Raise `RequestError` for what is neither None nor a text of 1 to `MAX_CACHE_SALT` characters."""
+    if salt is not None and not (isinstance(salt, str) and 0 < len(salt) <= MAX_CACHE_SALT):
+        found = f"a text of {len(salt)} characters" if isinstance(salt, str) else type(salt).__name__
+        raise RequestError(f"cache_salt is {found}; expected a text of 1 to {MAX_CACHE_SALT}", param="cache_salt")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,6 +32,8 @@ class Sequence:
     routing: RoutingContract = "resident"
     task: str | None = None
     slo: SLO = dataclasses.field(default_factory=SLO)
+    cache_salt: str | None = None
+    """The sequence reuses only what was computed under this salt; None is one, too."""
     arrival: float = 0.0
     """When it came, in seconds on the engine's clock: its deadlines count from here."""
     queued_at: float = 0.0

@@ -10,7 +10,9 @@ from flax import nnx
 
 from emoe_jax import Engine, RequestOutput, SamplingParams
 from emoe_jax.checkpoint import save_checkpoint
+from emoe_jax.engine.request import RoutingContract
 from emoe_jax.engine.runner import Dispatched, Runner
+from emoe_jax.errors import RequestError
 from emoe_jax.scheduling.plan import StepPlan
 from emoe_jax.traces import RoutingTrace
 from tests.engine.conftest import TINY, EngineFactory, random_model
@@ -184,3 +186,39 @@ def test_several_answers_compute_their_prompt_once(
     pages = (length - 1) // 16 * 16
     assert computed == [n * length, length + (n - 1) * (length - pages)]
     assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize("routing", ["resident", "exact"])
+def test_salts_keep_prompts_apart(engine: Engine, routing: RoutingContract) -> None:
+    """In whatever order they come; no salt is one of its own. What tokens are chosen is the same."""
+    prompt = drawn(40)
+    salts = [None, "a", "b", "resident", "\0", "x" * 256, "\ud800"]
+    tokens = set()
+    for others, salt in zip([salts[-1], *salts], salts, strict=False):  # of two at a time, as there are few pages
+        outputs = [answer(engine, prompt, routing=routing, cache_salt=asked) for asked in (salt, salt, others)]
+        cached = [output.num_cached_tokens for output in outputs]
+        assert cached == [0, 32, 0 if others == salts[-1] else 32], salt
+        tokens |= {tuple(output.token_ids) for output in outputs}
+    assert len(tokens) == 1
+
+
+def test_salts_hold_for_streams_answers_and_together(engine: Engine) -> None:
+    prompt = drawn(40)
+    tokens = [token for delta in engine.stream(prompt, GREEDY, cache_salt="a") for token in delta.token_ids]
+    longer = [*prompt, *tokens, *drawn(4)]
+    assert [answer(engine, longer, cache_salt=salt).num_cached_tokens for salt in ("b", None)] == [0, 0]
+    engine.add_request("x", longer, GREEDY, cache_salt="a")
+    engine.add_request("y", longer, GREEDY, cache_salt="c")
+    while not (engine.output("x").finished and engine.output("y").finished):
+        engine.step()
+    assert engine.pop("x").num_cached_tokens == (len(prompt) + len(tokens) - 1) // 16 * 16 == 32
+    assert engine.pop("y").num_cached_tokens == 0
+    assert engine.generate([longer] * 2, GREEDY, cache_salt="d")[0].num_cached_tokens == 0
+
+
+@pytest.mark.parametrize("salt", ["", "x" * 257, 5, b"a", ["a"]])
+def test_what_is_no_salt_is_refused(engine: Engine, salt: Any) -> None:
+    with pytest.raises(RequestError, match="cache_salt is ") as refused:
+        engine.add_request("x", [5, 6], GREEDY, cache_salt=salt)
+    assert refused.value.param == "cache_salt"
+    assert not engine.has_work()

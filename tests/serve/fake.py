@@ -98,6 +98,7 @@ class FakeEngine:
         routing: RoutingContract | None = None,
         slo: SLO | None = None,
         arrival: float | None = None,
+        cache_salt: str | None = None,
     ) -> list[int]:
         assert isinstance(prompt, list)
         if any(token >= VOCAB_SIZE for token in prompt):
@@ -110,7 +111,9 @@ class FakeEngine:
             output.prompt_logprobs = [TokenLogprob(token, -2.0, ((ord("A"), -1.0),)) for token in prompt[1:]]
         streams = [TextStream(self.tokenizer, params.stop) for _ in range(params.n)]
         self.running[request_id] = Running(output, params, streams)
-        self.requests.append({"prompt": prompt, "params": params, "task": task, "routing": routing, "slo": slo})
+        self.requests.append(
+            {"prompt": prompt, "params": params, "task": task, "routing": routing, "slo": slo, "cache_salt": cache_salt}
+        )
         self.arrivals.append(arrival)
         return prompt
 
