@@ -8,6 +8,7 @@ import pytest
 
 from emoe_jax import Engine, SamplingParams
 from emoe_jax.engine import trade
+from emoe_jax.engine.request import RoutingContract
 from emoe_jax.planner import forecaster
 from emoe_jax.predictor import Predictor, PredictorConfig, Prompts, network
 from emoe_jax.tasks import Lengths, Task, TaskProfile
@@ -17,7 +18,11 @@ from tests.engine.conftest import TINY
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
 PAGE = 16 * LAYERS * 2 * 2 * 8 * 4
 TURNS = 24
-CONTRACTS = (("resident", "resident"), ("exact", "exact"), ("exact", "resident"))
+CONTRACTS: tuple[tuple[RoutingContract, RoutingContract], ...] = (
+    ("resident", "resident"),
+    ("exact", "exact"),
+    ("exact", "resident"),
+)
 """Of two requests that run at once."""
 
 
@@ -31,7 +36,7 @@ ROUTING = {"odd": favouring(1, 3, 5), "even": favouring(0, 2, 4)}
 
 
 @pytest.fixture(scope="module")
-def known(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def known(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A task profile and a predictor of the tiny model's shape."""
     folder = tmp_path_factory.mktemp("known")
     tasks = {name: Task(routing=shares, output_length=Lengths.of([6])) for name, shares in ROUTING.items()}
@@ -48,7 +53,7 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["plain", "overlapped"])
 def test_the_default_policy_its_predictor_learning_and_a_trade(
-    tiny_checkpoint: Path, known: dict[str, Path], overlap: bool, monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: Path, known: dict[str, Any], overlap: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trade, "DWELL_SECONDS", 0.0)
     monkeypatch.setattr(forecaster, "LEARNING_SHARE", 1e9)  # it may learn at any time
