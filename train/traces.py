@@ -98,6 +98,7 @@ def record(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         options.model,
         expert_memory="100%",
         task_profile=None,
+        predictor=None,  # one that this version cannot read must not keep its successor from being trained
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=max(512, options.max_num_seqs),
     ) as engine:

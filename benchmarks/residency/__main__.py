@@ -12,16 +12,15 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from benchmarks.residency.forecasts import check_traces, learn_from, predicted
+from benchmarks.residency.forecasts import learn_from
 from benchmarks.residency.grid import NAMES, RESIDENCIES, measure
 from benchmarks.residency.live import Save, measure_live
 from benchmarks.residency.live_report import plot_live, print_live
 from benchmarks.residency.report import plot_grid, print_grid
+from benchmarks.residency.split import read_traces
 from emoe_jax.engine.memory import parse_bandwidth, parse_bytes
 from emoe_jax.errors import ConfigError, EmoeError, one_line, require
 from emoe_jax.policies import POLICIES
-from emoe_jax.predictor import Predictor
-from emoe_jax.traces import RoutingTrace
 from serve.start import keep_compilations
 
 LIVE_POLICIES = sorted(POLICIES)
@@ -35,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if given.plots is not None:
             require("matplotlib")
+        if given.trace is not None:
+            require("optax")
         results: dict[str, Any] = {}
         if given.trace is not None:
             results |= replay_trace(given, console)
@@ -57,8 +58,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="learn from this trace and replay all of --trace (default: learn from its first three quarters of "
         "prompts, replay the last)",
     )
-    add("--predictor", type=Path, metavar="DIR", help="trained predictor (default: the closed-form prior)")
-    add("--predict-every", type=int, default=1, metavar="P", help="prompts that share a prediction (default 1)")
+    add(
+        "--predictor",
+        type=Path,
+        metavar="DIR",
+        help="trained predictor, with its forecast within an answer (default: both are "
+        "learned from the training prompts, the first in closed form)",
+    )
+    add(
+        "--predict-every",
+        type=int,
+        default=1,
+        metavar="P",
+        help="prompts that share a prediction (default 1; emoe-paper: 40)",
+    )
     add("--concurrency", type=int, nargs="+", default=[1, 8, 32], metavar="R", help="requests side by side")
     add("--policies", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}")
     add("--expert-bytes", default="13.2MB", help="size of an expert (default 13.2MB, gpt-oss-20b in MXFP4)")
@@ -115,25 +128,15 @@ def replay_trace(given: argparse.Namespace, console: Console) -> dict[str, Any]:
     for option, values in (("--predict-every", [given.predict_every]), ("--concurrency", given.concurrency)):
         if min(values) < 1:
             raise ConfigError(f"{option} is {min(values)}; it must be at least 1")
-    trace = RoutingTrace.load(given.trace)
-    if given.train_trace is not None:
-        trained = RoutingTrace.load(given.train_trace)
-        check_traces(trained, trace)
-    else:
-        quarter = 3 * trace.num_prompts // 4
-        if quarter < 2:
-            raise ConfigError(f"{given.trace} has {trace.num_prompts} prompts; 3 are needed to learn from some of them")
-        trained, trace = trace.select(range(quarter)), trace.select(range(quarter, trace.num_prompts))
-    predictor = None if given.predictor is None else Predictor.load(given.predictor)
+    trained, trace, predictor, dynamics = read_traces(given.trace, given.train_trace, given.predictor)
     console.print(f"{trace.describe()}: learning from {trained.num_prompts} prompts, replaying {trace.num_prompts}")
-    learned = learn_from(trained, predictor)
-    by_prompt = predicted(learned.predictor, trace, given.predict_every)
+    learned = learn_from(trained, predictor, dynamics, lambda line: console.print(line, style="dim"))
     by_concurrency = {}
     for concurrency in given.concurrency:
         grid = measure(
             trace,
             learned,
-            by_prompt,
+            given.predict_every,
             concurrency,
             given.policies,
             cost,

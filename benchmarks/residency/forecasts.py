@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
-from benchmarks.residency.stream import FIRST_TOKENS, Forecasts
 from emoe_jax.policies import POLICIES, Knowledge
 from emoe_jax.policies.caching import random_rates
-from emoe_jax.policies.learning import learn
+from emoe_jax.policies.dynamics import Dynamics
+from emoe_jax.policies.learning import learn_transitions
+from emoe_jax.policies.rivals import activation_matrices
 from emoe_jax.predictor import Predictor, PredictorConfig, Prompts
+from emoe_jax.predictor.inputs import History
 from emoe_jax.predictor.prompts import frequencies
 from emoe_jax.traces import RoutingTrace, TraceError
+
+Report = Callable[[str], None]
 
 
 class Learned(NamedTuple):
@@ -23,52 +29,65 @@ class Learned(NamedTuple):
     predictor: Predictor
 
 
-def learn_from(trace: RoutingTrace, predictor: Predictor | None) -> Learned:
-    """`predictor` None: the closed-form prior, fitted to the trace.
+def learn_from(
+    trace: RoutingTrace,
+    predictor: Predictor | None = None,
+    dynamics: Dynamics | None = None,
+    report: Report = lambda line: None,
+) -> Learned:
+    """`predictor` None: the closed-form prior, fitted to the trace. `dynamics` None: learned from the trace.
 
-    Dynamics always learn from the closed-form prior's word on left-out prompts, because what a trained predictor says
-    of prompts that it may have seen is better than what it will say of others.
+    Dynamics learn from the closed-form prior's word on left-out prompts, because what a trained predictor says of
+    prompts that it may have seen is better than what it will say of others.
     """
     trace = trace.select(np.flatnonzero(np.bincount(trace.sample, minlength=trace.num_prompts)))
     dim = 0 if trace.prompt_embedding is None else trace.prompt_embedding.shape[1]
-    prompts = Prompts.of(trace, FIRST_TOKENS)
     config = PredictorConfig(trace.num_layers, trace.num_experts, trace.top_k, dim)
+    prompts = Prompts.of(trace, config.first_tokens)
     prior = Predictor(config, prompts)
-    start, later = (of.left_out() for of in prior.priors)
-    latest = trace.select(range(trace.num_prompts - len(start), trace.num_prompts))  # all that a predictor remembers
-    return Learned(learn(latest, start, later), prompts, predictor or prior)
+    if dynamics is None:
+        from train.predictor.answers import learn_answers  # needs optax, which serving does not
+
+        start = prior.prior(with_first=False).left_out()
+        latest = trace.select(
+            range(trace.num_prompts - len(start), trace.num_prompts)
+        )  # all that a predictor remembers
+        dynamics = learn_answers(latest, start, report=report)
+    knowledge = Knowledge(dynamics, learn_transitions(trace), activation_matrices(trace.counts()))
+    return Learned(knowledge, prompts, predictor or prior)
 
 
-def predicted(predictor: Predictor, trace: RoutingTrace, predict_every: int) -> Forecasts:
-    """By prompt, task and embedding; `predict_every` prompts in a row use the forecast of the first of them."""
+def predicted(
+    predictor: Predictor, trace: RoutingTrace, predict_every: int, with_history: bool = True
+) -> Float[np.ndarray, "P M E"]:
+    """Expected shares by prompt; `predict_every` prompts in a row use the forecast of the first of them."""
     predictor.config.check_model(trace.num_layers, trace.num_experts, trace.top_k, trace.source)
-    prompts = Prompts.of(trace, FIRST_TOKENS, predictor.config.embedding_dim)
-    histories = [predictor.history] * len(prompts)
-    start, later = (predictor.predict_many(prompts, histories, with_first) for with_first in (False, True))
+    prompts = Prompts.of(trace, predictor.config.first_tokens, predictor.config.embedding_dim)
+    histories = History.of(prompts.counts) if with_history else [predictor.history] * len(prompts)
     used = np.arange(len(prompts)) // predict_every * predict_every
-    return Forecasts(start[used], later[used])
+    return predictor.predict_many(prompts, histories, with_first=False)[used]
 
 
-def forecasts_of(policy: str, learned: Learned, by_prompt: Forecasts, tasks: list[str]) -> Forecasts:
-    """What a policy of this name plans with."""
-    counts = learned.prompts.counts
+def plan_of(
+    policy: str, learned: Learned, trace: RoutingTrace, predict_every: int, predictor: Predictor | None = None
+) -> Float[np.ndarray, "P M E"]:
+    """The shares that a policy of this name plans with, by prompt of `trace`."""
+    counts, tasks = learned.prompts.counts, trace.tasks
     shape = (len(tasks), *counts.shape[1:])
-    kind = "global" if policy == "oracle" else POLICIES[policy].forecast
     if policy == "random":
         rates = random_rates(*counts.shape[1:])
-        shares = np.broadcast_to(rates / rates.sum(-1, keepdims=True), shape)
-    elif kind == "prompt":
-        return by_prompt
-    elif kind == "none":
-        shares = np.broadcast_to(np.float32(1 / shape[2]), shape)
-    else:
-        overall = frequencies(counts.sum(0))
-        of_task = {
-            task: frequencies(counts[[i for i, other in enumerate(learned.prompts.tasks) if other == task]].sum(0))
-            for task in (set(tasks) & set(learned.prompts.tasks) if kind == "task" else ())
-        }
-        shares = np.stack([of_task.get(task, overall) for task in tasks])
-    return Forecasts(shares, shares)
+        return np.broadcast_to(rates / rates.sum(-1, keepdims=True), shape)
+    kind = POLICIES["static-global" if policy == "oracle" else policy]
+    if kind.forecast == "prompt":
+        return predicted(predictor or learned.predictor, trace, kind.predict_every or predict_every)
+    if kind.forecast == "none":
+        return np.broadcast_to(np.float32(1 / shape[2]), shape)
+    overall = frequencies(counts.sum(0))
+    of_task = {
+        task: frequencies(counts[[i for i, other in enumerate(learned.prompts.tasks) if other == task]].sum(0))
+        for task in (set(tasks) & set(learned.prompts.tasks) if kind.forecast == "task" else ())
+    }
+    return np.stack([of_task.get(task, overall) for task in tasks])
 
 
 def check_traces(trained: RoutingTrace, replayed: RoutingTrace) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.residency.forecasts import Learned, forecasts_of
+from benchmarks.residency.forecasts import Learned, plan_of
 from benchmarks.residency.replay import Totals, replay
-from benchmarks.residency.stream import Forecasts, Stream, make_plans, make_stream
+from benchmarks.residency.stream import Stream, make_plans, make_stream
 from emoe_jax.policies import POLICIES
 from emoe_jax.traces import RoutingTrace
 
@@ -37,7 +37,7 @@ def swaps_per_step(policy: str, concurrency: int, num_experts: int, top_k: int) 
 def measure(
     trace: RoutingTrace,
     learned: Learned,
-    by_prompt: Forecasts,
+    predict_every: int,
     concurrency: int,
     policies: Sequence[str],
     cost: dict[str, float],
@@ -50,7 +50,7 @@ def measure(
     for policy in policies:
         began = time.perf_counter()
         rule = None if policy == ORACLE else POLICIES[policy].rule(trace.num_layers, E, learned.knowledge)
-        plans = make_plans(stream, forecasts_of(policy, learned, by_prompt, trace.tasks), k)
+        plans = make_plans(stream, plan_of(policy, learned, trace, predict_every), k)
         limit = swaps_per_step(policy, concurrency, E, k)
         totals = replay(stream, E, capacities, rule, plans, limit, policy in WITHIN_STEP)
         results[policy] = {

@@ -93,7 +93,9 @@ def _replay(
         else:
             state, seen = jax.lax.scan(follow, state, steps)
             scores = rule.scores(seen)
-        margin = 0.0 if rule is None else rule.margin
+        margin = jnp.zeros(capacities.shape)
+        if rule is not None:
+            margin = rule.margin + rule.share_margin * capacities / num_experts
         serve = partial(_serve, num_experts=num_experts, margin=margin, limit=limit, only_wished=rule is None)
         (resident, last), sums = jax.lax.scan(serve, (resident, last), (steps, scores))
         return (state, resident, last), Totals(*(of.sum(0) for of in sums))
@@ -108,7 +110,7 @@ def _serve(
     inputs: tuple[dict[str, Array], Float[Array, "M E"]],
     *,
     num_experts: int,
-    margin: float,
+    margin: Float[Array, "G M"],
     limit: int,
     only_wished: bool,
 ) -> tuple[tuple[Bool[Array, "G M E"], Bool[Array, "M E"]], Totals]:
@@ -136,17 +138,17 @@ def _exchange(
     resident: Bool[Array, "G M E"],
     scores: Float[Array, "M E"],
     loadable: Bool[Array, "M E"],
-    margin: float,
+    margin: Float[Array, "G M"],
     at_most: Int[Array, ""],
 ) -> tuple[Bool[Array, "G M E"], Int[Array, " G"]]:
-    """The best exchange in every layer, until none gains more than `margin`; returns how many there were."""
+    """The best exchange in every layer, until none gains more than its `margin`; returns how many there were."""
 
     def turn(carry: Any) -> Any:
         resident, moved, turns, _ = carry
         gained = jnp.where(loadable & ~resident, scores, -jnp.inf)
         lost = jnp.where(resident, scores, jnp.inf)
         most, least = gained.max(-1, keepdims=True), lost.min(-1, keepdims=True)
-        gains = most - least > margin
+        gains = most - least > margin[..., None]
         changed = _first(gained == most) | _first(lost == least)
         return resident ^ (changed & gains), moved + gains.sum((1, 2)), turns + 1, gains.any()
 

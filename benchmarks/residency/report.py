@@ -13,6 +13,7 @@ Grid = dict[str, dict[str, dict[str, float]]]  # policy -> share resident -> mea
 STYLES: dict[str, tuple[str, str]] = {
     "emoe": ("#D55E00", "-"),
     "emoe-no-refresh": ("#E69F00", "--"),
+    "emoe-paper": ("#E69F00", ":"),
     "lru": ("#0072B2", "-"),
     "lfu": ("#56B4E9", "--"),
     "static-task": ("#009E73", "-."),

@@ -10,16 +10,6 @@ from jaxtyping import Bool, Float, Int
 
 from emoe_jax.traces import RoutingTrace
 
-FIRST_TOKENS = 16
-"""Answer tokens after which a prompt is predicted once more."""
-
-
-class Forecasts(NamedTuple):
-    """Each prompt's expected share of every expert, at its start and after `FIRST_TOKENS` answer tokens."""
-
-    start: Float[np.ndarray, "P M E"]
-    later: Float[np.ndarray, "P M E"]
-
 
 class Plans(NamedTuple):
     """`V` plans one after the other (see `emoe_jax.policies.rule.Plan`)."""
@@ -56,28 +46,24 @@ def make_stream(trace: RoutingTrace, concurrency: int) -> Stream:
     prompt = np.full((T, concurrency), -1, np.int32)
     at = step, place[sample]
     experts[at], probs[at], prompt[at] = trace.experts[order], trace.probs[order], sample
-    began, second, over = start, start + FIRST_TOKENS, start + lengths
     is_new = np.zeros(T, bool)
-    for steps in (began[lengths > 0], second[lengths > FIRST_TOKENS], over):
+    for steps in (start[lengths > 0], start + lengths):
         is_new[steps[steps < T]] = True
     return Stream(experts, probs, prompt, is_new, np.cumsum(is_new) - 1)
 
 
-def make_plans(stream: Stream, forecasts: Forecasts, top_k: int) -> Plans:
-    """The sum of the running prompts' forecasts, at every step where that changes."""
+def make_plans(stream: Stream, shares: Float[np.ndarray, "P M E"], top_k: int) -> Plans:
+    """The sum of the running prompts' expected shares, at every step where that changes."""
     steps = np.flatnonzero(stream.is_new)
-    shape = (len(steps), *forecasts.start.shape[1:])
+    shape = (len(steps), *shares.shape[1:])
     rates, joined, kept = np.zeros(shape, np.float32), np.zeros(shape, np.float32), np.zeros(len(steps), np.float32)
-    began: dict[int, int] = {}
     for v, step in enumerate(steps.tolist()):
         running = stream.prompt[step][stream.prompt[step] >= 0].tolist()
         before = stream.prompt[step - 1][stream.prompt[step - 1] >= 0].tolist() if step else []
         for prompt in running:
-            if prompt not in began:
-                began[prompt] = step
-                joined[v] += top_k * forecasts.start[prompt]
-            early = step < began[prompt] + FIRST_TOKENS
-            rates[v] += top_k * (forecasts.start if early else forecasts.later)[prompt]
+            rates[v] += top_k * shares[prompt]
+            if prompt not in before:
+                joined[v] += top_k * shares[prompt]
         kept[v] = len(set(running) & set(before)) / max(1, len(before))
     return Plans(rates, joined, kept)
 

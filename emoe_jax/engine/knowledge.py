@@ -86,14 +86,17 @@ class RoutingKnowledge:
         """The planner that the policy needs; None for one that is not told of requests."""
         if predict_every < 1:
             raise ConfigError(f"predict_every is {predict_every}; predictions can be made every 1 or more prompts")
-        forecast, _, follows_requests = POLICIES[policy]
-        if not follows_requests:
+        kind = POLICIES[policy]
+        if not kind.follows_requests:
             return None
+        forecast = kind.forecast
         profile = self.profile or TaskProfile.empty(config)
         if forecast == "global":
             profile = profile.routed_alike()
         predictor = self.predictor if forecast == "prompt" else None
-        return ResidencyPlanner(profile, capacities, predictor, predict_every, learns=forecast == "prompt")
+        return ResidencyPlanner(
+            profile, capacities, predictor, kind.predict_every or predict_every, learns=forecast == "prompt"
+        )
 
 
 def _found(given: str | Path | None, usual: Path) -> Path | None:

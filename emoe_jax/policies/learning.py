@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -21,9 +21,9 @@ from emoe_jax.traces import RoutingTrace
 HORIZON = 6.0
 """Steps, on average, that a forecast looks ahead."""
 NUM_DIRECTIONS = 128
-_RIDGE_TOKENS = 3000.0
-_FIRST_TOKENS = 16
+_RIDGE_TOKENS = (300.0, 3_000.0, 10_000.0, 30_000.0, 100_000.0)  # what predicts tokens of other prompts best is taken
 _MAX_TOKENS = 1 << 17
+_MAX_NUMBERS = 10**8  # of targets that are held at once
 _WEIGHT_TOKENS = 1 << 14
 _CHUNK = 4096
 _DIRECTION_TOKENS = 1 << 13
@@ -35,8 +35,7 @@ class _Prompts(NamedTuple):
     experts: Int[np.ndarray, "N M k"]
     rank: Int[np.ndarray, " N"]
     prompt: Int[np.ndarray, " N"]
-    start: Float[np.ndarray, "P M E"]
-    later: Float[np.ndarray, "P M E"]
+    rates: Float[np.ndarray, "P M E"]
 
 
 class _Step(NamedTuple):
@@ -47,15 +46,22 @@ class _Step(NamedTuple):
     prompt: Int[Array, ""]
 
 
-def learn(
-    trace: RoutingTrace, start: Float[np.ndarray, "P M E"], later: Float[np.ndarray, "P M E"], seed: int = 0
-) -> Knowledge:
-    """Everything there is to know. `start` and `later` are what a predictor that has not seen the prompt says of it, at
-    its start and after 16 answer tokens (`KernelPrior.left_out`): one that has seen it would be trusted too much.
+class Seen(NamedTuple):
+    """What a forecast goes by at `n` tokens, before each of them, and what it should say: wishes in the next steps."""
+
+    own: Float[np.ndarray, "n ME"]  # see `Refresh.own`
+    latent: Float[np.ndarray, "n Jr"]
+    planned: Float[np.ndarray, "n ME"]
+    target: Float[np.ndarray, "n ME"]
+    prompt: Int[np.ndarray, " n"]
+    chosen: Int[np.ndarray, "n M k"]
+
+
+def learn(trace: RoutingTrace, start: Float[np.ndarray, "P M E"], seed: int = 0) -> Knowledge:
+    """Everything there is to know, but for the network. `start` is what a predictor that has not seen the prompt says
+    of it (`KernelPrior.left_out`): one that has seen it would be trusted too much.
     """
-    return Knowledge(
-        learn_dynamics(trace, start, later, seed), learn_transitions(trace), activation_matrices(trace.counts())
-    )
+    return Knowledge(learn_dynamics(trace, start, seed), learn_transitions(trace), activation_matrices(trace.counts()))
 
 
 def learn_transitions(trace: RoutingTrace) -> Float[np.ndarray, "M-1 E E"]:
@@ -76,51 +82,84 @@ def co_occurrences(
     return np.bincount(pairs.ravel(), minlength=num_experts**2).reshape(num_experts, num_experts)
 
 
-def learn_dynamics(
-    trace: RoutingTrace, start: Float[np.ndarray, "P M E"], later: Float[np.ndarray, "P M E"], seed: int = 0
-) -> Dynamics:
+def learn_dynamics(trace: RoutingTrace, start: Float[np.ndarray, "P M E"], seed: int = 0) -> Dynamics:
     """Least squares of the wishes in the steps that follow (a mean with weights falling by 1 - 1 / `HORIZON`).
 
     First the weights of planned rates and decayed means, the same for all experts; then, for what those leave over,
-    ridge regression on the latent means.
+    ridge regression on the latent means. The penalty is the one by which each half of the tokens tells most of the
+    other half.
     """
-    tokens = _tokens(trace, start, later, seed)
+    tokens = _tokens(trace, start, seed)
     M, E = trace.num_layers, trace.num_experts
     untrained = Dynamics.untrained(M, E)
     directions = _directions(tokens, E, seed)
-    draft = Dynamics(
-        np.array(HALF_LIVES, np.float32),
-        untrained.weights,
-        np.array(LATENT_HALF_LIVES, np.float32),
-        directions,
-        np.zeros((len(LATENT_HALF_LIVES) * directions.shape[1], M * E), np.float32),
+    draft = untrained._replace(
+        top_k=trace.top_k,
+        directions=directions,
+        readout=np.zeros((len(LATENT_HALF_LIVES) * directions.shape[1], M * E), np.float32),
     )
     targets = _targets(tokens, E)
-    products, features = _run(draft, tokens, targets[:_WEIGHT_TOKENS], _own_products), 1 + len(HALF_LIVES)
+    part, features = targets[:_WEIGHT_TOKENS], 1 + len(HALF_LIVES)
+    products = np.sum([*_run(draft, tokens, part, _own_products)], axis=0)
     own, own_target = products[:, :features], products[:, features]
     weights = np.linalg.solve(own + 1e-6 * np.trace(own) * np.eye(features), own_target).astype(np.float32)
-    products = _run(draft._replace(weights=weights), tokens, targets, _latent_products)
-    latent, rest = products[:, : len(draft.readout)], products[:, len(draft.readout) :]
-    ridge = _RIDGE_TOKENS * latent.diagonal().mean() / len(targets)
-    readout = np.linalg.solve(latent + (ridge + 1e-9) * np.eye(len(latent)), rest)
-    return draft._replace(weights=weights, readout=readout.astype(np.float32))
+    draft = draft._replace(weights=weights)
+    halves = [np.zeros(()), np.zeros(())]
+    for number, products in enumerate(_run(draft, tokens, targets, _latent_products)):
+        halves[number % 2] = halves[number % 2] + products
+    return draft._replace(readout=_readout(halves, len(draft.readout), len(targets)))
 
 
-def _tokens(
-    trace: RoutingTrace, start: Float[np.ndarray, "P M E"], later: Float[np.ndarray, "P M E"], seed: int
-) -> _Prompts:
-    """At most `_MAX_TOKENS`, of prompts drawn at random."""
+def _readout(halves: list[np.ndarray], features: int, num_tokens: int) -> Float[np.ndarray, "Jr ME"]:
+    """Ridge regression from the products of both halves of the tokens."""
+
+    def solve(products: np.ndarray, tokens: float) -> np.ndarray:
+        squares, cross = products[:, :features], products[:, features:]
+        ridge = tokens * squares.diagonal().mean() / num_tokens
+        return np.linalg.solve(squares + (ridge + 1e-9) * np.eye(features, dtype=squares.dtype), cross)
+
+    def gain(tokens: float) -> float:
+        total = 0.0
+        for one, other in (halves, halves[::-1]):
+            if not np.ndim(other):
+                return tokens  # a single chunk: nothing to judge by, so the strongest penalty
+            readout = solve(one, tokens)
+            squares, cross = other[:, :features], other[:, features:]
+            total += float(2 * (readout * cross).sum() - (readout * (squares @ readout)).sum())
+        return total
+
+    return solve(halves[0] + halves[1], max(_RIDGE_TOKENS, key=gain)).astype(np.float32)
+
+
+def seen(trace: RoutingTrace, start: Float[np.ndarray, "P M E"], dynamics: Dynamics, seed: int = 0) -> Seen:
+    """Tokens of a trace as its `dynamics` see them, in half precision, at most so many that they fit into memory."""
+    tokens = _tokens(trace, start, seed)
+    targets = _targets(tokens, trace.num_experts)
+    rule = Refresh(dynamics)
+
+    def parts(state: RefreshState, targets: Array, dynamics: Dynamics) -> Array:
+        flat = (len(targets), -1)
+        return jnp.concatenate([rule.own(state).reshape(flat), state.latent.reshape(flat)], 1).astype(jnp.float16)
+
+    both = np.concatenate([*_run(dynamics, tokens, targets, parts)])
+    size = targets.shape[1]
+    planned = tokens.rates.reshape(-1, size)[tokens.prompt].astype(np.float16)
+    return Seen(both[:, :size], both[:, size:], planned, targets, tokens.prompt, tokens.experts)
+
+
+def _tokens(trace: RoutingTrace, start: Float[np.ndarray, "P M E"], seed: int) -> _Prompts:
+    """As many as fit, of prompts drawn at random."""
+    most = min(_MAX_TOKENS, _MAX_NUMBERS // (trace.num_layers * trace.num_experts))
     lengths = np.bincount(trace.sample, minlength=trace.num_prompts)
     drawn = np.random.default_rng(seed).permutation(trace.num_prompts)
-    drawn = drawn[np.cumsum(lengths[drawn]) <= max(_MAX_TOKENS, lengths[drawn[0]])]
+    drawn = drawn[np.cumsum(lengths[drawn]) <= max(most, lengths[drawn[0]])]
     order = np.lexsort((trace.token_pos, trace.sample))
     order = order[np.isin(trace.sample[order], drawn)]
     return _Prompts(
         trace.experts[order].astype(np.int16),
         trace.rank()[order].astype(np.int32),
         trace.sample[order].astype(np.int32),
-        trace.top_k * start,
-        trace.top_k * later,
+        (trace.top_k * start).astype(np.float32),
     )
 
 
@@ -129,9 +168,7 @@ def _directions(tokens: _Prompts, num_experts: int, seed: int) -> Float[np.ndarr
     rng = np.random.default_rng(seed)
     rows = np.sort(rng.permutation(len(tokens.prompt))[:_DIRECTION_TOKENS])
     chosen = (tokens.experts[rows][..., None] == np.arange(num_experts)).any(2)
-    early = (tokens.rank[rows] < _FIRST_TOKENS)[:, None, None]
-    prompts = tokens.prompt[rows]
-    deviation = chosen - np.where(early, tokens.start[prompts], tokens.later[prompts])
+    deviation = chosen - tokens.rates[tokens.prompt[rows]]
     deviation = deviation.reshape(len(rows), -1).astype(np.float32)
     r = min(NUM_DIRECTIONS, *deviation.shape)
     basis = rng.standard_normal((deviation.shape[1], r)).astype(np.float32)
@@ -160,31 +197,29 @@ def _run(
     dynamics: Dynamics,
     tokens: _Prompts,
     targets: Float[np.ndarray, "n ME"],
-    products: Callable[[RefreshState, Float[Array, "n ME"], Dynamics], Array],
-) -> Float[np.ndarray, "a b"]:
-    """Sum of `products` over the first `n` tokens, each prompt followed alone."""
-    rule = Refresh(dynamics)
-    start, later = jnp.asarray(tokens.start), jnp.asarray(tokens.later)
+    made_of: Callable[[RefreshState, Float[Array, "n ME"], Dynamics], Array],
+) -> Iterator[np.ndarray]:
+    """`made_of` the states before each of the first `n` tokens, by chunks of them, each prompt followed alone."""
+    rule, planned = Refresh(dynamics), jnp.asarray(tokens.rates)
 
     def follow(state: RefreshState, step: _Step) -> tuple[RefreshState, RefreshState]:
-        rates = jnp.where(step.rank < _FIRST_TOKENS, start[step.prompt], later[step.prompt])
-        is_first = step.rank == 0
+        rates, is_first = planned[step.prompt], step.rank == 0
         state = rule.plan(state, Plan(rates, jnp.where(is_first, rates, 0), jnp.where(is_first, 0.0, 1.0)))
         counts = (step.experts[..., None] == jnp.arange(rates.shape[-1])).sum(1)
         return rule.observe(state, counts), state
 
     @jax.jit
     def part(state: RefreshState, steps: _Step, targets: Float[Array, "n ME"]) -> tuple[RefreshState, Array]:
-        state, seen = jax.lax.scan(follow, state, steps)
-        return state, products(seen, targets.astype(jnp.float32), dynamics)
+        state, states = jax.lax.scan(follow, state, steps)
+        return state, made_of(states, targets.astype(jnp.float32), dynamics)
 
-    state, total = rule.start(jnp.zeros(start.shape[1:], jnp.float32)), np.zeros(())
-    for begin in range(0, len(targets), _CHUNK):
-        rows = slice(begin, min(begin + _CHUNK, len(targets)))
+    state = rule.start(jnp.zeros(planned.shape[1:], jnp.float32))
+    chunk = min(_CHUNK, max(1, -(-len(targets) // 4)))
+    for begin in range(0, len(targets), chunk):
+        rows = slice(begin, min(begin + chunk, len(targets)))
         steps = _Step(*(jnp.asarray(array[rows]) for array in tokens[:3]))
-        state, sums = part(state, steps, jnp.asarray(targets[rows]))
-        total = total + np.asarray(sums, np.float64)
-    return total
+        state, made = part(state, steps, jnp.asarray(targets[rows]))
+        yield np.asarray(made)
 
 
 def _own(seen: RefreshState) -> Float[Array, "n F ME"]:

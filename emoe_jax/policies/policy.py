@@ -98,14 +98,15 @@ class ResidencyPolicy:
         if busy is not None:
             loadable, evictable = loadable & ~busy, evictable & ~busy
         gained, lost = np.where(loadable, scores, -np.inf), np.where(evictable, scores, np.inf)
-        is_due = (gained.max(1) - lost.min(1) > self._rule.margin) & (self._sensitivity > 0)
+        margin = self._rule.margin + self._rule.share_margin * table.resident_mask.mean(1)
+        is_due = (gained.max(1) - lost.min(1) > margin) & (self._sensitivity > 0)
         layers = np.flatnonzero(is_due)[:, None]
         if not len(layers):
             return []
         load = np.argsort(-gained[layers[:, 0]], axis=1, kind="stable")[:, :limit_per_layer]
         evict = np.argsort(lost[layers[:, 0]], axis=1, kind="stable")[:, :limit_per_layer]
         gain = gained[layers, load] - lost[layers, evict]
-        row, nth = np.nonzero(gain > self._rule.margin)  # the best for the worst, the second best for the second worst
+        row, nth = np.nonzero(gain > margin[layers])  # the best for the worst, the second best for the second worst
         layer, gain = layers[row, 0], gain[row, nth] * self._sensitivity[layers[row, 0]]
         swaps = map(Swap, layer.tolist(), load[row, nth].tolist(), evict[row, nth].tolist(), gain.tolist())
         return sorted(swaps, key=operator.attrgetter("gain"), reverse=True)

@@ -5,11 +5,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Shaped
 
+from emoe_jax.policies.answer import log_own, num_requests, wishes
 from emoe_jax.policies.dynamics import Dynamics
 from emoe_jax.policies.rule import Matrix, Plan, Rule, namespace
 
-MARGIN = 0.12
-"""Wishes per step that a swap must gain. docs/residency.md says how it was chosen."""
+BASE_MARGIN, SHARE_MARGIN = 0.02, 0.13
+"""Wishes per step that a swap must gain: the first, and the second times the share of experts that are resident. Where
+few are, there is more to gain by a swap than by keeping the link free. docs/residency.md says how they were chosen."""
 
 
 class RefreshState(NamedTuple):
@@ -21,12 +23,19 @@ class RefreshState(NamedTuple):
 class Refresh(Rule[RefreshState]):
     """Scores are the wishes per step expected over the next few steps, linear in everything observed (`Dynamics`).
 
-    Being linear, what holds for one request holds for a batch: the sum of the forecasts is the forecast of the sum.
+    The linear part of a batch is the sum of its requests' forecasts. The network takes the batch's mean request.
     """
 
-    def __init__(self, dynamics: Dynamics, margin: float = MARGIN):
-        self.margin = margin
+    margin = BASE_MARGIN
+    share_margin = SHARE_MARGIN
+
+    def __init__(self, dynamics: Dynamics):
         self._dynamics = dynamics
+        # One matrix product reads the latent means once for everything that is made of them.
+        network = dynamics.network
+        self._mix = dynamics.readout
+        if network is not None:
+            self._mix = np.concatenate([dynamics.readout, network.linear, network.up], axis=1)
         self._keep = dynamics.keep[:, None, None]
         self._latent_keep = dynamics.latent_keep[:, None]
 
@@ -48,9 +57,20 @@ class Refresh(Rule[RefreshState]):
         latent = state.latent + (1 - self._latent_keep**steps) * (deviation - state.latent)
         return RefreshState(state.rates, recent, latent)
 
+    def own(self, state: RefreshState) -> Matrix:
+        """What an expert's planned rate and its own decayed means say, without those of others."""
+        xp, weights = namespace(state.rates), self._dynamics.weights
+        return weights[0] * state.rates + xp.einsum("k,...kme->...me", weights[1:], state.recent)
+
     def scores(self, state: RefreshState) -> Matrix:
-        xp = namespace(state.rates)
-        weights = self._dynamics.weights
-        lead = state.latent.shape[:-2]
-        rest = (state.latent.reshape(*lead, -1) @ self._dynamics.readout).reshape(state.rates.shape)
-        return weights[0] * state.rates + xp.einsum("k,...kme->...me", weights[1:], state.recent) + rest
+        own, shape, dynamics = self.own(state), state.rates.shape, self._dynamics
+        size = dynamics.readout.shape[1]
+        mixed = state.latent.reshape(*state.latent.shape[:-2], -1) @ self._mix
+        linear = own + mixed[..., :size].reshape(shape)
+        if dynamics.network is None:
+            return linear
+        requests = num_requests(state.rates, dynamics.top_k)
+        each = mixed / requests[..., None]
+        logs = log_own(own, requests, dynamics.top_k)
+        logits = dynamics.network.logits(logs, each[..., size : 2 * size], each[..., 2 * size :])
+        return (linear + wishes(logits, shape, requests, dynamics.top_k)) / 2

@@ -20,6 +20,9 @@ from emoe_jax.policies.transitions import TRANSITIONS_FILE
 
 _COMMAND = "`python -m train.predictor --traces FILE --out DIR`"
 
+PAPER_PREDICT_EVERY = 40
+"""eMoE's p."""
+
 Forecast = Literal["prompt", "task", "global", "none"]
 """What a policy plans with: the predictor's word on each prompt, its task's mean routing, that of all, nothing."""
 
@@ -37,6 +40,7 @@ class PolicyKind(NamedTuple):
     forecast: Forecast
     rule: Callable[[int, int, Knowledge], Rule[Any]]  # of the numbers of MoE layers and experts
     follows_requests: bool = False  # whether it has to be told of the requests that start and end
+    predict_every: int | None = None  # prompts that share a prediction; None: as the user says
 
 
 def _refresh(num_layers: int, num_experts: int, known: Knowledge) -> Rule[Any]:
@@ -63,7 +67,10 @@ def _activation(num_layers: int, num_experts: int, known: Knowledge) -> Rule[Any
 
 POLICIES: dict[str, PolicyKind] = {
     "emoe": PolicyKind("prompt", _refresh, follows_requests=True),
+    # One prediction per prompt or per few prompts, nothing learned from what routers wish for.
     "emoe-no-refresh": PolicyKind("prompt", lambda *_: Fixed(), follows_requests=True),
+    # The paper's own setting: one forecast for the next 40 prompts.
+    "emoe-paper": PolicyKind("prompt", lambda *_: Fixed(), follows_requests=True, predict_every=PAPER_PREDICT_EVERY),
     "lru": PolicyKind("none", lambda *_: Lru()),
     "lfu": PolicyKind("none", lambda *_: Lfu()),
     "static-task": PolicyKind("task", lambda *_: Fixed(), follows_requests=True),

@@ -34,10 +34,12 @@ class Rule(abc.ABC, Generic[State]):
     """Experts have scores; the highest-scoring ones of a layer should be resident.
 
     `margin` is by how much an absent expert must be ahead of the resident one it replaces, so that near ties do not
-    make experts take turns. States are never changed in place.
+    make experts take turns; `share_margin` adds to it by the share of a layer's experts that are resident. States are
+    never changed in place.
     """
 
     margin: float = 0.0
+    share_margin: float = 0.0
 
     @abc.abstractmethod
     def start(self, rates: Float[Any, "M E"]) -> State:

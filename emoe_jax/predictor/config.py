@@ -10,6 +10,8 @@ from typing import Any
 
 from emoe_jax.errors import EmoeError
 
+FORMAT = 2
+"""Of a predictor's directory. Another one is refused."""
 VARIANTS = ("all-layer", "layer-by-layer")
 ARCHITECTURES = ("xlnet", "gpt2", "bert")
 
@@ -20,7 +22,8 @@ class PredictorError(EmoeError):
 
 @dataclasses.dataclass(frozen=True)
 class PredictorConfig:
-    """`variant` is eMoE-A (all layers from the prompts before, eMoE eq. 1) or eMoE-L (each layer from those before it).
+    """`variant` is eMoE-A (all layers from the prompts before, eMoE eq. 1) or eMoE-L (each layer also from the routing
+    of those before it, once that is known).
 
     `arch` is how layers see each other: two-way with relative positions and a permutation objective (xlnet), only
     earlier layers (gpt2), or two-way with masked layers (bert). `members` networks of the same form are averaged.
@@ -30,7 +33,7 @@ class PredictorConfig:
     num_experts: int
     top_k: int
     embedding_dim: int = 0  # 0: prompts come without an embedding
-    variant: str = "all-layer"
+    variant: str = "layer-by-layer"
     arch: str = "xlnet"
     width: int = 32
     heads: int = 4
@@ -77,7 +80,7 @@ class PredictorConfig:
             )
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return {"format": FORMAT, **dataclasses.asdict(self)}
 
     @staticmethod
     def load(path: Path) -> PredictorConfig:
@@ -88,6 +91,11 @@ class PredictorConfig:
             raise PredictorError(f"{path.parent} holds no predictor ({path.name} is missing)") from None
         except (OSError, ValueError) as error:
             raise PredictorError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+        if isinstance(values, dict) and values.pop("format", 1) != FORMAT:
+            raise PredictorError(
+                f"{path} describes a predictor of another format than {FORMAT}; "
+                "`python -m train.predictor --traces FILE --out DIR` makes one of this format"
+            )
         names = {field.name for field in dataclasses.fields(PredictorConfig)}
         if not isinstance(values, dict) or {*values, "prior_widths"} != names:
             raise PredictorError(f"{path} is not the description of a predictor")

@@ -52,7 +52,7 @@ class InputBuilder:
         self.centre = roots.mean(0)
         self.scale = float(1 / max(roots.std(0).mean(), 1e-6))
         coordinates = kernel.coordinates(prompts)
-        self._spread = max(float(coordinates.std()), 1e-6)
+        self._spread = max(float(coordinates.std()), 1e-6) if coordinates.size else 1.0
 
     def routing(self, shares: Float[np.ndarray, "B M E"]) -> Float[np.ndarray, "B M E"]:
         """Frequencies as the network sees them; unknown ones (NaN) as the mean."""

@@ -21,7 +21,7 @@ CHANNELS = 4  # what is known of a layer beforehand: see `Inputs.layers`
 class Inputs(NamedTuple):
     """What the network sees of `B` prompts. Frequencies are given as square roots less their mean, see `inputs.py`."""
 
-    prior: Float[Array, "B M E"]  # log of the prior's distribution
+    prior: Float[Array, "B M E"]  # log of the closed-form distribution that is corrected
     layers: Float[Array, "B M C E"]  # prior, last prompt, earlier prompts (decayed), first answer tokens
     names: Float[Array, "B W"]
     embedding: Float[Array, "B R"]
@@ -32,6 +32,17 @@ class Known(NamedTuple):
 
     routing: Float[Array, "B M E"]
     visible: Bool[Array, "B M M"]
+
+
+class PerLayer(nnx.Module):
+    """A linear map for each MoE layer: an expert's number means something else in every layer."""
+
+    def __init__(self, layers: int, inputs: int, outputs: int, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(jnp.zeros((layers, inputs, outputs)))
+        self.bias = nnx.Param(jnp.zeros((layers, outputs)))
+
+    def __call__(self, x: Float[Array, "B M X"]) -> Float[Array, "B M Y"]:
+        return jnp.einsum("bmx,mxy->bmy", x, self.kernel[...]) + self.bias[...]
 
 
 class Attention(nnx.Module):
@@ -97,7 +108,7 @@ class Dropout:
 
 
 class RoutingTransformer(nnx.Module):
-    """Logits of every expert in every layer: the prior's log plus a correction that starts at zero.
+    """Logits of every expert in every layer: the closed form's log plus a correction that starts at zero.
 
     Three streams share the weights (XLNet's two, and one for what is known of a prompt beforehand):
     `memory` holds the inputs of each layer and sees no true routing; `content` also holds the layer's true routing;
@@ -108,22 +119,20 @@ class RoutingTransformer(nnx.Module):
     def __init__(self, config: PredictorConfig, name_features: int, coordinates: int, rngs: nnx.Rngs):
         width, experts, layers = config.width, config.num_experts, config.num_layers
         self.causal, self.layers = config.arch == "gpt2", layers
-        self.channels = nnx.Linear(CHANNELS * experts, width, rngs=rngs)
-        self.truth = nnx.Linear(experts, width, rngs=rngs)
+        self.channels = PerLayer(layers, CHANNELS * experts, width, rngs)
+        self.truth = PerLayer(layers, experts, width, rngs)
         self.names = nnx.Linear(name_features, width, use_bias=False, rngs=rngs)
         self.embedding = nnx.Linear(coordinates, width, use_bias=False, rngs=rngs) if coordinates else None
-        self.layer = nnx.Param(jnp.zeros((layers, width)))
         self.blocks = nnx.List([Block(config, rngs) for _ in range(config.blocks)])
         self.norm = nnx.LayerNorm(width, rngs=rngs)
-        self.experts = nnx.Param(jnp.zeros((experts, width)))  # one head for all layers
-        self.bias = nnx.Param(jnp.zeros((layers, experts)))
+        self.head = PerLayer(layers, width, experts, rngs)
 
     def __call__(self, inputs: Inputs, known: Known | None = None, drop: Dropout | None = None) -> Array:
         """Logits [B, M, E]."""
         drop, layers = drop or Dropout(), self.layers
         batch = inputs.prior.shape[0]
         x = self.channels(drop(inputs.layers.reshape(batch, layers, -1)))
-        x = x + self.layer + self.names(drop(inputs.names))[:, None]
+        x = x + self.names(drop(inputs.names))[:, None]
         if self.embedding is not None:
             x = x + self.embedding(drop(inputs.embedding))[:, None]
         before = jnp.tril(jnp.ones((layers, layers), bool)) if self.causal else jnp.ones((layers, layers), bool)
@@ -145,4 +154,4 @@ class RoutingTransformer(nnx.Module):
         for block in self.blocks:
             x = block(x, keys, place, mask, drop)
         x = self.norm(x[:, -layers:])
-        return inputs.prior + jnp.einsum("bmd,ed->bme", x, self.experts) + self.bias
+        return inputs.prior + self.head(x)

@@ -49,11 +49,15 @@ def init(config: PredictorConfig, sizes: Sizes, seed: int) -> Weights:
     rng = np.random.default_rng(seed)
 
     def fresh(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name.startswith("head"):
+            return np.zeros((config.members, *shape))
         if name.endswith("kernel"):
-            return rng.normal(0, shape[0] ** -0.5, (config.members, *shape))
+            return rng.normal(0, shape[-2] ** -0.5, (config.members, *shape))
+        if name == "channels.bias":  # tells layers apart
+            return rng.normal(0, 0.3, (config.members, *shape))
         if name.endswith("scale"):
             return np.ones((config.members, *shape))
-        deviation = {"layer": 0.3, "distance": 0.02}.get(name.split(".")[-1], 0.0)
+        deviation = 0.02 if name.endswith("distance") else 0.0
         return rng.normal(0, 1, (config.members, *shape)) * deviation
 
     return {name: jnp.asarray(fresh(name, of.shape), jnp.float32) for name, of in _form(config, sizes)[1].items()}
@@ -79,23 +83,6 @@ def distribution(
     """The members' mean distribution over experts."""
     logits = jax.vmap(lambda member: member_logits(member, config, sizes, inputs, known))(weights)
     return jax.nn.softmax(logits, axis=-1).mean(0)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "sizes"))
-def rolled_out(
-    weights: Weights, config: PredictorConfig, sizes: Sizes, inputs: Inputs, centre: Float[Array, "M E"], scale: float
-) -> Float[Array, "B M E"]:
-    """Layer by layer (eMoE-L): each layer is predicted from those before it, whose routing is itself predicted."""
-    num_layers = config.num_layers
-    visible = jnp.broadcast_to(
-        jnp.tril(jnp.ones((num_layers, num_layers), bool), -1), (*inputs.prior.shape[:2], num_layers)
-    )
-
-    def layer(index: int, predicted: Array) -> Array:
-        known = Known((jnp.sqrt(predicted) - centre) * scale, visible)
-        return predicted.at[:, index].set(distribution(weights, config, sizes, inputs, known)[:, index])
-
-    return jax.lax.fori_loop(0, num_layers, layer, jax.nn.softmax(inputs.prior, axis=-1))
 
 
 def count(weights: Weights) -> int:

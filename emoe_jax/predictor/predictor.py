@@ -1,4 +1,4 @@
-"""`Predictor`: what the engine asks before a prompt runs, and tells after it has run."""
+"""`Predictor`: what is asked before a prompt runs and while its layers are computed, and told after it has run."""
 
 from __future__ import annotations
 
@@ -9,24 +9,26 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from emoe_jax.predictor import network
 from emoe_jax.predictor.config import PredictorConfig, PredictorError
 from emoe_jax.predictor.inputs import History, InputBuilder
 from emoe_jax.predictor.kernel import PromptKernel
-from emoe_jax.predictor.model import Inputs, Known
+from emoe_jax.predictor.layers import LayerPrior
+from emoe_jax.predictor.model import Known
 from emoe_jax.predictor.network import Sizes, Weights
 from emoe_jax.predictor.prior import KernelPrior
 from emoe_jax.predictor.prompts import Prompts
 
-CONFIG, MEMORY, WEIGHTS = "config.json", "memory.npz", "weights.safetensors"
+CONFIG, MEMORY, LAYERS, WEIGHTS = "config.json", "memory.npz", "layers.npz", "weights.safetensors"
 MAX_MEMORY = 1024  # prompts; refitting is cubic in them
 
 
 class Predictor:
-    """Distributions over experts for coming prompts.
+    """Distributions over experts for coming prompts: before they start, and given their routing in some layers.
 
+    The third question, what an answer wishes for next, is `Dynamics`': it stands beside the predictor in its directory.
     Every scale and feature is that of the prompts it was trained on (`trained`); the prior also remembers prompts
     observed since, at most `MAX_MEMORY` in all, the oldest forgotten first. Not thread-safe.
     """
@@ -37,15 +39,17 @@ class Predictor:
         trained: Prompts,
         weights: Weights | None = None,
         remembered: Prompts | None = None,
+        layers: LayerPrior | None = None,
     ):
-        """Without `weights` the prior predicts alone; it remembers `trained` unless told what else to remember."""
+        """Without `weights` closed forms predict alone; the prior remembers `trained` unless told what else. Without
+        `layers` nothing is predicted from earlier layers."""
         shape = (config.num_layers, config.num_experts)
         if trained.counts.shape[1:] != shape or trained.embedding.shape[1] != config.embedding_dim:
             raise PredictorError(
                 f"remembered prompts have routing {list(trained.counts.shape[1:])} and embeddings of "
                 f"{trained.embedding.shape[1]}; the predictor is for {list(shape)} and {config.embedding_dim}"
             )
-        self.config, self.weights = config, weights
+        self.config, self.weights, self.layers = config, weights, layers
         self.trained, self.memory = trained, remembered or trained
         self.kernel = PromptKernel(trained)
         self.inputs = InputBuilder(self.kernel, trained)
@@ -62,6 +66,7 @@ class Predictor:
         directory = Path(directory)
         config = PredictorConfig.load(directory / CONFIG)
         predictor = Predictor(config, Prompts.load(directory / MEMORY))
+        predictor.layers = LayerPrior.load(directory / LAYERS, config)
         predictor.weights = network.load(directory / WEIGHTS, config, predictor.sizes)
         return predictor
 
@@ -70,11 +75,12 @@ class Predictor:
 
         The description comes last: a directory written half does not load.
         """
-        if self.weights is None:
-            raise PredictorError("a predictor without weights cannot be saved")
+        if self.weights is None or self.layers is None:
+            raise PredictorError("a predictor without weights or layers cannot be saved")
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.trained.save(directory / MEMORY)
+        self.layers.save(directory / LAYERS)
         network.save(self.weights, directory / WEIGHTS)
         before, after = self.priors
         config = dataclasses.replace(self.config, prior_widths=(before.width, after.width))
@@ -131,19 +137,38 @@ class Predictor:
         if self.weights is None:
             return prior
         inputs = self.inputs.build(prompts, prior, list(histories), with_first)
-        if self.config.variant == "all-layer":
-            return np.asarray(network.distribution(self.weights, self.config, self.sizes, inputs))
-        centre, scale = jnp.asarray(self.inputs.centre), self.inputs.scale
-        return np.asarray(network.rolled_out(self.weights, self.config, self.sizes, inputs, centre, scale))
+        return np.asarray(network.distribution(self.weights, self.config, self.sizes, inputs))
 
-    def predict_given_layers(self, inputs: Inputs, routing: Float[np.ndarray, "P M E"]) -> Float[np.ndarray, "P M E"]:
-        """Each layer's distribution given the true `routing` of the layers before it (eMoE-L within a prompt)."""
-        if self.weights is None:
-            raise PredictorError("a predictor without weights cannot follow layers")
+    def given_layers(
+        self,
+        prompts: Prompts,
+        prior: Float[np.ndarray, "P M E"],
+        histories: Sequence[History],
+        shares: Float[np.ndarray, "P M E"],
+        known: int | None = None,
+        tokens: float | None = None,
+    ) -> Float[np.ndarray, "P M E"]:
+        """Each layer's distribution given the true routing `shares` of the layers before it.
+
+        `prior` is what was said before the prompts ran. With `known`, only the first so many layers were routed yet:
+        later `shares` are not looked at, and later layers are predicted from these. `tokens` is how many tokens
+        `shares` count, where they are not whole prompts.
+        """
+        if self.layers is None:
+            raise PredictorError("this predictor knows nothing of how layers follow each other")
+        start = self.layers.predict(prior, shares, known, tokens)
+        if self.weights is None or self.config.variant != "layer-by-layer":
+            return start
+        inputs = self.inputs.build(prompts, start, list(histories), with_first=False)
+        visible = self._earlier(len(prompts), known)
+        seen = Known(jnp.asarray(self.inputs.routing(shares)), jnp.asarray(visible))
+        return np.asarray(network.distribution(self.weights, self.config, self.sizes, inputs, seen))
+
+    def _earlier(self, rows: int, known: int | None) -> Bool[np.ndarray, "P M M"]:
         layers = self.config.num_layers
-        visible = np.broadcast_to(np.tril(np.ones((layers, layers), bool), -1), (len(routing), layers, layers))
-        known = Known(jnp.asarray(self.inputs.routing(routing)), jnp.asarray(visible))
-        return np.asarray(network.distribution(self.weights, self.config, self.sizes, inputs, known))
+        visible = np.tril(np.ones((layers, layers), bool), -1)
+        visible[:, layers if known is None else known :] = False
+        return np.broadcast_to(visible, (rows, layers, layers))
 
     def observe(
         self,
@@ -173,8 +198,7 @@ class Predictor:
         self.memory = self.memory.routed()
         if len(self.memory) < 2:
             raise PredictorError(f"{len(self.memory)} prompts are too few to predict from")
-        if len(self.memory) > MAX_MEMORY:
-            self.memory = self.memory.take(range(len(self.memory) - MAX_MEMORY, len(self.memory)))
+        self.memory = self.memory.latest(MAX_MEMORY)
         self._priors = {}
         self.prior(with_first=False)
 

@@ -42,7 +42,7 @@ class KernelPrior:
         """`width` of the kernel is chosen where it is not given."""
         self._kernel, self._placed, self._with_first = kernel, kernel.place(prompts), with_first
         self._shape = prompts.counts.shape[1:]
-        targets = _compress(frequencies(prompts.counts)).reshape(len(prompts), -1).astype(np.float64)
+        targets = compress(frequencies(prompts.counts)).reshape(len(prompts), -1).astype(np.float64)
         size = prompts.counts.sum((1, 2)).astype(np.float64)
         weight = np.clip(size / np.median(size), 1 / _MAX_WEIGHT, _MAX_WEIGHT)
         self._mean = weight @ targets / weight.sum()
@@ -78,13 +78,18 @@ class KernelPrior:
         return self._kernel.similarity(placed, self._placed, self._with_first, width) + _MEAN_WEIGHT
 
     def _distribution(self, components: Float[np.ndarray, "Q J"]) -> Float[np.ndarray, "Q M E"]:
-        values = (components @ self._axes + self._mean).reshape(-1, *self._shape)
-        shares = np.maximum(values, 0) ** (1 / POWER) + _FLOOR
-        return (shares / shares.sum(-1, keepdims=True)).astype(np.float32)
+        return distribution((components @ self._axes + self._mean).reshape(-1, *self._shape))
 
 
-def _compress(shares: Float[np.ndarray, ...]) -> Float[np.ndarray, ...]:
+def compress(shares: Float[np.ndarray, ...]) -> Float[np.ndarray, ...]:
+    """As what frequencies are regressed."""
     return shares**POWER
+
+
+def distribution(compressed: Float[np.ndarray, "*lead E"]) -> Float[np.ndarray, "*lead E"]:
+    """Shares that sum to 1, none of them 0, from what was regressed."""
+    shares = np.maximum(compressed, 0) ** (1 / POWER) + _FLOOR
+    return (shares / shares.sum(-1, keepdims=True)).astype(np.float32)
 
 
 def _fit(

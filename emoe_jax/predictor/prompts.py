@@ -49,9 +49,13 @@ class Prompts:
         pairs = ((getattr(self, name), getattr(later, name)) for name in ("embedding", "counts", "first"))
         return Prompts(self.tasks + later.tasks, *(np.concatenate(pair) for pair in pairs))
 
+    def latest(self, number: int) -> Prompts:
+        """The last of them, at most so many."""
+        return self if len(self) <= number else self.take(range(len(self) - number, len(self)))
+
     def shuffled(self, seed: int) -> Prompts:
         """The same prompts with their routing dealt to others: a control from which nothing can be learned."""
-        order = np.random.default_rng(seed).permutation(len(self))
+        order = shuffled_order(len(self), seed)
         return dataclasses.replace(self, counts=self.counts[order], first=self.first[order])
 
     def routed(self) -> Prompts:
@@ -86,6 +90,11 @@ class Prompts:
         if embedding.dtype != np.float32 or counts.dtype != np.int32 or first.dtype != np.int32:
             raise PredictorError(f"{path} is damaged: its arrays are of the wrong types")
         return Prompts(tuple(str(task) for task in tasks), embedding, counts, first)
+
+
+def shuffled_order(number: int, seed: int) -> Int[np.ndarray, " P"]:
+    """Whose routing each prompt gets when routing is dealt to others."""
+    return np.random.default_rng(seed).permutation(number)
 
 
 def frequencies(counts: Int[np.ndarray, "... E"]) -> Float[np.ndarray, "... E"]:

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.residency.forecasts import learn_from, predicted
+from benchmarks.residency.forecasts import learn_from, plan_of, predicted
 from benchmarks.residency.replay import Totals, replay
-from benchmarks.residency.stream import FIRST_TOKENS, Forecasts, Plans, Stream, make_plans, make_stream
+from benchmarks.residency.stream import Plans, Stream, make_plans, make_stream
 from emoe_jax.policies.caching import Fixed, Lru
 from emoe_jax.policies.dynamics import Dynamics
 from emoe_jax.policies.refresh import Refresh
@@ -21,10 +21,9 @@ TRACE = make_trace(prompts=5, tokens=30)
 M, E, TOP_K = TRACE.num_layers, TRACE.num_experts, TRACE.top_k
 
 
-def forecasts(trace: RoutingTrace, seed: int = 0) -> Forecasts:
+def forecasts(trace: RoutingTrace, seed: int = 0) -> np.ndarray:
     shape = (trace.num_prompts, trace.num_layers)
-    rng = np.random.default_rng(seed)
-    return Forecasts(*(rng.dirichlet(np.ones(trace.num_experts), shape).astype(np.float32) for _ in range(2)))
+    return np.random.default_rng(seed).dirichlet(np.ones(trace.num_experts), shape).astype(np.float32)
 
 
 @settings(max_examples=30, deadline=None)
@@ -56,8 +55,7 @@ def test_a_stream_has_every_token_once_and_plans_add_up(lengths: list[int], conc
     for step, running in enumerate(stream.prompt):
         expected = np.zeros((M, E))
         for prompt in running[running >= 0]:
-            early = step - firsts[prompt] < FIRST_TOKENS
-            expected += TOP_K * (told.start if early else told.later)[prompt]
+            expected += TOP_K * told[prompt]
         np.testing.assert_allclose(plans.rates[stream.plan[step]], expected, atol=1e-5)
     assert ((plans.kept >= 0) & (plans.kept <= 1)).all()
     np.testing.assert_allclose(plans.joined.sum(), TOP_K * M * len(lengths), rtol=1e-4)
@@ -148,6 +146,36 @@ def test_a_fixed_set_moves_only_when_a_plan_begins():
         for m in range(M)
     )
     assert (int(totals.moved[0]), int(totals.hits[0])) == (moved, hits)
+
+
+def test_p_counts_prompts_and_the_papers_policy_has_its_own():
+    """`p` prompts in a row plan with the forecast of the first of them; the paper's p is 40, whatever else is asked."""
+    trace = make_trace(prompts=90, tokens=4)
+    learned = learn_from(trace)
+    every = {p: predicted(learned.predictor, trace, p) for p in (1, 40)}
+    assert len(np.unique(every[1], axis=0)) == 90
+    assert len(np.unique(every[40], axis=0)) == 3
+    np.testing.assert_array_equal(every[40], every[1][np.arange(90) // 40 * 40])
+    for policy in ("emoe", "emoe-no-refresh"):
+        np.testing.assert_array_equal(plan_of(policy, learned, trace, 1), every[1])
+    for p in (1, 7):
+        np.testing.assert_array_equal(plan_of("emoe-paper", learned, trace, p), every[40])
+
+
+def test_margins_of_a_rule_that_swaps_less_where_more_is_resident():
+    """Scores that change places by a little every step: only the layer share that allows it exchanges experts."""
+    stream = make_stream(TRACE, 1)
+    plans = make_plans(stream, forecasts(TRACE), TOP_K)
+
+    def rule_with(extra: float) -> Refresh:
+        rule = Refresh(Dynamics.untrained(M, E))
+        rule.share_margin = extra
+        return rule
+
+    moved = []
+    for extra in (0.0, 0.3):
+        moved.append(replay(stream, E, [[2] * M, [6] * M], rule_with(extra), plans, 1).moved)
+    assert (moved[1] < moved[0]).all()
 
 
 def test_what_the_last_layer_knows_early_is_learned():

@@ -132,6 +132,21 @@ def test_a_step_loops_over_nothing():
     assert lines(32, 64) <= lines(4, 8)
 
 
+def test_a_swap_must_gain_more_where_more_experts_are_resident():
+    """Of the same scores, a layer with few slots swaps what a layer with many leaves alone."""
+    rule = POLICIES["emoe"].rule(1, 8, Knowledge())
+    first, last = rule.margin + rule.share_margin / 8, rule.margin + rule.share_margin * 7 / 8
+    assert 0 < first < last
+    scores = np.array([[1.0] * 7 + [1.0 + (first + last) / 2]], np.float32)
+    swaps = []
+    for capacity in (1, 7):
+        policy = ResidencyPolicy(rule, 1, 8, np.array([[1.0] * 7 + [0.0]], np.float32))
+        table = filled_table(policy, [capacity])
+        policy._scores = scores
+        swaps.append([swap.load for swap in policy.swaps(table)])
+    assert swaps == [[7], []]
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 6))
 def test_swaps_are_the_best_exchange_again_and_again(seed: int, limit: int):
@@ -140,9 +155,10 @@ def test_swaps_are_the_best_exchange_again_and_again(seed: int, limit: int):
     table = filled_table(policy, [2, 3, 4])
     busy = rng.random((3, 6)) < 0.2
     policy.plan(rng.random((3, 6)).round(1), sensitivity=rng.integers(0, 2, 3) * rng.random(3))
-    scores, sensitivity, margin = policy.scores().copy(), policy._sensitivity, policy._rule.margin
+    scores, sensitivity = policy.scores().copy(), policy._sensitivity
     expected = []
     for layer in np.flatnonzero(sensitivity).tolist():
+        margin = policy._rule.margin + policy._rule.share_margin * table.capacities[layer] / 6
         absent = [e for e in range(6) if not busy[layer, e] and not table.is_resident(layer, e)]
         resident = [e for e in range(6) if not busy[layer, e] and table.is_resident(layer, e)]
         while absent and resident and len([swap for swap in expected if swap[0] == layer]) < limit:

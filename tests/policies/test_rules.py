@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from emoe_jax.errors import ConfigError
 from emoe_jax.policies import POLICIES, Knowledge
+from emoe_jax.policies.answer import AnswerNetwork
 from emoe_jax.policies.dynamics import Dynamics
 from emoe_jax.policies.refresh import Refresh
 from emoe_jax.policies.rule import Plan, Rule
@@ -19,12 +20,16 @@ from emoe_jax.policies.rule import Plan, Rule
 M, E, TOP_K = 3, 6, 2
 
 
-def random_dynamics(rng: np.random.Generator) -> Dynamics:
+def random_dynamics(rng: np.random.Generator, with_network: bool = True) -> Dynamics:
     untrained = Dynamics.untrained(M, E)
-    latent = 4 * len(untrained.latent_half_lives)
+    latent, size, hidden = 4 * len(untrained.latent_half_lives), M * E, 5
+    shapes = ((size,), (size,), (latent, size), (latent, hidden), (hidden,), (hidden, size))
+    network = AnswerNetwork(*(rng.normal(0, 0.3, shape).astype(np.float32) for shape in shapes))
     return untrained._replace(
+        top_k=TOP_K,
         directions=rng.normal(size=(M * E, 4)).astype(np.float32),
         readout=rng.normal(size=(latent, M * E)).astype(np.float32),
+        network=network if with_network else None,
     )
 
 
@@ -78,9 +83,9 @@ def test_what_must_be_learned_is_asked_for(name: str):
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10_000))
-def test_a_batch_is_forecast_as_the_sum_of_its_requests(seed: int):
+def test_a_batch_is_forecast_linearly_as_the_sum_of_its_requests(seed: int):
     rng = np.random.default_rng(seed)
-    rule = Refresh(random_dynamics(rng))
+    rule = Refresh(random_dynamics(rng, with_network=False))
     plans = [rates(rng) for _ in range(3)]
     alone, together = [rule.start(plan) for plan in plans], rule.start(np.sum(plans, axis=0))
     for _ in range(5):
@@ -113,15 +118,65 @@ def test_equal_steps_may_be_taken_in_together(name: str):
         np.testing.assert_allclose(rule.scores(together), rule.scores(apart), rtol=1e-3, atol=1e-3)
 
 
-def test_dynamics_are_read_as_written_and_refused_when_damaged(tmp_path: Path):
-    dynamics, path = random_dynamics(np.random.default_rng(0)), tmp_path / "dynamics.npz"
+def test_the_network_says_of_equal_requests_what_it_says_of_one():
+    rng = np.random.default_rng(3)
+    rule = Refresh(random_dynamics(rng))
+    plan, counts = rates(rng), wishes(rng)
+    alone, together = (rule.observe(rule.start(n * plan), n * counts) for n in (1, 5))
+    np.testing.assert_allclose(rule.scores(together), 5 * rule.scores(alone), rtol=1e-4, atol=1e-4)
+
+
+def test_the_networks_half_of_a_forecast_sums_to_top_k_per_layer():
+    rng = np.random.default_rng(4)
+    dynamics = random_dynamics(rng)
+    state = Refresh(dynamics).observe(Refresh(dynamics).start(rates(rng)), wishes(rng))
+    both, linear = Refresh(dynamics).scores(state), Refresh(dynamics._replace(network=None)).scores(state)
+    networks = 2 * both - linear
+    assert (networks > 0).all()
+    np.testing.assert_allclose(networks.sum(-1), TOP_K, rtol=1e-4)
+
+
+def test_without_a_plan_the_network_still_forecasts():
+    rule = Refresh(random_dynamics(np.random.default_rng(5)))
+    state = rule.observe(rule.start(np.zeros((M, E), np.float32)), wishes(np.random.default_rng(6)))
+    assert np.isfinite(rule.scores(state)).all()
+
+
+def assert_same_dynamics(ours: Dynamics, theirs: Dynamics) -> None:
+    assert ours.top_k == theirs.top_k
+    assert (ours.network is None) == (theirs.network is None)
+    pairs = [*zip(ours[1:-1], theirs[1:-1], strict=True), *zip(ours.network or (), theirs.network or (), strict=True)]
+    for one, other in pairs:
+        np.testing.assert_allclose(one, other, rtol=1e-3)  # matrices are written in half precision
+
+
+@pytest.mark.parametrize("with_network", [False, True])
+def test_dynamics_are_read_as_written_and_refused_when_damaged(tmp_path: Path, with_network: bool):
+    dynamics, path = random_dynamics(np.random.default_rng(0), with_network), tmp_path / "dynamics.npz"
     dynamics.save(path)
-    for ours, theirs in zip(dynamics, Dynamics.load(path, M, E), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    assert_same_dynamics(dynamics, Dynamics.load(path, M, E))
     with pytest.raises(ConfigError, match="18 experts in all; the model has 4 MoE layers of 6 experts"):
         Dynamics.load(path, 4, E)
     with pytest.raises(ConfigError, match=r"missing\.npz: no such file"):
         Dynamics.load(tmp_path / "missing.npz", M, E)
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ConfigError, match=r"dynamics\.npz holds no dynamics of routing"):
+        Dynamics.load(path, M, E)
+
+
+def test_dynamics_of_another_format_or_form_are_refused_in_one_line(tmp_path: Path):
+    path = tmp_path / "dynamics.npz"
+    dynamics = random_dynamics(np.random.default_rng(0))
+    arrays: dict[str, Any] = {
+        name: np.asarray(value) for name, value in dynamics._asdict().items() if name != "network"
+    }
+    np.savez(path, **arrays)  # as the first format was written
+    with pytest.raises(ConfigError, match="holds dynamics of an older format than 2"):
+        Dynamics.load(path, M, E)
+    np.savez(path, format=2, half_lives=dynamics.half_lives)
+    with pytest.raises(ConfigError, match="holds no dynamics of routing"):
+        Dynamics.load(path, M, E)
+    assert dynamics.network is not None
+    dynamics._replace(network=dynamics.network._replace(up=dynamics.network.up[:3])).save(path)
+    with pytest.raises(ConfigError, match=r"the network's up is \[3, 5\], not \[16, 5\]"):
         Dynamics.load(path, M, E)

@@ -47,6 +47,7 @@ def test_training_leaves_all_that_is_promised(workplace):
     assert {path.name for path in out.iterdir()} >= {
         "config.json",
         "memory.npz",
+        "layers.npz",
         "dynamics.npz",
         "transitions.npz",
         "weights.safetensors",
@@ -83,6 +84,9 @@ def test_judging_a_later_trace(workplace, tmp_path):
         assert abs(rows["random"][residency] - float(residency)) < 0.1
         assert rows["ridge"]["coverage"][residency] == rows["ridge"][residency]
     assert numbers["with_first_tokens"]["coverage"]["0.25"] > rows["task_frequency"]["0.25"]
+    for question in ("given_earlier_layers", "given_last_tokens"):
+        assert list(numbers[question]["coverage"]) == ["0.25", "0.5", "0.75"]
+        assert 0 < numbers[question]["top_k"] <= 1
     assert (numbers["seen_prompts"], numbers["prompts"], numbers["unseen_tasks"]) == (0, 20, 0)
     command.main([*argv, str(tmp_path / "b.json"), "--no-updates"])
     fixed = json.loads((tmp_path / "b.json").read_text())

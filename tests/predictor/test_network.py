@@ -27,7 +27,7 @@ def make_inputs(rows: int = 2) -> Inputs:
 def trained_weights(config: PredictorConfig) -> dict[str, jax.Array]:
     """Weights whose output is not zero."""
     weights = network.init(config, SIZES, 0)
-    return {**weights, "experts": jax.random.normal(jax.random.key(1), weights["experts"].shape)}
+    return {**weights, "head.kernel": jax.random.normal(jax.random.key(1), weights["head.kernel"].shape)}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -76,23 +76,45 @@ def test_only_gpt2_hides_later_layers_inputs():
         assert same == (arch == "gpt2")
 
 
-def test_rolling_out_uses_the_predictions_of_earlier_layers():
-    config = dataclasses.replace(CONFIG, variant="layer-by-layer")
-    weights, inputs = trained_weights(config), make_inputs()
-    centre = jnp.full((4, 8), 0.3)
-    rolled = network.rolled_out(weights, config, SIZES, inputs, centre, 5.0)
-    known = Known((jnp.sqrt(rolled) - centre) * 5.0, jnp.tril(jnp.ones((2, 4, 4), bool), -1))
-    np.testing.assert_allclose(rolled, network.distribution(weights, config, SIZES, inputs, known), atol=1e-5)
+def test_an_experts_number_means_nothing_across_layers():
+    """Renaming one layer's experts, in its inputs and in its matrices, renames its output, and no other layer's."""
+    weights, inputs = trained_weights(CONFIG), make_inputs()
+    routing = jax.random.normal(jax.random.key(5), (2, 4, 8))
+    visible = jnp.tril(jnp.ones((2, 4, 4), bool), -1)
+    order = np.random.default_rng(0).permutation(8)
+    plain = network.distribution(weights, CONFIG, SIZES, inputs, Known(routing, visible))
+    columns = np.concatenate([channel * 8 + order for channel in range(CHANNELS)])
+
+    def renamed(name: str, leaf: jax.Array) -> jax.Array:
+        rows = {"channels.kernel": columns, "truth.kernel": order}
+        if name in rows:
+            return leaf.at[:, 1].set(leaf[:, 1][:, rows[name]])
+        if name == "head.kernel":
+            return leaf.at[:, 1].set(leaf[:, 1][..., order])
+        return leaf.at[:, 1].set(leaf[:, 1][:, order]) if name == "head.bias" else leaf
+
+    others = {name: renamed(name, leaf) for name, leaf in weights.items()}
+    strange = inputs._replace(
+        prior=inputs.prior.at[:, 1].set(inputs.prior[:, 1][:, order]),
+        layers=inputs.layers.at[:, 1].set(inputs.layers[:, 1][..., order]),
+    )
+    known = Known(routing.at[:, 1].set(routing[:, 1][:, order]), visible)
+    result = network.distribution(others, CONFIG, SIZES, strange, known)
+    np.testing.assert_allclose(result[:, 1], plain[:, 1][:, order], atol=1e-5)
+    np.testing.assert_allclose(result[:, [0, 2, 3]], plain[:, jnp.array([0, 2, 3])], atol=1e-5)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_no_layer_may_see_itself_in_training(arch):
     for variant in ("all-layer", "layer-by-layer"):
         config = dataclasses.replace(CONFIG, arch=arch, variant=variant)
-        visible = objective.visible_layers(config, 64, jax.random.key(0))
+        given = jnp.arange(64) % 2 == 0
+        visible = objective.visible_layers(config, given, jax.random.key(0))
         assert not visible[:, jnp.arange(4), jnp.arange(4)].any()
         assert visible.any()
-        if variant == "all-layer":
+        if variant == "layer-by-layer":
+            np.testing.assert_array_equal(visible, jnp.tril(jnp.ones((4, 4), bool), -1)[None] & given[:, None, None])
+        else:
             assert 0.2 < float((~visible.any((1, 2))).mean()) < 0.8
 
 

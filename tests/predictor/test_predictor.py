@@ -7,6 +7,7 @@ import pytest
 
 from emoe_jax.predictor import Predictor, PredictorConfig, PredictorError, Prompts, network
 from emoe_jax.predictor.inputs import History
+from emoe_jax.predictor.layers import LayerPrior
 from emoe_jax.predictor.prior import KernelPrior
 from tests.traces.synthetic import make_trace
 
@@ -21,6 +22,8 @@ def prompts() -> Prompts:
 @pytest.fixture
 def predictor(prompts) -> Predictor:
     predictor = Predictor(CONFIG, prompts.take(range(30)))
+    start = predictor.prior(with_first=False).left_out()
+    predictor.layers, _ = LayerPrior.fit(start, predictor.memory.counts, CONFIG.top_k)
     predictor.weights = network.init(CONFIG, predictor.sizes, 0)
     return predictor
 
@@ -117,11 +120,16 @@ def test_damaged_directories_are_one_clear_line(predictor, tmp_path):
     predictor.save(tmp_path)
     good = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     config = json.loads(good["config.json"])
+    without_format = {name: value for name, value in config.items() if name != "format"}
     cases = [
         ("config.json", None, "holds no predictor"),
         ("config.json", b"{", "cannot be read"),
         ("config.json", b"[1]", "not the description"),
         ("config.json", json.dumps({**config, "arch": "rnn"}).encode(), "arch is 'rnn'"),
+        ("config.json", json.dumps({**config, "format": 1}).encode(), "another format than 2; `python -m train.pred"),
+        ("config.json", json.dumps(without_format).encode(), "another format than 2; `python -m train.predictor"),
+        ("layers.npz", None, "layers.npz is missing"),
+        ("layers.npz", good["layers.npz"][:100], "damaged"),
         ("config.json", json.dumps({**config, "num_layers": "3"}).encode(), "positive integer"),
         ("config.json", json.dumps({**config, "num_layers": 4}).encode(), "the predictor is for"),
         ("config.json", json.dumps({**config, "prior_widths": [1.0]}).encode(), "two positive numbers"),

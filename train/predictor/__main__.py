@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import sys
@@ -15,13 +16,16 @@ import numpy as np
 from rich.console import Console
 
 from emoe_jax.errors import EmoeError, one_line, require
-from emoe_jax.policies.dynamics import DYNAMICS_FILE, Dynamics
-from emoe_jax.policies.learning import learn_dynamics, learn_transitions
+from emoe_jax.policies.dynamics import DYNAMICS_FILE
+from emoe_jax.policies.learning import learn_transitions
 from emoe_jax.policies.transitions import TRANSITIONS_FILE, save_transitions
 from emoe_jax.predictor import Predictor, PredictorConfig, PredictorError, Prompts
-from emoe_jax.predictor.predictor import CONFIG
+from emoe_jax.predictor.layers import LayerPrior
+from emoe_jax.predictor.predictor import CONFIG, MAX_MEMORY
+from emoe_jax.predictor.prompts import shuffled_order
 from emoe_jax.traces import RoutingTrace
 from train.predictor import evaluate, examples, options, report, trainer
+from train.predictor.answers import learn_answers
 from train.predictor.trainer import Checkpoints, Plan, Progress
 from train.progress import History, progress_bar, read_history
 
@@ -34,8 +38,12 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if given.evaluate:
             predictor = Predictor.load(given.evaluate)
-            prompts = evaluate.prompts_of(RoutingTrace.load(given.traces), predictor)
-            numbers = evaluate.evaluate(predictor, prompts, updates=not given.no_updates, seed=given.seed)
+            trace = RoutingTrace.load(given.traces)
+            prompts = evaluate.prompts_of(trace, predictor)
+            answers = evaluate.answers_of(given.evaluate, trace)
+            numbers = evaluate.evaluate(
+                predictor, prompts, updates=not given.no_updates, seed=given.seed, answers=answers
+            )
         else:
             numbers = train(given, console)
         report.print_evaluation(numbers, console)
@@ -78,15 +86,29 @@ def train(given: argparse.Namespace, console: Console) -> dict[str, Any]:
     before = trainer.prior_coverage(held_out)
     state = _run(predictor, training, held_out, plan, out, before, console)
     improved = float(state.best_coverage) - before
-    finished = Predictor(config, prompts, state.best)
+    # What the finished predictor remembers decides its dynamics; those that are judged know the training prompts only.
+    say = functools.partial(console.print, style="dim")
+    routed = trace.select(np.flatnonzero(np.bincount(trace.sample, minlength=trace.num_prompts)))
+    if given.shuffle_labels:
+        routed = routed.select(shuffled_order(len(prompts), given.seed))
+    remembered = split.train[-len(predictor.memory) :]
+    dynamics = learn_answers(
+        routed.select(remembered), predictor.prior(with_first=False).left_out(), seed=given.seed, report=say
+    )
+    judged = Predictor(config, predictor.trained, state.best, predictor.memory, predictor.layers)
+    numbers = evaluate.evaluate(
+        judged,
+        prompts.take(split.held_out),
+        baselines_from=prompts.take(split.train),
+        answers=evaluate.Answers(routed.select(split.held_out), dynamics),
+    )
+    finished = Predictor(config, prompts.latest(MAX_MEMORY), state.best)
+    start = finished.prior(with_first=False).left_out()
+    finished.layers, _ = LayerPrior.fit(start, finished.memory.counts, config.top_k)
     finished.save(out)
-    _learn_dynamics(trace, finished).save(out / DYNAMICS_FILE)
+    dynamics.save(out / DYNAMICS_FILE)
     save_transitions(out / TRANSITIONS_FILE, learn_transitions(trace))
     report.plot(read_history(out / "history.jsonl"), before, out / "curves.png")
-    predictor.weights = state.best
-    # The held-out prompts are judged by a predictor that remembers the others only.
-    judged = Predictor(config, prompts, state.best, remembered=prompts.take(split.train))
-    numbers = evaluate.evaluate(judged, prompts.take(split.held_out), baselines_from=prompts.take(split.train))
     numbers |= {
         "best_step": int(state.best_step),
         "held_out_gain_over_prior": improved,
@@ -97,14 +119,6 @@ def train(given: argparse.Namespace, console: Console) -> dict[str, Any]:
         f"wrote {out}: step {int(state.best_step)} was best, {improved:+.4f} mean coverage over the prior alone"
     )
     return numbers
-
-
-def _learn_dynamics(trace: RoutingTrace, predictor: Predictor) -> Dynamics:
-    """How wishes go on after the prior's word on prompts that it has not seen; what residency policies follow."""
-    trace = trace.select(np.flatnonzero(np.bincount(trace.sample, minlength=trace.num_prompts)))
-    start, later = (prior.left_out() for prior in predictor.priors)
-    remembered = trace.select(range(trace.num_prompts - len(start), trace.num_prompts))
-    return learn_dynamics(remembered, start, later)
 
 
 def _run(

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from emoe_jax.predictor.inputs import History
 from emoe_jax.predictor.kernel import unit_rows
 from emoe_jax.predictor.prompts import Prompts, frequencies
+from emoe_jax.predictor.regression import fit_ridge
 
 Shares = Float[np.ndarray, "P M E"]
 _PENALTIES = (0.3, 1.0, 2.0, 4.0, 8.0, 16.0)
@@ -67,14 +68,6 @@ def ridge(trained: Prompts, prompts: Prompts, with_first: bool, with_history: bo
     known, asked = known - centre, asked - centre
     targets = frequencies(trained.counts).reshape(len(trained), -1)
     mean = targets.mean(0)
-    values, vectors = np.linalg.eigh(known @ known.T)
-    rotated = vectors.T @ (targets - mean)
-    best, weights = np.inf, rotated
-    for penalty in _PENALTIES:
-        inverse = 1 / (np.maximum(values, 0) + penalty)
-        solved = vectors @ (inverse[:, None] * rotated)
-        error = float(((solved / ((vectors**2) @ inverse)[:, None]) ** 2).mean())
-        if error < best:
-            best, weights = error, solved
-    shares = np.maximum(asked @ known.T @ weights + mean, 1e-6).reshape(prompts.counts.shape)
+    weights = fit_ridge(known, targets - mean, _PENALTIES).weights
+    shares = np.maximum(asked @ weights + mean, 1e-6).reshape(prompts.counts.shape)
     return (shares / shares.sum(-1, keepdims=True)).astype(np.float32)

@@ -20,12 +20,13 @@ from emoe_jax.errors import EmoeError, one_line
 from emoe_jax.predictor import Predictor, PredictorConfig, Prompts
 from emoe_jax.predictor.config import ARCHITECTURES, VARIANTS
 from emoe_jax.predictor.inputs import History
+from emoe_jax.predictor.layers import LayerPrior
 from emoe_jax.predictor.prompts import frequencies
 from emoe_jax.traces import RoutingTrace
 from train.predictor import baselines, examples, report, trainer
 from train.predictor.coverage import scores
 from train.predictor.evaluate import Shares, time_predictions
-from train.predictor.examples import Examples, Split
+from train.predictor.examples import Examples, Opinions, Split
 from train.predictor.trainer import Plan
 
 
@@ -81,11 +82,13 @@ def compare(trace: RoutingTrace, options: argparse.Namespace, console: Console) 
         prompts = _shuffled(prompts, split, options.seed)
     trained = prompts.take(split.train)
     predictor, *both = examples.prepare(prompts, split, config)
-    prior: Shares = both[1].priors[0]
+    prior: Shares = both[1].priors.plain
     if options.without_prior:
+        predictor.layers = LayerPrior.ignorant(config)
         both = [_without_prior(predictor, prompts, rows, trained) for rows in (split.train, split.held_out)]
+    closed = scores(both[1].priors.given, held_out.counts, config.top_k)
     rows: dict[str, dict[str, Any]] = {
-        "prior alone": scores(prior, held_out.counts, config.top_k),
+        "prior alone": scores(prior, held_out.counts, config.top_k) | {"given_earlier_layers": closed},
         "ridge": scores(baselines.ridge(trained, held_out, with_first=False), held_out.counts, config.top_k),
         "global frequency": scores(baselines.global_frequency(trained, held_out), held_out.counts, config.top_k),
     }
@@ -95,14 +98,15 @@ def compare(trace: RoutingTrace, options: argparse.Namespace, console: Console) 
         for arch in options.arch:
             console.print(f"{arch}, {variant}: {options.steps} steps")
             predictor.config = dataclasses.replace(config, arch=arch, variant=variant)
+            for examples_of in both:
+                examples_of.follows_layers = variant == "layer-by-layer"
             state = trainer.run(predictor, both[0], both[1], plan, None, lambda progress: None)
             predictor.weights = state.averaged
-            starts = both[1].priors[0]
+            starts = both[1].priors.plain
             predicted = predictor.correct(held_out, starts, histories, with_first=False)
             row = scores(predicted, held_out.counts, config.top_k)
             if variant == "layer-by-layer":
-                inputs = predictor.inputs.build(held_out, starts, histories, with_first=False)
-                given = predictor.predict_given_layers(inputs, frequencies(held_out.counts))
+                given = predictor.given_layers(held_out, starts, histories, frequencies(held_out.counts))
                 row["given_earlier_layers"] = scores(given, held_out.counts, config.top_k)
             row["parameters"] = predictor.num_parameters
             row["milliseconds_per_prediction"] = time_predictions(predictor, held_out)
@@ -126,12 +130,12 @@ def _shuffled(prompts: Prompts, split: Split, seed: int) -> Prompts:
 
 
 def _without_prior(predictor: Predictor, prompts: Prompts, rows: np.ndarray, trained: Prompts) -> Examples:
-    """Examples in which global frequency takes the prior's place."""
+    """Examples in which global frequency takes the closed forms' place."""
     chosen = prompts.take(rows)
     start = np.array(baselines.global_frequency(trained, chosen)) + np.float32(1e-6)
     start /= start.sum(-1, keepdims=True)
     histories = History.of(prompts.counts)
-    return Examples(predictor, chosen, [histories[row] for row in rows], (start, start))
+    return Examples(predictor, chosen, [histories[row] for row in rows], Opinions(start, start, start))
 
 
 def print_table(numbers: dict[str, Any], console: Console) -> None:

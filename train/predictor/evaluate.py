@@ -3,23 +3,43 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
+from emoe_jax.policies.dynamics import DYNAMICS_FILE, Dynamics
 from emoe_jax.predictor import Predictor, Prompts
 from emoe_jax.predictor.inputs import History
+from emoe_jax.predictor.predictor import MAX_MEMORY
 from emoe_jax.predictor.prior import KernelPrior
 from emoe_jax.predictor.prompts import frequencies
 from emoe_jax.traces import RoutingTrace
 from train.predictor import baselines
+from train.predictor.answers import judge
 from train.predictor.coverage import coverage_table, scores
 from train.predictor.examples import DataError
 
 REFIT_EVERY = 16  # prompts; what the prior may learn from is at least so old
 
 Shares = Float[np.ndarray, "P M E"]
+
+
+class Answers(NamedTuple):
+    """Token by token, what the forecast within answers is judged on: a trace of the prompts judged, in their order."""
+
+    trace: RoutingTrace
+    dynamics: Dynamics
+
+
+def answers_of(directory: Path, trace: RoutingTrace) -> Answers | None:
+    """The predictor's forecast within answers, if its directory has one, and the trace's prompts that have tokens."""
+    path = directory / DYNAMICS_FILE
+    if not path.exists():
+        return None
+    routed = np.flatnonzero(np.bincount(trace.sample, minlength=trace.num_prompts))
+    return Answers(trace.select(routed), Dynamics.load(path, trace.num_layers, trace.num_experts))
 
 
 def prompts_of(trace: RoutingTrace, predictor: Predictor) -> Prompts:
@@ -42,12 +62,14 @@ def evaluate(
     updates: bool = True,
     seed: int = 0,
     baselines_from: Prompts | None = None,
+    answers: Answers | None = None,
 ) -> dict[str, Any]:
     """All numbers of `predictor` on `prompts`, which are in arrival order; what it learns meanwhile stays in it.
 
     The predictor knows of each prompt its task and embedding, how the prompts before it were routed, and, under
     `with_first_tokens`, its first answer tokens. With `updates` its prior also learns from the trace's earlier prompts.
-    Baselines learn from the prompts the predictor was trained on, or from `baselines_from`.
+    Baselines learn from the prompts the predictor was trained on, or from `baselines_from`. With `answers`, the
+    forecast within answers is judged too.
     """
     top_k = predictor.config.top_k
     trained, remembered = baselines_from or predictor.trained, predictor.memory
@@ -93,11 +115,21 @@ def evaluate(
         "coverage_of_later_tokens": coverage_table(predicted[1], later),
         "baselines": {name: flattened(scores(shares, prompts.counts, top_k)) for name, shares in rows.items()},
     }
-    if predictor.config.variant == "layer-by-layer" and predictor.weights is not None:
-        inputs = predictor.inputs.build(prompts, opinions[0], histories, with_first=False)
-        given = predictor.predict_given_layers(inputs, frequencies(prompts.counts))
-        result["given_earlier_layers"] = scores(given, prompts.counts, top_k)
+    if predictor.layers is not None:
+        routed = frequencies(prompts.counts)
+        given = predictor.given_layers(prompts, opinions[0], histories, routed)
+        rows = {"prior_alone": opinions[0], "closed_form": predictor.layers.predict(opinions[0], routed)}
+        result["given_earlier_layers"] = _with_top_k(scores(given, prompts.counts, top_k))
+        result["given_earlier_layers"]["baselines"] = {
+            name: _with_top_k(flattened(scores(shares, prompts.counts, top_k))) for name, shares in rows.items()
+        }
+    if answers is not None:
+        result["given_last_tokens"] = judge(answers.trace, frozen[0], answers.dynamics, seed)
     return result
+
+
+def _with_top_k(numbers: dict[str, Any]) -> dict[str, Any]:
+    return {**numbers, "top_k": numbers["top_k_accuracy"]}
 
 
 def ask_in_order(predictor: Predictor, prompts: Prompts) -> tuple[list[Shares], list[History]]:
@@ -135,9 +167,7 @@ def shuffled_prior(predictor: Predictor, trained: Prompts, prompts: Prompts, see
     The networks' correction was trained on true labels and is left out; `--shuffle-labels` trains all on dealt ones.
     """
     known = trained.shuffled(seed)
-    return KernelPrior(predictor.kernel, known.take(range(max(0, len(known) - 1024), len(known))), False).predict(
-        prompts
-    )
+    return KernelPrior(predictor.kernel, known.latest(MAX_MEMORY), False).predict(prompts)
 
 
 def count_seen(trained: Prompts, prompts: Prompts) -> int:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from emoe_jax.errors import EmoeError
 from emoe_jax.predictor import Predictor, PredictorConfig, Prompts
 from emoe_jax.predictor.inputs import History
+from emoe_jax.predictor.layers import LayerPrior
 from emoe_jax.predictor.model import Inputs, Known
 from emoe_jax.predictor.predictor import MAX_MEMORY
 from emoe_jax.predictor.prompts import frequencies
@@ -17,7 +20,15 @@ from train.predictor.objective import Batch
 
 MIN_PROMPTS = 8
 
-Opinions = tuple[Float[np.ndarray, "P M E"], Float[np.ndarray, "P M E"]]  # the prior's, without and with first tokens
+Shares = Float[np.ndarray, "P M E"]
+
+
+class Opinions(NamedTuple):
+    """What closed forms say of prompts that they have not seen."""
+
+    plain: Shares  # the prior, before any answer token
+    early: Shares  # the prior, with the first answer tokens
+    given: Shares  # given the routing of each layer's earlier layers
 
 
 class DataError(EmoeError):
@@ -43,13 +54,15 @@ class Split:
 
 
 class Examples:
-    """Prompts as arrays in memory, twice: before any answer token and with the first ones."""
+    """Prompts as arrays in memory, three times: before any answer token, with the first ones, given earlier layers."""
 
     def __init__(self, predictor: Predictor, prompts: Prompts, histories: list[History], priors: Opinions):
+        build = predictor.inputs.build
         self.inputs = tuple(
-            predictor.inputs.build(prompts, prior, histories, with_first)
-            for prior, with_first in zip(priors, (False, True), strict=True)
+            build(prompts, prior, histories, with_first)
+            for prior, with_first in zip(priors, (False, True, False), strict=True)
         )
+        self.follows_layers = predictor.config.variant == "layer-by-layer"
         self.priors, self.counts = priors, prompts.counts
         self.shares = frequencies(prompts.counts)
         self.routing = predictor.inputs.routing(self.shares)
@@ -57,21 +70,21 @@ class Examples:
     def __len__(self) -> int:
         return len(self.counts)
 
+    @property
+    def _ways(self) -> Iterator[tuple[Any, ...]]:
+        return zip(*self.inputs, strict=True)
+
     def batch(self, rng: np.random.Generator, rows: int, smoothing: float, weight_power: float) -> Batch:
-        """`rows` prompts, each with or without its first tokens, with or without the prompts before it; what may be
-        seen of true routing is drawn later.
+        """`rows` prompts, each with or without its first tokens or given earlier layers, with or without the prompts
+        before it; what else may be seen of true routing is drawn later.
 
         The target is the prompt's frequencies, drawn towards the prior by `smoothing` assignments, so that a
         short prompt's noise is not learned.
         """
         chosen = rng.permutation(len(self))[:rows] if rows <= len(self) else rng.integers(len(self), size=rows)
-        with_first: Bool[np.ndarray, " B"] = rng.random(len(chosen)) < 0.5
-        inputs = Inputs(
-            *(
-                np.where(with_first.reshape(-1, *[1] * (plain.ndim - 1)), early[chosen], plain[chosen])
-                for plain, early in zip(*self.inputs, strict=True)
-            )
-        )
+        kind = rng.choice(3, size=len(chosen), p=(0.25, 0.25, 0.5) if self.follows_layers else (0.5, 0.5, 0))
+        mixed: Any = (np.choose(_beside(kind, ways[0]), [way[chosen] for way in ways]) for ways in self._ways)
+        inputs = Inputs(*mixed)
         inputs.layers[rng.random(len(chosen)) < 0.5, :, 1:3] = 0  # pyright: ignore[reportIndexIssue]
         counts = self.counts[chosen]
         total = counts.sum(-1, keepdims=True)
@@ -79,25 +92,32 @@ class Examples:
         layers = counts.shape[1]
         known = Known(self.routing[chosen], np.zeros((len(chosen), layers, layers), bool))  # pyright: ignore[reportArgumentType]
         weight: Float[np.ndarray, " B"] = counts.sum((1, 2)).astype(np.float32) ** weight_power
-        return Batch(inputs, known, target.astype(np.float32), weight)  # pyright: ignore[reportArgumentType]
+        return Batch(inputs, known, target.astype(np.float32), weight, kind == 2)  # pyright: ignore[reportArgumentType]
+
+
+def _beside(kind: Int[np.ndarray, " B"], array: Any) -> Int[np.ndarray, "B ..."]:
+    return kind.reshape(-1, *[1] * (np.ndim(array) - 1))
 
 
 def prepare(prompts: Prompts, split: Split, config: PredictorConfig) -> tuple[Predictor, Examples, Examples]:
     """A predictor that remembers the training prompts, and the examples of both parts of the split.
 
-    Its kernel and scales are those of all prompts (they look at names, embeddings and mean routing), so that the
-    networks fit the finished predictor, which remembers all. Of a prompt that the prior remembers it gives the opinion
-    formed from all others: what it will be like for a new prompt.
+    Its kernel and scales are those of the latest prompts of both parts (they look at names, embeddings and mean
+    routing), so that the networks fit the finished predictor, which remembers these. Of a prompt that the prior
+    remembers it gives the opinion formed from all others: what it will be like for a new prompt.
     """
     histories = History.of(prompts.counts)
     old, remembered = split.train[:-MAX_MEMORY], split.train[-MAX_MEMORY:]
-    predictor = Predictor(config, prompts.routed(), remembered=prompts.take(remembered))
-
-    def examples(rows: Int[np.ndarray, " p"], priors: Opinions) -> Examples:
-        return Examples(predictor, prompts.take(rows), [histories[row] for row in rows], priors)
-
+    predictor = Predictor(config, prompts.latest(MAX_MEMORY), remembered=prompts.take(remembered))
     early, late = predictor.priors
-    past, unseen = prompts.take(old), prompts.take(split.held_out)
+    past, unseen, trained = prompts.take(old), prompts.take(split.held_out), prompts.take(split.train)
     of_train = [np.concatenate([prior.predict(past), prior.left_out()]) for prior in (early, late)]
-    train = examples(split.train, (of_train[0], of_train[1]))
-    return predictor, train, examples(split.held_out, (early.predict(unseen), late.predict(unseen)))
+    predictor.layers, given = LayerPrior.fit(of_train[0], trained.counts, config.top_k)
+    of_unseen = [prior.predict(unseen) for prior in (early, late)]
+    unseen_given = predictor.layers.predict(of_unseen[0], frequencies(unseen.counts))
+
+    def examples(rows: Int[np.ndarray, " p"], opinions: Opinions) -> Examples:
+        return Examples(predictor, prompts.take(rows), [histories[row] for row in rows], opinions)
+
+    train = examples(split.train, Opinions(of_train[0], of_train[1], given))
+    return predictor, train, examples(split.held_out, Opinions(of_unseen[0], of_unseen[1], unseen_given))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from emoe_jax.predictor import network
 from emoe_jax.predictor.config import PredictorConfig
@@ -17,12 +17,14 @@ BUDGETS = (0.25, 0.5, 0.75)  # residencies whose coverage is trained and reporte
 
 
 class Batch(NamedTuple):
-    """What a step learns from. `weight` is a prompt's share of the loss, by its tokens."""
+    """What a step learns from. `weight` is a prompt's share of the loss, by its tokens; `given` says which prompts are
+    predicted layer by layer, from the closed form given earlier layers."""
 
     inputs: Inputs
     known: Known
     target: Float[Array, "B M E"]
     weight: Float[Array, " B"]
+    given: Bool[Array, " B"]
 
 
 class Metrics(NamedTuple):
@@ -74,21 +76,21 @@ def loss(
     return total, Metrics(total, entropy, hard)
 
 
-def visible_layers(config: PredictorConfig, batch: int, key: PRNGKeyArray) -> Array:
+def visible_layers(config: PredictorConfig, given: Bool[Array, " B"], key: PRNGKeyArray) -> Array:
     """Which true routing each layer may see when it is predicted, drawn anew for every prompt.
 
     All-layer: for half of the prompts none, as at prediction time; for the other half that of the layers before it
     in a random order (xlnet), before it in the model (gpt2), or of all that are not masked (bert).
-    Layer by layer: that of the layers before it, for half of the prompts with the chance that some is missing.
+    Layer by layer: that of the layers before it where the prompt is `given` them, else none.
     """
-    layers = config.num_layers
+    layers, batch = config.num_layers, len(given)
     order_key, share_key, mask_key, half_key = jax.random.split(key, 4)
     before = jnp.tril(jnp.ones((layers, layers), bool), -1)[None]
+    if config.variant == "layer-by-layer":
+        return before & given[:, None, None]
     share = jax.random.uniform(share_key, (batch, 1, 1))
     kept = jax.random.uniform(mask_key, (batch, 1, layers)) < share
     half = jax.random.uniform(half_key, (batch, 1, 1)) < 0.5
-    if config.variant == "layer-by-layer":
-        return before & (half | kept)
     if config.arch == "xlnet":
         place = jnp.argsort(jax.random.uniform(order_key, (batch, layers)), axis=-1)
         seen = place[:, None, :] < place[:, :, None]

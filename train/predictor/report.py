@@ -25,7 +25,7 @@ def plot(history: Sequence[dict[str, Any]], prior_coverage: float, path: Path) -
     right.plot(
         [line["step"] for line in measured], [line["coverage"] for line in measured], marker=".", label="predictor"
     )
-    right.axhline(prior_coverage, color="grey", linestyle="--", label="prior alone")
+    right.axhline(prior_coverage, color="grey", linestyle="--", label="closed forms alone")
     right.set_ylabel("coverage of held-out prompts, mean over budgets")
     right.legend()
     for axis in (left, right):
@@ -50,14 +50,30 @@ def print_evaluation(numbers: dict[str, Any], console: Console) -> None:
     _table("before any answer token", numbers, console)
     early = numbers["with_first_tokens"]
     _table(f"with the first {early['tokens']} answer tokens", early, console)
-    if "given_earlier_layers" in numbers:
-        given = numbers["given_earlier_layers"]["coverage"]
-        shares = "  ".join(f"{float(key):.0%}: {value:.3f}" for key, value in given.items())
-        console.print(f"coverage of each layer given the true routing of earlier layers  {shares}")
+    for question, words in _GIVEN.items():
+        if question in numbers:
+            _given(words, numbers[question], console)
     console.print(
         f"{numbers['milliseconds_per_prediction']:.1f} ms per prediction; {numbers['parameters']:,} parameters, "
         f"{numbers['remembered_prompts']} remembered prompts"
     )
+
+
+_GIVEN = {
+    "given_earlier_layers": "each layer, given the true routing of earlier layers",
+    "given_last_tokens": "an answer's next wishes, given those so far (experts chosen anew at each token)",
+}
+
+
+def _given(title: str, numbers: dict[str, Any], console: Console) -> None:
+    table = Table(title=title)
+    residencies = list(numbers["coverage"])
+    for name in ("", *(f"coverage {float(residency):.0%}" for residency in residencies), "top-k"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, row in [("predictor", numbers), *numbers["baselines"].items()]:
+        cells = (*(row["coverage"][residency] for residency in residencies), row["top_k"])
+        table.add_row(name.replace("_", " "), *(f"{value:.4f}" for value in cells))
+    console.print(table)
 
 
 def _table(title: str, numbers: dict[str, Any], console: Console) -> None:
