@@ -71,12 +71,16 @@ class Predictor:
         return predictor
 
     def save(self, directory: str | Path) -> None:
-        """Write all that `load` needs, without what was observed since training.
+        """Write all that `load` needs, without what was observed since training. How layers follow each other is
+        learned from what is remembered, where it is not known.
 
         The description comes last: a directory written half does not load.
         """
-        if self.weights is None or self.layers is None:
-            raise PredictorError("a predictor without weights or layers cannot be saved")
+        if self.weights is None:
+            raise PredictorError("a predictor without weights cannot be saved")
+        if self.layers is None:
+            start = self.prior(with_first=False).left_out()
+            self.layers, _ = LayerPrior.fit(start, self.memory.counts, self.config.top_k)
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.trained.save(directory / MEMORY)
