@@ -452,7 +452,13 @@ class Engine:
             settle(guides, idle=only and not self._in_flight)
         began = time.monotonic()
         if self._suspect:
+            if self._in_flight:
+                return  # its tokens are read first: the failed step may have taken the KV cache along
             self._residency.mend()
+            if self._runner.mend():
+                count = self._scheduler.num_running
+                log.error("a failed step lost the KV cache; %d running sequences are computed again", count)
+                self._scheduler.pages_lost()
             self._suspect = False
         self._residency.commit()
         if not self._scheduler.has_work:

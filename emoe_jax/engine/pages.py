@@ -111,6 +111,13 @@ class PagePool:
         if self._page_of.setdefault(key, page) == page:
             self._key_of[page] = key
 
+    def unpublish(self) -> None:
+        """Let no page be found any more: what the pages held is gone. Users keep their pages."""
+        self._blank += self._idle
+        self._idle.clear()
+        self._page_of.clear()
+        self._key_of.clear()
+
     def find(self, keys: Iterable[bytes]) -> list[int]:
         """The published pages of the first keys, up to the first key that has none."""
         pages: list[int] = []

@@ -141,6 +141,21 @@ class Runner:
                     sampled[piece.sequence] = sampled_token(piece.sequence, tokens, row)
         return RunResult(sampled, wish_counts, resident_counts, not_finite=frozenset(lost))
 
+    def mend(self) -> bool:
+        """After a failed step, with none in flight: replace device arrays that it has taken along.
+
+        A call that fails may have deleted the KV cache that was donated to it, or return arrays that raise when they
+        are read. Returns whether the KV cache is blank now, so that what its pages held must be computed again.
+        """
+        if not _is_readable(self._kept):
+            self._kept = jax.device_put(np.zeros(self._kept.shape, self._kept.dtype), self._residency.slab.sharding)
+        lost = [index for index, layer_cache in enumerate(self._cache) if not _is_readable(layer_cache)]
+        for index in lost:
+            shapes = self._cache[index]
+            blank = jax.tree.map(lambda array: np.zeros(array.shape, array.dtype), shapes)
+            self._cache[index] = jax.device_put(blank, self._residency.slab.sharding)
+        return bool(lost)
+
     def move_pages(self, moves: Mapping[int, int]) -> None:
         """Copy what is in some pages to others, once the steps in flight have written it."""
         pairs = list(moves.items())
@@ -398,3 +413,12 @@ class Runner:
 
     def _call(self, function: Callable[..., Any], key: Any, *args: Any, **statics: Any) -> Any:
         return self.executables.call(function, key, *args, **statics)
+
+
+def _is_readable(arrays: Any) -> bool:
+    """Whether these device arrays exist and were computed without an error. Waits for them."""
+    try:
+        jax.block_until_ready(arrays)
+    except RuntimeError:  # deleted, or the error of the call that should have computed them
+        return False
+    return True

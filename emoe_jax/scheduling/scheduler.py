@@ -277,6 +277,17 @@ class Scheduler:
             self._running = [sequence for sequence in self._running if not sequence.finished]
         return finished
 
+    def pages_lost(self) -> None:
+        """The KV cache is empty now: running sequences are computed again, and no page is reused.
+
+        Raises `ValueError` while a step is in flight.
+        """
+        if self._in_flight:
+            raise ValueError(f"{len(self._in_flight)} steps in flight read and write pages")
+        for sequence in reversed(self.running):
+            self._preempt(sequence)
+        self.pool.unpublish()
+
     def resize_pool(self, num_pages: int) -> dict[int, int]:
         """Have another number of pages, while no step is in flight: `PagePool.resize`, and the sequences know it."""
         if self._in_flight:

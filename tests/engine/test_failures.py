@@ -2,10 +2,13 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from emoe_jax import SamplingParams
+from emoe_jax.engine import step
+from emoe_jax.engine.request import RoutingContract
 from emoe_jax.engine.runner import Runner
 from tests.engine.conftest import EngineFactory
 
@@ -56,3 +59,48 @@ def test_a_failing_step_ends_its_batch_only(
     engine.step()  # what may still be in flight
     assert engine.state()["scheduler"]["pages_used"] == 0
     assert engine.generate(PROMPTS[1], GREEDY)[0].token_ids == expected[1]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(("routing", "function"), [("resident", "resident_step"), ("exact", "attend_and_route")])
+@pytest.mark.parametrize("fatal", [1, 4, 9])
+def test_a_failing_call_that_takes_the_kv_cache_along_costs_its_batch_only(
+    engine_of: EngineFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    overlap: bool,
+    routing: RoutingContract,
+    function: str,
+    fatal: int,
+) -> None:
+    """The donated arrays are gone when the call raises. Others are computed again, and no lost page is reused."""
+    engine = engine_of(expert_memory="5 slots", overlap=overlap, routing=routing, prefix_caching=True)
+    expected = [engine.generate(prompt, GREEDY)[0].token_ids for prompt in PROMPTS]
+    original, calls = Runner._call, 0
+
+    def fail_once(runner: Runner, called: Any, key: Any, *args: Any, **statics: Any) -> Any:
+        nonlocal calls
+        if called is getattr(step, function):
+            calls += 1
+            if calls == fatal:
+                for array in jax.tree.leaves(runner._cache):
+                    array.delete()
+                raise RuntimeError("the device is gone")
+        return original(runner, called, key, *args, **statics)
+
+    monkeypatch.setattr(Runner, "_call", fail_once)
+    for index, prompt in enumerate(PROMPTS):
+        engine.add_request(str(index), prompt, GREEDY)
+    failures = 0
+    while engine.has_work():
+        try:
+            engine.step()
+        except RuntimeError:
+            failures += 1
+    assert failures == 1
+    outputs = [engine.pop(str(index)) for index in range(len(PROMPTS))]
+    reasons = [output.completions[0].finish_reason for output in outputs]
+    assert set(reasons) == {"error", "length"}
+    for output, reason, tokens in zip(outputs, reasons, expected, strict=True):
+        assert reason == "error" or output.token_ids == tokens
+    assert engine.state()["scheduler"]["pages_used"] == 0
+    assert [engine.generate(prompt, GREEDY)[0].token_ids for prompt in PROMPTS] == expected
