@@ -17,6 +17,8 @@ OPERATIONS = (
     ("POST", "/tokenize"),
     ("POST", "/detokenize"),
     ("GET", "/health"),
+    ("GET", "/v1/health"),
+    ("GET", "/ready"),
     ("GET", "/metrics"),
     ("GET", "/v1/emoe/state"),
 )
