@@ -88,6 +88,10 @@ def describe_validation(errors: Sequence[Any]) -> tuple[str, str | None]:
             return f"{param} is missing", param
         case "too_short" if first["ctx"]["actual_length"] == 0:
             return f"{param} must not be empty", param
+        case "string_too_short":
+            return f"{param} must have at least {first['ctx']['min_length']} characters", param
+        case "string_too_long":
+            return f"{param} must have at most {first['ctx']['max_length']} characters", param
         case "too_long":
             return f"{param} has too many elements; at most {first['ctx']['max_length']} are taken", param
         case "model_type" | "model_attributes_type" | "dict_type":

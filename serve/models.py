@@ -76,7 +76,7 @@ def model_routes(service: Service, snapshots: Snapshots) -> APIRouter:
     async def ready() -> HealthResponse:
         """200 while requests are taken; 503 while the model loads, while the server shuts down, and in trouble."""
         if not service.worker.ready:
-            raise Unavailable("the server takes no requests")
+            raise Unavailable("the server is not ready: it shuts down, or its last steps failed")
         return HealthResponse()
 
     @router.get("/metrics", tags=["server"], response_class=Response, responses=TEXT)

@@ -80,7 +80,7 @@ class ChatTemplate:
             shown[-1] = _tagged(shown[-1], tag)
         variables = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
         variables |= {name: _owned(value) for name, value in special_tokens.items()}
-        text = TemplateText(self._template.render(messages=shown, **(variables | given)))
+        text = TemplateText(self._template.render({"messages": shown} | variables | given))
         return _until(text, tag, messages[-1]["content"]) if tag else text
 
     def _shown(self, message: Mapping[str, Any]) -> dict[str, Any]:

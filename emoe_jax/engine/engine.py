@@ -106,6 +106,7 @@ class Engine:
         self._answers: dict[str, Answer] = {}
         self._deliveries = Deliveries()
         self._suspect = False  # whether a step has failed since weights were last looked after
+        self._closed = False
         self._next_id = 0
         self._steps = 0
         self._not_finite = 0
@@ -166,6 +167,9 @@ class Engine:
         bandwidth = parse_bandwidth(link_bandwidth)
         checkpoint = Checkpoint.open(path, router_capacity_factor=router_capacity_factor)
         config = checkpoint.config
+        for name, count in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
+            if count < 1:
+                raise ConfigError(f"{name} is {count}; expected at least 1")
         if not 0 <= load_wait_ms <= 60_000:
             raise ConfigError(f"load_wait_ms is {load_wait_ms}; expected 0 to 60000")
         allow_pinned_memory()
@@ -348,6 +352,7 @@ class Engine:
 
     def logits(self, token_ids: Rows[int], routing: RoutingContract | None = None) -> Float[np.ndarray, "T V"]:
         """Float32 logits of one uncached forward under the routing contract; NaN where the model computes NaN."""
+        self._check_open()
         self._intake.check_tokens(token_ids)
         return self._runner.logits(token_ids, routing or self.routing)
 
@@ -379,6 +384,7 @@ class Engine:
         Its deadlines count from `arrival`, in seconds of `time.monotonic`: by default from now.
         It reuses, and leaves for reuse, only what was computed under the same `cache_salt`.
         """
+        self._check_open()
         if request_id in self._answers:
             raise RequestError(f"request id {request_id!r} is in use", param="request_id")
         if routing not in (None, "resident", "exact"):
@@ -425,6 +431,7 @@ class Engine:
 
     def _advance(self) -> None:
         """One step. Raises only what no request's owner will be told of."""
+        self._check_open()
         try:
             self._deliveries.put(self._run_step())
         except Exception as error:
@@ -580,7 +587,11 @@ class Engine:
         self._trade.ask(lean)
 
     def close(self) -> None:
-        """Stop the loader's threads and finish the trace, if one is recorded. The engine cannot step afterwards."""
+        """Stop the loader's threads and finish the trace, if one is recorded.
+
+        Afterwards outputs and state can be read; whatever would compute raises `RuntimeError`.
+        """
+        self._closed = True
         self.grammars.close()
         self._foresight.close()
         self.stop_recording()
@@ -590,6 +601,10 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the engine is closed")
 
     def _new_id(self) -> str:
         while True:

@@ -298,6 +298,11 @@ class TestOptions:
         with pytest.raises(RequestError, match=f"chat_template_kwargs cannot set {name}"):
             tokenizer_of(TEMPLATES["chatml"]).chat([user("hi")], kwargs={name: "x"})
 
+    @pytest.mark.parametrize("name", ["self", "args", "caller", "loop"])
+    def test_any_other_name_may_be_a_variable(self, tokenizer_of, name):
+        tokenizer = tokenizer_of(TEMPLATES["chatml"])
+        assert tokenizer.chat([user("hi")], kwargs={name: "x"}) == tokenizer.chat([user("hi")])
+
     def test_deep_variables_are_refused(self, tokenizer_of):
         deep: Any = "x"
         for _ in range(2000):

@@ -11,6 +11,7 @@ import pytest
 from emoe_jax import Engine, RequestError, SamplingParams
 from emoe_jax.engine.request import RoutingContract
 from emoe_jax.engine.runner import Runner
+from emoe_jax.errors import ConfigError
 from emoe_jax.moe import moe_ffn
 from tests.engine.conftest import TINY, EngineFactory, random_model
 
@@ -311,3 +312,25 @@ def test_what_is_no_prompt_or_no_parameters_is_refused(engine_of: EngineFactory)
     with pytest.raises(RequestError, match="params are list; expected one SamplingParams"):
         engine.generate([PROMPTS[0]], anything)
     assert not engine.has_work()
+
+
+def test_a_closed_engine_says_so(engine_of: EngineFactory) -> None:
+    engine = engine_of(expert_memory="3 slots")
+    pieces = engine.stream([1, 2, 3], SamplingParams(max_tokens=9, ignore_eos=True))
+    next(pieces)
+    engine.close()
+    for use in (
+        lambda: engine.generate([1, 2, 3]),
+        lambda: engine.logits([1, 2, 3]),
+        lambda: engine.step(),
+        lambda: next(pieces),
+    ):
+        with pytest.raises(RuntimeError, match="the engine is closed"):
+            use()
+
+
+@pytest.mark.parametrize("name", ["max_num_seqs", "max_num_batched_tokens"])
+@pytest.mark.parametrize("count", [0, -3])
+def test_a_step_takes_at_least_one_sequence_and_token(engine_of: EngineFactory, name: str, count: int) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is {count}; expected at least 1"):
+        engine_of(**{name: count})
