@@ -1,5 +1,6 @@
 """Settings of the whole suite."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -19,3 +20,13 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     yield
     jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def released_executables() -> Iterator[None]:
+    """Each compiled step maps memory, and a process may have about 65,000 maps: XLA crashes beyond. So the executables
+    of a module go with it; those that another module needs come from the compilation cache.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
