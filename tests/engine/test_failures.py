@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from emoe_jax import SamplingParams
+from emoe_jax import Engine, SamplingParams
 from emoe_jax.engine import step
 from emoe_jax.engine.request import RoutingContract
 from emoe_jax.engine.runner import Runner
@@ -15,6 +15,17 @@ from tests.engine.conftest import EngineFactory
 GREEDY = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
 RNG = np.random.default_rng(5)
 PROMPTS = [RNG.integers(0, 60, size=length).tolist() for length in (3, 20, 1, 40, 9, 12, 33, 5)]
+
+
+def count_failures(engine: Engine) -> int:
+    """Step until nothing is left to do; how many steps raised."""
+    failures = 0
+    while engine.has_work():
+        try:
+            engine.step()
+        except RuntimeError:
+            failures += 1
+    return failures
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -41,12 +52,7 @@ def test_a_failing_step_ends_its_batch_only(
     monkeypatch.setattr(Runner, method, fail_once)
     for index, prompt in enumerate(PROMPTS):
         engine.add_request(str(index), prompt, GREEDY)
-    failures = 0
-    while engine.has_work():
-        try:
-            engine.step()
-        except RuntimeError:
-            failures += 1
+    failures = count_failures(engine)
     outputs = {str(index): engine.pop(str(index)) for index in range(len(PROMPTS))}
     assert failures == 1
     assert 0 < len(batch) < len(PROMPTS)
@@ -90,12 +96,7 @@ def test_a_failing_call_that_takes_the_kv_cache_along_costs_its_batch_only(
     monkeypatch.setattr(Runner, "_call", fail_once)
     for index, prompt in enumerate(PROMPTS):
         engine.add_request(str(index), prompt, GREEDY)
-    failures = 0
-    while engine.has_work():
-        try:
-            engine.step()
-        except RuntimeError:
-            failures += 1
+    failures = count_failures(engine)
     assert failures == 1
     outputs = [engine.pop(str(index)) for index in range(len(PROMPTS))]
     reasons = [output.completions[0].finish_reason for output in outputs]
