@@ -16,6 +16,7 @@ GAUGES = (
     ("link_bandwidth_bytes_per_second", "Measured from store to device, staging.", "residency.loads.bandwidth"),
     ("memory_lean", "Whether experts have made room for the KV cache (1).", "memory_trade.lean"),
     ("predictor_open", "Whether predictions count (1), or decayed frequency covers more (0).", "planner.open"),
+    ("predict_every", "Prompts that share a prediction at present.", "planner.predict_every"),
 )
 """Name, documentation, and where in the state the number is."""
 
@@ -37,8 +38,10 @@ COUNTERS = (
     ("expert_load_failures", "Experts that could not be read.", "residency.loads.failures"),
     ("memory_trades", "Times that experts and KV cache traded places.", "memory_trade.trades"),
     ("memory_trade_seconds", "Time that it took.", "memory_trade.trade_seconds"),
-    ("predictions", "Times that the predictor was asked.", "planner.predictions"),
-    ("early_predictions", "Those asked early, because coverage fell.", "planner.early_predictions"),
+    ("predictions", "Prompts predicted because it was their turn.", "planner.predictions"),
+    ("early_predictions", "Prompts predicted besides, because coverage fell.", "planner.early_predictions"),
+    ("prediction_invocations", "Calls of the predictor, each for one prompt or more.", "planner.invocations"),
+    ("predictions_missed", "Prompts not asked about, for too many questions waited.", "planner.missed"),
     ("prediction_seconds", "Time of the predictor's thread.", "planner.seconds"),
     ("planning_seconds", "Time of planning and following wishes, within steps.", "planner.planning_seconds"),
 )

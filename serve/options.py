@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import yaml
 
@@ -56,7 +56,7 @@ class Options:
     policy: str
     task_profile: str
     predictor: str
-    predict_every: int
+    predict_every: int | Literal["auto"]
     link_bandwidth: str | None
     load_wait_ms: int
     record_traces: str | None
@@ -244,7 +244,14 @@ def _build_parser() -> _Parser:
         metavar="DIR",
         help="tells which experts a prompt will use; auto is the model's own; or none",
     )
-    add("--predict-every", type=_integer(1), default=40, help="prompts from one prediction to the next")
+    add(
+        "--predict-every",
+        type=_integer_or_auto(1),
+        default="auto",
+        metavar="P",
+        help="prompts that share a prediction, counted as they are admitted: 1 is a prediction for every prompt; auto "
+        "(the default) is what pays, by measured cost and gain, and 40 with --policy emoe-paper",
+    )
     add(
         "--link-bandwidth",
         type=_bandwidth,
@@ -255,7 +262,7 @@ def _build_parser() -> _Parser:
         "--load-wait-ms",
         type=_integer(0, 60_000),
         default=50,
-        help="milliseconds that a prompt waits for its planned experts while nothing else runs",
+        help="milliseconds that a prompt waits for its prediction and its planned experts while nothing else runs",
     )
     add("--record-traces", metavar="FILE.npz", help="record the routing of all requests here")
     add(
@@ -333,6 +340,18 @@ def _integer(low: int, high: int | None = None) -> Callable[[str], int]:
         if value is None or value < low or (high is not None and value > high):
             raise argparse.ArgumentTypeError(f"{text[:40]!r} is not an integer {bounds}")
         return value
+
+    return convert
+
+
+def _integer_or_auto(low: int) -> Callable[[str], int | str]:
+    integer = _integer(low)
+
+    def convert(text: str) -> int | str:
+        try:
+            return text if text == "auto" else integer(text)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{error}, nor auto") from None
 
     return convert
 

@@ -49,10 +49,17 @@ class PlannerState(Described):
     planning_seconds: Annotated[float, Field(description="Planning and following wishes, within steps.")] = 0.0
     predictor: Annotated[bool, Field(description="Whether there is one.")] = False
     open: Annotated[bool, Field(description="Whether it counts; false while decayed frequency covers more.")] = False
-    predict_every: Annotated[int, Field(description="Prompts from one prediction to the next.")] = 0
-    predictions: int = 0
-    early_predictions: Annotated[int, Field(description="Those made because coverage fell.")] = 0
+    predict_every: Annotated[int, Field(description="Prompts that share a prediction at present.")] = 0
+    predict_every_auto: Annotated[bool, Field(description="Whether that follows measured cost and gain.")] = False
+    prompts_since: Annotated[int, Field(description="Prompts that share the newest prediction so far.")] = 0
+    predictions: Annotated[int, Field(description="Prompts that were predicted because it was their turn.")] = 0
+    early_predictions: Annotated[int, Field(description="Prompts predicted besides, because coverage fell.")] = 0
+    invocations: Annotated[int, Field(description="Calls of the predictor, each for one prompt or more.")] = 0
+    missed: Annotated[int, Field(description="Prompts not asked about, for too many questions waited.")] = 0
     seconds: Annotated[float, Field(description="Of the predictor's thread.")] = 0.0
+    seconds_per_prediction: Annotated[float | None, Field(description="Of the thread, without learning.")] = None
+    computing_seconds_per_prompt: Annotated[float | None, Field(description="Of the device, answer included.")] = None
+    gain: Annotated[float | None, Field(description="Coverage of own predictions less that of frequency.")] = None
     coverage_predicted: Annotated[float | None, Field(description="Of the last prompts, by prediction.")] = None
     coverage_frequency: Annotated[float | None, Field(description="The same by decayed frequency.")] = None
     coverage_promised: Annotated[float | None, Field(description="What the plan at hand expects.")] = None

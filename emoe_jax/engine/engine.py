@@ -40,7 +40,7 @@ from emoe_jax.engine.trade import MemoryTrade
 from emoe_jax.errors import ConfigError, RequestError
 from emoe_jax.experts.residency import Residency
 from emoe_jax.models.decoder import Decoder
-from emoe_jax.planner import ResidencyPlanner
+from emoe_jax.planner import PredictEvery, ResidencyPlanner, checked_every
 from emoe_jax.scheduling.plan import StepPlan, StepResult
 from emoe_jax.scheduling.registry import check_policy
 from emoe_jax.scheduling.scheduler import Scheduler
@@ -97,7 +97,7 @@ class Engine:
         self._foresight = Foresight(residency, planner, self.config.top_k)
         self._trade = MemoryTrade(memory, residency, scheduler, runner, self._foresight.slots_changed)
         self._in_flight: deque[Dispatched] = deque()  # oldest first, at most two
-        self._waited_before: deque[float] = deque()  # seconds that loads had been waited for when each was planned
+        self._waited_before: deque[float] = deque()  # seconds that steps had waited when each was planned
         self._waited_at_collect = 0.0
         self._overlap = overlap
         self._collected_at = 0.0
@@ -132,7 +132,7 @@ class Engine:
         router_capacity_factor: float | None = None,
         task_profile: str | Path | None = "auto",
         predictor: str | Path | None = "auto",
-        predict_every: int = 40,
+        predict_every: PredictEvery = "auto",
         link_bandwidth: str | float | None = None,
         load_wait_ms: float = 50.0,
         overlap: bool = True,
@@ -152,9 +152,10 @@ class Engine:
         requests lack pages, once `warm_up` has compiled for both. With `prefix_caching` the tokens that prompts
         begin with are not computed while the KV cache still has them. `policy` says which experts are kept
         (`emoe_jax.policies`). `task_profile` and `predictor` are a file and a directory, by default the
-        checkpoint's own `task_profile.json` and `predictor` if it has them; the predictor is asked every
-        `predict_every` prompts. Background loads keep below `link_bandwidth` bytes/s ("2GiB"); while nothing
-        else runs, a prompt waits up to `load_wait_ms` for the experts that are planned for it. With `overlap`
+        checkpoint's own `task_profile.json` and `predictor` if it has them; the predictor is asked about one of
+        `predict_every` prompts, "auto" being as many as pay (40 with the policy `emoe-paper`). Background loads keep
+        below `link_bandwidth` bytes/s ("2GiB"); while nothing else runs, a prompt waits up to `load_wait_ms` for its
+        prediction and for the experts that are planned for it. With `overlap`
         the host prepares a step while the device computes the one before. `chat_template` is a file to use
         instead of the checkpoint's chat template, or the name of one of several. `generation_config="none"` leaves
         out the sampling defaults of `generation_config.json`, which hold where no `SamplingParams` are given.
@@ -165,6 +166,7 @@ class Engine:
             raise ConfigError(f"routing is {routing!r}; expected 'resident' or 'exact'")
         check_policy(scheduling_policy)
         bandwidth = parse_bandwidth(link_bandwidth)
+        checked_every(predict_every)
         checkpoint = Checkpoint.open(path, router_capacity_factor=router_capacity_factor)
         config = checkpoint.config
         for name, count in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
@@ -471,8 +473,8 @@ class Engine:
         if not self._scheduler.has_work:
             return
         plan = self._scheduler.schedule(began)
-        waited = self._residency.waited_seconds
-        self._foresight.before_step(plan, self._scheduler, idle=not self._in_flight)
+        waited = self._foresight.waited_seconds
+        self._foresight.before_step(plan, self._scheduler, idle=not self._in_flight, wait=self._load_wait)
         if not plan:
             return
         if not self._in_flight:
@@ -498,14 +500,14 @@ class Engine:
         ended = time.monotonic()
         seconds = ended - max(plan.now, self._collected_at)  # the device was busy with the step before until then
         self._collected_at = ended
-        # Of that time, what went into waiting for loads is no computing time.
-        waited = self._residency.waited_seconds - max(waited_before, self._waited_at_collect)
-        self._waited_at_collect = self._residency.waited_seconds
+        # Of that time, what went into waiting for loads and predictions is no computing time.
+        waited = self._foresight.waited_seconds - max(waited_before, self._waited_at_collect)
+        self._waited_at_collect = self._foresight.waited_seconds
         self._steps += 1
         awaited = [sequence for sequence in result.sampled if sequence.status is SequenceStatus.RUNNING]
         lost = [sequence for sequence in result.not_finite if sequence.status is SequenceStatus.RUNNING]
         self._scheduler.update(plan, result, seconds, waited=waited, ended=ended)
-        self._foresight.after_step(result.wish_counts, result.resident_counts)
+        self._foresight.after_step(result.wish_counts, result.resident_counts, max(0.0, seconds - waited))
         deltas = [self._lose(sequence) for sequence in lost]
         for sequence in awaited:
             answer = self._answers[sequence.request_id]

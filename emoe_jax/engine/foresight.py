@@ -21,6 +21,9 @@ from emoe_jax.scheduling.scheduler import Scheduler
 PLANNING_SHARE = 0.006
 """Of the time: the most that planning for changed requests may take while the device is busy."""
 
+LOOK_AHEAD = 16
+"""Sequences that wait whose prompts are asked about before there is a place for them."""
+
 
 class Foresight:
     """`arrived`, then `before_step` and `after_step` around every step, then `ended`. Owned by the step's owner."""
@@ -31,7 +34,13 @@ class Foresight:
         self._planner = planner
         self._accounts = TaskAccounts(top_k)
         self._planning = Pace(PLANNING_SHARE)
-        self._seconds = 0.0
+        self._seconds = self._awaited = self._awaited_now = 0.0
+        self._line_changed = False
+
+    @property
+    def waited_seconds(self) -> float:
+        """How long steps have waited so far, for loads and for predictions."""
+        return self._residency.waited_seconds + self._awaited
 
     def warm_up(self) -> None:
         """Compile the predictor, if there is one."""
@@ -42,15 +51,28 @@ class Foresight:
         """A request came, of which this is the first sequence; `embedding` is the mean of its prompt's, if wanted."""
         if self._planner is not None:
             prompt_tokens, params = len(sequence.prompt_token_ids), sequence.params
+            self._line_changed = True
             with self._timed():
                 self._planner.begin(sequence.request_id, sequence.task, prompt_tokens, params.max_tokens, embedding)
 
-    def before_step(self, plan: StepPlan, scheduler: Scheduler, idle: bool) -> None:
-        """Decide on experts for the steps after `plan`, where the requests that run now or next have changed: at once
-        if the device is idle or their tasks are others, else as often as time allows. Nothing where all are resident.
+    def before_step(self, plan: StepPlan, scheduler: Scheduler, idle: bool, wait: float) -> None:
+        """Ask about prompts that start with `plan` or next, and decide on experts for the steps after it, where the
+        requests that run now or next have changed: at once if the device is idle or their tasks are others, else as
+        often as time allows. An idle device waits up to `wait` seconds for predictions, where nobody's next token and
+        no `exact` step waits with it. Nothing is decided where all experts are resident.
         """
-        if self._planner is None or self._residency.is_full:
+        if self._planner is None:
             return
+        with self._timed():
+            self._admit(plan, scheduler)
+        if self._residency.is_full:
+            return
+        self._awaited_now = 0.0
+        if idle and _may_wait(plan):
+            began = time.monotonic()
+            self._planner.await_forecasts(dict.fromkeys(sequence.request_id for sequence in plan.sequences), wait)
+            self._awaited_now = time.monotonic() - began
+            self._awaited += self._awaited_now
         with self._timed():
             at_hand = _progress(plan, scheduler)
             if idle or self._planning.due or self._planner.is_urgent(at_hand):
@@ -59,20 +81,26 @@ class Foresight:
                     if expected is not None:
                         self._residency.plan(*expected)
 
+    def settle(self, plan: StepPlan, seconds: float) -> None:
+        """Wait for what was planned, where nobody's next token and no `exact` step waits with it: up to `seconds`, the
+        wait for predictions of `before_step` included.
+        """
+        if self._planner is not None and _may_wait(plan):
+            self._residency.settle(seconds - self._awaited_now)
+
     def slots_changed(self) -> None:
         """Layers have other numbers of slots."""
         if self._planner is not None:
             self._planner.use_capacities(self._residency.table.capacities)
 
-    def settle(self, plan: StepPlan, seconds: float) -> None:
-        """Wait for what was planned, where nobody's next token and no `exact` step waits with it."""
-        resident = any(sequence.routing == "resident" for sequence in plan.sequences)
-        if self._planner is not None and resident and not plan.decodes:
-            self._residency.settle(seconds)
-
-    def after_step(self, wish_counts: Int[np.ndarray, "M E"], resident_counts: Int[np.ndarray, "M E"]) -> None:
-        """Let the policy follow a step's wishes, of which those for `resident_counts` found their expert there."""
+    def after_step(
+        self, wish_counts: Int[np.ndarray, "M E"], resident_counts: Int[np.ndarray, "M E"], seconds: float
+    ) -> None:
+        """Let the policy follow the wishes of a step that computed for `seconds`; those for `resident_counts` found
+        their expert there."""
         with self._timed():
+            if self._planner is not None:
+                self._planner.computed(seconds)
             covered = self._residency.observe(wish_counts, resident_counts)
             if self._planner is not None and covered is not None:
                 self._planner.observe(covered.wishes, covered.resident, covered.steps)
@@ -99,6 +127,15 @@ class Foresight:
         if self._planner is not None:
             self._planner.close()
 
+    def _admit(self, plan: StepPlan, scheduler: Scheduler) -> None:
+        """Tell the planner of prompts that start with `plan`, in order of their start, then of those next in line."""
+        assert self._planner is not None
+        starting = [chunk.sequence.request_id for chunk in plan.prefills if chunk.sequence.started_at == plan.now]
+        if starting or self._line_changed:
+            self._line_changed = False
+            line = (sequence.request_id for sequence in scheduler.line(plan.now, LOOK_AHEAD))
+            self._planner.admit([*starting, *line])
+
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
         began = time.perf_counter()
@@ -106,6 +143,11 @@ class Foresight:
             yield
         finally:
             self._seconds += time.perf_counter() - began
+
+
+def _may_wait(plan: StepPlan) -> bool:
+    """Whether a step can wait without keeping somebody's next token, or an `exact` step, back."""
+    return not plan.decodes and any(sequence.routing == "resident" for sequence in plan.sequences)
 
 
 def _progress(plan: StepPlan, scheduler: Scheduler) -> dict[str, Progress]:

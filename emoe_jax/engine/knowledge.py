@@ -7,8 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from emoe_jax.config import ModelConfig
-from emoe_jax.errors import ConfigError
-from emoe_jax.planner import ResidencyPlanner, split_slots
+from emoe_jax.planner import PredictEvery, ResidencyPlanner, checked_every, split_slots
 from emoe_jax.policies import POLICIES, Knowledge
 from emoe_jax.policies.dynamics import DYNAMICS_FILE, Dynamics
 from emoe_jax.policies.rivals import activation_matrices
@@ -81,11 +80,11 @@ class RoutingKnowledge:
         return tuple(split_slots(sum(capacities), shares, sensitivity, config.top_k))
 
     def planner(
-        self, policy: str, config: ModelConfig, capacities: tuple[int, ...], predict_every: int
+        self, policy: str, config: ModelConfig, capacities: tuple[int, ...], predict_every: PredictEvery
     ) -> ResidencyPlanner | None:
-        """The planner that the policy needs; None for one that is not told of requests."""
-        if predict_every < 1:
-            raise ConfigError(f"predict_every is {predict_every}; predictions can be made every 1 or more prompts")
+        """The planner that the policy needs; None for one that is not told of requests. "auto" is the policy's own
+        number of prompts per prediction, where it has one."""
+        checked_every(predict_every)
         kind = POLICIES[policy]
         if not kind.follows_requests:
             return None
@@ -94,8 +93,15 @@ class RoutingKnowledge:
         if forecast == "global":
             profile = profile.routed_alike()
         predictor = self.predictor if forecast == "prompt" else None
+        if predict_every == "auto":
+            predict_every = kind.predict_every or "auto"
         return ResidencyPlanner(
-            profile, capacities, predictor, kind.predict_every or predict_every, learns=forecast == "prompt"
+            profile,
+            capacities,
+            predictor,
+            predict_every,
+            learns=forecast == "prompt",
+            one_forecast=kind.one_forecast,
         )
 
 

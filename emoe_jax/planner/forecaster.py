@@ -1,8 +1,10 @@
-"""The predictor on a thread of its own: no step ever waits for a prediction."""
+"""The predictor on a thread of its own: no step that has something else to do waits for a prediction."""
 
+import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -14,17 +16,17 @@ from emoe_jax.tasks import OTHER
 REFIT_EVERY = 128
 """Finished prompts after which the predictor's prior may learn from them."""
 
-MOST_QUESTIONS = 16
-"""Prompts predicted at once; always so many are computed, so that one shape is compiled."""
+BATCHES = (4, 16)
+"""Prompts that a call of the predictor computes, the fewest that hold those asked about: one compilation each."""
 
 LEARNING_SHARE = 0.01
 """Of the time that passes: the most that learning may take, a second being assumed for the first."""
 
 
 class Question(NamedTuple):
-    """A prompt whose routing is to be predicted."""
+    """A prompt whose routing is to be predicted. No two have the same number."""
 
-    request_id: str
+    number: int
     task: str
     embedding: Float[np.ndarray, " d"] | None
 
@@ -38,70 +40,138 @@ class Finished(NamedTuple):
 
 
 class Forecast(NamedTuple):
-    """Answers by request id, and the seconds of the thread that they took."""
+    """Shares by question number from one call of the predictor, and the seconds that it took."""
 
-    shares: dict[str, Float[np.ndarray, "M E"]]
+    shares: dict[int, Float[np.ndarray, "M E"]]
     seconds: float
 
 
 class Forecaster:
-    """One prediction at a time: `submit`, then `poll` until it is there. Owned by whoever owns the step.
+    """`ask` about prompts, `poll` for the answers. Owned by whoever owns the step; `tell` it of prompts that have run.
 
-    What goes wrong in the predictor ends it: `error` says what, and nothing is predicted any more.
+    Questions wait in a queue. The thread takes as many at once as there are, up to the largest of `BATCHES`. What goes
+    wrong in the predictor ends it: `error` says what, and nothing is predicted any more.
     """
 
-    def __init__(self, predictor: Predictor, refit_every: int = REFIT_EVERY):
+    def __init__(
+        self,
+        predictor: Predictor,
+        refit_every: int = REFIT_EVERY,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        """`clock` (seconds) measures calls of the predictor."""
         self.error: str | None = None
+        self.seconds = 0.0
+        """What the thread has spent so far, predicting and learning."""
         self._predictor = predictor
         self._refit_every = refit_every
+        self._clock = clock
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="expert-predictor")
-        self._job: Future[Forecast] | None = None
+        self._job: Future[None] | None = None
+        self._changed = threading.Condition()  # guards all below
+        self._questions: dict[int, Question] = {}  # not taken by the thread yet
+        self._unanswered: set[int] = set()
+        self._finished: list[Finished] = []
+        self._answers: deque[Forecast] = deque()
+        self._working = False
         self._learn_after = time.monotonic() + 1 / LEARNING_SHARE
 
     def warm_up(self) -> None:
-        """Compile what a prediction runs; waits for it."""
-        self.submit((), [Question("", OTHER, None)])
-        wait([self._job] if self._job else [])
-        self.poll()
+        """Compile what predictions run; waits for it."""
+        for rows in BATCHES:
+            self.ask([Question(-1 - row, OTHER, None) for row in range(rows)])
+            self.join()
+            self.poll()
 
-    @property
-    def busy(self) -> bool:
-        return self._job is not None
+    def tell(self, finished: Finished) -> None:
+        """The predictor learns from this prompt before it answers a question that is asked after it."""
+        with self._changed:
+            self._finished.append(finished)
 
-    def submit(self, finished: Sequence[Finished], questions: Sequence[Question]) -> None:
-        """Learn from finished prompts, in order of arrival, then answer at most `MOST_QUESTIONS`. Not while `busy`."""
-        assert self._job is None
-        assert len(questions) <= MOST_QUESTIONS
-        if self.error is None:
-            self._job = self._thread.submit(self._run, tuple(finished), tuple(questions))
+    def ask(self, questions: Sequence[Question]) -> None:
+        """Queue questions."""
+        with self._changed:
+            if self.error is not None or not questions:
+                return
+            self._questions |= {question.number: question for question in questions}
+            self._unanswered.update(self._questions)
+            if not self._working:
+                self._working = True
+                self._job = self._thread.submit(self._work)
 
-    def poll(self) -> Forecast | None:
-        """The answers to what was submitted last, once; None while there are none."""
-        if self._job is None or not self._job.done():
-            return None
-        job, self._job = self._job, None
-        try:
-            return job.result()
-        except Exception as error:
-            self.error = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            return None
+    def withdraw(self, number: int) -> bool:
+        """Take back a question. False where the predictor has seen it already."""
+        with self._changed:
+            if self._questions.pop(number, None) is None:
+                return False
+            self._unanswered.discard(number)
+            return True
+
+    def poll(self) -> list[Forecast]:
+        """The answers since the last call, in the order of the questions."""
+        with self._changed:
+            answers, self._answers = [*self._answers], deque()
+            return answers
+
+    def wait(self, numbers: Collection[int], seconds: float) -> None:
+        """Until these questions are answered, or the time is over."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._unanswered.isdisjoint(numbers), seconds)
+
+    def join(self) -> None:
+        """Until every question is answered and the thread rests."""
+        if self._job is not None:
+            self._job.result()
 
     def close(self) -> None:
-        """Wait for the prediction under way and end the thread."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        """Drop the questions that were not taken yet and end the thread."""
+        with self._changed:
+            self._unanswered.difference_update(self._questions)
+            self._questions = {}
+        self._thread.shutdown(wait=True)
 
-    def _run(self, finished: Sequence[Finished], questions: Sequence[Question]) -> Forecast:
-        began = time.perf_counter()
+    def _work(self) -> None:
+        """Answer what is asked until there is nothing more."""
+        while True:
+            with self._changed:
+                taken = [self._questions[number] for number in [*self._questions][: BATCHES[-1]]]
+                if not taken:
+                    self._working = False
+                    return
+                for question in taken:
+                    del self._questions[question.number]
+                finished, self._finished = self._finished, []
+            try:
+                self._answer(finished, taken)
+                self._learn()
+            except Exception as error:
+                with self._changed:
+                    self.error = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                    self._questions, self._unanswered, self._working = {}, set(), False
+                    self._changed.notify_all()
+                return
+
+    def _answer(self, finished: Iterable[Finished], questions: Sequence[Question]) -> None:
+        began = self._clock()
         for prompt in finished:
             self._predictor.observe(prompt.task, prompt.counts, prompt.embedding)
-        if self._predictor.num_unlearned >= self._refit_every and time.monotonic() >= self._learn_after:
-            before = time.monotonic()
-            self._predictor.refit()
-            after = time.monotonic()
-            self._learn_after = after + (after - before) / LEARNING_SHARE
-        shares = {}
-        if questions:
-            asked = [(question.task, question.embedding) for question in questions]
-            answers = self._predictor.predict_next(asked, MOST_QUESTIONS)
-            shares = {question.request_id: answer for question, answer in zip(questions, answers, strict=True)}
-        return Forecast(shares, time.perf_counter() - began)
+        asked = [(question.task, question.embedding) for question in questions]
+        rows = next(rows for rows in BATCHES if rows >= len(asked))
+        answers = self._predictor.predict_next(asked, rows)
+        numbers = [question.number for question in questions]
+        seconds = self._clock() - began
+        with self._changed:
+            self._answers.append(Forecast(dict(zip(numbers, answers, strict=True)), seconds))
+            self._unanswered.difference_update(numbers)
+            self.seconds += seconds
+            self._changed.notify_all()
+
+    def _learn(self) -> None:
+        """Refit the prior, rarely: no question that is already there waits for it but those behind this batch."""
+        if self._predictor.num_unlearned < self._refit_every or time.monotonic() < self._learn_after:
+            return
+        began = time.monotonic()
+        self._predictor.refit()
+        ended = time.monotonic()
+        self._learn_after = ended + (ended - began) / LEARNING_SHARE
+        self.seconds += ended - began

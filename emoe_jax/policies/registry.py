@@ -40,7 +40,8 @@ class PolicyKind(NamedTuple):
     forecast: Forecast
     rule: Callable[[int, int, Knowledge], Rule[Any]]  # of the numbers of MoE layers and experts
     follows_requests: bool = False  # whether it has to be told of the requests that start and end
-    predict_every: int | None = None  # prompts that share a prediction; None: as the user says
+    predict_every: int | None = None  # prompts that share a prediction where the user does not say; None: automatic
+    one_forecast: bool = False  # whether a prediction serves all next prompts, and not only those of its task
 
 
 def _refresh(num_layers: int, num_experts: int, known: Knowledge) -> Rule[Any]:
@@ -70,7 +71,9 @@ POLICIES: dict[str, PolicyKind] = {
     # One prediction per prompt or per few prompts, nothing learned from what routers wish for.
     "emoe-no-refresh": PolicyKind("prompt", lambda *_: Fixed(), follows_requests=True),
     # The paper's own setting: one forecast for the next 40 prompts.
-    "emoe-paper": PolicyKind("prompt", lambda *_: Fixed(), follows_requests=True, predict_every=PAPER_PREDICT_EVERY),
+    "emoe-paper": PolicyKind(
+        "prompt", lambda *_: Fixed(), follows_requests=True, predict_every=PAPER_PREDICT_EVERY, one_forecast=True
+    ),
     "lru": PolicyKind("none", lambda *_: Lru()),
     "lfu": PolicyKind("none", lambda *_: Lfu()),
     "static-task": PolicyKind("task", lambda *_: Fixed(), follows_requests=True),

@@ -68,8 +68,8 @@ def test_the_default_policy_its_predictor_learning_and_a_trade(
     ):
         planner = engine._foresight._planner
         assert planner is not None
-        assert planner._forecaster is not None
-        planner._forecaster._refit_every = 3
+        assert planner._invocations is not None
+        planner._invocations.forecaster._refit_every = 3
         engine.warm_up()
         assert heard
         heard.clear()
@@ -90,8 +90,7 @@ def test_the_default_policy_its_predictor_learning_and_a_trade(
                 )
             while engine.has_work():
                 engine.step()
-            if planner._forecaster._job is not None:
-                planner._forecaster._job.exception()  # waits for the prediction
+            planner._invocations.forecaster.join()
         state = engine.state()
         assert heard == []
     assert state["planner"]["error"] is None

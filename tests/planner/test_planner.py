@@ -12,8 +12,8 @@ from emoe_jax.planner import ResidencyPlanner
 from emoe_jax.planner.demand import Progress
 from emoe_jax.planner.forecaster import Forecaster
 from emoe_jax.planner.judges import Drift, Gate, coverage
-from emoe_jax.planner.planner import PROBE_EVERY
 from emoe_jax.tasks import Task, TaskProfile
+from tests.planner.fake import FakePredictor
 
 M, E, K = 2, 8, 2
 CAPACITIES = (4, 4)
@@ -32,27 +32,6 @@ def counts_of(shares: np.ndarray, tokens: int = 100) -> np.ndarray:
 
 QA, SUM = favouring(0, 1, 2, 3), favouring(4, 5, 6, 7)
 PROFILE = TaskProfile(M, E, K, tasks={"qa": Task(routing=QA), "sum": Task(routing=SUM)})
-
-
-class FakePredictor:
-    """Says `answer` of every prompt, after `gate` seconds; counts what it was told."""
-
-    num_unlearned = 0
-
-    def __init__(self, answer: np.ndarray | Exception):
-        self.answer = answer
-        self.asked: list[str] = []
-        self.observed: list[str] = []
-
-    def observe(self, task: str, counts: np.ndarray, embedding: Any = None) -> None:
-        self.observed.append(task)
-
-    def predict_next(self, prompts: list[tuple[str, Any]], rows: int) -> np.ndarray:
-        assert len(prompts) <= rows
-        self.asked += [task for task, _ in prompts]
-        if isinstance(self.answer, Exception):
-            raise self.answer
-        return np.stack([self.answer] * len(prompts))
 
 
 def test_learning_takes_a_small_share_of_the_time(monkeypatch):
@@ -78,16 +57,15 @@ def planner_of(predictor: Any = None, **options: Any) -> ResidencyPlanner:
 
 
 def begin(planner: ResidencyPlanner, name: str, task: str | None = "qa") -> None:
+    """A request comes and is admitted at once."""
     planner.begin(name, task, 10, 16, None)
+    planner.admit([name])
 
 
 def settled_plan(planner: ResidencyPlanner, *names: str) -> Any:
-    """The plan once the prediction under way, if there is one, has arrived."""
-    deadline = time.monotonic() + 10
-    job = planner._forecaster and planner._forecaster._job
-    while job is not None and not job.done():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    """The plan once all that was asked is answered."""
+    assert planner._invocations is not None
+    planner._invocations.forecaster.join()
     return plan_for(planner, *names)
 
 
@@ -149,19 +127,21 @@ def test_the_plan_follows_who_runs():
     assert wanted(last) == [4, 5, 6, 7]
 
 
-def test_every_pth_prompt_asks_the_predictor_and_its_task_keeps_the_answer():
+def test_of_p_prompts_the_first_is_asked_about_and_its_task_keeps_the_answer():
     predictor = FakePredictor(SUM)
     planner = planner_of(predictor, predict_every=3)
-    for name in "ab":
+    begin(planner, "a")
+    assert wanted(settled_plan(planner, "a")) == [4, 5, 6, 7]
+    planner.end("a", counts_of(QA))
+    for name in "bc":
         begin(planner, name)
-        assert wanted(plan_for(planner, name)) == [0, 1, 2, 3]
+        assert wanted(plan_for(planner, name)) == [4, 5, 6, 7]
         planner.end(name, counts_of(QA))
-    begin(planner, "c")
-    assert wanted(settled_plan(planner, "c")) == [4, 5, 6, 7]
-    assert (predictor.observed, predictor.asked) == (["qa", "qa"], ["qa"])
+    begin(planner, "other", "sum")
     begin(planner, "d")
-    assert wanted(plan_for(planner, "d")) == [4, 5, 6, 7]
-    assert planner.state()["predictions"] == 1
+    settled_plan(planner, "d")
+    assert (predictor.observed, predictor.asked) == (["qa"] * 3, ["qa", "sum"])
+    assert planner.state()["predictions"] == 2
     planner.close()
 
 
@@ -204,7 +184,7 @@ def test_a_predictor_that_is_worse_than_frequency_is_switched_off_and_on_again()
     asked = len(predictor.asked)
     for _ in range(40):
         prompt(QA)
-    assert len(predictor.asked) - asked == 40 // PROBE_EVERY
+    assert len(predictor.asked) - asked == 40  # 1 means every prompt
     for index in range(160):  # routing that only the predictor foresees: it turns about before frequency has followed
         predictor.answer = favouring(1, 3, 5, 7) if index // 16 % 2 else favouring(0, 2, 4, 6)
         prompt(predictor.answer)
@@ -227,14 +207,17 @@ def test_coverage_is_that_of_the_largest_shares(seed: int):
 def test_drift_asks_early():
     predictor = FakePredictor(SUM)
     planner = planner_of(predictor, predict_every=1000)
-    begin(planner, "a")
-    plan_for(planner, "a")
+    begin(planner, "first", "sum")
+    for name in "ab":
+        begin(planner, name)
+    settled_plan(planner, "a", "b")
     for _ in range(127):
         planner.observe(100, 10)
-    assert predictor.asked == []
+    assert predictor.asked == ["sum"]
     planner.observe(100, 10)
-    assert wanted(settled_plan(planner, "a")) == [4, 5, 6, 7]
-    assert planner.state()["early_predictions"] == 1
+    assert wanted(settled_plan(planner, "a", "b")) == [4, 5, 6, 7]
+    state = planner.state()
+    assert (state["early_predictions"], state["predictions"]) == (2, 1)
     planner.close()
 
 
@@ -290,7 +273,7 @@ def test_drift_waits_for_patience_and_starts_afresh():
     assert not drift.drifted
 
 
-@pytest.mark.parametrize("every", [0, -3])
+@pytest.mark.parametrize("every", [0, -3, 1.5, True, "often", None])
 def test_predicting_less_than_every_prompt_is_refused(every):
     with pytest.raises(ConfigError, match="predict_every"):
         planner_of(predict_every=every)
