@@ -25,7 +25,8 @@ OWN_PATHS = (
 class Paths:
     """Answers HEAD as GET, a path with slashes at its end as one without, and a path with or without `root_path`.
 
-    Nothing is redirected: a client that follows a redirect may drop its body, or send it to another host.
+    Nothing is redirected: a client that follows a redirect may drop its body, or send it to another host. An escaped
+    slash (`%2F`) is part of a name, so it stays.
     """
 
     def __init__(self, app: ASGIApp, root_path: str = ""):
@@ -35,15 +36,19 @@ class Paths:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             state = {**scope.get("state", {}), "method": scope["method"]}
-            scope = {**scope, "path": self._plain(scope["path"]), "root_path": self._root_path, "state": state}
+            path = self._plain(scope["path"], scope.get("raw_path"))
+            scope = {**scope, "path": path, "root_path": self._root_path, "state": state}
             if scope["method"] == "HEAD":  # of which the HTTP protocol sends no body, whatever the route gives it
                 scope["method"] = "GET"
         await self.app(scope, receive, send)
 
-    def _plain(self, path: str) -> str:
+    def _plain(self, path: str, raw_path: bytes | None) -> str:
+        """`raw_path` is the path before `%2F` became a slash."""
+        raw = path.encode() if raw_path is None else raw_path.partition(b"?")[0]
+        path = path[: len(path) - len(raw) + len(raw.rstrip(b"/"))]
         if path.startswith(f"{self._root_path}/") or path == self._root_path:
             path = path.removeprefix(self._root_path)
-        return path.rstrip("/") or "/"
+        return path or "/"
 
 
 def hides_own_path(root_path: str) -> str | None:

@@ -127,6 +127,31 @@ def test_the_empty_model_is_the_default_model(client: httpx.Client, path: str, b
     assert client.post(path, json={**body, "model": " "}).status_code == 404
 
 
+@pytest.mark.parametrize(
+    ("path", "named"),
+    [
+        ("%2F", "/"),
+        ("%2f/", "/"),
+        ("%2F%2F", "//"),
+        ("fake%2F", "fake/"),
+        ("owner%2Ffake/", "owner/fake"),
+        ("%20", " "),
+    ],
+)
+def test_an_escaped_slash_is_part_of_a_models_name(
+    client: httpx.Client, guarded: httpx.Client, path: str, named: str
+) -> None:
+    for answer in (
+        client.get(f"/v1/models/{path}"),
+        client.head(f"/v1/models/{path}"),
+        guarded.get(f"{ROOT}/v1/models/{path}", headers=KEY),
+    ):
+        assert answer.status_code == 404
+        if answer.request.method == "GET":
+            assert repr(named) in answer.json()["error"]["message"]
+    assert client.get("/v1/models///").json()["object"] == "list"
+
+
 def test_ready_says_whether_requests_are_taken(start_server: StartServer) -> None:
     engine = FakeEngine(FakeTokenizer())
     with start_server(engine) as client:
