@@ -67,7 +67,7 @@ def model_routes(service: Service, snapshots: Snapshots) -> APIRouter:
     @router.get("/v1/health", tags=["server"])
     @router.get("/health", tags=["server"])
     async def health() -> HealthResponse:
-        """200 while the engine works, 503 when its thread has ended or its last steps all failed."""
+        """200 while the engine works, 503 when its thread has ended or its steps have just failed in a row."""
         if not service.worker.healthy:
             raise Unavailable("the engine is not healthy")
         return HealthResponse()

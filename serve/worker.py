@@ -17,12 +17,14 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from emoe_jax.engine.request import SLO, Delta, RequestOutput, RoutingContract, SamplingParams
-from emoe_jax.errors import RequestError
+from emoe_jax.errors import CheckpointError, RequestError
 from serve.stats import RequestStats
 
 log = logging.getLogger("serve")
 
 UNHEALTHY_AFTER_FAILED_STEPS = 3
+TROUBLE_SECONDS = 60.0
+"""How long failed steps count: a server that gets no requests for being unhealthy could never show that it works."""
 MAX_BATCH = 64
 """Deltas handed out at a time: who has not read for long shall not hold up others when all is sent."""
 
@@ -204,7 +206,8 @@ class EngineWorker:
         """How often a request came, was taken by the engine, or ended; each of its prompts counts."""
         self.hurried = False  # a drain that waits should wait no longer; set by a signal handler
         self._numbers = itertools.count()
-        self._failed_steps = 0
+        self._failed_steps = 0  # in a row, for other reasons than a file of the checkpoint
+        self._failed_at = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -213,8 +216,9 @@ class EngineWorker:
 
     @property
     def healthy(self) -> bool:
-        """Whether the engine's thread lives and its last steps did not all fail."""
-        return self._thread.is_alive() and self._failed_steps < UNHEALTHY_AFTER_FAILED_STEPS
+        """Whether the engine's thread lives, and no run of failed steps ended less than `TROUBLE_SECONDS` ago."""
+        in_trouble = self._failed_steps >= UNHEALTHY_AFTER_FAILED_STEPS
+        return self._thread.is_alive() and not (in_trouble and time.monotonic() - self._failed_at < TROUBLE_SECONDS)
 
     @property
     def ready(self) -> bool:
@@ -408,13 +412,25 @@ class EngineWorker:
                 self._record(delta)
             self._failed_steps = 0
         except Exception as error:
-            self._failed_steps += 1
+            self._note_failure(error)
             failure = self._failure(error)
             ended = [request_id for request_id in self._running if self._has_ended(request_id)]
             # An error outside the batch ends nothing by itself; then nobody can tell whose it is.
             for generation in {self._running[request_id].generation for request_id in ended or self._running}:
                 self._abort(generation)
                 self._outbox.append((generation, failure))
+
+    def _note_failure(self, error: Exception) -> None:
+        """An expert that cannot be read ends the requests that need it. Others go on without it, so that the engine is
+        not in trouble.
+        """
+        if isinstance(error, CheckpointError):
+            return
+        now = time.monotonic()
+        if now - self._failed_at >= TROUBLE_SECONDS:
+            self._failed_steps = 0
+        self._failed_steps += 1
+        self._failed_at = now
 
     def _has_ended(self, request_id: str) -> bool:
         return any(completion.finish_reason == "error" for completion in self._engine.output(request_id).completions)

@@ -1,5 +1,6 @@
 """Requests that mean the same: HEAD and GET, slashes at the end, behind a proxy with a path of its own."""
 
+import asyncio
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -7,9 +8,14 @@ from typing import Any
 import httpx
 import pytest
 
+from emoe_jax.errors import CheckpointError
+from serve.app import create_app
 from serve.paths import OWN_PATHS, hides_own_path
+from serve.service import Service
+from serve.text import TextCodec
+from serve.worker import EngineWorker
 from tests.serve.conftest import StartServer, running_server
-from tests.serve.fake import FakeEngine, FakeTokenizer
+from tests.serve.fake import MAX_MODEL_LEN, VOCAB_SIZE, FakeEngine, FakeTokenizer
 from tests.serve.test_server import COMPLETIONS, wait_until
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -160,3 +166,68 @@ def test_ready_says_whether_requests_are_taken(start_server: StartServer) -> Non
         assert client.post(COMPLETIONS, json={"prompt": "hi"}).status_code == 500
         wait_until(lambda: client.get("/ready").status_code == 503)
         assert client.get("/v1/health").status_code == client.get("/health").status_code == 503
+
+
+def fail_a_step(client: httpx.Client, engine: FakeEngine, error: Exception) -> None:
+    engine.failures = [error]
+    assert client.post(COMPLETIONS, json={"prompt": "hi"}).status_code == 500
+
+
+def test_steps_that_fail_in_a_row_are_trouble_for_a_while(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = FakeEngine(FakeTokenizer())
+    with start_server(engine) as client:
+        for count in (2, 2):  # a success in between ends the run
+            for _ in range(count):
+                fail_a_step(client, engine, RuntimeError("the device is gone"))
+            assert client.post(COMPLETIONS, json={"prompt": "hi"}).status_code == 200
+        for status in (200, 200, 503):
+            fail_a_step(client, engine, RuntimeError("the device is gone"))
+            assert client.get("/health").status_code == client.get("/ready").status_code == status
+        with monkeypatch.context() as patch:  # time goes by, and nobody sends a request
+            patch.setattr("serve.worker.TROUBLE_SECONDS", 0.0)
+            assert client.get("/health").status_code == client.get("/ready").status_code == 200
+            fail_a_step(client, engine, RuntimeError("the device is gone"))  # the first of a new run
+        assert client.get("/health").status_code == 200
+
+
+def test_an_expert_that_cannot_be_read_is_no_trouble_of_the_engine(start_server: StartServer) -> None:
+    engine = FakeEngine(FakeTokenizer())
+    with start_server(engine) as client:
+        for _ in range(2):
+            fail_a_step(client, engine, RuntimeError("the device is gone"))
+        for _ in range(5):
+            fail_a_step(client, engine, CheckpointError("model.safetensors: tensor w1 cannot be read"))
+            assert client.get("/health").status_code == client.get("/ready").status_code == 200
+        fail_a_step(client, engine, RuntimeError("the device is gone"))  # they have ended no run either
+        assert client.get("/health").status_code == 503
+
+
+def test_a_server_that_drains_is_healthy_and_not_ready() -> None:
+    engine = FakeEngine(FakeTokenizer())
+    worker = EngineWorker(engine, 4)
+    service = Service(("fake",), TextCodec(FakeTokenizer(), VOCAB_SIZE, MAX_MODEL_LEN), worker)
+
+    async def probe() -> tuple[list[int], int]:
+        app = create_app(service)
+        transport = httpx.ASGITransport(app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://x") as http,
+        ):
+            engine.gate.clear()
+            running = asyncio.create_task(http.post(COMPLETIONS, json={"prompt": "hi", "max_tokens": 3}))
+            while not worker.unfinished:
+                await asyncio.sleep(0.01)
+            before = (await http.get("/ready")).status_code
+            draining = asyncio.create_task(worker.drain(30.0))
+            await asyncio.sleep(0.05)
+            statuses = [(await http.get(path)).status_code for path in ("/ready", "/health", "/v1/health")]
+            refused = await http.post(COMPLETIONS, json={"prompt": "hi"})
+            engine.gate.set()
+            answer = await running
+            await draining
+            return [before, *statuses, refused.status_code], answer.status_code
+
+    assert asyncio.run(probe()) == ([200, 503, 200, 200, 503], 200)
