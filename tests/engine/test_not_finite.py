@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -32,11 +33,12 @@ SPOILT = [  # the token at the beginning, in the middle, at the end; within a ch
 Edit = Callable[[Decoder], None]
 
 
-def checkpoint(directory: Path, edit: Edit | None = None) -> Path:
-    model, experts = random_model(TINY)
+def checkpoint(directory: Path, edit: Edit | None = None, **options: Any) -> Path:
+    raw = TINY | options
+    model, experts = random_model(raw)
     if edit is not None:
         edit(model)
-    save_checkpoint(directory, TINY, nnx.state(model), experts)
+    save_checkpoint(directory, raw, nnx.state(model), experts)
     return directory
 
 
@@ -125,6 +127,30 @@ def test_its_pages_are_no_prefix(lossy: Path, routing: str) -> None:
             assert output.completions[0].finish_reason == "error"
             assert output.num_cached_tokens == cached
         assert engine.generate(sound, GREEDY)[0].num_cached_tokens == 32
+
+
+@pytest.mark.parametrize("routing", ["resident", "exact"])
+def test_a_token_that_the_last_one_does_not_see_is_noticed(tmp_path: Path, routing: str) -> None:
+    """Three layers with a window of 4 see 9 tokens back: logits at the end of a chunk of 32 are finite."""
+    path = checkpoint(tmp_path / "window", lose_embedding(LOST), sliding_window=4)
+    sound = RNG.integers(0, 50, size=45).tolist()
+    with load(path, routing=routing) as engine:
+        for at in (0, 3, 20, 33):
+            output = engine.generate([*sound[:at], LOST, *sound[at:]], GREEDY)[0]
+            assert (output.completions[0].finish_reason, output.token_ids) == ("error", [])
+        assert engine.generate(sound, GREEDY)[0].completions[0].finish_reason == "length"
+        assert engine.state()["not_finite"] == 4
+
+
+@pytest.mark.parametrize("routing", ["resident", "exact"])
+def test_its_routing_counts_for_nothing(lossy: Path, routing: str) -> None:
+    with load(lossy, routing=routing) as engine:
+        for prompt in ([LOST], [LOST, *PROMPTS[2]], [LOST] * 20):  # no token before it has a wish
+            engine.generate(prompt, GREEDY)
+        assert not np.any(engine.state()["residency"]["wishes"])
+        engine.generate([*PROMPTS[0], LOST, *PROMPTS[2]], GREEDY)  # the tokens before it do
+        wishes = np.sum(engine.state()["residency"]["wishes"], axis=1)
+        assert wishes.tolist() == [len(PROMPTS[0]) * TINY["num_experts_per_tok"]] * TINY["num_hidden_layers"]
 
 
 @pytest.mark.parametrize("routing", ["resident", "exact"])
