@@ -16,35 +16,47 @@ tenth of a microsecond to a few microseconds per byte.
 """
 TEXT_BYTES = 4096
 """What every text counts for besides its own bytes: some work has next to no text."""
+GRAMMAR_BYTES = 2**15
+"""What every grammar counts for besides its own bytes: a short one may take seconds to compile."""
 SHORT_BYTES = 2**16
 """Longer texts have a thread of their own, behind which no short text waits."""
 
 
-class TextLanes:
-    """Two threads, one for short texts and one for long ones. Lives on the event loop."""
+class Room:
+    """Bytes that may wait for something, counted on the event loop. An item counts `item_bytes` besides its own."""
 
-    def __init__(self, max_waiting_bytes: int = MAX_WAITING_BYTES):
-        self._max_waiting_bytes = max_waiting_bytes
+    def __init__(self, max_bytes: int, item_bytes: int, awaited: str):
+        """`awaited` is what they wait for, by its name in messages."""
+        self._max_bytes = max_bytes
+        self._item_bytes = item_bytes
+        self._awaited = awaited
         self._held = 0
-        self._short = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="short texts")
-        self._long = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="long texts")
 
     @contextlib.contextmanager
-    def reserve(self, texts: int, size: int) -> Iterator[None]:
-        """Room for a request's texts of `size` bytes together. Raises `QueueFull` where more would wait than are taken;
+    def reserve(self, items: int, size: int) -> Iterator[None]:
+        """Room for a request's items of `size` bytes together. Raises `QueueFull` where more would wait than are taken;
         one request alone is always taken.
         """
-        cost = size + texts * TEXT_BYTES
-        if self._held and self._held + cost > self._max_waiting_bytes:
+        cost = size + items * self._item_bytes
+        if self._held and self._held + cost > self._max_bytes:
             raise QueueFull(
-                f"{self._held} bytes of text wait for the tokenizer; with {cost} more they exceed "
-                f"{self._max_waiting_bytes}"
+                f"{self._held} bytes of text wait for the {self._awaited}; with {cost} more they exceed "
+                f"{self._max_bytes}"
             )
         self._held += cost
         try:
             yield
         finally:
             self._held -= cost
+
+
+class TextLanes:
+    """Two threads, one for short texts and one for long ones. Lives on the event loop."""
+
+    def __init__(self, max_waiting_bytes: int = MAX_WAITING_BYTES):
+        self.reserve = Room(max_waiting_bytes, TEXT_BYTES, "tokenizer").reserve
+        self._short = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="short texts")
+        self._long = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="long texts")
 
     async def run(self, size: int, function: Callable[[], Result]) -> Result:
         """The result of `function`, which works on `size` bytes. When the caller is cancelled before the function's

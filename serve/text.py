@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from emoe_jax.engine.structured import StructuredOutputsParams
 from emoe_jax.errors import RequestError
-from serve.lanes import MAX_WAITING_BYTES, TextLanes, size_of
+from serve.lanes import GRAMMAR_BYTES, MAX_WAITING_BYTES, Room, TextLanes, size_of
 
 MAX_CHARS_PER_TOKEN = 128
 """No text needs fewer tokens than its length over this: longer tokens exist, but not all of them are."""
@@ -68,7 +68,8 @@ class TextCodec:
 
     `tokenizer` is None for a checkpoint without tokenizer files: such a model takes and returns token ids only.
     `template_kwargs` are variables of the chat template for requests that do not set them.
-    What waits for the tokenizer is bounded by `max_waiting_bytes`: `QueueFull` is raised for more.
+    What waits for the tokenizer is bounded by `max_waiting_bytes`, and so are the grammars that wait to be compiled:
+    `QueueFull` is raised for more.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class TextCodec:
         self.token_text = functools.lru_cache(MAX_CACHED_TEXTS)(self._token_text)
         self.token_bytes = functools.lru_cache(MAX_CACHED_TEXTS)(self._token_bytes)
         self._lanes = TextLanes(max_waiting_bytes)
+        self._grammar_room = Room(max_waiting_bytes, GRAMMAR_BYTES, "grammar compiler")
         self._compilers = concurrent.futures.ThreadPoolExecutor(GRAMMAR_THREADS, thread_name_prefix="grammars")
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -158,11 +160,13 @@ class TextCodec:
 
     async def prepare(self, wanted: StructuredOutputsParams | None) -> object:
         """Compile what answers have to match: a grammar that the engine finds as long as the caller keeps it. Raises
-        `RequestError` that says why answers cannot be held to it.
+        `RequestError` that says why answers cannot be held to it, and `QueueFull`. When the caller is cancelled before
+        the grammar's turn, it is not compiled.
         """
         if wanted is None or self._grammars is None:
             return None
-        return await asyncio.get_running_loop().run_in_executor(self._compilers, self._grammars.compile, wanted)
+        with self._grammar_room.reserve(1, wanted.size):
+            return await asyncio.get_running_loop().run_in_executor(self._compilers, self._grammars.compile, wanted)
 
     def begins_text(self, prompt: Sequence[int]) -> bool:
         """Whether what follows the prompt is decoded as a text of its own."""

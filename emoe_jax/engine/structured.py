@@ -52,10 +52,13 @@ class StructuredOutputsParams:
             object.__setattr__(self, "choice", tuple(self.choice))
             if not self.choice:
                 raise self.error("has an empty list of choices")
-        texts = (self.json or "", self.regex or "", self.grammar or "", *(self.choice or ()))
-        size = sum(map(len, texts))
-        if size > MAX_GRAMMAR_CHARS:
-            raise self.error(f"has {size} characters; at most {MAX_GRAMMAR_CHARS} are taken")
+        if self.size > MAX_GRAMMAR_CHARS:
+            raise self.error(f"has {self.size} characters; at most {MAX_GRAMMAR_CHARS} are taken")
+
+    @property
+    def size(self) -> int:
+        """Characters of the schema, of the expression or grammar, or of all choices together."""
+        return sum(map(len, (self.json or "", self.regex or "", self.grammar or "", *(self.choice or ()))))
 
     def error(self, problem: str) -> RequestError:
         """`problem` continues a sentence that begins with the parameter's name."""

@@ -18,7 +18,7 @@ from serve.lanes import MAX_WAITING_BYTES
 from serve.protocol import HttpConfig
 from serve.server import bind, url_of
 from serve.service import Service
-from serve.text import TextCodec
+from serve.text import ServedGrammars, TextCodec
 from serve.tracing import Tracing
 from serve.worker import EngineWorker
 from tests.serve.checkpoint import write_tiny_checkpoint
@@ -40,6 +40,7 @@ def running_server(
     hosts: Sequence[str] = ("*",),
     read_timeout: float = 30.0,
     send_timeout: float = 60.0,
+    grammars: ServedGrammars | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
     sampling_defaults: Mapping[str, Any] | None = None,
     root_path: str = "",
@@ -50,6 +51,7 @@ def running_server(
         engine.tokenizer,
         VOCAB_SIZE,
         MAX_MODEL_LEN,
+        grammars,
         template_kwargs=template_kwargs,
         max_waiting_bytes=max_waiting_bytes,
     )

@@ -10,9 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
+from emoe_jax.engine.structured import StructuredOutputsParams
 from emoe_jax.errors import RequestError
-from serve.lanes import SHORT_BYTES, TEXT_BYTES, TextLanes, size_of
-from serve.text import MIN_PIECE, PIECE_CHARS_PER_TOKEN, TextCodec
+from serve.lanes import GRAMMAR_BYTES, SHORT_BYTES, TEXT_BYTES, TextLanes, size_of
+from serve.text import GRAMMAR_THREADS, MIN_PIECE, PIECE_CHARS_PER_TOKEN, TextCodec
 from serve.worker import QueueFull
 from tests.serve.conftest import StartServer
 from tests.serve.fake import VOCAB_SIZE, FakeEngine, FakeTokenizer
@@ -167,6 +168,88 @@ def test_texts_of_clients_that_left_are_not_tokenized(start_server: StartServer,
         assert client.post("/tokenize", json={"prompt": "after"}).status_code == 200
     assert tokenizer.done == ["wait", "after"]
     assert engine.requests == []
+
+
+def test_no_conversation_is_rendered_for_a_full_engine(start_server: StartServer) -> None:
+    tokenizer = Waiting()
+    engine = FakeEngine(tokenizer)
+    engine.gate.clear()
+    with start_server(engine, max_unfinished=4) as client, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(client.post, "/v1/completions", json={"prompt": "first", "max_tokens": 2})
+        while not engine.requests:
+            time.sleep(0.005)
+        for n, status in ((4, 503), (5, 400)):
+            body = {"messages": [{"role": "user", "content": "late"}], "n": n, "max_tokens": 2}
+            assert client.post("/v1/chat/completions", json=body).status_code == status
+        engine.gate.set()
+        assert first.result().status_code == 200
+    assert tokenizer.done == ["first"]
+
+
+class WaitingGrammars:
+    """Grammars that take until `go_on`, and what was compiled."""
+
+    def __init__(self) -> None:
+        self.begun: list[str | None] = []
+        self.go_on = threading.Event()
+
+    def compile(self, wanted: StructuredOutputsParams) -> object:
+        self.begun.append(wanted.regex)
+        assert self.go_on.wait(30)
+        return wanted
+
+
+GUIDED: dict[str, dict[str, Any]] = {path: body for path, body in BODIES.items() if path.startswith("/v1/")}
+
+
+@pytest.mark.parametrize("path", list(GUIDED))
+def test_grammars_wait_within_bounds_and_hold_up_no_one(start_server: StartServer, path: str) -> None:
+    """As many are compiled as there are threads, one waits, the next is refused. All that time others get answers."""
+    grammars, room = WaitingGrammars(), GRAMMAR_THREADS + 1
+
+    def ask(regex: str) -> httpx.Response:
+        return client.post(path, json=GUIDED[path] | {"guided_regex": regex}, timeout=30)
+
+    engine = FakeEngine(FakeTokenizer())
+    limit = room * (GRAMMAR_BYTES + 10)
+    with start_server(engine, grammars=grammars, max_waiting_bytes=limit) as client, ThreadPoolExecutor(room) as pool:
+        answers = [pool.submit(ask, f"a{number}") for number in range(room)]
+        while len(grammars.begun) < GRAMMAR_THREADS:
+            time.sleep(0.005)
+        refused = ask("b" * 100)  # whether the third one has come by now or not
+        assert refused.status_code == 503
+        assert int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["error"]["code"] == "queue_full"
+        assert "wait for the grammar compiler" in refused.json()["error"]["message"]
+        assert len(grammars.begun) == GRAMMAR_THREADS
+        assert client.post(path, json=GUIDED[path]).status_code == 200
+        assert len(engine.requests) == 1  # the engine gets no request before its grammar is there
+        grammars.go_on.set()
+        assert [answer.result().status_code for answer in answers] == [200] * room
+        assert ask("c" * 100).status_code == 200
+    assert sorted(filter(None, grammars.begun)) == ["a0", "a1", "a2", "c" * 100]
+
+
+def test_grammars_of_clients_that_left_are_not_compiled(start_server: StartServer) -> None:
+    grammars = WaitingGrammars()
+    engine = FakeEngine(FakeTokenizer())
+    body = GUIDED["/v1/completions"]
+    with start_server(engine, grammars=grammars) as client, ThreadPoolExecutor(GRAMMAR_THREADS) as pool:
+        first = [
+            pool.submit(client.post, "/v1/completions", json=body | {"guided_regex": f"a{number}"}, timeout=30)
+            for number in range(GRAMMAR_THREADS)
+        ]
+        while len(grammars.begun) < GRAMMAR_THREADS:
+            time.sleep(0.005)
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/v1/completions", json=body | {"guided_regex": "left"}, timeout=0.3)
+        assert client.get("/health").status_code == 200  # the server has seen the connection close by now
+        time.sleep(0.2)
+        grammars.go_on.set()
+        assert [answer.result().status_code for answer in first] == [200] * GRAMMAR_THREADS
+        assert client.post("/v1/completions", json=body | {"guided_regex": "after"}).status_code == 200
+    assert "left" not in grammars.begun
+    assert len(engine.requests) == GRAMMAR_THREADS + 1
 
 
 @pytest.mark.parametrize(("prompts", "n"), [(1, 5), (5, 1), (2, 2)])
