@@ -1,5 +1,6 @@
 """How many prompts of a burst an engine predicts, when, and in which order."""
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from emoe_jax import Engine, SamplingParams
 from emoe_jax.engine.foresight import LOOK_AHEAD
 from emoe_jax.engine.runner import Runner
+from emoe_jax.policies.dynamics import DYNAMICS_FILE, Dynamics
 from emoe_jax.predictor import Predictor, PredictorConfig, Prompts, network
 from tests.engine.conftest import TINY
 
@@ -35,7 +37,8 @@ def predictor_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine_of(tiny_checkpoint: Path, predictor_folder: Path, request: pytest.FixtureRequest) -> Callable[..., Engine]:
     def load(**options: Any) -> Engine:
         given: dict[str, Any] = {"expert_memory": "3 slots", "max_num_seqs": 4, "max_num_batched_tokens": 32}
-        engine = Engine.load(tiny_checkpoint, predictor=predictor_folder, **(given | options))
+        given |= {"predictor": predictor_folder} | options
+        engine = Engine.load(tiny_checkpoint, **given)
         request.addfinalizer(engine.close)
         return engine
 
@@ -179,3 +182,27 @@ def test_an_idle_engine_waits_for_the_prediction_of_a_prompt_and_a_busy_one_does
     assert (planner._requests["asked"].predicted is not None) is idle
     assert (engine._foresight.waited_seconds - waited > 0.25) is idle
     drain(engine)
+
+
+@pytest.mark.parametrize("requests", [1, 4])
+def test_the_engine_follows_learned_dynamics_of_every_request_at_hand(
+    engine_of: Callable[..., Engine], predictor_folder: Path, tmp_path: Path, requests: int
+) -> None:
+    folder = tmp_path / "predictor"
+    shutil.copytree(predictor_folder, folder)
+    untrained = Dynamics.untrained(LAYERS, EXPERTS)
+    size, latent = LAYERS * EXPERTS, len(untrained.latent_half_lives)
+    directions = np.random.default_rng(0).normal(size=(size, 1)).astype(np.float32)
+    readout = np.zeros((latent, LAYERS, EXPERTS), np.float32)
+    readout[..., 7], readout[..., 6] = 1000, -1000  # whichever way the first direction turns, one of both is wanted
+    learned = untrained._replace(directions=directions, readout=readout.reshape(latent, size))
+    learned.save(folder / DYNAMICS_FILE)
+    engine = engine_of(predictor=folder, policy="emoe", predict_every=1)
+    long = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
+    engine.generate([[3, 1, 4, number] for number in range(requests)], long)
+    policy: Any = engine._residency._policy
+    scores, state = policy.scores(), policy._state
+    turned = float(state.latent.sum())
+    assert abs(turned) > 1e-3
+    np.testing.assert_array_equal(scores.argmax(1), 7 if turned > 0 else 6)
+    assert scores.max() > 10
