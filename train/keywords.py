@@ -31,8 +31,13 @@ HELD_OUT = 5  # one prompt in so many sets the threshold instead of teaching key
 
 
 def with_demo_keywords(profile: TaskProfile, tasks: Sequence[str], seed: int, count: int) -> TaskProfile:
-    """The profile with keywords of demo tasks, from `count` prompts each (more of short ones) of the training split."""
-    prompts = {task: demo_prompts(task, "train", seed, count * (5 if task == "conv" else 1)) for task in tasks}
+    """The profile with keywords of demo tasks, from `count` prompts each (more of short ones) of the training split;
+    `facts` are prompts of `qa`."""
+    prompts: dict[str, list[str]] = {}
+    for drawn in tasks:
+        task = examples(drawn, "train", seed, 1)[0].task
+        some = demo_prompts(drawn, "train", seed, count * (5 if task == "conv" else 1))
+        prompts[task] = prompts.get(task, []) + some
     return with_keywords(profile, prompts, unrelated.REQUESTS, unrelated.prose())
 
 

@@ -44,8 +44,9 @@ class Prompt:
 
 
 def drawn(tasks: Sequence[str], split: Split, seed: int, count: int) -> list[Prompt]:
-    """`count` prompts of each demo task, task after task."""
-    return [Prompt(task, tuple(example.messages)) for task in tasks for example in examples(task, split, seed, count)]
+    """`count` prompts of each demo task, task after task; those of `facts` are of the task `qa`."""
+    chosen = [example for task in tasks for example in examples(task, split, seed, count)]
+    return [Prompt(example.task, tuple(example.messages)) for example in chosen]
 
 
 def read(path: Path) -> list[Prompt]:

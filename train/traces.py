@@ -27,7 +27,7 @@ from train.keywords import with_demo_keywords, with_keywords
 from train.progress import progress_bar
 from train.prompts import Prompt
 from train.ranges import check_ranges
-from train.tasks import TASKS, unrelated
+from train.tasks import MORE, TASKS, unrelated
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -35,7 +35,13 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default="checkpoints/demo", help="checkpoint directory or hub id")
     add("--prompts", type=Path, metavar="FILE", help="JSONL of task and prompt or messages, instead of drawn prompts")
-    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="tasks to draw prompts of")
+    add(
+        "--tasks",
+        nargs="+",
+        choices=(*TASKS, *MORE),
+        default=list(TASKS),
+        help="tasks to draw prompts of; facts are questions of qa whose answer is not in the prompt",
+    )
     add("--per-task", type=int, default=200, help="prompts per task")
     add("--split", choices=("train", "test"), default="train", help="which phrases and names prompts may use")
     add("--seed", type=int, default=0, help="of the prompts and their order")

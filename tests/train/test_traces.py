@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from emoe_jax import Engine, SamplingParams
-from emoe_jax.tasks import TaskProfile
+from emoe_jax.tasks import TaskClassifier, TaskProfile
 from emoe_jax.traces import RoutingTrace
 from emoe_jax.traces.parts import parts_of
 from tests.serve import checkpoint as tiny
 from train import traces
+from train.tasks import examples
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,21 @@ def test_a_run_makes_trace_profile_and_numbers(model: Path, tmp_path: Path, caps
         outputs = engine.generate([question, engine.tokenizer.encode(question), "Lorem ipsum"], params)
         assert [output.task for output in outputs] == ["clsfy", "clsfy", "other"]
         assert engine.generate(question, params, task="qa")[0].task == "qa"
+
+
+def test_facts_are_questions_of_the_task_qa(model: Path, tmp_path: Path) -> None:
+    trace_path, profile_path = tmp_path / "t.npz", tmp_path / "profile.json"
+    command = ["--model", str(model), "--tasks", "clsfy", "qa", "facts", "--per-task", "3", "--max-tokens", "1"]
+    assert (
+        traces.main([*command, "--keyword-prompts", "60", "--out", str(trace_path), "--profile", str(profile_path)])
+        == 0
+    )
+    assert sorted(RoutingTrace.load(trace_path).tasks) == ["clsfy"] * 3 + ["qa"] * 6
+    profile = TaskProfile.load(profile_path)
+    assert set(profile.tasks) == {"clsfy", "qa"}
+    classifier = TaskClassifier(profile)
+    asked = [example.prompt for example in examples("facts", "test", 1, 40)]
+    assert np.mean([classifier.classify(question) == "qa" for question in asked]) > 0.8
 
 
 def test_prompts_of_a_file_are_run_in_its_order(model: Path, tmp_path: Path) -> None:

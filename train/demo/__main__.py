@@ -22,7 +22,7 @@ from train.progress import History, progress_bar, read_history
 from train.ranges import check_ranges
 from train.tasks import texts
 
-STEPS = 5800
+STEPS = 4600
 _LOG_EVERY = 50
 
 

@@ -69,7 +69,7 @@ STAGES = (
         },
     ),
     Stage(
-        0.15,
+        0.1891,
         {
             **_KNOWLEDGE,
             **_TEXTS,
