@@ -315,7 +315,7 @@ def test_what_is_no_prompt_or_no_parameters_is_refused(engine_of: EngineFactory)
 
 
 def test_a_closed_engine_says_so(engine_of: EngineFactory) -> None:
-    engine = engine_of(expert_memory="3 slots")
+    engine = engine_of(expert_memory="3 slots", max_num_seqs=1)  # not shared: it is closed here
     pieces = engine.stream([1, 2, 3], SamplingParams(max_tokens=9, ignore_eos=True))
     next(pieces)
     engine.close()

@@ -63,6 +63,6 @@ def test_shares_of_the_mixture_are_whole():
     for stage in mixture.STAGES:
         assert sum(stage.shares.values()) == pytest.approx(1.0)
         assert set(stage.shares) == set(mixture.TOKENS)
-    assert [mixture.stage_of(step, 100) for step in (0, 14, 15, 79, 80, 99)] == [
+    assert [mixture.stage_of(step, 100) for step in (0, 18, 19, 79, 80, 99)] == [
         mixture.STAGES[index] for index in (0, 0, 1, 1, 2, 2)
     ]
