@@ -91,6 +91,7 @@ def test_a_burst_of_prompts_has_one_prediction_in_p(
     assert engine.state()["planner"]["predictions"] == predictions  # without waiting for the last answers
     state = planned(engine)
     assert (state["predictions"], state["error"], state["missed"]) == (predictions, None, 0)
+    assert 0 < state["computing_seconds_per_prompt"] < 60
     assert predictions / 16 <= state["invocations"] <= predictions + state["early_predictions"]
 
 
@@ -103,6 +104,17 @@ def test_by_default_p_follows_cost_and_gain_and_the_papers_policy_keeps_to_40(
         (1, True),
         (40, False),
     ]
+
+
+def test_under_the_papers_policy_a_forecast_serves_prompts_of_other_tasks(engine_of: Callable[..., Engine]) -> None:
+    for policy, serves in (("emoe-paper", True), ("emoe-no-refresh", False)):
+        engine = engine_of(policy=policy, predict_every=40)
+        engine.generate([1, 2, 3], PARAMS, task="odd")
+        planned(engine)
+        engine.add_request("other", [1, 2, 3], PARAMS, task="even")
+        engine.step()
+        planner: Any = engine._foresight._planner
+        assert (planner._shares(planner._requests["other"]) is planner._newest) is serves
 
 
 def test_prompts_are_asked_about_before_they_start(

@@ -189,9 +189,9 @@ def test_one_forecast_serves_prompts_of_all_tasks_whatever_it_is_worth():
         settle(planner)
         plan: Any = planner.plan_for({name: Progress()})
         assert plan.rates[0].argsort()[-4:].min() >= 4
-        planner.end(name, wishes(LOW))
         for _ in range(200):
             planner.observe(100, 10)
+        planner.end(name, wishes(LOW))
         assert len(predictor.asked) == 1 + number // 40  # no drift asks early
     assert planner.state()["open"] is False
     planner.close()
