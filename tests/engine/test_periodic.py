@@ -14,6 +14,7 @@ from emoe_jax.engine.foresight import LOOK_AHEAD
 from emoe_jax.engine.runner import Runner
 from emoe_jax.policies.dynamics import DYNAMICS_FILE, Dynamics
 from emoe_jax.predictor import Predictor, PredictorConfig, Prompts, network
+from emoe_jax.scheduling.slo import SloPolicy
 from tests.engine.conftest import TINY
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
@@ -187,9 +188,12 @@ def test_an_idle_engine_waits_for_the_prediction_of_a_prompt_and_a_busy_one_does
         planned(engine)
     predict = Predictor.predict_next
     monkeypatch.setattr(Predictor, "predict_next", lambda *given: (time.sleep(0.3), predict(*given))[1])
+    told: list[float] = []
+    monkeypatch.setattr(SloPolicy, "observe", lambda _, plan, seconds, waited=0.0: told.append(waited))
     engine.add_request("asked", [1, 2, 3], PARAMS)
     waited = engine._foresight.waited_seconds
     engine.step()
+    assert sum(told) == pytest.approx(engine._foresight.waited_seconds - waited)  # it is no computing time
     planner: Any = engine._foresight._planner
     assert (planner._requests["asked"].predicted is not None) is idle
     assert (engine._foresight.waited_seconds - waited > 0.25) is idle
