@@ -1,8 +1,8 @@
 """`AnswerNetwork`: a small network that corrects the forecast of an answer's next wishes, in a few matrix products.
 
 A linear forecast errs by the same amount whether an expert is wished for often or hardly ever. The network works on
-the logarithm of the forecast instead, which is what decides about experts that are wished for rarely. The mean of both
-forecasts is better than either.
+the logarithm of the forecast instead, which is what decides about experts that are wished for rarely. Of a single
+request the mean of both forecasts is better than either.
 """
 
 from __future__ import annotations
@@ -46,6 +46,12 @@ def num_requests(rates: Matrix, top_k: int) -> Float[Any, "*lead"]:
     """How many requests were planned for; 1 where nothing was planned."""
     xp = namespace(rates)
     return xp.maximum(rates.sum((-2, -1)) / np.float32(rates.shape[-2] * top_k), np.float32(1))
+
+
+def network_share(requests: Any) -> Float[Any, "*lead"]:
+    """The network's part of the forecast: half for one request. Several requests wish for a mixture, which a softmax of
+    their mean is not, and the linear forecast is the sum of theirs."""
+    return np.float32(0.5) / (requests * requests)
 
 
 def wishes(logits: Float[Any, "*lead ME"], shape: tuple[int, ...], requests: Any, top_k: int) -> Matrix:

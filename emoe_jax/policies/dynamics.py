@@ -4,7 +4,7 @@ Two linear parts and a network. Per expert: a weighted sum of its planned rate a
 Across experts and layers: how wishes deviate from the plan is projected onto the directions in which it varies most,
 decayed means of which tell every layer what is coming. The last layers know the next token before the first ones see
 it, so the choices of one token say much about the next one's. The network (`AnswerNetwork`) forecasts the same from the
-same; the mean of both forecasts counts.
+same; of a single request the mean of both forecasts counts.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from emoe_jax.policies.answer import log_own, num_requests, wishes
+from emoe_jax.policies.answer import log_own, network_share, num_requests, wishes
 from emoe_jax.policies.dynamics import Dynamics
 from emoe_jax.policies.rule import Matrix, Plan, Rule, namespace
 
@@ -23,7 +23,8 @@ class RefreshState(NamedTuple):
 class Refresh(Rule[RefreshState]):
     """Scores are the wishes per step expected over the next few steps, linear in everything observed (`Dynamics`).
 
-    The linear part of a batch is the sum of its requests' forecasts. The network takes the batch's mean request.
+    The linear part of a batch is the sum of its requests' forecasts. The network takes the batch's mean request and
+    counts the less, the more requests there are (`network_share`).
     """
 
     margin = BASE_MARGIN
@@ -73,4 +74,5 @@ class Refresh(Rule[RefreshState]):
         each = mixed / requests[..., None]
         logs = log_own(own, requests, dynamics.top_k)
         logits = dynamics.network.logits(logs, each[..., size : 2 * size], each[..., 2 * size :])
-        return (linear + wishes(logits, shape, requests, dynamics.top_k)) / 2
+        share = network_share(requests)[..., None, None]
+        return linear + share * (wishes(logits, shape, requests, dynamics.top_k) - linear)

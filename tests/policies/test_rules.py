@@ -118,12 +118,16 @@ def test_equal_steps_may_be_taken_in_together(name: str):
         np.testing.assert_allclose(rule.scores(together), rule.scores(apart), rtol=1e-3, atol=1e-3)
 
 
-def test_the_network_says_of_equal_requests_what_it_says_of_one():
+@pytest.mark.parametrize("requests", [2, 5])
+def test_the_network_says_of_equal_requests_what_it_says_of_one_and_counts_less(requests: int):
     rng = np.random.default_rng(3)
-    rule = Refresh(random_dynamics(rng))
+    dynamics = random_dynamics(rng)
+    rule, linear = Refresh(dynamics), Refresh(dynamics._replace(network=None))
     plan, counts = rates(rng), wishes(rng)
-    alone, together = (rule.observe(rule.start(n * plan), n * counts) for n in (1, 5))
-    np.testing.assert_allclose(rule.scores(together), 5 * rule.scores(alone), rtol=1e-4, atol=1e-4)
+    states = [rule.observe(rule.start(n * plan), n * counts) for n in (1, requests)]
+    alone, together = (rule.scores(state) - linear.scores(state) for state in states)
+    assert np.abs(alone).max() > 0.01
+    np.testing.assert_allclose(together * requests, alone, rtol=1e-3, atol=1e-4)
 
 
 def test_the_networks_half_of_a_forecast_sums_to_top_k_per_layer():

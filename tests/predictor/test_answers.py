@@ -15,9 +15,7 @@ from emoe_jax.traces import RoutingTrace
 from train.predictor.answers import AnswerPlan, forecast, judge, learn_answers, with_network
 
 M, E, TOP_K, PROMPTS, TOKENS = 3, 8, 2, 32, 120
-PLAN = AnswerPlan(
-    steps=200, singles=96, mixtures=32, hidden=16, peak_rate=1e-2, input_dropout=0.1, hidden_dropout=0.1, average=0.9
-)
+PLAN = AnswerPlan(steps=400, rows=128, hidden=16, peak_rate=1e-2, input_dropout=0.1, hidden_dropout=0.1, average=0.9)
 
 
 def phases(seed: int, shuffled: bool = False) -> RoutingTrace:
