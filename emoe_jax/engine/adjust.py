@@ -1,4 +1,4 @@
-"""Penalties, biases and grammars: what requests change about logits before a token is chosen.
+"""Penalties, biases, grammars and forced tokens: what requests change about logits before a token is chosen.
 
 The arrays over the vocabulary are kept on the host, token by token, and go to the device only in steps in which a row
 asks for them, so requests without any pay nothing.
@@ -31,6 +31,7 @@ class LogitAdjustment:
         self._prompt = prompt
         self._vocab_size = vocab_size
         self._guide = guide
+        self._forced = params.forced_token_ids
         self._generated: set[int] = set()
         self._num_counted = 0
 
@@ -54,11 +55,21 @@ class LogitAdjustment:
         cls, params: SamplingParams, prompt: Rows[int], vocab_size: int, guide: Guide | None = None
     ) -> "LogitAdjustment | None":
         """None for parameters that leave the logits as they are."""
-        return cls(params, prompt, vocab_size, guide) if params.adjusts_logits or guide is not None else None
+        changes = params.adjusts_logits or guide is not None or params.forced_token_ids
+        return cls(params, prompt, vocab_size, guide) if changes else None
+
+    def allowed(self, num_sampled: int) -> UInt32[np.ndarray, " W"] | None:
+        """Which tokens may follow the first `num_sampled` of the answer, those included that the host has not read."""
+        if self._forced:
+            token, allowed = self._forced[num_sampled], np.zeros(-(-self._vocab_size // 32), np.uint32)
+            allowed[token // 32] = 1 << (token % 32)
+            return allowed
+        return None if self._guide is None else self._guide.allowed
 
     @property
-    def allowed(self) -> UInt32[np.ndarray, " W"] | None:
-        return None if self._guide is None else self._guide.allowed
+    def needs_tokens(self) -> bool:
+        """Whether the next token's adjustment depends on tokens that the host has to read first."""
+        return not self._forced
 
     @property
     def guide(self) -> Guide | None:
@@ -111,8 +122,10 @@ class Adjustments:
         )
 
     @classmethod
-    def of(cls, rows: Rows[LogitAdjustment | None], size: int) -> "Adjustments | None":
-        """The rows in order, padded to `size`; None when no row has an adjustment."""
+    def of(cls, rows: Rows[LogitAdjustment | None], num_sampled: Rows[int], size: int) -> "Adjustments | None":
+        """The rows in order, each with the number of answer tokens before it, padded to `size`; None when no row has an
+        adjustment.
+        """
         vocab_size = next((len(row.bias) for row in rows if row is not None), None)
         if vocab_size is None:
             return None
@@ -120,8 +133,8 @@ class Adjustments:
         for index, row in enumerate(rows):
             if row is not None:
                 arrays.bias[index], arrays.seen[index], arrays.repetition[index] = row.bias, row.seen, row.repetition
-                if row.allowed is not None:
-                    arrays.allowed[index] = row.allowed
+                if (allowed := row.allowed(num_sampled[index])) is not None:
+                    arrays.allowed[index] = allowed
         return arrays
 
     def apply(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:

@@ -11,11 +11,18 @@ from emoe_jax.scheduling.plan import SampledToken
 class Answer:
     """Collects the sequences of one request into its `RequestOutput`."""
 
-    def __init__(self, output: RequestOutput, sequences: list[Sequence], text_stream: Callable[[Sequence], TextStream]):
+    def __init__(
+        self,
+        output: RequestOutput,
+        sequences: list[Sequence],
+        text_stream: Callable[[Sequence], TextStream],
+        top_k: int,
+    ):
         """`text_stream` makes what turns a sequence's tokens into text, when its first token comes."""
         self._output = output
         self._sequences = sequences
         self._text_stream = text_stream
+        self._top_k = top_k
         self._streams: dict[int, TextStream] = {}
 
     @property
@@ -32,7 +39,9 @@ class Answer:
         """The request so far."""
         assigned = sum(sequence.assigned for sequence in self._sequences)
         replaced = sum(sequence.substituted for sequence in self._sequences)
+        mass = sum(sequence.substituted_mass for sequence in self._sequences)
         self._output.substituted = replaced / assigned if assigned else 0.0
+        self._output.substituted_weight = mass * self._top_k / assigned if assigned else 0.0
         self._output.num_cached_tokens = self._sequences[0].num_cached
         self._output.slo_unattainable = any(sequence.slo_unattainable for sequence in self._sequences)
         if self._output.prompt_logprobs is not None:

@@ -404,7 +404,7 @@ class Engine:
         completions = [Completion(index, logprobs=None if params.logprobs is None else []) for index in range(params.n)]
         output = RequestOutput(request_id, token_ids, completions, sequences[0].task, sequences[0].routing)
         output.prompt_logprobs = None if params.prompt_logprobs is None else []
-        self._answers[request_id] = Answer(output, sequences, self._intake.text_stream)
+        self._answers[request_id] = Answer(output, sequences, self._intake.text_stream, self.config.top_k)
         return token_ids
 
     def has_work(self) -> bool:

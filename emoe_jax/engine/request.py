@@ -84,12 +84,19 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     structured_outputs: StructuredOutputsParams | None = None
     """What answers have to match; one that ends by `max_tokens` or `stop` may be cut before it does."""
+    forced_token_ids: tuple[int, ...] = ()
+    """The answer, given: each step decodes one of these tokens, whatever the model would choose, and `logprobs` say how
+    probable each was. `max_tokens` becomes their number, and a token that ends texts does not end this one."""
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         object.__setattr__(self, "stop", tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "forced_token_ids", tuple(self.forced_token_ids))
+        if self.forced_token_ids:
+            object.__setattr__(self, "max_tokens", len(self.forced_token_ids))
+            object.__setattr__(self, "ignore_eos", True)
         _check_integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
         _check_number("temperature", self.temperature, 0, 100)
         _check_number("top_p", self.top_p, 0, 1)
@@ -122,11 +129,18 @@ class SamplingParams:
             raise RequestError(message, param="stop_token_ids")
         for token in self.stop_token_ids:
             _check_integer("stop_token_ids", token, 0, 2**31 - 1)
+        for token in self.forced_token_ids:
+            _check_integer("forced_token_ids", token, 0, 2**31 - 1)
+        if self.forced_token_ids:
+            for name in ("stop", "stop_token_ids", "structured_outputs"):
+                if getattr(self, name):
+                    message = f"forced_token_ids say the whole answer; {name} would end or change it"
+                    raise RequestError(message, param="forced_token_ids")
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the most probable token is taken, without a draw."""
-        return self.temperature == 0 or self.top_p == 0
+        """Whether the next token is not drawn: the most probable one, or a forced one."""
+        return self.temperature == 0 or self.top_p == 0 or bool(self.forced_token_ids)
 
     @property
     def adjusts_logits(self) -> bool:
@@ -188,6 +202,8 @@ class RequestOutput:
     """Share of expert assignments (prompt and answer, without cached tokens) where another expert stood in; 0.0 under
     `exact`."""
 
+    substituted_weight: float = 0.0
+    """The same by router weight: of the weights of a token's chosen experts in a layer, the share that others got."""
     slo_unattainable: bool = False
     """Whether deadlines were given up while the request waited."""
     num_cached_tokens: int = 0

@@ -65,7 +65,9 @@ class SamplingArrays:
             arrays.step[row] = sequence.num_sampled
             if sequence.adjustment is not None:
                 sequence.adjustment.update(sequence.generated)
-        adjustments = Adjustments.of([sequence.adjustment for sequence in sequences], size)
+        adjustments = Adjustments.of(
+            [sequence.adjustment for sequence in sequences], [sequence.num_sampled for sequence in sequences], size
+        )
         return dataclasses.replace(arrays, adjustments=adjustments)
 
 

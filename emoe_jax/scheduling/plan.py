@@ -32,7 +32,8 @@ class StepPlan:
     @property
     def needs_tokens(self) -> bool:
         """Whether the host must read a sequence's token before it can say how to choose the next one."""
-        return any(sequence.adjustment is not None for sequence in self.sequences)
+        adjustments = (sequence.adjustment for sequence in self.sequences)
+        return any(adjustment is not None and adjustment.needs_tokens for adjustment in adjustments)
 
     @property
     def num_prefill_tokens(self) -> int:

@@ -47,7 +47,7 @@ def test_logits_follow_the_definition(given: dict[str, Any]) -> None:
     for length in (2, 5):  # token by token, several at a time
         adjustment.update(generated[:length])
         adjustment.update(generated[:length])
-    adjustments = Adjustments.of([None, adjustment], 2)
+    adjustments = Adjustments.of([None, adjustment], [0, len(generated)], 2)
     assert adjustments is not None
     adjusted = np.asarray(adjustments.apply(jax.numpy.asarray(logits)))
     np.testing.assert_array_equal(adjusted[0], logits[0])
