@@ -215,7 +215,7 @@ class Engine:
             prefix_caching=prefix_caching and config.router_capacity_factor is None,
         )
         model = model or load_dense(memory.dtype)
-        residency = open_residency(checkpoint, memory, policy, known, bandwidth)
+        residency = open_residency(checkpoint, memory, policy, known, bandwidth, seed)
         planner = None
         try:
             planner = known.planner(policy, config, memory.capacities, predict_every)

@@ -13,7 +13,12 @@ from emoe_jax.experts.weights import ExpertLayout
 
 
 def open_residency(
-    checkpoint: Checkpoint, memory: MemoryPlan, policy: str, known: RoutingKnowledge, link_bandwidth: float | None
+    checkpoint: Checkpoint,
+    memory: MemoryPlan,
+    policy: str,
+    known: RoutingKnowledge,
+    link_bandwidth: float | None,
+    seed: int = 0,
 ) -> Residency:
     """Slab, store and loader of a checkpoint, still empty. Raises `ConfigError` for a policy that cannot be had."""
     config = checkpoint.config
@@ -29,6 +34,7 @@ def open_residency(
         link_bandwidth=link_bandwidth,
         host_bytes=memory.host_bytes,
         memory_kind=None if jax.devices()[0].platform == "cpu" else "pinned_host",
+        seed=seed,
     )
 
 

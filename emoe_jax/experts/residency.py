@@ -59,14 +59,16 @@ class Residency:
         link_bandwidth: float | None = None,
         host_bytes: int = 0,
         memory_kind: str | None = None,
+        seed: int = 0,
     ):
         """`rates` say what is resident before anything was observed; `link_bandwidth` is in bytes/s (None: no limit).
+        The policy `random` draws by `seed`.
 
         Raises `ConfigError` for an unknown policy or a bandwidth that is not positive.
         """
         self.policy_name = policy
         shape = (len(config.moe_layers), config.num_experts)
-        self._policy = make_policy(policy, *shape, rates, knowledge)
+        self._policy = make_policy(policy, *shape, rates, knowledge, seed)
         self.slab = ExpertSlab(layout, capacities)
         self.table = SlotTable(capacities, config.num_experts, sharding=self.slab.sharding)
         self._config = config

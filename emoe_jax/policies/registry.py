@@ -91,8 +91,9 @@ def make_policy(
     num_experts: int,
     rates: Float[np.ndarray, "M E"] | None = None,
     knowledge: Knowledge | None = None,
+    seed: int = 0,
 ) -> ResidencyPolicy:
-    """A policy for an engine. `rates` are what to start with (see `Plan`); `random` draws its own.
+    """A policy for an engine. `rates` are what to start with (see `Plan`); `random` draws its own by `seed`.
 
     Raises `ConfigError` with the names there are, and where the policy needs what is not known.
     """
@@ -100,5 +101,5 @@ def make_policy(
         raise ConfigError(f"unknown residency policy {name!r}; expected one of {', '.join(sorted(POLICIES))}")
     rule = POLICIES[name].rule(num_layers, num_experts, knowledge or Knowledge())
     if name == "random":
-        rates = random_rates(num_layers, num_experts)
+        rates = random_rates(num_layers, num_experts, seed)
     return ResidencyPolicy(rule, num_layers, num_experts, rates)
