@@ -244,10 +244,7 @@ def test_exact_match_is_what_greedy_decoding_yields(bpe, config):
     assert not scores.exact[0]  # the untrained model never ends its answer
 
 
-def test_rouge_and_divergence():
-    assert evaluate.rouge_l("the cat sat", "the cat sat") == 1.0
-    assert evaluate.rouge_l("the cat sat", "a dog") == 0.0
-    assert evaluate.rouge_l("a b c d", "a c") == pytest.approx(2 * 2 / 6)
+def test_divergence():
     even, first = np.full((1, 2), 0.5), np.array([[1.0, 0.0]])
     assert evaluate.entropy_bits(even)[0] == 1.0
     assert evaluate.divergence_bits(first, first)[0] == 0.0

@@ -26,6 +26,7 @@ from train.demo.batches import Encoder
 from train.demo.mixture import answered
 from train.demo.objective import Parameters
 from train.demo.tokenizer import ASSISTANT, EOS, PAD
+from train.similarity import rouge_l
 from train.tasks import TASKS, examples, facts, qa, texts
 from train.tasks.example import Example
 
@@ -168,21 +169,6 @@ def generate(parameters: Parameters, config: ModelConfig, encoder: Encoder, chos
             encoder.tokenizer.decode(tokens[row, starts[row] : ends[row]].tolist()) for row in range(len(group))
         ]
     return answers
-
-
-def rouge_l(reference: str, candidate: str) -> float:
-    """F1 of the longest common subsequence of words, lower-cased (Lin 2004)."""
-    wanted, given = reference.lower().split(), candidate.lower().split()
-    if not wanted or not given:
-        return 0.0
-    longest = [0] * (len(given) + 1)
-    for word in wanted:
-        before = 0
-        for index, other in enumerate(given, start=1):
-            above = longest[index]
-            longest[index] = before + 1 if word == other else max(above, longest[index - 1])
-            before = above
-    return 2 * longest[-1] / (len(wanted) + len(given))
 
 
 def evaluate(

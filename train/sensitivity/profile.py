@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from train.demo.evaluate import rouge_l
 from train.sensitivity.embedding import Embed
 from train.sensitivity.measure import Deviation
+from train.similarity import rouge_l
 
 EXACT, ROUGE, COSINE = "exact_match", "rouge_l", "cosine"
 
