@@ -4,7 +4,6 @@ engine that answers the demo tasks (`--live MODEL`)."""
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from benchmarks.residency.live import Save, measure_live
 from benchmarks.residency.live_report import plot_live, print_live
 from benchmarks.residency.report import plot_grid, print_grid
 from benchmarks.residency.split import read_traces
+from benchmarks.results import write_json
 from emoe_jax.engine.memory import parse_bandwidth, parse_bytes
 from emoe_jax.errors import ConfigError, EmoeError, one_line, require
 from emoe_jax.policies import POLICIES
@@ -94,15 +94,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if min(given.per_task, given.repetitions) < 1:
         parser.error("--per-task and --repetitions must be at least 1")
     return given
-
-
-def write_json(results: dict[str, Any], path: Path | None) -> None:
-    """Whole or not at all, so that a run that is cut off leaves what it wrote before."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(path.name + ".draft")
-        draft.write_text(json.dumps(results, indent=1) + "\n")
-        draft.replace(path)
 
 
 def run_live(given: argparse.Namespace, console: Console, save: Save) -> dict[str, Any]:
