@@ -1,0 +1,141 @@
+"""The grid: every cell's engine serves the same traffic as one with all experts resident."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from benchmarks.quality.calibration import calibrated, needs_profile
+from benchmarks.quality.scores import Row, row
+from benchmarks.quality.served import ANSWER_TOKENS, Cell, Outcome, engine_of, outcomes
+from benchmarks.quality.traffic import Count, Item, draw, in_bursts
+from emoe_jax import EmoeError
+from emoe_jax.checkpoint import Checkpoint, Tokenizer
+from emoe_jax.config import ModelConfig
+from emoe_jax.engine.knowledge import RoutingKnowledge
+from emoe_jax.errors import ConfigError
+from emoe_jax.policies import make_policy
+from train.sensitivity.embedding import Embed
+
+FULL = Cell("full", "resident", 1.0)
+"""All experts resident: what every other cell is compared with."""
+_CALIBRATION = 3  # for so many test items, one of the training split says which experts are used most
+
+T = TypeVar("T")
+
+Start = Callable[[str, int], Callable[[], None]]
+"""Called with what begins and how many requests it has; returns what is called after each."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """The items of each task, in the order they are asked in; `missing` says why a kind of text is left out."""
+
+    items: dict[str, list[Item]]
+    calibration: dict[str, list[Item]]
+    missing: dict[str, str]
+    context: int
+    """Tokens that the longest item and its answer take, in whole pages."""
+
+    @classmethod
+    def of(cls, model: str, tasks: Sequence[str], count: Count, seed: int) -> Traffic:
+        """Test items, and training items for calibration. Raises `EmoeError` where the model cannot take them."""
+        checkpoint = Checkpoint.open(model)
+        tokenizer = Tokenizer.load(checkpoint.directory)
+        if tokenizer is None:
+            raise ConfigError(f"{model} has no tokenizer, so prompts in words cannot be asked")
+        items, missing = draw(tokenizer, checkpoint.config, tasks, "test", seed, count)
+        fewer = Count(*(-(-number // _CALIBRATION) for number in count))
+        calibration, _ = draw(tokenizer, checkpoint.config, list(items), "train", seed, fewer)
+        if not items:
+            raise ConfigError(f"nothing is left to ask: {'; '.join(missing.values())}")
+        return cls(items, calibration, missing, _context([*items.values(), *calibration.values()], checkpoint.config))
+
+
+def _context(groups: Sequence[Sequence[Item]], config: ModelConfig) -> int:
+    needed = 0
+    for item in (item for items in groups for item in items):
+        tokens = len(item.prompt) + max(len(item.scored), ANSWER_TOKENS if item.answer is not None else 0)
+        if tokens > config.max_position:
+            raise ConfigError(
+                f"a prompt of {item.task} takes {tokens} tokens with its answer; the model has {config.max_position}"
+            )
+        needed = max(needed, tokens)
+    return min(config.max_position, -(-needed // 64) * 64)
+
+
+def check_policies(model: str, policies: Sequence[str]) -> None:
+    """Raise `ConfigError` where a policy needs what the checkpoint has not, before an hour has gone into others."""
+    checkpoint = Checkpoint.open(model)
+    config = checkpoint.config
+    known = RoutingKnowledge.load(checkpoint.directory, config, "auto", "auto").for_policies()
+    for policy in policies:
+        make_policy(policy, len(config.moe_layers), config.num_experts, None, known)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """The rows of one cell, and the seconds that it took with loading and compiling."""
+
+    rows: list[Row]
+    seconds: float
+
+
+def measure(
+    model: str,
+    cells: Sequence[Cell],
+    traffic: Traffic,
+    concurrency: int,
+    seed: int,
+    start: Start,
+    embed: Embed | None = None,
+) -> Iterator[Measured]:
+    """First the cell `FULL`, then the others in order."""
+    stream = in_bursts(traffic.items, seed)
+    asked = sum(1 if item.answer is None else 2 for item in stream)
+    with tempfile.TemporaryDirectory() as folder:
+        profile = Path(folder) / "task_profile.json"
+        began = time.monotonic()
+        everything = dataclasses.replace(FULL, policy="static")
+        with engine_of(model, everything, traffic.context, concurrency, seed) as engine:
+            reference = outcomes(engine, stream, concurrency, start("all experts resident", asked))
+            yield _measured(FULL, stream, reference, reference, seed, began, embed)
+            if any(needs_profile(cell.policy) for cell in cells):
+                calibration = in_bursts(traffic.calibration, seed)
+                tell = start("calibration of fixed tables, training prompts", len(calibration))
+                calibrated(engine, calibration, concurrency, tell).save(profile)
+        for number, cell in enumerate(cells, start=1):
+            began = time.monotonic()
+            title = f"{cell.policy}, {cell.share:.0%} resident, {cell.contract} ({number} of {len(cells)})"
+            tell = start(title, asked)
+            own = profile if needs_profile(cell.policy) else None
+            try:
+                with engine_of(model, cell, traffic.context, concurrency, seed, own) as engine:
+                    found = outcomes(engine, stream, concurrency, tell)
+            except EmoeError as error:
+                raise type(error)(f"{title}: {error}") from None
+            yield _measured(cell, stream, found, reference, seed, began, embed)
+
+
+def _measured(
+    cell: Cell,
+    stream: Sequence[Item],
+    found: Sequence[Outcome],
+    reference: Sequence[Outcome],
+    seed: int,
+    began: float,
+    embed: Embed | None,
+) -> Measured:
+    rows = []
+    for task in dict.fromkeys(item.task for item in stream):
+        of_task = [index for index, item in enumerate(stream) if item.task == task]
+        rows.append(row(cell, _at(of_task, stream), _at(of_task, found), _at(of_task, reference), seed, embed))
+    return Measured(rows, time.monotonic() - began)
+
+
+def _at(indices: Sequence[int], values: Sequence[T]) -> list[T]:
+    return [values[index] for index in indices]

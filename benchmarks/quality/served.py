@@ -1,0 +1,111 @@
+"""Traffic through an engine as a server would run it, and what came of each item."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from benchmarks.quality.traffic import Item
+from emoe_jax import EmoeError, Engine, RequestOutput, SamplingParams
+from emoe_jax.engine.request import RoutingContract
+
+ANSWER_TOKENS = 64
+
+Tell = Callable[[], None]
+"""Called when a request has ended."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One combination of the grid. A share of 1 has all experts resident, whatever the policy."""
+
+    policy: str
+    contract: RoutingContract
+    share: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Of one item: the greedy answer (None of a text), the nats of its scored tokens, and what was substituted while
+    the answer was written, or the text read."""
+
+    answer: RequestOutput | None
+    nats: float
+    tokens: int
+    substituted: float
+    substituted_weight: float
+
+
+@contextlib.contextmanager
+def engine_of(
+    model: str, cell: Cell, context: int, concurrency: int, seed: int, profile: Path | None = None
+) -> Iterator[Engine]:
+    """A warm engine of a cell; `profile` replaces the checkpoint's own task profile."""
+    with Engine.load(
+        model,
+        expert_memory=f"{100 * cell.share:g}%",
+        routing=cell.contract,
+        policy=cell.policy,
+        max_num_seqs=concurrency,
+        max_model_len=context,
+        prefix_caching=False,
+        task_profile="auto" if profile is None else profile,
+        seed=seed,
+    ) as engine:
+        engine.warm_up()
+        yield engine
+
+
+def outcomes(engine: Engine, stream: Sequence[Item], concurrency: int, tell: Tell) -> list[Outcome]:
+    """Every item served once in the order of the stream: prompts answered, texts read. Then the true answers to the
+    prompts, in the same order. What is read or given is decoded, one token of each sequence per step.
+    """
+    first = [(item, free() if item.answer is not None else given(item)) for item in stream]
+    served = serve(engine, first, concurrency, tell)
+    then = [(item, given(item)) for item in stream if item.answer is not None]
+    told = iter(serve(engine, then, concurrency, tell))
+    found = []
+    for item, output in zip(stream, served, strict=True):
+        scored = output if item.answer is None else next(told)
+        nats = -sum(token.logprob for token in scored.logprobs or ())
+        answer = None if item.answer is None else output
+        found.append(Outcome(answer, nats, len(item.scored), output.substituted, output.substituted_weight))
+    return found
+
+
+def free() -> SamplingParams:
+    return SamplingParams(max_tokens=ANSWER_TOKENS, temperature=0)
+
+
+def given(item: Item) -> SamplingParams:
+    return SamplingParams(forced_token_ids=item.scored, logprobs=0)
+
+
+def serve(
+    engine: Engine,
+    requests: Sequence[tuple[Item, SamplingParams]],
+    concurrency: int,
+    tell: Tell,
+    name_tasks: bool = False,
+) -> list[RequestOutput]:
+    """All outputs, in order. `concurrency` requests are computed together, and as many wait for their turn.
+
+    Requests name no task unless `name_tasks`: the engine classifies them. Raises `EmoeError` where one failed.
+    """
+    outputs: dict[int, RequestOutput] = {}
+    added = 0
+    while len(outputs) < len(requests):
+        while added < len(requests) and added - len(outputs) < 2 * concurrency:
+            item, params = requests[added]
+            engine.add_request(str(added), item.prompt, params, task=item.task if name_tasks else None)
+            added += 1
+        for delta in engine.step():
+            if delta.finish_reason is not None:
+                number = int(delta.request_id)
+                outputs[number] = engine.pop(delta.request_id)
+                if delta.error is not None:
+                    raise EmoeError(f"a prompt of {requests[number][0].task} failed: {delta.error}")
+                tell()
+    return [outputs[number] for number in range(len(requests))]
