@@ -44,7 +44,19 @@ COUNTERS = (
     ("predictions_missed", "Prompts not asked about, for too many questions waited.", "planner.missed"),
     ("prediction_seconds", "Time of the predictor's thread.", "planner.seconds"),
     ("planning_seconds", "Time of planning and following wishes, within steps.", "planner.planning_seconds"),
+    ("regret_seconds", "Time of recording and judging what other policies would have covered.", "regret.seconds"),
+    ("regret_steps", "Steps that other policies were judged on.", "regret.steps"),
+    ("regret_steps_left_out", "Steps that they were not judged on, for lack of time.", "regret.steps_left_out"),
+    ("regret_wishes", "Experts that routers wished for in judged steps.", "regret.wishes"),
+    ("regret_lookups", "The same, counted once per step, layer and expert.", "regret.lookups"),
 )
+
+RIVALS = (
+    ("policy_wishes_resident", "Wishes in judged steps that were, or would have been, resident.", "wishes"),
+    ("policy_lookups_resident", "The same, counted once per step, layer and expert.", "lookups"),
+    ("policy_loads", "Experts that were, or would have been, brought to the device in judged steps.", "loads"),
+)
+"""Name, documentation, and the number of each policy; `engine` is what was resident."""
 
 PLANNER_COVERAGES = ("predicted", "frequency", "promised", "recent")
 
@@ -71,6 +83,10 @@ def engine_families(state: Mapping[str, Any], model_name: str) -> Iterator[Metri
     coverages = {name: _at(state, f"planner.coverage_{name}") for name in PLANNER_COVERAGES}
     documentation = "Of the last prompts by prediction and by frequency; promised by the plan; of recent steps."
     yield from _family(GaugeMetricFamily, "planner_coverage", documentation, model_name, "of", coverages)
+    rivals = _at(state, "regret.policies") or {}
+    for name, documentation, key in RIVALS:
+        values = {policy: numbers.get(key) for policy, numbers in rivals.items()}
+        yield from _family(CounterMetricFamily, name, documentation, model_name, "policy", values)
     for kind, name, documentation, path, key in BY_TASK:
         tasks = _at(state, path) or {}
         shown = sorted(tasks, key=lambda task: -tasks[task].get("requests", 0))[:MAX_TASKS]

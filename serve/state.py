@@ -67,6 +67,28 @@ class PlannerState(Described):
     error: Annotated[str | None, Field(description="What ended the predictor.")] = None
 
 
+class RivalState(Described):
+    """Totals over judged steps; the shares are null before the first."""
+
+    wishes: Annotated[int, Field(description="Choices of tokens whose expert was, or would have been, resident.")] = 0
+    coverage: Annotated[float | None, Field(description="Their share.")] = None
+    lookups: Annotated[int, Field(description="The same, counted once per step, layer and expert.")] = 0
+    hit_rate: Annotated[float | None, Field(description="Their share.")] = None
+    loads: Annotated[int, Field(description="Experts brought to the device.")] = 0
+
+
+class RegretState(Described):
+    """What other policies would have covered of the same traffic with as many slots. `belady` knows the future."""
+
+    steps: Annotated[int, Field(description="Those judged, in whole windows.")] = 0
+    steps_left_out: Annotated[int, Field(description="For lack of time.")] = 0
+    window_steps: Annotated[int, Field(description="Steps of a window, all the future that `belady` knows.")] = 0
+    seconds: Annotated[float, Field(description="Recording and judging, within steps.")] = 0.0
+    wishes: Annotated[int, Field(description="Of the judged steps: choices of tokens.")] = 0
+    lookups: Annotated[int, Field(description="The same, counted once per step, layer and expert.")] = 0
+    policies: Annotated[dict[str, RivalState], Field(description="By name; `engine` is what was resident.")] = {}
+
+
 class DeadlinesState(Described):
     """Counts of answers since the start."""
 
@@ -120,6 +142,7 @@ class EngineState(Described):
     not_finite: Annotated[int, Field(description="Answers ended because the model computed NaN or infinity.")] = 0
     residency: ResidencyState = ResidencyState()
     planner: PlannerState = PlannerState()
+    regret: RegretState = RegretState()
     tasks: Annotated[dict[str, TaskState], Field(description="What ended requests lost, by task.")] = {}
     scheduler: SchedulerState = SchedulerState()
     memory: Annotated[dict[str, int], Field(description="Bytes by purpose, all within `device`.")] = {}

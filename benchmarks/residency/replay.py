@@ -16,10 +16,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from benchmarks.residency.stream import Plans, Stream
+from emoe_jax.policies.belady import next_use
 from emoe_jax.policies.rule import Plan, Rule
 
 CHUNK_TOKENS = 1024
-_NEVER = np.iinfo(np.uint16).max
 
 
 class Totals(NamedTuple):
@@ -44,6 +44,7 @@ def replay(
     within_step: bool = False,
 ) -> Totals:
     """`rule` None is Belady's oracle: an absent expert that was wished for replaces the one not wished for longest.
+    When a plan begins, it may load any expert, as every other policy may.
 
     `capacities` are slots per layer, one row for each residency. A new plan may exchange any number of experts; other
     steps at most `swaps_per_step` per layer. The first plan's experts are there at no cost. `within_step`: scores of a
@@ -59,7 +60,7 @@ def replay(
         "plan": np.pad(stream.plan, (0, padding), mode="edge"),
     }
     if rule is None:
-        steps["next_use"] = np.asarray(_next_use(jnp.asarray(steps["experts"]), num_experts))
+        steps["next_use"] = next_use(_wished(steps["experts"], num_experts))
     chunks = {name: array.reshape(-1, chunk, *array.shape[1:]) for name, array in steps.items()}
     slots = jnp.asarray(capacities)
     by_chunk = _replay(chunks, plans, slots, num_experts, rule, swaps_per_step, within_step)
@@ -116,7 +117,7 @@ def _serve(
 ) -> tuple[tuple[Bool[Array, "G M E"], Bool[Array, "M E"]], Totals]:
     """Exchange experts, then see what the step's tokens find."""
     (resident, last), (step, scores) = carry, inputs
-    loadable = last if only_wished else jnp.ones_like(last)
+    loadable = last | step["is_new"] if only_wished else jnp.ones_like(last)
     experts, probs = step["experts"].astype(jnp.int32), step["probs"].astype(jnp.float32)
     is_token = experts[:, 0, 0] < num_experts  # [R]
     at_most = jnp.where(step["is_new"], num_experts, limit) * is_token.any()
@@ -171,13 +172,9 @@ def _counts(experts: Int[Array, "R M k"], num_experts: int) -> Int[Array, "M E"]
     return (experts[..., None] == jnp.arange(num_experts)).sum((0, 2))
 
 
-@partial(jax.jit, static_argnames="num_experts")
-def _next_use(experts: Int[Array, "T R M k"], num_experts: int) -> Array:
-    """How many steps from each step until each expert is wished for; 0 where it is in that step itself."""
-
-    def step(later: Array, chosen: Array) -> tuple[Array, Array]:
-        distance = jnp.where(_counts(chosen, num_experts) > 0, 0, jnp.minimum(later + 1, _NEVER))
-        return distance, distance.astype(jnp.uint16)
-
-    start = jnp.full((experts.shape[2], num_experts), _NEVER)
-    return jax.lax.scan(step, start, experts, reverse=True)[1]
+def _wished(experts: Int[np.ndarray, "T R M k"], num_experts: int) -> Bool[np.ndarray, "T M E"]:
+    """Which experts a step wants, however many of its tokens do."""
+    T, _, M, _ = experts.shape
+    wished = np.zeros((T, M, num_experts + 1), bool)
+    wished[np.arange(T)[:, None, None, None], np.arange(M)[None, None, :, None], experts] = True
+    return wished[..., :num_experts]

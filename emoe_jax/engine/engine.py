@@ -41,6 +41,7 @@ from emoe_jax.errors import ConfigError, RequestError
 from emoe_jax.experts.residency import Residency
 from emoe_jax.models.decoder import Decoder
 from emoe_jax.planner import PredictEvery, ResidencyPlanner, checked_every
+from emoe_jax.policies.regret import Regret
 from emoe_jax.scheduling.plan import StepPlan, StepResult
 from emoe_jax.scheduling.registry import check_policy
 from emoe_jax.scheduling.scheduler import Scheduler
@@ -76,6 +77,7 @@ class Engine:
         scheduler: Scheduler,
         residency: Residency,
         planner: ResidencyPlanner | None,
+        regret: Regret,
         memory: MemoryPlan,
         routing: RoutingContract,
         load_wait: float,
@@ -94,7 +96,7 @@ class Engine:
         self._runner = runner
         self._scheduler = scheduler
         self._residency = residency
-        self._foresight = Foresight(residency, planner, self.config.top_k)
+        self._foresight = Foresight(residency, planner, regret, self.config.top_k)
         self._trade = MemoryTrade(memory, residency, scheduler, runner, self._foresight.slots_changed)
         self._in_flight: deque[Dispatched] = deque()  # oldest first, at most two
         self._waited_before: deque[float] = deque()  # seconds that steps had waited when each was planned
@@ -231,6 +233,7 @@ class Engine:
                 scheduler,
                 residency,
                 planner,
+                known.regret(config, memory.capacities),
                 memory,
                 routing,
                 load_wait_ms / 1e3,
@@ -507,7 +510,7 @@ class Engine:
         awaited = [sequence for sequence in result.sampled if sequence.status is SequenceStatus.RUNNING]
         lost = [sequence for sequence in result.not_finite if sequence.status is SequenceStatus.RUNNING]
         self._scheduler.update(plan, result, seconds, waited=waited, ended=ended)
-        self._foresight.after_step(result.wish_counts, result.resident_counts, max(0.0, seconds - waited))
+        self._foresight.after_step(plan, result.wish_counts, result.resident_counts, max(0.0, seconds - waited))
         deltas = [self._lose(sequence) for sequence in lost]
         for sequence in awaited:
             answer = self._answers[sequence.request_id]

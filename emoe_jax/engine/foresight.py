@@ -15,6 +15,7 @@ from emoe_jax.experts.pace import Pace
 from emoe_jax.experts.residency import Residency
 from emoe_jax.planner import ResidencyPlanner
 from emoe_jax.planner.demand import Progress
+from emoe_jax.policies.regret import Regret
 from emoe_jax.scheduling.plan import StepPlan
 from emoe_jax.scheduling.scheduler import Scheduler
 
@@ -28,10 +29,11 @@ LOOK_AHEAD = 16
 class Foresight:
     """`arrived`, then `before_step` and `after_step` around every step, then `ended`. Owned by the step's owner."""
 
-    def __init__(self, residency: Residency, planner: ResidencyPlanner | None, top_k: int):
+    def __init__(self, residency: Residency, planner: ResidencyPlanner | None, regret: Regret, top_k: int):
         self.wants_embeddings = planner is not None and planner.predicts
         self._residency = residency
         self._planner = planner
+        self._regret = regret
         self._accounts = TaskAccounts(top_k)
         self._planning = Pace(PLANNING_SHARE)
         self._seconds = self._awaited = self._awaited_now = 0.0
@@ -90,20 +92,29 @@ class Foresight:
 
     def slots_changed(self) -> None:
         """Layers have other numbers of slots."""
+        self._regret.use_capacities(self._residency.table.capacities)
         if self._planner is not None:
             self._planner.use_capacities(self._residency.table.capacities)
 
     def after_step(
-        self, wish_counts: Int[np.ndarray, "M E"], resident_counts: Int[np.ndarray, "M E"], seconds: float
+        self,
+        plan: StepPlan,
+        wish_counts: Int[np.ndarray, "M E"],
+        resident_counts: Int[np.ndarray, "M E"],
+        seconds: float,
     ) -> None:
         """Let the policy follow the wishes of a step that computed for `seconds`; those for `resident_counts` found
-        their expert there."""
+        their expert there. What other policies would have made of them is noted where not all experts are resident.
+        """
         with self._timed():
             if self._planner is not None:
                 self._planner.computed(seconds)
             covered = self._residency.observe(wish_counts, resident_counts)
             if self._planner is not None and covered is not None:
                 self._planner.observe(covered.wishes, covered.resident, covered.steps)
+        if not self._residency.is_full:
+            tasks = [sequence.task for sequence in plan.sequences]
+            self._regret.record(wish_counts, resident_counts, tasks, self._residency.loads.loads)
 
     def ended(self, sequences: Rows[Sequence]) -> None:
         """A request ended; these were its sequences."""
@@ -115,11 +126,16 @@ class Foresight:
                 self._planner.end(sequences[0].request_id, np.sum(routed, axis=0) if routed else None)
 
     def state(self) -> dict[str, Any]:
-        """The engine state's parts on residency, planning and tasks."""
+        """The engine state's parts on residency, planning, regret and tasks."""
         planner = {"planning_seconds": round(self._seconds, 6)}
         if self._planner is not None:
             planner |= self._planner.state()
-        return {"residency": self._residency.state(), "planner": planner, "tasks": self._accounts.state()}
+        return {
+            "residency": self._residency.state(),
+            "planner": planner,
+            "regret": self._regret.state(),
+            "tasks": self._accounts.state(),
+        }
 
     def close(self) -> None:
         """Join the threads of loader and predictor."""

@@ -10,6 +10,7 @@ from emoe_jax.config import ModelConfig
 from emoe_jax.planner import PredictEvery, ResidencyPlanner, checked_every, split_slots
 from emoe_jax.policies import POLICIES, Knowledge
 from emoe_jax.policies.dynamics import DYNAMICS_FILE, Dynamics
+from emoe_jax.policies.regret import Regret
 from emoe_jax.policies.rivals import activation_matrices
 from emoe_jax.policies.transitions import TRANSITIONS_FILE, load_transitions
 from emoe_jax.predictor import Predictor
@@ -103,6 +104,11 @@ class RoutingKnowledge:
             learns=forecast == "prompt",
             one_forecast=kind.one_forecast,
         )
+
+    def regret(self, config: ModelConfig, capacities: tuple[int, ...]) -> Regret:
+        """What other policies would cover with as many slots."""
+        frequency = None if self.profile is None else self.profile.frequency
+        return Regret(capacities, config.num_experts, config.top_k, frequency, self.rates(config))
 
 
 def _found(given: str | Path | None, usual: Path) -> Path | None:

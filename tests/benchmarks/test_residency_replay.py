@@ -108,15 +108,18 @@ def test_lru_against_a_plain_loop(capacity: int):
 
 @pytest.mark.parametrize("capacity", [2, 4])
 def test_oracle_against_a_plain_loop_and_above_lru(capacity: int):
+    """It loads what was just wished for, and anything when a plan begins. Here the first step begins none."""
     stream = make_stream(TRACE, 1)
-    plans = make_plans(stream, forecasts(TRACE), TOP_K)
+    stream.is_new[0] = False
+    plans = make_plans(make_stream(TRACE, 1), forecasts(TRACE), TOP_K)
 
     def update(resident: set[int], wished: list[set[int]], step: int, layer: int) -> int:
         def next_use(expert: int) -> int:
             return next((s for s in range(step + 1, len(wished)) if expert in wished[s]), 10**6)
 
         moved = 0
-        absent = sorted(wished[step] - resident, key=lambda e: (next_use(e), e))
+        loadable = set(range(E)) if stream.is_new[step + 1] else wished[step]
+        absent = sorted(loadable - resident, key=lambda e: (next_use(e), e))
         for expert in absent:
             latest = max(resident, key=lambda e: (next_use(e), -e))
             if next_use(expert) < next_use(latest):

@@ -61,6 +61,19 @@ def engine_state() -> dict[str, Any]:
             "coverage_recent": 0.87,
             "error": None,
         },
+        "regret": {
+            "steps": 256,
+            "steps_left_out": 12,
+            "window_steps": 128,
+            "seconds": 0.004,
+            "wishes": 1000,
+            "lookups": 500,
+            "policies": {
+                "engine": {"wishes": 850, "coverage": 0.85, "lookups": 400, "hit_rate": 0.8, "loads": 6},
+                "lru": {"wishes": 700, "coverage": 0.7, "lookups": 300, "hit_rate": 0.6, "loads": 640},
+                "belady": {"wishes": 925, "coverage": 0.925, "lookups": 450, "hit_rate": 0.9, "loads": 128},
+            },
+        },
         "tasks": {
             "qa": {"requests": 3, "substituted": 0.1, "substituted_mass": 0.04},
             "sum": {"requests": 1, "substituted": 0.2, "substituted_mass": 0.05},

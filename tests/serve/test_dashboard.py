@@ -131,6 +131,8 @@ def test_a_chat_and_the_slab(browser: Any, start_server: StartServer, scheme: st
         page.get_by_text("coverage 50 %, promised –").wait_for()
         assert page.locator("#planner").get_by_text("counts").is_visible()
         assert page.get_by_role("row", name="qa 3 10 % 4 % 50 %").is_visible()
+        assert page.get_by_role("row", name="lru 70 % 60 % 2.5").is_visible()
+        assert page.get_by_text("256 steps judged, 12 left out").is_visible()
         assert not complaints
         page.close()
     assert [request["routing"] for request in engine.requests] == ["exact"]

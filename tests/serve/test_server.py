@@ -82,8 +82,11 @@ def test_all_of_the_state_is_passed_on(start_server: StartServer, monkeypatch: p
     monkeypatch.setattr(FakeEngine, "state", lambda _: engine_state() | {"more": {"than": ["described"]}})
     with start_server(FakeEngine(FakeTokenizer())) as client:
         assert client.get("/v1/emoe/state").json() == engine_state() | {"more": {"than": ["described"]}}
-        described = client.get("/openapi.json").json()["components"]["schemas"]["ResidencyState"]["properties"]
-    assert engine_state()["residency"].keys() <= described.keys()
+        described = client.get("/openapi.json").json()["components"]["schemas"]
+    state = engine_state()
+    assert state["residency"].keys() <= described["ResidencyState"]["properties"].keys()
+    assert state["regret"].keys() == described["RegretState"]["properties"].keys()
+    assert state["regret"]["policies"]["lru"].keys() == described["RivalState"]["properties"].keys()
 
 
 def test_openapi_describes_every_route(client: httpx.Client) -> None:
