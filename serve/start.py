@@ -118,7 +118,6 @@ def serve(options: Options, engine: Engine, listener: socket.socket, provider: "
     )
     Console().print(table)
     worker = EngineWorker(engine, options.max_num_seqs + options.max_num_queued_reqs)
-    engine.on_staged(worker.nudge)
     text = TextCodec(
         engine.tokenizer,
         engine.config.vocab_size,

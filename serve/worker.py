@@ -51,6 +51,10 @@ class ServedEngine(Protocol):
     ) -> list[int]: ...
     def step(self) -> list[Delta]: ...
     def has_work(self) -> bool: ...
+    def on_staged(self, call: Callable[[], None]) -> None:
+        """Have `call` called, from another thread, when a step would commit experts though there is no work."""
+        ...
+
     def output(self, request_id: str) -> RequestOutput: ...
     def pop(self, request_id: str) -> RequestOutput:
         """The request's output; aborts and forgets the request."""
@@ -213,6 +217,7 @@ class EngineWorker:
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
+        self._engine.on_staged(self.nudge)
 
     @property
     def healthy(self) -> bool:

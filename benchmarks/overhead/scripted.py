@@ -3,6 +3,7 @@
 import asyncio
 import multiprocessing.connection
 import time
+from collections.abc import Callable
 from typing import Any
 
 import uvicorn
@@ -44,6 +45,9 @@ class ScriptedEngine:
 
     def has_work(self) -> bool:
         return bool(self._running)
+
+    def on_staged(self, call: Callable[[], None]) -> None:
+        """Nothing is ever staged."""
 
     def step(self) -> list[Delta]:
         self._due = max(self._due + self._period, time.monotonic())

@@ -101,6 +101,7 @@ class Engine:
         self._in_flight: deque[Dispatched] = deque()  # oldest first, at most two
         self._waited_before: deque[float] = deque()  # seconds that steps had waited when each was planned
         self._waited_at_collect = 0.0
+        self._over: tuple[float, float] | None = None  # when the oldest step was, if known, and the waits until then
         self._overlap = overlap
         self._collected_at = 0.0
         self._step_seconds = 0.0
@@ -482,6 +483,9 @@ class Engine:
             return
         if not self._in_flight:
             self._foresight.settle(plan, self._load_wait)
+        elif self._runner.waits_within(plan):  # most of this step is over once it is dispatched: it is timed apart
+            self._runner.wait(self._in_flight[0])
+            self._over = time.monotonic(), self._foresight.waited_seconds
         try:
             self._in_flight.append(self._runner.dispatch(plan))
             self._waited_before.append(waited)
@@ -497,15 +501,18 @@ class Engine:
         try:
             result = self._runner.collect(dispatched)
         except Exception as error:
+            self._over = None
             self._fail(plan, error)
             self._scheduler.update(plan, StepResult({}))
             raise
         ended = time.monotonic()
-        seconds = ended - max(plan.now, self._collected_at)  # the device was busy with the step before until then
-        self._collected_at = ended
+        over, waited_by_then = self._over or (ended, self._foresight.waited_seconds)
+        self._over = None
+        seconds = over - max(plan.now, self._collected_at)  # the device was busy with the step before until then
+        self._collected_at = over
         # Of that time, what went into waiting for loads and predictions is no computing time.
-        waited = self._foresight.waited_seconds - max(waited_before, self._waited_at_collect)
-        self._waited_at_collect = self._foresight.waited_seconds
+        waited = waited_by_then - max(waited_before, self._waited_at_collect)
+        self._waited_at_collect = waited_by_then
         self._steps += 1
         awaited = [sequence for sequence in result.sampled if sequence.status is SequenceStatus.RUNNING]
         lost = [sequence for sequence in result.not_finite if sequence.status is SequenceStatus.RUNNING]

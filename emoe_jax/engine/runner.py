@@ -108,6 +108,14 @@ class Runner:
             outputs.append(self._run_batch(batch, kept))
         return Dispatched(plan, batches, outputs, residents)
 
+    def waits_within(self, plan: StepPlan) -> bool:
+        """Whether `dispatch` waits for the device: where routers say which experts are to be loaded."""
+        return not self._residency.is_full and any(sequence.routing == "exact" for sequence in plan.sequences)
+
+    def wait(self, dispatched: Dispatched) -> None:
+        """Wait until the device is done with a plan. What went wrong is raised by `collect`."""
+        _is_readable(dispatched.outputs)
+
     def collect(self, dispatched: Dispatched) -> RunResult:
         """Wait for a plan's tokens, and count the expert assignments of each sequence that has not ended meanwhile."""
         batches, outputs = dispatched.batches, dispatched.outputs

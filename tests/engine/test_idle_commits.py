@@ -49,19 +49,17 @@ def test_a_step_without_work_commits(engine: Engine) -> None:
 
 @pytest.mark.parametrize("staged_before", [False, True])
 def test_a_sleeping_worker_is_woken_by_loads(engine: Engine, staged_before: bool) -> None:
+    """Loads that settle while the worker sleeps, and those that had settled before it was started."""
+
     async def scenario() -> None:
         worker = EngineWorker(engine, 8)
-        if not staged_before:
-            engine.on_staged(worker.nudge)
+        experts = []
+        if staged_before:
+            experts = wanted(engine)
+            assert engine._residency._loader.wait_idle(10)
         worker.start()
         try:
-            if staged_before:
-                experts = await worker.call(lambda _: wanted(engine))
-                assert engine._residency._loader.wait_idle(10)
-                await asyncio.sleep(0.05)
-                assert engine._residency.table.resident(0).tolist() != experts  # nobody has told it
-                engine.on_staged(worker.nudge)
-            else:
+            if not staged_before:
                 experts = await worker.call(lambda _: wanted(engine))
             deadline = time.monotonic() + 20
             while engine._residency.table.resident(0).tolist() != experts and time.monotonic() < deadline:

@@ -7,6 +7,7 @@ import pytest
 
 from emoe_jax import SLO, Engine, SamplingParams
 from emoe_jax.engine.admission import ExpertLoading
+from emoe_jax.engine.runner import Runner
 from emoe_jax.errors import SloUnattainable
 from emoe_jax.experts.store import ExpertStore
 from emoe_jax.scheduling.slo import SloPolicy
@@ -49,6 +50,37 @@ def test_steps_tell_waiting_from_computing(
     stats = residency.loads
     monkeypatch.setattr(type(loading.experts), "missing", lambda *_: 3)
     assert loading.seconds(None, "exact") == pytest.approx(3 * stats.wait_seconds / stats.waited_loads)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("slow_step", [1, 4])
+@pytest.mark.parametrize("kind", ["load", "layer"])
+def test_an_exact_step_is_booked_with_its_own_time(
+    engine_of: EngineFactory, monkeypatch: pytest.MonkeyPatch, overlap: bool, slow_step: int, kind: str
+) -> None:
+    """Its layers stop for the host, so that the step is computed while the one before it has yet to be collected."""
+    engine = engine_of(expert_memory="2 slots", overlap=overlap)
+    engine.generate([1, 2, 3], GREEDY, routing="exact")
+    told: list[tuple[Any, float, float]] = []
+    monkeypatch.setattr(SloPolicy, "observe", lambda _, plan, seconds, waited=0.0: told.append((plan, seconds, waited)))
+    dispatch, slow = Runner.dispatch, []
+
+    def slowly(runner: Runner, plan: Any) -> Any:
+        dispatched.append(plan)
+        if len(dispatched) == slow_step:
+            slow.append(plan)
+            if kind == "load":
+                engine._residency._settled_seconds += 1.0
+            time.sleep(1.0)
+        return dispatch(runner, plan)
+
+    dispatched: list[Any] = []
+    monkeypatch.setattr(Runner, "dispatch", slowly)
+    engine.generate([1, 2, 3], GREEDY, routing="exact")
+    times = [waited if kind == "load" else seconds for _, seconds, waited in told]
+    booked = {id(plan): spent for (plan, _, _), spent in zip(told, times, strict=True)}
+    assert booked.pop(id(slow[0])) >= 1.0 - 1e-6
+    assert max(booked.values()) < 0.8
 
 
 def test_a_prompt_that_waits_for_its_plan_computes_no_longer(

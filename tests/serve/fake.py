@@ -3,7 +3,7 @@
 import dataclasses
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from emoe_jax.engine.request import (
@@ -119,6 +119,9 @@ class FakeEngine:
 
     def has_work(self) -> bool:
         return any(not running.output.finished for running in self.running.values())
+
+    def on_staged(self, call: Callable[[], None]) -> None:
+        """Nothing is ever staged."""
 
     def step(self) -> list[Delta]:
         time.sleep(self.step_seconds)
