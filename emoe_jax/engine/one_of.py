@@ -43,7 +43,7 @@ class _Rewriter:
             return [self.rewritten(part) for part in schema] if isinstance(schema, list) else schema
         branches = schema.get("oneOf")
         if isinstance(branches, list):
-            self._check(branches, _discriminator(schema))
+            self._check(branches, schema)
         result = {}
         for name, value in schema.items():
             if name in _MAPS and isinstance(value, dict):
@@ -60,13 +60,15 @@ class _Rewriter:
                 result["anyOf"] = union
         return result
 
-    def _check(self, branches: list[Any], discriminator: str | None) -> None:
+    def _check(self, branches: list[Any], schema: Mapping[str, Any]) -> None:
+        """Raise `ValueError` where two branches of the schema may both match."""
         if len(branches) > MAX_BRANCHES:
             raise ValueError(f"a oneOf has {len(branches)} branches; at most {MAX_BRANCHES} are taken")
-        if discriminator is not None:
+        if (discriminator := _discriminator(schema)) is not None:
             for branch in branches:
                 self._require(branch, discriminator, 0)
-        for (i, one), (j, other) in itertools.combinations(enumerate(branches), 2):
+        whole = [self._within(branch, schema) for branch in branches]
+        for (i, one), (j, other) in itertools.combinations(enumerate(whole), 2):
             if not self._exclude(one, other, 0):
                 raise ValueError(
                     f"branches {i} and {j} of a oneOf may both match; use anyOf, or give each a required property "
@@ -96,6 +98,18 @@ class _Rewriter:
             schema = target
         return None
 
+    def _within(self, branch: Any, outer: Mapping[str, Any]) -> Any:
+        """A branch with the type and the required properties of the schema around it, which hold for it too."""
+        branch = self._resolved(branch)
+        if not isinstance(branch, dict):
+            return branch
+        whole = dict(branch)
+        if _types(branch) is None and "type" in outer:
+            whole["type"] = outer["type"]
+        if required := _required(branch) | _required(outer):
+            whole["required"] = sorted(required)
+        return whole
+
     def _exclude(self, one: Any, other: Any, depth: int) -> bool:
         """Whether it is certain that no value matches both."""
         one, other = self._resolved(one), self._resolved(other)
@@ -104,7 +118,9 @@ class _Rewriter:
         for left, right in ((one, other), (other, one)):
             for union in ("oneOf", "anyOf"):
                 parts = left.get(union)
-                if isinstance(parts, list) and parts and all(self._exclude(p, right, depth + 1) for p in parts):
+                if not isinstance(parts, list) or not parts:
+                    continue
+                if all(self._exclude(self._within(part, left), right, depth + 1) for part in parts):
                     return True
         types, others = _types(one), _types(other)
         if types is not None and others is not None and not _expanded(types) & _expanded(others):

@@ -63,6 +63,15 @@ def of(**properties: Any) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": list(properties)}
 
 
+def required(**constants: Any) -> dict[str, Any]:
+    """Of an object, but it does not say so."""
+    return {"properties": {name: {"const": value} for name, value in constants.items()}, "required": list(constants)}
+
+
+def partly(k: int, a: str) -> dict[str, Any]:
+    return {"properties": {"k": {"const": k}, "a": {"type": a}}}
+
+
 @pytest.fixture(scope="module")
 def grammars() -> Grammars:
     tokenizer = Tokenizer.load("checkpoints/demo")
@@ -82,6 +91,21 @@ CASES = [
     ({"oneOf": [{"type": "string"}, {"type": "integer"}, {"type": "null"}]}, 5, 5.5),
     ({"oneOf": [{"enum": [1, "a"]}, {"enum": [2, True]}]}, True, 3),
     ({"oneOf": [of(k={"const": None}), of(k={"type": "array", "items": {"type": "integer"}})]}, {"k": [1]}, {"k": 1}),
+    (  # what holds for all branches stands beside them
+        {"type": "object", "required": ["k"], "oneOf": [partly(k=1, a="integer"), partly(k=2, a="string")]},
+        {"k": 2, "a": "x"},
+        {"k": 2, "a": 1},
+    ),
+    (
+        {"type": "object", "oneOf": [{"$ref": "#/$defs/A"}, of(k={"const": 2})], "$defs": {"A": required(k=1)}},
+        {"k": 1},
+        {"k": 3},
+    ),
+    (
+        {"oneOf": [{"type": "object", "anyOf": [required(k=1), required(k=2)]}, of(k={"const": 3})]},
+        {"k": 2},
+        {"k": 4},
+    ),
     (
         {"properties": {"oneOf": {"type": "integer"}}, "required": ["oneOf"], "type": "object"},
         {"oneOf": 1},
@@ -114,6 +138,9 @@ def follows(grammars: Grammars, schema: Any, value: Any) -> bool:
         {"oneOf": [of(a={"type": "string"}), of(b={"type": "string"})]},
         {"oneOf": [{**of(k={"const": 1}), "required": []}, of(k={"const": 2})]},
         {"oneOf": [{"enum": [1, 2]}, {"enum": [2.0, 3]}]},
+        {"oneOf": [required(k=1), required(k=2)]},  # any number is both
+        {"type": "object", "oneOf": [partly(1, "string"), partly(2, "string")]},  # so is an object without k
+        {"type": ["object", "null"], "required": ["k"], "oneOf": [partly(1, "string"), partly(2, "string")]},
         {"oneOf": [{"type": "string"}, {"pattern": "a"}]},
         {"type": "array", "items": {"oneOf": [{"$ref": "#/$defs/A"}, {"$ref": "#/$defs/A"}]}, "$defs": {"A": of(a={})}},
         {"oneOf": [{"$ref": "#/$defs/L"}, {"type": "string"}], "$defs": {"L": {"$ref": "#/$defs/L"}}},
