@@ -23,7 +23,7 @@ PLANNING_SHARE = 0.006
 """Of the time: the most that planning for changed requests may take while the device is busy."""
 
 LOOK_AHEAD = 16
-"""Sequences that wait whose prompts are asked about before there is a place for them."""
+"""The most waiting sequences whose prompts are asked about before a place is free."""
 
 
 class Foresight:

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from emoe_jax.config import ModelConfig
-from emoe_jax.planner import PredictEvery, ResidencyPlanner, checked_every, split_slots
+from emoe_jax.planner import PredictEvery, ResidencyPlanner, split_slots
 from emoe_jax.policies import POLICIES, Knowledge
 from emoe_jax.policies.dynamics import DYNAMICS_FILE, Dynamics
 from emoe_jax.policies.regret import Regret
@@ -85,7 +85,6 @@ class RoutingKnowledge:
     ) -> ResidencyPlanner | None:
         """The planner that the policy needs; None for one that is not told of requests. "auto" is the policy's own
         number of prompts per prediction, where it has one."""
-        checked_every(predict_every)
         kind = POLICIES[policy]
         if not kind.follows_requests:
             return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 MOST_PROMPTS = 64
-"""That share a prediction at most: so often it is looked whether predictions have become worth more."""
+"""The most prompts per prediction. Predictions never stop: they may become worth more."""
 
 FEWEST_JUDGED = 16
 """Predictions whose gain is known before the number of prompts changes."""

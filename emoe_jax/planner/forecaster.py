@@ -167,7 +167,7 @@ class Forecaster:
             self._changed.notify_all()
 
     def _learn(self) -> None:
-        """Refit the prior, rarely: no question that is already there waits for it but those behind this batch."""
+        """Refit the prior, rarely. Questions that were not in this batch wait for it."""
         if self._predictor.num_unlearned < self._refit_every or time.monotonic() < self._learn_after:
             return
         began = time.monotonic()

@@ -69,7 +69,7 @@ STAGES = (
         },
     ),
     Stage(
-        0.1891,
+        0.1891,  # step 870 of 4,600
         {
             **_KNOWLEDGE,
             **_TEXTS,
