@@ -48,8 +48,8 @@ def engine_of(tiny_checkpoint: Path, predictor_folder: Path, request: pytest.Fix
 
 def planned(engine: Engine) -> dict[str, Any]:
     """The planner's state once every question is answered."""
-    invocations = engine._foresight._planner._invocations  # type: ignore[union-attr]
-    invocations.forecaster.join()  # type: ignore[union-attr]
+    planner: Any = engine._foresight._planner
+    planner._invocations.forecaster.join()
     return engine.state()["planner"]
 
 
@@ -122,7 +122,8 @@ def test_prompts_are_asked_about_before_they_start(
     engine_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = engine_of(predict_every=1)
-    requests = engine._foresight._planner._requests  # type: ignore[union-attr]
+    planner: Any = engine._foresight._planner
+    requests = planner._requests
     starts: list[bool] = []
     dispatch = Runner.dispatch
 

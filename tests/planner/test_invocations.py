@@ -10,18 +10,7 @@ from emoe_jax.planner import ResidencyPlanner, invocations
 from emoe_jax.planner.cadence import MOST_PROMPTS, Cadence
 from emoe_jax.planner.demand import Progress
 from emoe_jax.tasks import Task, TaskProfile
-from tests.planner.fake import FakePredictor
-
-M, E, K = 2, 8, 2
-CAPACITIES = (4, 4)
-
-
-def favouring(*experts: int) -> np.ndarray:
-    """Shares, nine tenths of which go to these experts."""
-    shares = np.full((M, E), 0.1 / E)
-    shares[:, experts] += 0.9 / len(experts)
-    return shares
-
+from tests.planner.fake import CAPACITIES, E, FakePredictor, K, M, favouring
 
 LOW, HIGH = favouring(0, 1, 2, 3), favouring(4, 5, 6, 7)
 NUMBERED = {str(number): Task(routing=LOW) for number in range(300)}
@@ -197,11 +186,18 @@ def test_one_forecast_serves_prompts_of_all_tasks_whatever_it_is_worth():
     planner.close()
 
 
-def serve(planner: ResidencyPlanner, count: int, predicts: np.ndarray, routed: np.ndarray, computing: float) -> int:
+def serve(
+    planner: ResidencyPlanner,
+    predictor: FakePredictor,
+    count: int,
+    predicts: np.ndarray,
+    routed: np.ndarray,
+    computing: float,
+) -> int:
     """Prompts one after the other, each of which is computed for so long; the prompts per prediction after them."""
     for turn in range(count):
         routing = np.roll(routed, turn % 3, axis=1)
-        planner._invocations.forecaster._predictor.answer = np.roll(predicts, turn % 3, axis=1)  # type: ignore[union-attr]
+        predictor.answer = np.roll(predicts, turn % 3, axis=1)
         planner.begin("x", "7", 10, 16, None)
         planner.admit("x")
         settle(planner)
@@ -215,13 +211,13 @@ def test_auto_asks_more_rarely_what_costs_more_than_it_gains_and_more_often_what
     planner = planner_of(predictor, predict_every="auto", clock=predictor.clock)
     state = planner.state()
     assert (state["predict_every"], state["predict_every_auto"]) == (1, True)
-    assert serve(planner, 100, LOW, LOW, computing=1.0) == 1  # 1 % of the time for a third of the wishes
-    dear = serve(planner, 600, LOW, LOW, computing=0.005)  # twice as much as the prompts themselves
+    assert serve(planner, predictor, 100, LOW, LOW, computing=1.0) == 1  # 1 % of the time for a third of the wishes
+    dear = serve(planner, predictor, 600, LOW, LOW, computing=0.005)  # twice as much as the prompts themselves
     assert 4 <= dear < MOST_PROMPTS
     asked = len(predictor.asked)
-    serve(planner, 10 * dear, LOW, LOW, computing=0.005)
+    serve(planner, predictor, 10 * dear, LOW, LOW, computing=0.005)
     assert 8 <= len(predictor.asked) - asked <= 12
-    assert serve(planner, 600, LOW, LOW, computing=1.0) == 1
+    assert serve(planner, predictor, 600, LOW, LOW, computing=1.0) == 1
     state = planner.state()
     assert state["seconds_per_prediction"] == pytest.approx(0.01)
     assert state["computing_seconds_per_prompt"] == pytest.approx(1.0, rel=0.05)
@@ -232,9 +228,9 @@ def test_auto_asks_more_rarely_what_costs_more_than_it_gains_and_more_often_what
 def test_auto_asks_as_rarely_as_it_may_where_nothing_is_gained():
     predictor = FakePredictor(HIGH, seconds=0.001)
     planner = planner_of(predictor, predict_every="auto", clock=predictor.clock)
-    assert serve(planner, 1500, HIGH, LOW, computing=1.0) == MOST_PROMPTS
+    assert serve(planner, predictor, 1500, HIGH, LOW, computing=1.0) == MOST_PROMPTS
     asked = len(predictor.asked)
-    assert serve(planner, 3 * MOST_PROMPTS, HIGH, LOW, computing=1.0) == MOST_PROMPTS
+    assert serve(planner, predictor, 3 * MOST_PROMPTS, HIGH, LOW, computing=1.0) == MOST_PROMPTS
     assert len(predictor.asked) - asked in (2, 3, 4)
     planner.close()
 

@@ -13,17 +13,7 @@ from emoe_jax.planner.demand import Progress
 from emoe_jax.planner.forecaster import Forecaster
 from emoe_jax.planner.judges import Drift, Gate, coverage
 from emoe_jax.tasks import Task, TaskProfile
-from tests.planner.fake import FakePredictor
-
-M, E, K = 2, 8, 2
-CAPACITIES = (4, 4)
-
-
-def favouring(*experts: int) -> np.ndarray:
-    """Shares, nine tenths of which go to these experts."""
-    shares = np.full((M, E), 0.1 / E)
-    shares[:, experts] += 0.9 / len(experts)
-    return shares
+from tests.planner.fake import CAPACITIES, E, FakePredictor, K, M, favouring
 
 
 def counts_of(shares: np.ndarray, tokens: int = 100) -> np.ndarray:
