@@ -1,7 +1,8 @@
 """The admission policy of an engine: what the scheduler may know of its model and its experts."""
 
-from emoe_jax.engine.request import RoutingContract
+from emoe_jax.engine.sequence import Sequence
 from emoe_jax.experts.residency import Residency
+from emoe_jax.policies import POLICIES
 from emoe_jax.scheduling.policy import AdmissionPolicy
 from emoe_jax.scheduling.registry import make_admission_policy
 from emoe_jax.scheduling.scheduler import Scheduler
@@ -28,8 +29,15 @@ def admission_policy(
 class ExpertLoading:
     """`dE` of eMoE eq. 3, from what loads have cost so far.
 
-    Under `exact` a step waits for missing experts: as long as it waited for one on average, or before the first wait
-    as long as its bytes take at the measured bandwidth. Under `resident` it only pays for committing them.
+    Under `exact` the steps that compute a prompt wait for each expert that its tokens choose and that is absent: the
+    expected number of these, times what a step waited for one on average, or before the first wait what its bytes take
+    at the measured bandwidth. What its answer waits for later is in `Estimates.exact_wait`.
+
+    Under `resident` nobody waits: loads go on in the background, and a step only commits what has come. That is the
+    time of a commit for each hot expert that is absent. At most so many come, as those of other running requests keep
+    their slots. A policy that follows requests loads nothing in layers that a task is insensitive to. One that keeps its
+    experts, or one forecast, whatever runs, loads nothing at all. What substitutes cost in quality is no time, so it is
+    no part of this.
     """
 
     def __init__(self, profile: TaskProfile | None, residency: Residency):
@@ -38,18 +46,21 @@ class ExpertLoading:
         self._profile = profile
         self._residency = residency
 
-    def seconds(self, task: str | None, routing: RoutingContract) -> float:
-        """How long running requests are held up by the hot experts of a task; 0 before anything was loaded."""
+    def seconds(self, sequence: Sequence) -> float:
+        """How long running requests are held up by the experts of an admitted one; 0 before anything was loaded."""
         residency = self._residency
         capacities = residency.table.capacities
         if capacities not in self._by_slots:
             self._by_slots[capacities] = TaskExperts(self._profile, capacities)
-        missing = self._by_slots[capacities].missing(task, residency.table.resident_mask)
-        if not missing:
-            return 0.0
-        stats = residency.loads
-        if routing == "exact":
+        experts, resident, stats = self._by_slots[capacities], residency.table.resident_mask, residency.loads
+        if sequence.routing == "exact":
+            tokens = sequence.num_tokens - max(sequence.num_computed, sequence.num_cached)
+            wanted = experts.wanted(sequence.task, tokens, resident)
             if stats.waited_loads:
-                return missing * stats.wait_seconds / stats.waited_loads
-            return missing * residency.slab.layout.nbytes / stats.bandwidth if stats.bandwidth else 0.0
-        return missing * stats.commit_seconds / stats.loads if stats.loads else 0.0
+                return wanted * stats.wait_seconds / stats.waited_loads
+            return wanted * residency.slab.layout.nbytes / stats.bandwidth if stats.bandwidth else 0.0
+        kind = POLICIES[residency.policy_name]
+        if not stats.loads or not kind.exchanges or kind.one_forecast:
+            return 0.0
+        missing = experts.missing(sequence.task, resident, sensitive=kind.follows_requests)
+        return missing * stats.commit_seconds / stats.loads

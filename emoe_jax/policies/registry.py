@@ -42,6 +42,7 @@ class PolicyKind(NamedTuple):
     follows_requests: bool = False  # whether it has to be told of the requests that start and end
     predict_every: int | None = None  # prompts that share a prediction where the user does not say; None: automatic
     one_forecast: bool = False  # whether a prediction serves all next prompts, and not only those of its task
+    exchanges: bool = True  # whether it ever loads other experts than those that it starts with
 
 
 def _refresh(num_layers: int, num_experts: int, known: Knowledge) -> Rule[Any]:
@@ -77,9 +78,9 @@ POLICIES: dict[str, PolicyKind] = {
     "lru": PolicyKind("none", lambda *_: Lru()),
     "lfu": PolicyKind("none", lambda *_: Lfu()),
     "static-task": PolicyKind("task", lambda *_: Fixed(), follows_requests=True),
-    "static-global": PolicyKind("global", lambda *_: Fixed()),
-    "static": PolicyKind("global", lambda *_: Fixed()),  # whatever it is given to start with
-    "random": PolicyKind("none", lambda *_: Fixed()),
+    "static-global": PolicyKind("global", lambda *_: Fixed(), exchanges=False),
+    "static": PolicyKind("global", lambda *_: Fixed(), exchanges=False),  # whatever it is given to start with
+    "random": PolicyKind("none", lambda *_: Fixed(), exchanges=False),
     "next-layer-router": PolicyKind("global", _next_layer),
     "activation-matrix": PolicyKind("global", _activation, follows_requests=True),
 }

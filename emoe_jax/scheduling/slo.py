@@ -19,7 +19,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterator
 from typing import Any
 
-from emoe_jax.engine.request import RoutingContract
 from emoe_jax.engine.sequence import Sequence
 from emoe_jax.errors import ConfigError, SloUnattainable
 from emoe_jax.scheduling.estimates import Estimates
@@ -38,13 +37,13 @@ AFFINITY_WEIGHT = 0.25
 """How much shorter a sequence counts when all its task's experts are also those of the tasks that run."""
 
 Task = str | None
-LoadingSeconds = Callable[[Task, RoutingContract], float]
+LoadingSeconds = Callable[[Sequence], float]
 """`dE` of eMoE eq. 3: how long running sequences wait for the experts of an admitted one."""
 Affinity = Callable[[Task, Task], float]
 """Share of the first task's hot experts that are also the second's, 0 to 1."""
 
 
-def loads_nothing(task: Task, routing: RoutingContract) -> float:
+def loads_nothing(sequence: Sequence) -> float:
     return 0.0
 
 
@@ -131,9 +130,7 @@ class SloPolicy:
                 allowed = (
                     choice
                     for choice in self._choices(tasks, now, per_task=1, but=set_aside)
-                    if guard is None
-                    or not tasks
-                    or guard.allows(choice, self._loading_seconds(choice.task, choice.routing))
+                    if guard is None or not tasks or guard.allows(choice, self._loading_seconds(choice))
                 )
                 sequence = next(allowed, None)
                 if sequence is None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 
 from emoe_jax.tasks.profile import TaskProfile
 
@@ -18,10 +18,17 @@ class TaskExperts:
 
     def __init__(self, profile: TaskProfile | None, capacities: Sequence[int]):
         self._hot: dict[Task, Bool[np.ndarray, "M E"]] = {}
+        self._sensitive: dict[Task, Bool[np.ndarray, "M E"]] = {}  # the hot ones of layers that are not insensitive
+        self._unwished: dict[Task, Float[np.ndarray, "M E"]] = {}  # log probability that a token does not choose it
         for name, task in () if profile is None else profile.tasks.items():
-            if task.routing is not None:
+            if profile is not None and task.routing is not None:
                 ranks = np.argsort(np.argsort(-task.routing, axis=1, kind="stable"), axis=1)
                 self._hot[name] = ranks < np.array(capacities)[:, None]
+                self._sensitive[name] = self._hot[name] & (profile.sensitivity(name) > 0)[:, None]
+                self._unwished[name] = _log_unwished(profile.top_k * task.routing)
+        self._others: Float[np.ndarray, "M E"] | None = None  # the same of a task that is not known
+        if profile is not None and self._hot:
+            self._others = _log_unwished(profile.top_k * profile.frequency(None))
         self._affinity = {
             (one, other): float((ours & theirs).sum() / ours.sum())
             for one, ours in self._hot.items()
@@ -32,7 +39,20 @@ class TaskExperts:
         """Share of the first task's hot experts that are also the second's, 0 to 1."""
         return self._affinity.get((one, other), 0.0)
 
-    def missing(self, task: Task, resident: Bool[np.ndarray, "M E"]) -> int:
-        """How many of its hot experts are not resident."""
-        hot = self._hot.get(task)
+    def missing(self, task: Task, resident: Bool[np.ndarray, "M E"], sensitive: bool = False) -> int:
+        """How many of its hot experts are not resident; `sensitive`: in layers where it matters which serve it."""
+        hot = (self._sensitive if sensitive else self._hot).get(task)
         return 0 if hot is None else int((hot & ~resident).sum())
+
+    def wanted(self, task: Task, tokens: int, resident: Bool[np.ndarray, "M E"]) -> float:
+        """How many absent experts so many tokens are expected to choose, all layers together.
+
+        Worked example, one layer: 2 tokens that each choose an absent expert with probability 0.5 choose it with
+        0.75, so it counts 0.75. A task that is not known counts as the mean of those that are.
+        """
+        unwished = self._unwished.get(task, self._others)
+        return 0.0 if unwished is None else float(-np.expm1(tokens * unwished[~resident]).sum())
+
+
+def _log_unwished(chosen: Float[np.ndarray, "M E"]) -> Float[np.ndarray, "M E"]:
+    return np.log1p(-np.minimum(chosen, 1 - 1e-9))

@@ -6,6 +6,8 @@ import pytest
 
 from emoe_jax import SLO, Engine, SamplingParams
 from emoe_jax.engine.admission import ExpertLoading
+from emoe_jax.engine.request import RoutingContract
+from emoe_jax.engine.sequence import Sequence
 from emoe_jax.errors import ConfigError, SloUnattainable
 from emoe_jax.experts.loader import LoaderStats
 from emoe_jax.tasks import TaskProfile
@@ -73,6 +75,7 @@ class FakeTable:
 class FakeResidency:
     """One layer whose first two experts are resident; loads took 1 s per 1000 bytes, commits 0.1 s each."""
 
+    policy_name = "emoe"
     table = FakeTable()
     loads = LoaderStats(loads=4, staged_bytes=4000, busy_seconds=4.0, commit_seconds=0.4)
 
@@ -81,15 +84,56 @@ class FakeResidency:
             nbytes = 1000
 
 
-def test_loading_costs_what_loads_have_cost():
-    profile = TaskProfile(1, 4, 2).with_task("here", routing=np.array([[0.4, 0.4, 0.1, 0.1]]))
-    profile = profile.with_task("away", routing=np.array([[0.1, 0.1, 0.4, 0.4]]))
-    residency = FakeResidency()
+def profile_of(**routing: list[float]) -> TaskProfile:
+    """Of one layer of four experts, top-1."""
+    profile = TaskProfile(1, 4, 1)
+    for name, shares in routing.items():
+        profile = profile.with_task(name, routing=np.array([shares]))
+    return profile
+
+
+PLACES = profile_of(here=[0.4, 0.4, 0.1, 0.1], away=[0.1, 0.1, 0.4, 0.4])
+
+
+def seconds(
+    residency: FakeResidency,
+    task: str,
+    routing: RoutingContract,
+    tokens: int = 3,
+    profile: TaskProfile = PLACES,
+    **of: int,
+) -> float:
     loading = ExpertLoading(profile, residency)  # pyright: ignore[reportArgumentType]
-    assert (
-        loading.seconds("here", "exact") == loading.seconds("here", "resident") == loading.seconds(None, "exact") == 0
-    )
-    assert loading.seconds("away", "exact") == pytest.approx(2.0)
-    assert loading.seconds("away", "resident") == pytest.approx(0.2)
+    return loading.seconds(Sequence("id", [1] * tokens, task=task, routing=routing, **of))
+
+
+def test_an_exact_prompt_loads_each_absent_expert_that_its_tokens_choose():
+    residency = FakeResidency()
+    for tokens in (1, 3, 40):
+        assert seconds(residency, "away", "exact", tokens) == pytest.approx(2 * (1 - 0.6**tokens))
+        assert seconds(residency, "here", "exact", tokens) == pytest.approx(2 * (1 - 0.9**tokens))
+    # A task that is not known counts as the mean of those that are; computed tokens choose nothing any more.
+    assert seconds(residency, "new", "exact", 3) == pytest.approx(2 * (1 - 0.75**3))
+    assert seconds(residency, "away", "exact", 40, num_cached=39) == pytest.approx(2 * 0.4)
+    residency.loads = LoaderStats(loads=4, waited_loads=4, wait_seconds=2.0)
+    assert seconds(residency, "away", "exact", 1) == pytest.approx(0.5 * 2 * 0.4)
     residency.loads = LoaderStats()
-    assert loading.seconds("away", "exact") == loading.seconds("away", "resident") == 0
+    assert seconds(residency, "away", "exact") == 0
+    assert seconds(residency, "away", "exact", profile=TaskProfile(1, 4, 1)) == 0
+
+
+def test_under_resident_only_commits_of_what_a_policy_loads_count():
+    residency = FakeResidency()
+    assert seconds(residency, "here", "resident") == seconds(residency, "new", "resident") == 0
+    assert seconds(residency, "away", "resident") == pytest.approx(0.2)
+    deaf = PLACES.with_task("deaf", routing=np.array([[0.1, 0.1, 0.4, 0.4]]), sensitivity=(0.0,))
+    assert seconds(residency, "deaf", "resident", profile=deaf) == 0
+    assert seconds(residency, "deaf", "exact", 1, profile=deaf) == pytest.approx(0.8)
+    residency.policy_name = "lru"  # loads what it misses, whoever wishes for it
+    assert seconds(residency, "deaf", "resident", profile=deaf) == pytest.approx(0.2)
+    for name in ("static-global", "random", "emoe-paper"):
+        residency.policy_name = name
+        assert seconds(residency, "away", "resident") == 0
+    residency = FakeResidency()
+    residency.loads = LoaderStats()
+    assert seconds(residency, "away", "resident") == 0

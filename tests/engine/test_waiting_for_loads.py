@@ -8,6 +8,7 @@ import pytest
 from emoe_jax import SLO, Engine, SamplingParams
 from emoe_jax.engine.admission import ExpertLoading
 from emoe_jax.engine.runner import Runner
+from emoe_jax.engine.sequence import Sequence
 from emoe_jax.errors import SloUnattainable
 from emoe_jax.experts.store import ExpertStore
 from emoe_jax.scheduling.slo import SloPolicy
@@ -46,10 +47,11 @@ def test_steps_tell_waiting_from_computing(
     assert sum(w for _, w in told) == pytest.approx(waited)
     assert sum(s for s, _ in told) <= took - waited + 1e-6
     loading = ExpertLoading(None, residency)
-    assert loading.seconds(None, "exact") >= 0
+    sequence = Sequence("waits", [1, 2, 3], routing="exact")
+    assert loading.seconds(sequence) == 0  # nothing is known of its experts
     stats = residency.loads
-    monkeypatch.setattr(type(loading.experts), "missing", lambda *_: 3)
-    assert loading.seconds(None, "exact") == pytest.approx(3 * stats.wait_seconds / stats.waited_loads)
+    monkeypatch.setattr(type(loading.experts), "wanted", lambda *_: 3)
+    assert loading.seconds(sequence) == pytest.approx(3 * stats.wait_seconds / stats.waited_loads)
 
 
 @pytest.mark.parametrize("overlap", [False, True])

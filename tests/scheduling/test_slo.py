@@ -157,7 +157,7 @@ def test_whoever_cannot_wait_for_running_ones_makes_them_late():
 def test_an_admission_waits_for_what_its_experts_would_take_to_load():
     """eMoE eq. 3: dE counts against the running ones."""
     loading = {"a": 0.0, "b": 5.0}
-    machine = Machine(loading_seconds=lambda task, routing: loading[task or "a"])
+    machine = Machine(loading_seconds=lambda sequence: loading[sequence.task])
     machine.add("running", tokens=20, latency=2.0, task="a")
     machine.step()
     machine.add("other experts", tokens=3, task="b")
