@@ -29,15 +29,15 @@ def admission_policy(
 class ExpertLoading:
     """`dE` of eMoE eq. 3, from what loads have cost so far.
 
-    Under `exact` the steps that compute a prompt wait for each expert that its tokens choose and that is absent: the
-    expected number of these, times what a step waited for one on average, or before the first wait what its bytes take
-    at the measured bandwidth. What its answer waits for later is in `Estimates.exact_wait`.
+    Under `exact` the steps that compute a prompt wait for each expert that its tokens choose and that is absent. So `dE`
+    is the expected number of these, times the average wait for a missing expert. Before the first wait it takes the
+    time of the expert's bytes at the measured bandwidth. What the answer waits for later is in `Estimates.exact_wait`.
 
-    Under `resident` nobody waits: loads go on in the background, and a step only commits what has come. That is the
-    time of a commit for each hot expert that is absent. At most so many come, as those of other running requests keep
-    their slots. A policy that follows requests loads nothing in layers that a task is insensitive to. One that keeps its
-    experts, or one forecast, whatever runs, loads nothing at all. What substitutes cost in quality is no time, so it is
-    no part of this.
+    Under `resident` no step waits: loads go on in the background, and a step only commits what has come. So `dE` is the
+    time of a commit, times the number of the task's hot experts that are absent. That is an upper bound, as other
+    running requests keep some slots. A policy that follows requests loads nothing in layers that a task is insensitive
+    to. A policy that keeps its experts, or its one forecast, loads nothing for a request. Substitutes cost quality and
+    no time, so they are no part of `dE`.
     """
 
     def __init__(self, profile: TaskProfile | None, residency: Residency):

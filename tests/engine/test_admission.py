@@ -101,10 +101,10 @@ def seconds(
     routing: RoutingContract,
     tokens: int = 3,
     profile: TaskProfile = PLACES,
-    **of: int,
+    cached: int = 0,
 ) -> float:
     loading = ExpertLoading(profile, residency)  # pyright: ignore[reportArgumentType]
-    return loading.seconds(Sequence("id", [1] * tokens, task=task, routing=routing, **of))
+    return loading.seconds(Sequence("id", [1] * tokens, task=task, routing=routing, num_cached=cached))
 
 
 def test_an_exact_prompt_loads_each_absent_expert_that_its_tokens_choose():
@@ -114,7 +114,7 @@ def test_an_exact_prompt_loads_each_absent_expert_that_its_tokens_choose():
         assert seconds(residency, "here", "exact", tokens) == pytest.approx(2 * (1 - 0.9**tokens))
     # A task that is not known counts as the mean of those that are; computed tokens choose nothing any more.
     assert seconds(residency, "new", "exact", 3) == pytest.approx(2 * (1 - 0.75**3))
-    assert seconds(residency, "away", "exact", 40, num_cached=39) == pytest.approx(2 * 0.4)
+    assert seconds(residency, "away", "exact", 40, cached=39) == pytest.approx(2 * 0.4)
     residency.loads = LoaderStats(loads=4, waited_loads=4, wait_seconds=2.0)
     assert seconds(residency, "away", "exact", 1) == pytest.approx(0.5 * 2 * 0.4)
     residency.loads = LoaderStats()
