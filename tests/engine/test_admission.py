@@ -34,7 +34,7 @@ def test_step_times_and_lengths_are_observed(engine_of: EngineFactory):
     engine.generate(PROMPTS, GREEDY, task="qa")
     state = engine.state()["scheduler"]
     assert state["cost"]["observed"] >= before + 6
-    assert state["output_tokens"]["qa"] < 128
+    assert state["output_tokens"].get("qa", 128) < 128
 
 
 def test_deadlines(engine_of: EngineFactory):

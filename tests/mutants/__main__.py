@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None, mutants: Sequence[Mutant] = MUTANTS,
 
         def note(outcome: Outcome) -> None:
             progress.advance(bar)
+            progress.console.print(f"{outcome.verdict:9} {outcome.seconds:6.1f} s  {outcome.mutant.name}", markup=False)
 
         outcomes = try_mutants(root, files, mutants, jobs=given.jobs, timeout=given.timeout, on_outcome=note)
     print_outcomes(console, outcomes)

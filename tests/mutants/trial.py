@@ -1,5 +1,6 @@
 """`Trial`: mutants tried one by one in copies of the repository, several at a time."""
 
+import os
 import queue
 import tempfile
 from collections.abc import Callable, Sequence
@@ -41,10 +42,10 @@ def try_mutants(
     """The outcome of each mutant, in their order. `timeout` is in seconds, for one mutant's tests.
 
     All listed tests run once without a cut, so that a test that always fails kills nothing. `on_outcome` may be called
-    from any thread.
+    from any thread. All runs share one cache of compilations, that of `JAX_COMPILATION_CACHE_DIR` where it is set.
     """
     with tempfile.TemporaryDirectory(prefix="emoe-mutants-") as folder:
-        compilations = Path(folder) / "compilations"
+        compilations = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path(folder) / "compilations")
         trees: queue.SimpleQueue[Path] = queue.SimpleQueue()
         for job in range(max(1, min(jobs, len(mutants)))):
             trees.put(copy_tree(root, files, Path(folder) / f"tree{job}"))

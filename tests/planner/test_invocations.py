@@ -244,3 +244,19 @@ def test_near_a_border_the_number_of_prompts_stays():
         cadence.ended()
         cadence.judged(0.1)
         assert cadence.every == 8
+
+
+def test_a_prompt_keeps_its_own_prediction_when_another_of_its_task_is_predicted():
+    predictor = FakePredictor(HIGH)
+    planner = planner_of(predictor, predict_every=1)
+    plans: dict[str, Any] = {}
+    for name, answer in (("a", HIGH), ("b", LOW)):
+        predictor.answer = answer
+        planner.begin(name, "7", 10, 16, None)
+        planner.admit([name])
+        settle(planner)
+    for name in "ab":
+        plans[name] = planner.plan_for({name: Progress()})
+    np.testing.assert_allclose(plans["a"].rates, K * HIGH, rtol=1e-5)
+    np.testing.assert_allclose(plans["b"].rates, K * LOW, rtol=1e-5)
+    planner.close()

@@ -1,0 +1,252 @@
+"""What is known of prompts reaches the experts: each test fails when one of the parts is taken out of the engine."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from emoe_jax import Engine, SamplingParams
+from emoe_jax.engine import foresight
+from emoe_jax.engine.engine import mean_row
+from emoe_jax.engine.runner import Runner
+from emoe_jax.experts import residency as residency_module
+from emoe_jax.experts.residency import Residency
+from emoe_jax.experts.store import ExpertStore
+from emoe_jax.predictor import Predictor, Prompts
+from emoe_jax.predictor.inputs import History
+from emoe_jax.tasks import Lengths, Task, TaskProfile
+from tests.engine.conftest import EngineFactory
+from tests.engine.known import EXPERTS, LAYERS, TOP_K, favouring, write_predictor
+
+ODD, EVEN = favouring(1, 3, 5), favouring(0, 2, 4)
+PARAMS = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+LONG = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True)
+
+Load = Callable[..., Engine]
+
+
+@pytest.fixture
+def load(tiny_checkpoint: Path, request: pytest.FixtureRequest) -> Load:
+    def load(**options: Any) -> Engine:
+        given: dict[str, Any] = {"expert_memory": "3 slots", "max_num_seqs": 4, "max_num_batched_tokens": 32}
+        given |= {"load_wait_ms": 30_000, "overlap": False, "prefix_caching": False} | options
+        engine = Engine.load(tiny_checkpoint, **given)
+        request.addfinalizer(engine.close)
+        return engine
+
+    return load
+
+
+def profiled(folder: Path, **tasks: Task) -> Path:
+    TaskProfile(LAYERS, EXPERTS, TOP_K, tasks=tasks).save(folder / "tasks.json")
+    return folder / "tasks.json"
+
+
+def residents(engine: Engine) -> list[list[int]]:
+    assert engine._residency._loader.wait_idle(10)
+    return engine.state()["residency"]["experts"]
+
+
+def drain(engine: Engine) -> None:
+    while engine.has_work():
+        engine.step()
+
+
+def predicted(engine: Engine) -> dict[str, Any]:
+    """The planner's state once every question is answered."""
+    planner: Any = engine._foresight._planner
+    planner._invocations.forecaster.join()
+    return engine.state()["planner"]
+
+
+def wishes(engine: Engine) -> np.ndarray:
+    return np.array(engine.state()["residency"]["wishes"])
+
+
+def test_residents_are_those_predicted_by_the_prompts_embedding(
+    engine_of: EngineFactory, load: Load, tmp_path: Path
+) -> None:
+    """One task, two kinds of prompts: only their embeddings tell them apart."""
+    table = engine_of(expert_memory="100%")._runner.embedding_table()
+    low, high = [1, 2, 3, 4], [41, 42, 43, 44]
+    near = np.random.default_rng(0).normal(0, 0.01, (8, table.shape[1])).astype(np.float32)
+    embeddings = np.stack([mean_row(table, prompt) for prompt in (low, high)] * 4) + near
+    predictor = write_predictor(tmp_path / "predictor", ["chat"] * 8, [ODD, EVEN] * 4, embeddings)
+    engine = load(predictor=predictor, policy="emoe-no-refresh", predict_every=1)
+    for prompt, experts in ((low, [1, 3, 5]), (high, [0, 2, 4]), (low, [1, 3, 5])):
+        engine.generate(prompt, PARAMS, task="chat")
+        assert residents(engine) == [experts] * LAYERS
+
+
+def test_a_prediction_goes_by_the_prompts_that_ran_before(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_predictor(tmp_path / "predictor", ["odd", "even"] * 4, [ODD, EVEN] * 4, opinionated=True)
+    engine = load(predictor=folder, policy="emoe-no-refresh", predict_every=1)
+    answers: list[np.ndarray] = []
+    predict = Predictor.predict_next
+
+    def noting(self: Predictor, prompts: Any, rows: int) -> Any:
+        answers.append(predict(self, prompts, rows))
+        return answers[-1]
+
+    monkeypatch.setattr(Predictor, "predict_next", noting)
+    engine.generate([1, 2, 3], PARAMS, task="odd")
+    counts = wishes(engine)
+    engine.generate([4, 5, 6], PARAMS, task="even")
+    predicted(engine)
+    planner: Any = engine._foresight._planner
+    learned = planner._invocations.forecaster._predictor
+    table = engine._runner.embedding_table()
+    np.testing.assert_allclose(learned._observed[0].embedding[0], mean_row(table, [1, 2, 3]), rtol=1e-5)
+    nothing = np.zeros((1, LAYERS, EXPERTS), np.int32)
+    asked = Prompts(("even",), mean_row(table, [4, 5, 6])[None], nothing, nothing)
+    start = History.empty(LAYERS, EXPERTS)
+    fresh = Predictor.load(folder)
+    expected, without = (fresh.predict_many(asked, [history], False)[0] for history in (start.after(counts), start))
+    np.testing.assert_allclose(answers[-1][0], expected, atol=1e-4)
+    assert np.abs(without - expected).max() > 0.01
+
+
+def test_residents_follow_the_wishes_of_an_answer(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is known of any prompt: only what routers wish for tells experts apart."""
+    monkeypatch.setattr(residency_module, "FOLLOWING_SHARE", 1e9)  # a look at every step
+    engine = load(policy="emoe", predictor=None, task_profile=None)
+    for _ in engine.stream([1, 2, 3], LONG):
+        assert engine._residency._loader.wait_idle(10)
+    state = engine.state()["residency"]
+    assert state["loads"]["loads"] > LAYERS * 3 + 5  # those of the start
+    policy: Any = engine._residency._policy
+    assert policy.swaps(engine._residency.table, EXPERTS) == []
+
+
+def test_low_coverage_asks_early(load: Load, tmp_path: Path) -> None:
+    """Tasks promise more than the model's random routers keep: that is a drift after 128 steps, in the third prompt."""
+    predictor = write_predictor(tmp_path / "predictor", ["odd", "even"] * 4, [ODD, EVEN] * 4)
+    profile = profiled(tmp_path, odd=Task(routing=ODD), even=Task(routing=EVEN))
+    engine = load(predictor=predictor, task_profile=profile, policy="emoe-no-refresh", predict_every=1000)
+    for number in range(3):
+        assert predicted(engine)["early_predictions"] == 0
+        engine.generate([1, 2, number], LONG, task="even" if number else "odd")
+    assert predicted(engine)["early_predictions"] == 1
+
+
+def test_predictions_that_are_worse_than_frequency_do_not_count(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor = write_predictor(tmp_path / "predictor", ["odd", "even"] * 4, [ODD, EVEN] * 4)
+    engine = load(predictor=predictor, policy="emoe-no-refresh", predict_every=1)
+    engine.generate([1, 2, 3], PARAMS, task="odd")
+    least = np.argsort(wishes(engine), axis=1, kind="stable")[:, :3]
+    wrong = np.full((LAYERS, EXPERTS), 0.05 / EXPERTS)
+    np.put_along_axis(wrong, least, 0.3, axis=1)
+    monkeypatch.setattr(Predictor, "predict_next", lambda self, prompts, rows: np.stack([wrong] * len(prompts)))
+    engine.generate([1, 2, 3], PARAMS, task="odd")
+    assert residents(engine) == np.sort(least).tolist()
+    for _ in range(24):
+        engine.generate([1, 2, 3], PARAMS, task="odd")
+        predicted(engine)
+    state = engine.state()["planner"]
+    assert state["open"] is False
+    assert state["coverage_predicted"] < state["coverage_frequency"]
+    assert all(set(kept).isdisjoint(wrongly) for kept, wrongly in zip(residents(engine), least.tolist(), strict=True))
+
+
+def test_a_plan_is_equation_2_of_the_requests_at_hand(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens left, sensitivity and shares of two requests, one of them half done when the other comes."""
+    low, high = (1.0, 1.0, 0.25), (0.5, 1.0, 0.0)
+    profile = profiled(
+        tmp_path,
+        odd=Task(routing=ODD, sensitivity=low, output_length=Lengths.of([30])),
+        even=Task(routing=EVEN, sensitivity=high, output_length=Lengths.of([6])),
+    )
+    plans: list[tuple[Any, ...]] = []
+    plan = Residency.plan
+
+    def noting(self: Residency, *given: Any) -> None:
+        plans.append(given)
+        plan(self, *given)
+
+    monkeypatch.setattr(Residency, "plan", noting)
+    engine = load(task_profile=profile, policy="static-task")
+    engine.add_request("odd", [1, 2, 3], LONG, task="odd")
+    for _ in range(10):
+        engine.step()
+    engine.add_request("even", [1, 2, 3, 4, 5], LONG, task="even")
+    engine.step()
+    rates, joined, kept, sensitivity = plans[-1]
+    tokens = np.array([30 - 11, 6 - 1])  # when that step is done
+    weighted = tokens[:, None] * np.array([low, high])
+    expected = np.einsum("rm,rme->me", weighted, np.stack([ODD, EVEN]))
+    np.testing.assert_allclose(rates, 2 * TOP_K * expected / expected.sum(1, keepdims=True), rtol=1e-5)
+    np.testing.assert_allclose(joined, TOP_K * EVEN, rtol=1e-5)
+    np.testing.assert_allclose(sensitivity, weighted.sum(0) / tokens.sum(), rtol=1e-5)
+    assert kept == 1
+    drain(engine)
+
+
+def test_requests_of_other_tasks_are_planned_for_at_once(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the device is busy, and another plan is not due for hours."""
+    monkeypatch.setattr(foresight, "PLANNING_SHARE", 1e-9)
+    profile = profiled(tmp_path, odd=Task(routing=ODD), even=Task(routing=EVEN))
+    engine = load(task_profile=profile, policy="static-task", overlap=True)
+    engine.add_request("odd", [1, 2, 3], LONG, task="odd")
+    for _ in range(3):
+        engine.step()
+    assert residents(engine) == [[1, 3, 5]] * LAYERS
+    for name in ("even", "even too", "even as well"):
+        engine.add_request(name, [1, 2, 3], LONG, task="even")
+    for _ in range(3):
+        engine.step()
+        assert engine._residency._loader.wait_idle(10)
+    engine.step()
+    assert engine._in_flight
+    assert all({0, 2} < set(layer) for layer in engine.state()["residency"]["experts"])
+    drain(engine)
+
+
+def test_an_idle_engine_waits_for_the_experts_of_a_prompt(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = profiled(tmp_path, odd=Task(routing=ODD), even=Task(routing=EVEN))
+    engine = load(task_profile=profile, policy="static-task", host_memory="0")
+    engine.generate([1, 2, 3], PARAMS, task="odd")
+    found: list[list[list[int]]] = []
+    dispatch, read = Runner.dispatch, ExpertStore.read
+
+    def noting(self: Runner, plan: Any) -> Any:
+        found.append([engine._residency.table.resident(layer).tolist() for layer in range(LAYERS)])
+        return dispatch(self, plan)
+
+    monkeypatch.setattr(Runner, "dispatch", noting)
+    monkeypatch.setattr(ExpertStore, "read", lambda *given: (time.sleep(0.05), read(*given))[1])
+    engine.generate([1, 2, 3], PARAMS, task="even")
+    assert found[0] == [[0, 2, 4]] * LAYERS
+
+
+def test_background_loads_keep_below_the_links_bandwidth(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residency_module, "FOLLOWING_SHARE", 1e9)
+    engine = load(policy="lru", link_bandwidth=1.0)  # hours for an expert
+    before = engine.state()["residency"]["loads"]["staged_bytes"]
+    engine.generate([1, 2, 3], LONG)
+    loads = engine.state()["residency"]["loads"]
+    assert loads["in_flight"] > 3
+    assert loads["staged_bytes"] - before <= 2 * engine._residency.slab.layout.nbytes
+
+
+def test_experts_are_read_from_files_once_where_the_host_has_room(load: Load) -> None:
+    engine = load(policy="static", expert_memory="2 slots")
+    for number in range(3):
+        engine.generate([1, 2, number], LONG, routing="exact")
+    state = engine.state()
+    store = state["residency"]["store"]
+    assert state["memory"]["host"] >= LAYERS * EXPERTS * engine._residency.slab.layout.nbytes
+    assert store["reads"] <= LAYERS * EXPERTS
+    assert store["hits"] > store["reads"]

@@ -1,0 +1,163 @@
+"""Mutants of what is resident: refresh, learned dynamics, sensitivity, slots per layer, link, host tier."""
+
+from tests.mutants.mutant import Mutant
+
+_WIRING = "tests/engine/test_wiring.py"
+_REFRESH = f"{_WIRING}::test_residents_follow_the_wishes_of_an_answer"
+_DYNAMICS = "tests/engine/test_periodic.py::test_the_engine_follows_learned_dynamics_of_every_request_at_hand"
+_LINK = f"{_WIRING}::test_background_loads_keep_below_the_links_bandwidth"
+_HOST = f"{_WIRING}::test_experts_are_read_from_files_once_where_the_host_has_room"
+_LAYERS = "tests/engine/test_foresight.py::test_layers_that_spread_get_more_slots"
+
+_KNOWLEDGE = "emoe_jax/engine/knowledge.py"
+_REGISTRY = "emoe_jax/policies/registry.py"
+_RESIDENCY = "emoe_jax/experts/residency.py"
+_OPENING = "emoe_jax/engine/opening.py"
+_POLICY = "emoe_jax/policies/policy.py"
+
+RESIDENCY = (
+    Mutant(
+        "plan",
+        "the policy is not told of the requests at hand",
+        _RESIDENCY,
+        "        self._policy.plan(rates, joined, kept, sensitivity)\n",
+        "",
+        ("tests/engine/test_foresight.py::test_residents_follow_the_task_at_hand",),
+    ),
+    Mutant(
+        "refresh: policy",
+        "`emoe` keeps to its plan",
+        _REGISTRY,
+        '"emoe": PolicyKind("prompt", _refresh, follows_requests=True)',
+        '"emoe": PolicyKind("prompt", lambda *_: Fixed(), follows_requests=True)',
+        (_REFRESH,),
+    ),
+    Mutant(
+        "refresh: wishes",
+        "the policy is not told what routers wish for",
+        _RESIDENCY,
+        "        self._policy.observe(wish_counts)\n",
+        "",
+        (_REFRESH,),
+    ),
+    Mutant(
+        "refresh: loads",
+        "between plans nothing is loaded",
+        _RESIDENCY,
+        "            self._follow_policy(min(SWAPS_PER_LAYER, max(1, tokens)))\n",
+        "",
+        (_REFRESH,),
+    ),
+    Mutant(
+        "known.dynamics",
+        "the policy has not what was learned of how wishes go on",
+        _REGISTRY,
+        "Refresh(known.dynamics or Dynamics.untrained(num_layers, num_experts))",
+        "Refresh(Dynamics.untrained(num_layers, num_experts))",
+        (f"{_DYNAMICS}[1]",),
+    ),
+    Mutant(
+        "dynamics: engine",
+        "what was learned of how wishes go on is read and left aside",
+        _KNOWLEDGE,
+        "return Knowledge(self.dynamics, self.transitions, matrices)",
+        "return Knowledge(None, self.transitions, matrices)",
+        (f"{_DYNAMICS}[1]",),
+    ),
+    Mutant(
+        "dynamics: other experts",
+        "a forecast goes by each expert's own wishes alone",
+        "emoe_jax/policies/refresh.py",
+        "linear = own + mixed[..., :size].reshape(shape)",
+        "linear = own",
+        (f"{_DYNAMICS}[1]",),
+    ),
+    Mutant(
+        "dynamics: network",
+        "the forecast within an answer is the linear one",
+        "emoe_jax/policies/refresh.py",
+        "        if dynamics.network is None:\n",
+        "        if True:\n",
+        ("tests/policies/test_rules.py::test_the_network_says_of_equal_requests_what_it_says_of_one_and_counts_less",),
+    ),
+    Mutant(
+        "sensitivity: exchanges",
+        "layers in which no expert matters load experts",
+        _POLICY,
+        " & (self._sensitivity > 0)",
+        "",
+        ("tests/engine/test_foresight.py::test_a_task_that_needs_no_expert_in_particular_loads_none",),
+    ),
+    Mutant(
+        "sensitivity: gains",
+        "an exchange counts the same in every layer",
+        _POLICY,
+        "gain[row, nth] * self._sensitivity[layers[row, 0]]",
+        "gain[row, nth]",
+        ("tests/policies/test_policy.py::test_gains_count_by_the_sensitivity_of_their_layer",),
+    ),
+    Mutant(
+        "slots per layer",
+        "every layer gets the same number of slots",
+        "emoe_jax/engine/engine.py",
+        "plan = functools.partial(plan, spread=functools.partial(known.split, config=config))",
+        "plan = functools.partial(plan)",
+        (_LAYERS,),
+    ),
+    Mutant(
+        "slots per layer: profile",
+        "slots are not split by what the task profile says",
+        _KNOWLEDGE,
+        "return tuple(split_slots(sum(capacities), shares, sensitivity, config.top_k))",
+        "return capacities",
+        (_LAYERS,),
+    ),
+    Mutant(
+        "link bandwidth: engine",
+        "loads are not held back by --link-bandwidth",
+        _OPENING,
+        "        link_bandwidth=link_bandwidth,\n",
+        "",
+        (_LINK,),
+    ),
+    Mutant(
+        "link bandwidth: loader",
+        "the loader does not know the bandwidth",
+        _RESIDENCY,
+        "ExpertLoader(self._store, self.slab, self.table, bandwidth=link_bandwidth)",
+        "ExpertLoader(self._store, self.slab, self.table)",
+        (_LINK,),
+    ),
+    Mutant(
+        "link bandwidth: queue",
+        "a load does not keep the link busy",
+        "emoe_jax/experts/tickets.py",
+        "max(now, self._link_free_at) + self._seconds_per_record",
+        "max(now, self._link_free_at)",
+        (_LINK,),
+    ),
+    Mutant(
+        "host tier: engine",
+        "experts off the device stay in files",
+        _OPENING,
+        "        host_bytes=memory.host_bytes,\n",
+        "",
+        (_HOST,),
+    ),
+    Mutant(
+        "host tier: store",
+        "the store keeps nothing that it has read",
+        "emoe_jax/experts/store.py",
+        "                    self._keep(key, read.record)\n",
+        "                    pass\n",
+        (_HOST,),
+    ),
+    Mutant(
+        "settle",
+        "a prompt that finds the engine idle does not wait for its experts",
+        "emoe_jax/engine/engine.py",
+        "            self._foresight.settle(plan, self._load_wait)\n",
+        "            pass\n",
+        (f"{_WIRING}::test_an_idle_engine_waits_for_the_experts_of_a_prompt",),
+    ),
+)
