@@ -5,13 +5,16 @@ VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: serve test setup-all lint format clean
+.PHONY: serve test mutants setup-all lint format clean
 
 serve: $(VENV)/.base  ## Serve the bundled demo model on http://127.0.0.1:8000 (more flags: make serve ARGS="--port 9000")
 	$(BIN)/python -m serve.main $(ARGS)
 
 test: $(VENV)/.test  ## The test suite, without a GPU; names what it skips
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+
+mutants: $(VENV)/.test  ## Cut each mechanism out of a copy of the engine; a test has to fail each time (make mutants ARGS="--list")
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 setup-all: $(VENV)/.full  ## What `make test` needs to skip nothing but the GPU: torch, other clients, a browser's driver
 
