@@ -13,25 +13,18 @@ from emoe_jax import Engine, SamplingParams
 from emoe_jax.engine.foresight import LOOK_AHEAD
 from emoe_jax.engine.runner import Runner
 from emoe_jax.policies.dynamics import DYNAMICS_FILE, Dynamics
-from emoe_jax.predictor import Predictor, PredictorConfig, Prompts, network
+from emoe_jax.predictor import Predictor
 from emoe_jax.scheduling.slo import SloPolicy
-from tests.engine.conftest import TINY
+from tests.engine.known import EXPERTS, LAYERS, write_predictor
 
-LAYERS, EXPERTS, TOP_K = 3, 8, 2
 PARAMS = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
 def predictor_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A predictor of the tiny model's shape."""
-    folder = tmp_path_factory.mktemp("predictor")
-    config = PredictorConfig(LAYERS, EXPERTS, TOP_K, embedding_dim=TINY["hidden_size"], width=8, heads=2, members=1)
-    counts = np.random.default_rng(0).integers(1, 50, (8, LAYERS, EXPERTS)).astype(np.int32)
-    remembered = Prompts(("odd", "even") * 4, np.eye(8, TINY["hidden_size"], dtype=np.float32), counts, counts)
-    predictor = Predictor(config, remembered)
-    predictor.weights = network.init(config, predictor.sizes, 0)
-    predictor.save(folder)
-    return folder
+    counts = np.random.default_rng(0).integers(1, 50, (8, LAYERS, EXPERTS))
+    return write_predictor(tmp_path_factory.mktemp("predictor"), ("odd", "even") * 4, list(counts / 100))
 
 
 @pytest.fixture

@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None, mutants: Sequence[Mutant] = MUTANTS,
     except NoRepository as error:
         console.print(str(error), markup=False)
         return 2
+    console.print("The tests run once without a cut, which takes longest.")
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("mutants", total=len(mutants))
 
