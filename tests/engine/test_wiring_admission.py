@@ -102,16 +102,6 @@ def test_answers_are_expected_to_be_as_long_as_those_of_their_task(engine: Engin
     assert 3 <= sequence.expected_tokens < 5
 
 
-def test_a_place_is_about_to_be_free_when_little_is_left_of_an_answer(engine: Engine) -> None:
-    """G less what was generated: a sequence with one token left will give its place, one with more keeps it."""
-    start(engine, "ends", "goes on", tokens=(20, 60), task="odd")
-    engine.add_request("waits", [1, 2, 3], answer_of(8), task="odd")
-    while len(engine.output("ends").completions[0].token_ids) < 19:
-        assert engine._scheduler.next_up(time.monotonic()) == []
-        engine.step()
-    assert [sequence.request_id for sequence in engine._scheduler.next_up(time.monotonic())] == ["waits"]
-
-
 def test_the_scheduler_learns_what_steps_take(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """c, both for a step of any kind and for a token of a running sequence."""
     engine.generate([1, 2, 3], answer_of(3))

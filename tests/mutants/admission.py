@@ -100,7 +100,7 @@ ADMISSION = (
         _ESTIMATES,
         "return remaining_tokens(sequence.expected_tokens, len(sequence.generated))",
         "return remaining_tokens(sequence.expected_tokens, 0)",
-        (f"{_WIRING}::test_a_place_is_about_to_be_free_when_little_is_left_of_an_answer",),
+        ("tests/scheduling/test_remaining.py::test_a_deadline_that_can_be_kept_in_the_end_is_protected_to_the_end",),
     ),
     Mutant(
         "affinity: engine",

@@ -29,8 +29,8 @@ INVOCATIONS = (
         "line in order of start",
         "the line is that of arrival, not that in which the policy will start sequences",
         "emoe_jax/scheduling/scheduler.py",
-        "return self.policy.next_up(self._running, count, now)[:count]",
-        "return list(self.policy.waiting)[:count]",
+        "self.policy.next_up(self._running, count, now)",
+        "list(self.policy.waiting)",
         (f"{_ENGINE}::test_p_counts_prompts_as_they_are_admitted",),
     ),
     Mutant(

@@ -34,9 +34,9 @@ RESIDENCY = (
     ),
     Mutant(
         "refresh: wishes",
-        "the policy is not told what routers wish for",
-        _RESIDENCY,
-        "        self._policy.observe(wish_counts)\n",
+        "the policy takes in nothing of what routers wish for",
+        _POLICY,
+        "        self._steps += 1\n",
         "",
         (_REFRESH,),
     ),
@@ -94,7 +94,7 @@ RESIDENCY = (
         _POLICY,
         "gain[row, nth] * self._sensitivity[layers[row, 0]]",
         "gain[row, nth]",
-        ("tests/policies/test_policy.py::test_gains_count_by_the_sensitivity_of_their_layer",),
+        ("tests/policies/test_sensitivity.py::test_gains_count_by_the_sensitivity_of_their_layer",),
     ),
     Mutant(
         "slots per layer",

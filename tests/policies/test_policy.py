@@ -147,17 +147,6 @@ def test_a_swap_must_gain_more_where_more_experts_are_resident():
     assert swaps == [[7], []]
 
 
-def test_gains_count_by_the_sensitivity_of_their_layer():
-    policy = make_policy("lfu", 3, 4)
-    table = filled_table(policy, [2, 2, 2])
-    rates = np.zeros((3, 4), np.float32)
-    policy.plan(rates, sensitivity=np.array([0.25, 1.0, 0.0]))
-    policy.observe(np.array([[0, 0, 9, 0], [0, 0, 3, 0], [0, 0, 9, 0]]))
-    swaps = policy.swaps(table)
-    assert [swap.layer for swap in swaps] == [1, 0]
-    assert swaps[1].gain == pytest.approx(0.75 * swaps[0].gain)
-
-
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 6))
 def test_swaps_are_the_best_exchange_again_and_again(seed: int, limit: int):
