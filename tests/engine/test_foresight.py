@@ -13,11 +13,18 @@ from emoe_jax.engine.accounts import MOST_TASKS, TaskAccounts
 from emoe_jax.engine.quality import Quality
 from emoe_jax.engine.sequence import Sequence
 from emoe_jax.policies.transitions import TRANSITIONS_FILE, save_transitions
+from emoe_jax.predictor import Predictor, PredictorConfig, Prompts, network
 from emoe_jax.tasks import Lengths, Task, TaskProfile
 from tests.engine.conftest import TINY
-from tests.engine.known import EXPERTS, LAYERS, TOP_K, favouring, write_predictor
 
+LAYERS, EXPERTS, TOP_K = 3, 8, 2
 PARAMS = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+
+
+def favouring(*experts: int) -> np.ndarray:
+    shares = np.full((LAYERS, EXPERTS), 0.05 / EXPERTS)
+    shares[:, experts] += 0.95 / len(experts)
+    return shares
 
 
 PROFILE = TaskProfile(
@@ -123,8 +130,13 @@ def test_layers_that_spread_get_more_slots(tiny_checkpoint: Path, tmp_path: Path
 def predictor_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A predictor that remembers prompts which used experts 1, 3, 5 or 0, 2, 4, and a table in which 5 and 6 follow
     whatever was chosen."""
-    kinds = favouring(1, 3, 5), favouring(0, 2, 4)
-    folder = write_predictor(tmp_path_factory.mktemp("predictor"), ("odd", "even") * 4, kinds * 4)
+    folder = tmp_path_factory.mktemp("predictor")
+    config = PredictorConfig(LAYERS, EXPERTS, TOP_K, embedding_dim=TINY["hidden_size"], width=8, heads=2, members=1)
+    counts = np.stack([(100 * favouring(*experts)).astype(np.int32) for experts in ((1, 3, 5), (0, 2, 4))] * 4)
+    remembered = Prompts(("odd", "even") * 4, np.eye(8, TINY["hidden_size"], dtype=np.float32), counts, counts)
+    predictor = Predictor(config, remembered)
+    predictor.weights = network.init(config, predictor.sizes, 0)
+    predictor.save(folder)
     save_transitions(folder / TRANSITIONS_FILE, np.tile(np.isin(np.arange(EXPERTS), (5, 6)), (LAYERS - 1, EXPERTS, 1)))
     return folder
 
