@@ -29,9 +29,10 @@ def admission_policy(
 class ExpertLoading:
     """`dE` of eMoE eq. 3, from what loads have cost so far.
 
-    Under `exact` the steps that compute a prompt wait for each expert that its tokens choose and that is absent. So `dE`
-    is the expected number of these, times the average wait for a missing expert. Before the first wait it takes the
-    time of the expert's bytes at the measured bandwidth. What the answer waits for later is in `Estimates.exact_wait`.
+    Under `exact` the steps that compute a prompt wait for each expert that its tokens choose and that is absent. So
+    `dE` is the expected number of these, times the average wait for a missing expert. Before the first wait it takes
+    the time of the expert's bytes at the measured bandwidth. What the answer waits for later is in
+    `Estimates.exact_wait`.
 
     Under `resident` no step waits: loads go on in the background, and a step only commits what has come. So `dE` is the
     time of a commit, times the number of the task's hot experts that are absent. That is an upper bound, as other

@@ -517,7 +517,7 @@ class Engine:
         awaited = [sequence for sequence in result.sampled if sequence.status is SequenceStatus.RUNNING]
         lost = [sequence for sequence in result.not_finite if sequence.status is SequenceStatus.RUNNING]
         self._scheduler.update(plan, result, seconds, waited=waited, ended=ended)
-        self._foresight.after_step(plan, result.wish_counts, result.resident_counts, max(0.0, seconds - waited))
+        self._foresight.after_step(plan, result, max(0.0, seconds - waited))
         deltas = [self._lose(sequence) for sequence in lost]
         for sequence in awaited:
             answer = self._answers[sequence.request_id]

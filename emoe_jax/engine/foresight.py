@@ -7,9 +7,10 @@ from collections.abc import Sequence as Rows
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from emoe_jax.engine.accounts import TaskAccounts
+from emoe_jax.engine.runner import RunResult
 from emoe_jax.engine.sequence import Sequence
 from emoe_jax.experts.pace import Pace
 from emoe_jax.experts.residency import Residency
@@ -96,25 +97,19 @@ class Foresight:
         if self._planner is not None:
             self._planner.use_capacities(self._residency.table.capacities)
 
-    def after_step(
-        self,
-        plan: StepPlan,
-        wish_counts: Int[np.ndarray, "M E"],
-        resident_counts: Int[np.ndarray, "M E"],
-        seconds: float,
-    ) -> None:
-        """Let the policy follow the wishes of a step that computed for `seconds`; those for `resident_counts` found
-        their expert there. What other policies would have made of them is noted where not all experts are resident.
+    def after_step(self, plan: StepPlan, result: RunResult, seconds: float) -> None:
+        """Let the policy follow the wishes of a step that computed for `seconds`. What other policies would have made
+        of them is noted where not all experts are resident.
         """
         with self._timed():
             if self._planner is not None:
                 self._planner.computed(seconds)
-            covered = self._residency.observe(wish_counts, resident_counts)
+            covered = self._residency.observe(result.wish_counts, result.resident_counts, result.chunks)
             if self._planner is not None and covered is not None:
                 self._planner.observe(covered.wishes, covered.resident, covered.steps)
         if not self._residency.is_full:
             tasks = [sequence.task for sequence in plan.sequences]
-            self._regret.record(wish_counts, resident_counts, tasks, self._residency.loads.loads)
+            self._regret.record(result.wish_counts, result.resident_counts, tasks, self._residency.loads.loads)
 
     def ended(self, sequences: Rows[Sequence]) -> None:
         """A request ended; these were its sequences."""
@@ -167,13 +162,15 @@ def _may_wait(plan: StepPlan) -> bool:
 
 
 def _progress(plan: StepPlan, scheduler: Scheduler) -> dict[str, Progress]:
-    """Of the requests that run or will start next: where they are once `plan` is done."""
+    """Of the requests that run: where they are once `plan` is done.
+
+    Requests that wait are left out. They have more tokens ahead of them than the running ones, so by eq. 2 a plan for
+    both would take the experts away from answers that are about to end.
+    """
     at_hand: dict[str, Progress] = {}
     computed = {chunk.sequence: chunk.start + chunk.length for chunk in plan.prefills}
     samples = {*plan.decodes, *(chunk.sequence for chunk in plan.prefills if chunk.is_last)}
     for sequence in scheduler.running:
         progress = Progress(computed.get(sequence, sequence.num_computed), sequence.num_sampled + (sequence in samples))
         at_hand.setdefault(sequence.request_id, progress)
-    for sequence in scheduler.next_up(plan.now):
-        at_hand.setdefault(sequence.request_id, Progress())
     return at_hand

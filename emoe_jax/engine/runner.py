@@ -28,6 +28,7 @@ from emoe_jax.errors import RequestError
 from emoe_jax.experts.residency import Residency
 from emoe_jax.models.decoder import Decoder
 from emoe_jax.models.routing import Substituted
+from emoe_jax.policies.policy import Chunk
 from emoe_jax.scheduling.plan import SampledToken, StepPlan, StepResult
 from emoe_jax.traces.recorder import TraceRecorder
 
@@ -55,6 +56,8 @@ class RunResult(StepResult):
     wish_counts: Int[np.ndarray, "M E"]
     resident_counts: Int[np.ndarray, "M E"]
     """Those of the wishes whose expert was resident when the batch was dispatched."""
+    chunks: list[Chunk]
+    """Those of the wishes that are of prompts' chunks of more than one token, by chunk."""
 
 
 class Runner:
@@ -127,6 +130,7 @@ class Runner:
         choices = len(self.config.moe_layers) * self.config.top_k
         wish_counts = np.zeros((len(self.config.moe_layers), self.config.num_experts), np.int64)
         resident_counts = np.zeros_like(wish_counts)
+        chunks: list[Chunk] = []
         for batch, output, resident in zip(batches, outputs, dispatched.residents, strict=True):
             tokens, prompt_logprobs, counts, substituted, finite, wishes = output
             wish_counts += counts
@@ -140,6 +144,8 @@ class Runner:
                 if piece.sequence.finished or piece.sequence in spoilt:
                     continue
                 piece.sequence.add_routing(routed[row])
+                if piece.length > 1:
+                    chunks.append(Chunk(routed[row], piece.length))
                 piece.sequence.substituted += int(substituted.choices[row])
                 piece.sequence.substituted_mass += float(substituted.mass[row])
                 piece.sequence.assigned += piece.length * choices
@@ -147,7 +153,7 @@ class Runner:
                     keep_prompt_logprobs(piece, prompt_logprobs)
                 if piece.samples:
                     sampled[piece.sequence] = sampled_token(piece.sequence, tokens, row)
-        return RunResult(sampled, wish_counts, resident_counts, not_finite=frozenset(lost))
+        return RunResult(sampled, wish_counts, resident_counts, chunks, not_finite=frozenset(lost))
 
     def mend(self) -> bool:
         """After a failed step, with none in flight: replace device arrays that it has taken along.

@@ -19,6 +19,7 @@ from emoe_jax.experts.tickets import LoadState, LoadTicket
 from emoe_jax.experts.waves import WaveLoader
 from emoe_jax.experts.weights import ExpertLayout
 from emoe_jax.policies import Knowledge, make_policy
+from emoe_jax.policies.policy import Chunk
 
 log = logging.getLogger(__name__)
 
@@ -180,17 +181,21 @@ class Residency:
         self._settled_seconds += time.monotonic() - began
 
     def observe(
-        self, wish_counts: Int[np.ndarray, "M E"], resident_counts: Int[np.ndarray, "M E"] | None = None
+        self,
+        wish_counts: Int[np.ndarray, "M E"],
+        resident_counts: Int[np.ndarray, "M E"] | None = None,
+        chunks: Sequence[Chunk] = (),
     ) -> Covered | None:
         """Note the wishes of a step and, as often as time allows, ask for the experts that the policy now prefers.
 
         `resident_counts` are those of the wishes whose expert was resident when the step was dispatched, before it
-        loaded any itself. Without them, nothing may have been committed since.
+        loaded any itself. Without them, nothing may have been committed since. Of the wishes, those of
+        `chunks` are of prompts.
         Returns what the residents covered since it last did, or None.
         """
         if resident_counts is None:
             resident_counts = wish_counts * self.table.resident_mask
-        self._policy.observe(wish_counts)
+        self._policy.observe(wish_counts - sum(chunk.counts for chunk in chunks), chunks)
         self._count(wish_counts, resident_counts)
         if not self._following.due:
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ HORIZON = 6.0
 """Steps, on average, that a forecast looks ahead."""
 NUM_DIRECTIONS = 128
 _RIDGE_TOKENS = (300.0, 3_000.0, 10_000.0, 30_000.0, 100_000.0)  # what predicts tokens of other prompts best is taken
+_PLANNED_ALIKE = 0.25
 _MAX_TOKENS = 1 << 17
 _MAX_NUMBERS = 10**8  # of targets that are held at once
 _WEIGHT_TOKENS = 1 << 14
@@ -85,9 +87,10 @@ def co_occurrences(
 def learn_dynamics(trace: RoutingTrace, start: Float[np.ndarray, "P M E"], seed: int = 0) -> Dynamics:
     """Least squares of the wishes in the steps that follow (a mean with weights falling by 1 - 1 / `HORIZON`).
 
-    First the weights of planned rates and decayed means, the same for all experts; then, for what those leave over,
-    ridge regression on the latent means. The penalty is the one by which each half of the tokens tells most of the
-    other half.
+    First the weights of planned rates and decayed means, the same for all experts, none of them negative; then, for
+    what those leave over, ridge regression on the latent means. The penalty is the one by which each half of the tokens
+    tells most of the other half. A share of the prompts (`_PLANNED_ALIKE`) has the mean routing of all as its plan:
+    requests that the predictor does not know are planned so, and what is learned must hold for them too.
     """
     tokens = _tokens(trace, start, seed)
     M, E = trace.num_layers, trace.num_experts
@@ -102,12 +105,32 @@ def learn_dynamics(trace: RoutingTrace, start: Float[np.ndarray, "P M E"], seed:
     part, features = targets[:_WEIGHT_TOKENS], 1 + len(HALF_LIVES)
     products = np.sum([*_run(draft, tokens, part, _own_products)], axis=0)
     own, own_target = products[:, :features], products[:, features]
-    weights = np.linalg.solve(own + 1e-6 * np.trace(own) * np.eye(features), own_target).astype(np.float32)
+    weights = non_negative(own + 1e-6 * np.trace(own) * np.eye(features), own_target).astype(np.float32)
     draft = draft._replace(weights=weights)
     halves = [np.zeros(()), np.zeros(())]
     for number, products in enumerate(_run(draft, tokens, targets, _latent_products)):
         halves[number % 2] = halves[number % 2] + products
     return draft._replace(readout=_readout(halves, len(draft.readout), len(targets)))
+
+
+def non_negative(squares: Float[np.ndarray, "F F"], cross: Float[np.ndarray, " F"]) -> Float[np.ndarray, " F"]:
+    """The `w >= 0` of least `w @ squares @ w - 2 w @ cross`, for few features: every set of them is tried.
+
+    The planned rate and the slowest mean are nearly alike within a short prompt. Without a bound least squares takes a
+    multiple of their difference, which is wrong wherever they differ for another reason.
+    """
+    F = len(cross)
+    best, least = np.zeros(F), 0.0
+    for kept in itertools.product((False, True), repeat=F):
+        features = np.flatnonzero(kept)
+        if not len(features):
+            continue
+        weights = np.zeros(F)
+        weights[features] = np.linalg.solve(squares[np.ix_(features, features)], cross[features])
+        loss = float(weights @ squares @ weights - 2 * weights @ cross)
+        if weights.min() >= 0 and loss < least:
+            best, least = weights, loss
+    return best
 
 
 def _readout(halves: list[np.ndarray], features: int, num_tokens: int) -> Float[np.ndarray, "Jr ME"]:
@@ -155,11 +178,13 @@ def _tokens(trace: RoutingTrace, start: Float[np.ndarray, "P M E"], seed: int) -
     drawn = drawn[np.cumsum(lengths[drawn]) <= max(most, lengths[drawn[0]])]
     order = np.lexsort((trace.token_pos, trace.sample))
     order = order[np.isin(trace.sample[order], drawn)]
+    rates = (trace.top_k * start).astype(np.float32)
+    rates[drawn[:: round(1 / _PLANNED_ALIKE)]] = rates.mean(0)
     return _Prompts(
         trace.experts[order].astype(np.int16),
         trace.rank()[order].astype(np.int32),
         trace.sample[order].astype(np.int32),
-        (trace.top_k * start).astype(np.float32),
+        rates,
     )
 
 

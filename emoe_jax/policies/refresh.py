@@ -52,10 +52,21 @@ class Refresh(Rule[RefreshState]):
         return RefreshState(plan.rates, kept * state.recent + plan.joined, kept * state.latent)
 
     def observe(self, state: RefreshState, counts: Shaped[Any, "M E"], steps: int = 1) -> RefreshState:
-        wishes = counts.astype(np.float32) / np.float32(steps)
-        deviation = (wishes - state.rates).reshape(-1) @ self._dynamics.directions
-        recent = state.recent + (1 - self._keep**steps) * (wishes - state.recent)
-        latent = state.latent + (1 - self._latent_keep**steps) * (deviation - state.latent)
+        """Requests that wish for nothing, since their prompts are read (`read`), stay as they are."""
+        return self._towards(state, counts.astype(np.float32) / np.float32(steps), steps) if steps else state
+
+    def read(self, state: RefreshState, counts: Shaped[Any, "M E"], tokens: int) -> RefreshState:
+        """The same as that many steps of one request, were its wishes in each of them their mean."""
+        return self._towards(state, counts.astype(np.float32) / np.float32(tokens), tokens)
+
+    def _towards(self, state: RefreshState, wishes: Matrix, steps: int) -> RefreshState:
+        """`steps` steps in which some of the requests wish for this; the others stay as they are."""
+        xp = namespace(state.rates)
+        planned = xp.maximum(state.rates.sum(), np.float32(1e-6))
+        part = xp.minimum(wishes.sum() / planned, np.float32(1))  # of the requests, as each wishes for `top_k`
+        deviation = (wishes - part * state.rates).reshape(-1) @ self._dynamics.directions
+        recent = state.recent + (1 - self._keep**steps) * (wishes - part * state.recent)
+        latent = state.latent + (1 - self._latent_keep**steps) * (deviation - part * state.latent)
         return RefreshState(state.rates, recent, latent)
 
     def own(self, state: RefreshState) -> Matrix:

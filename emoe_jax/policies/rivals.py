@@ -34,6 +34,9 @@ class NextLayerRouter(Rule[NextLayerState]):
     def observe(self, state: NextLayerState, counts: Shaped[Any, "M E"], steps: int = 1) -> NextLayerState:
         return NextLayerState(state.rates, counts.astype(np.float32))
 
+    def read(self, state: NextLayerState, counts: Shaped[Any, "M E"], tokens: int) -> NextLayerState:
+        return NextLayerState(state.rates, state.last + counts)
+
     def scores(self, state: NextLayerState) -> Matrix:
         xp = namespace(state.last)
         following = xp.einsum("...mi,mij->...mj", state.last[..., :-1, :], self._transitions)

@@ -53,6 +53,10 @@ class Rule(abc.ABC, Generic[State]):
     def observe(self, state: State, counts: Shaped[Any, "M E"], steps: int = 1) -> State:
         """Take in wishes, resident or not: how many tokens of the next so many steps wanted each expert, in all."""
 
+    def read(self, state: State, counts: Shaped[Any, "M E"], tokens: int) -> State:
+        """Take in the wishes of a chunk of a prompt: so many tokens of one request, read in the step last observed."""
+        return self.observe(state, counts, 0)
+
     @abc.abstractmethod
     def scores(self, state: State) -> Matrix:
         """The present worth of every expert, comparable within a layer.

@@ -8,9 +8,6 @@ from typing import Any, Protocol
 from emoe_jax.engine.sequence import Sequence
 from emoe_jax.scheduling.plan import PrefillChunk, StepPlan
 
-SOON = 1
-"""Tokens. A running sequence that will generate no more of them has a place that somebody else is planned for."""
-
 
 class AdmissionPolicy(Protocol):
     """Owns the queue of waiting sequences. The scheduler tells it what happens; all times are seconds of its clock."""
@@ -27,7 +24,7 @@ class AdmissionPolicy(Protocol):
         ...
 
     def next_up(self, running: Collection[Sequence], places: int, now: float) -> list[Sequence]:
-        """Those that will probably start next beside those `running`, in `places` that are free or soon will be."""
+        """Those that would start next beside those `running`, in order, if so many `places` were free."""
         ...
 
     def add(self, sequence: Sequence, running: Collection[Sequence]) -> None:
@@ -80,7 +77,6 @@ class FcfsPolicy:
         return tuple(self._queue)
 
     def next_up(self, running: Collection[Sequence], places: int, now: float) -> list[Sequence]:
-        places += sum(sequence.params.max_tokens - len(sequence.generated) <= SOON for sequence in running)
         return list(itertools.islice(self._queue, places))
 
     def add(self, sequence: Sequence, running: Collection[Sequence]) -> None:

@@ -108,13 +108,9 @@ class Scheduler:
         """Queued sequences, those that came first first."""
         return self.policy.waiting
 
-    def next_up(self, now: float) -> list[Sequence]:
-        """Who of those that wait will probably start with the next steps."""
-        return self.policy.next_up(self._running, self.max_num_seqs - len(self._running), now)
-
     def line(self, now: float, count: int) -> list[Sequence]:
         """The first `count` of those that wait, in the order in which they will probably start."""
-        return self.policy.next_up(self._running, count, now)[:count]
+        return self.policy.next_up(self._running, count, now)
 
     def use_policy(self, policy: AdmissionPolicy) -> None:
         """Admit by another policy from now on. Raises `ValueError` when sequences wait in the old one's queue."""

@@ -23,7 +23,6 @@ from emoe_jax.engine.sequence import Sequence
 from emoe_jax.errors import ConfigError, SloUnattainable
 from emoe_jax.scheduling.estimates import Estimates
 from emoe_jax.scheduling.plan import PrefillChunk, StepPlan
-from emoe_jax.scheduling.policy import SOON
 from emoe_jax.scheduling.waiting import WaitingQueue
 
 MAX_WAIT = 30.0
@@ -85,7 +84,6 @@ class SloPolicy:
         return tuple(self._queue)
 
     def next_up(self, running: Collection[Sequence], places: int, now: float) -> list[Sequence]:
-        places += sum(self._estimates.remaining(sequence) <= SOON for sequence in running)
         if not places or not len(self._queue):
             return []
         oldest, since = self._queue.oldest()

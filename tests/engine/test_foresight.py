@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from emoe_jax.config import ModelConfig
 from emoe_jax.engine.accounts import MOST_TASKS, TaskAccounts
 from emoe_jax.engine.quality import Quality
 from emoe_jax.engine.sequence import Sequence
+from emoe_jax.policies.policy import ResidencyPolicy
 from emoe_jax.policies.transitions import TRANSITIONS_FILE, save_transitions
 from emoe_jax.predictor import Predictor, PredictorConfig, Prompts, network
 from emoe_jax.tasks import Lengths, Task, TaskProfile
@@ -59,6 +61,42 @@ def serve(engine: Engine, task: str) -> list[list[int]]:
 def test_residents_follow_the_task_at_hand(engine: Engine) -> None:
     assert serve(engine, "odd") == [[1, 3, 5]] * LAYERS
     assert serve(engine, "even") == [[0, 2, 4]] * LAYERS
+
+
+def test_experts_stay_with_those_that_run_until_they_end(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Of waiting requests, which have all their tokens to come, eq. 2 would make more than of running ones."""
+    path = tmp_path / "tasks.json"
+    PROFILE.save(path)
+    planned: list[tuple[tuple[str, ...], set[str]]] = []
+    with Engine.load(tiny_checkpoint, expert_memory="3 slots", task_profile=path, max_num_seqs=2) as engine:
+        for number, task in enumerate(("odd", "even", "odd", "even")):
+            engine.add_request(str(number), [3, 1, 4, 1, 5, 9, 2, 6], PARAMS, task=task)
+        planner, scheduler = engine._foresight._planner, engine._scheduler
+        assert planner is not None
+        while engine.has_work():
+            engine.step()
+            planned.append((planner._planned, {sequence.request_id for sequence in scheduler.waiting}))
+    assert len({names for names, _ in planned}) > 1
+    assert all(waiting.isdisjoint(names) for names, waiting in planned)
+
+
+def test_the_policy_is_told_prompts_from_answers(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, list[tuple[int, int]]]] = []  # wishes of a layer by single tokens; chunks with theirs
+    observe = ResidencyPolicy.observe
+
+    def noted(self: ResidencyPolicy, counts: np.ndarray, chunks: Any = ()) -> None:
+        told.append((int(counts[0].sum()), [(chunk.tokens, int(chunk.counts[0].sum())) for chunk in chunks]))
+        observe(self, counts, chunks)
+
+    monkeypatch.setattr(ResidencyPolicy, "observe", noted)
+    engine.add_request("first", [3, 1, 4], PARAMS)
+    engine.step()
+    engine.add_request("second", [2, 7, 1, 8, 2, 8, 1], PARAMS)
+    while engine.has_work():
+        engine.step()
+    assert told[0] == (0, [(3, 3 * TOP_K)])
+    assert (TOP_K, [(7, 7 * TOP_K)]) in told  # one decodes while the other's prompt is read
+    assert (2 * TOP_K, []) in told
 
 
 def test_a_task_that_needs_no_expert_in_particular_loads_none(engine: Engine) -> None:

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from emoe_jax.errors import ConfigError
 from emoe_jax.experts.table import SlotTable
 from emoe_jax.policies import POLICIES, Knowledge, ResidencyPolicy, Swap, make_policy
+from emoe_jax.policies.policy import Chunk
 from tests.effort import lines_run
 
 
@@ -107,16 +108,36 @@ def test_lru_against_a_plain_list(data: st.DataObject):
         assert sorted(oldest_first) == table.resident(0).tolist()
 
 
-def test_a_step_that_reads_a_prompt_counts_like_one_that_writes():
-    wanted = np.array([[1.5, 0.5, 0, 0]], np.float32)
+@pytest.mark.parametrize("name", ["emoe", "lfu", "random"])
+def test_a_chunk_of_a_prompt_counts_like_its_tokens_one_by_one(name: str):
+    wanted = np.array([[1.0, 1.0, 0, 0], [0, 0, 1.0, 1.0]], np.float32)
+    token, later = np.array([[1, 0, 1, 0], [0, 1, 0, 1]]), np.array([[0, 0, 1, 1], [1, 1, 0, 0]])
     scores = []
-    for read in ([[50, 0, 50, 0]], [[1, 0, 1, 0]]):  # 2 wishes a step are planned
-        policy = make_policy("emoe", 1, 4)
+    for at_once in (True, False):
+        policy = make_policy(name, 2, 4)
         policy.plan(wanted, wanted, 0.0)
-        policy.observe(np.array(read))
-        policy.observe(np.array([[0, 0, 1, 1]]))
+        if at_once:
+            policy.observe(np.zeros((2, 4), int), [Chunk(7 * token, 7)])
+        else:
+            for _ in range(7):
+                policy.observe(token)
+        policy.scores()  # has it taken in; steps that are taken in together have no order
+        policy.observe(later)
         scores.append(policy.scores())
     np.testing.assert_allclose(*scores, rtol=1e-5)
+
+
+@pytest.mark.parametrize("requests", [2, 8])
+def test_a_chunk_speaks_for_one_request_of_several(requests: int):
+    """The others decode beside it, and what is known of them stays, however long the chunk is."""
+    others = (requests - 1) * np.array([[1.0, 1.0, 0, 0]], np.float32)
+    one = np.array([[0, 0, 1.0, 1.0]], np.float32)
+    policy = make_policy("emoe", 1, 4)
+    policy.plan(others + one, others + one, 0.0)
+    policy.observe(others.astype(int), [Chunk(np.array([[0, 0, 100, 100]]), 100)])
+    scores = policy.scores()[0]
+    np.testing.assert_allclose(scores.sum(), 2 * requests, rtol=1e-3)
+    assert scores[0] > 0.6 * (requests - 1) * scores.sum() / (2 * requests)
 
 
 def test_a_step_loops_over_nothing():

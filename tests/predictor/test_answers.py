@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from emoe_jax.policies.dynamics import Dynamics
-from emoe_jax.policies.learning import learn_dynamics, seen
+from emoe_jax.policies.learning import learn_dynamics, non_negative, seen
 from emoe_jax.policies.refresh import Refresh
 from emoe_jax.policies.rule import Plan
 from emoe_jax.predictor.prompts import frequencies
@@ -127,3 +129,47 @@ def test_one_prompt_and_one_token_are_enough_to_learn_nothing():
         dynamics = learn_answers(few, even(few), PLAN)
         assert dynamics.network is None
         assert np.isfinite(dynamics.readout).all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 5))
+def test_weights_are_the_best_of_those_that_are_not_negative(seed: int, features: int):
+    rng = np.random.default_rng(seed)
+    inputs, target = rng.standard_normal((20, features)), rng.standard_normal(20)
+    found = non_negative(inputs.T @ inputs, inputs.T @ target)
+    assert (found >= 0).all()
+    slope = inputs.T @ (inputs @ found - target)
+    np.testing.assert_allclose(slope[found > 0], 0, atol=1e-8)  # the conditions of Karush, Kuhn and Tucker
+    assert (slope[found == 0] >= -1e-8).all()
+
+
+def test_a_plan_that_is_wrong_is_left_behind():
+    """Short prompts of two kinds, with the right plan; then one whose plan is that of the other kind."""
+    rng = np.random.default_rng(0)
+    kinds = rng.integers(2, size=400)
+    shares = np.full((2, M, E), 0.02)
+    shares[0, :, : E // 2], shares[1, :, E // 2 :] = 0.23, 0.23
+    chosen = np.stack(
+        [[rng.choice(E, TOP_K, replace=False, p=shares[kind, 0]) for _ in range(12 * M)] for kind in kinds]
+    )
+    trace = RoutingTrace(
+        experts=chosen.reshape(-1, M, TOP_K).astype(np.uint8),
+        probs=np.full((400 * 12, M, TOP_K), 0.5, np.float16),
+        sample=np.repeat(np.arange(400, dtype=np.int32), 12),
+        token_pos=np.tile(np.arange(12, dtype=np.int32), 400),
+        task=kinds.astype(np.int16),
+        task_names=("low", "high"),
+        num_experts=E,
+    )
+    dynamics = learn_dynamics(trace, shares[kinds])
+    assert (dynamics.weights >= 0).all()
+    rule = Refresh(dynamics)
+    wrong = (TOP_K * shares[0]).astype(np.float32)
+    state = rule.plan(rule.start(wrong), Plan(wrong, wrong, 0.0))
+    for _ in range(60):
+        counts = np.stack(
+            [np.bincount(rng.choice(E, TOP_K, replace=False, p=shares[1, 0]), minlength=E) for _ in range(M)]
+        )
+        state = rule.observe(state, counts)
+    best = np.argsort(-rule.scores(state), axis=-1)[:, : E // 2]
+    assert (best >= E // 2).all()

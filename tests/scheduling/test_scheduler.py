@@ -236,11 +236,11 @@ def test_the_latest_is_preempted_and_keeps_its_tokens():
 
 def test_who_starts_next_when_the_first_come_first():
     scheduler = make(max_num_seqs=2)
-    for name, tokens in (("a", 1), ("b", 9), ("c", 1), ("d", 1)):
-        scheduler.add(seq(name, max_tokens=tokens))
-    assert [sequence.request_id for sequence in scheduler.next_up(0.0)] == ["a", "b"]
-    scheduler.schedule(0.0)  # starts both; one of them has its last token then
-    assert [sequence.request_id for sequence in scheduler.next_up(0.0)] == ["c"]
+    for name in "abcd":
+        scheduler.add(seq(name))
+    assert [sequence.request_id for sequence in scheduler.line(0.0, 3)] == ["a", "b", "c"]
+    scheduler.schedule(0.0)  # starts two
+    assert [sequence.request_id for sequence in scheduler.line(0.0, 3)] == ["c", "d"]
 
 
 def test_when_sequences_start_is_kept():

@@ -74,11 +74,11 @@ def test_the_shortest_work_goes_first_while_nothing_is_due():
     assert machine.started == ["running", "short", "long prompt", "long"]
 
 
-def next_up(machine: Machine) -> list[str]:
-    return [sequence.request_id for sequence in machine.scheduler.next_up(machine.now)]
+def next_up(machine: Machine, count: int = 1) -> list[str]:
+    return [sequence.request_id for sequence in machine.scheduler.line(machine.now, count)]
 
 
-def test_who_starts_next_is_known_while_places_are_free_or_about_to_be():
+def test_who_starts_next_is_known():
     machine = Machine(max_num_seqs=2)
     machine.add("running", tokens=3)
     machine.step()
@@ -87,13 +87,11 @@ def test_who_starts_next_is_known_while_places_are_free_or_about_to_be():
     assert next_up(machine) == ["short"]
     machine.add("urgent", tokens=20, ttft=0.02)
     assert next_up(machine) == ["urgent"]
-    machine.step()  # starts it; "running" has one token left
+    machine.step()  # starts it
     assert next_up(machine) == ["short"]
-    machine.step()
-    machine.step()
-    assert machine.started == ["running", "urgent", "short"]
-    assert next_up(machine) == []
+    assert next_up(machine, 2) == ["short", "middle"]
     machine.run()
+    assert machine.started[:3] == ["running", "urgent", "short"]
     assert next_up(machine) == []
 
 
