@@ -18,6 +18,7 @@ from emoe_jax.errors import ConfigError
 from emoe_jax.experts.budget import parse_expert_memory
 from emoe_jax.policies import POLICIES
 from emoe_jax.scheduling.registry import POLICIES as SCHEDULING_POLICIES
+from emoe_jax.scheduling.registry import VARIANTS as SCHEDULING_VARIANTS
 from serve.logs import LogFormat
 from serve.paths import hides_own_path
 from serve.stream import KEEP_ALIVE_SECONDS
@@ -180,9 +181,11 @@ def _build_parser() -> _Parser:
     add("--max-num-batched-tokens", type=_integer(1, 2**20), default=512, help="tokens computed in one step")
     add(
         "--scheduling-policy",
-        choices=SCHEDULING_POLICIES,
+        choices=SCHEDULING_POLICIES + SCHEDULING_VARIANTS,
+        metavar="{" + ",".join(SCHEDULING_POLICIES) + "}",
         default="slo",
-        help="who starts next: by deadlines and expected work, or first come first served",
+        help="who starts next: by deadlines and expected work, or first come first served; slo-without-PART is for "
+        "measuring what a part of slo is worth",
     )
     add(
         "--max-num-queued-reqs",

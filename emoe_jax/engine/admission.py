@@ -1,25 +1,49 @@
 """The admission policy of an engine: what the scheduler may know of its model and its experts."""
 
+from typing import Protocol
+
 from emoe_jax.engine.sequence import Sequence
-from emoe_jax.experts.residency import Residency
+from emoe_jax.experts.loader import LoaderStats
+from emoe_jax.experts.table import SlotTable
 from emoe_jax.policies import POLICIES
 from emoe_jax.scheduling.policy import AdmissionPolicy
 from emoe_jax.scheduling.registry import make_admission_policy
-from emoe_jax.scheduling.scheduler import Scheduler
 from emoe_jax.tasks import TaskProfile
 from emoe_jax.tasks.experts import TaskExperts
 
 
-def admission_policy(
-    name: str, profile: TaskProfile | None, residency: Residency, scheduler: Scheduler
-) -> AdmissionPolicy:
-    """The policy of that name for a scheduler's limits. Raises `ConfigError` for an unknown name."""
+class Limits(Protocol):
+    """What a machine takes: the scheduler has it."""
+
+    @property
+    def max_num_seqs(self) -> int: ...
+    @property
+    def max_model_len(self) -> int: ...
+    @property
+    def prefill_chunk(self) -> int: ...
+
+
+class Residents(Protocol):
+    """Which experts are resident, and what loads have cost so far: `Residency` has it."""
+
+    @property
+    def policy_name(self) -> str: ...
+    @property
+    def table(self) -> SlotTable: ...
+    @property
+    def loads(self) -> LoaderStats: ...
+    @property
+    def expert_bytes(self) -> int: ...
+
+
+def admission_policy(name: str, profile: TaskProfile | None, residency: Residents, limits: Limits) -> AdmissionPolicy:
+    """The policy of that name for a scheduler of these limits. Raises `ConfigError` for an unknown name."""
     loading = ExpertLoading(profile, residency)
     return make_admission_policy(
         name,
-        max_num_seqs=scheduler.max_num_seqs,
-        max_model_len=scheduler.max_model_len,
-        prefill_chunk=scheduler.prefill_chunk,
+        max_num_seqs=limits.max_num_seqs,
+        max_model_len=limits.max_model_len,
+        prefill_chunk=limits.prefill_chunk,
         profile=profile,
         loading_seconds=loading.seconds,
         affinity=loading.experts.affinity,
@@ -41,7 +65,7 @@ class ExpertLoading:
     no time, so they are no part of `dE`.
     """
 
-    def __init__(self, profile: TaskProfile | None, residency: Residency):
+    def __init__(self, profile: TaskProfile | None, residency: Residents):
         self.experts = TaskExperts(profile, residency.table.capacities)
         self._by_slots = {residency.table.capacities: self.experts}  # slots may change in a few ways
         self._profile = profile
@@ -59,7 +83,7 @@ class ExpertLoading:
             wanted = experts.wanted(sequence.task, tokens, resident)
             if stats.waited_loads:
                 return wanted * stats.wait_seconds / stats.waited_loads
-            return wanted * residency.slab.layout.nbytes / stats.bandwidth if stats.bandwidth else 0.0
+            return wanted * residency.expert_bytes / stats.bandwidth if stats.bandwidth else 0.0
         kind = POLICIES[residency.policy_name]
         if not stats.loads or not kind.exchanges or kind.one_forecast:
             return 0.0

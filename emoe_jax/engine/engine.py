@@ -95,6 +95,7 @@ class Engine:
         self._intake = Intake(self.config, tokenizer, self.grammars, seed)
         self._runner = runner
         self._scheduler = scheduler
+        self._scheduling_policies = {scheduler.policy.name: scheduler.policy}
         self._residency = residency
         self._foresight = Foresight(residency, planner, regret, self.config.top_k)
         self._trade = MemoryTrade(memory, residency, scheduler, runner, self._foresight.slots_changed)
@@ -265,6 +266,16 @@ class Engine:
     def use_task_profile(self, profile: TaskProfile | None) -> None:
         """Classify requests that name no task by this profile. Raises `ConfigError` when it is of another model."""
         self._intake.use_task_profile(profile)
+
+    def use_scheduling_policy(self, name: str) -> None:
+        """Admit by this policy from now on. One that was used before goes on with what it has learned.
+
+        Raises `ConfigError` for an unknown name, `ValueError` while requests wait.
+        """
+        scheduler, policies = self._scheduler, self._scheduling_policies
+        if name not in policies:
+            policies[name] = admission_policy(name, self.task_profile, self._residency, scheduler)
+        scheduler.use_policy(policies[name])
 
     def record_traces(self, path: str | Path) -> None:
         """Record the routing of requests that come from now on, in a trace that `stop_recording` or `close` finishes.

@@ -77,7 +77,7 @@ class Foresight:
             self._awaited_now = time.monotonic() - began
             self._awaited += self._awaited_now
         with self._timed():
-            at_hand = _progress(plan, scheduler)
+            at_hand = progress_of(plan, scheduler)
             if idle or self._planning.due or self._planner.is_urgent(at_hand):
                 with self._planning.timed():
                     expected = self._planner.plan_for(at_hand)
@@ -161,7 +161,7 @@ def _may_wait(plan: StepPlan) -> bool:
     return not plan.decodes and any(sequence.routing == "resident" for sequence in plan.sequences)
 
 
-def _progress(plan: StepPlan, scheduler: Scheduler) -> dict[str, Progress]:
+def progress_of(plan: StepPlan, scheduler: Scheduler) -> dict[str, Progress]:
     """Of the requests that run: where they are once `plan` is done.
 
     Requests that wait are left out. They have more tokens ahead of them than the running ones, so by eq. 2 a plan for

@@ -114,6 +114,11 @@ class Residency:
         return self._loader.stats
 
     @property
+    def expert_bytes(self) -> int:
+        """Of one expert in the slab."""
+        return self.slab.layout.nbytes
+
+    @property
     def coverage(self) -> float | None:
         """Share of the routers' wishes that were resident when they arose, since the start; None before the first."""
         wishes = int(self._wishes.sum())

@@ -17,8 +17,16 @@ class Estimates:
     """
 
     def __init__(
-        self, lengths: OutputLengths, model: CostModel, max_num_seqs: int, max_model_len: int, prefill_chunk: int
+        self,
+        lengths: OutputLengths,
+        model: CostModel,
+        max_num_seqs: int,
+        max_model_len: int,
+        prefill_chunk: int,
+        learns: bool = True,
     ):
+        """`learns` False: what steps take is never observed, and all times stay those of `model`."""
+        self.learns = learns
         self.lengths = lengths
         self.model = model
         self.max_num_seqs = max_num_seqs
@@ -30,6 +38,8 @@ class Estimates:
 
     def observe(self, plan: StepPlan, seconds: float, waited: float = 0.0) -> None:
         """A step of this plan took `seconds`, and `waited` more for experts to be loaded."""
+        if not self.learns:
+            return
         self.model.observe(plan, seconds)
         if plan.decodes:
             # One step that had to be compiled must not count for many.

@@ -21,12 +21,14 @@ class OutputLengths:
     Tasks of which nothing is known, and those beyond the first `MAX_TASKS`, share the mean of all answers.
     """
 
-    def __init__(self, profile: TaskProfile | None = None):
+    def __init__(self, profile: TaskProfile | None = None, by_task: bool = True):
+        """`by_task` False: all tasks share the mean of all answers."""
+        self._by_task = by_task
         known = () if profile is None else [name for name, task in profile.tasks.items() if task.output_length]
         self._means: dict[str | None, tuple[float, float]] = {None: (DEFAULT_WEIGHT, DEFAULT_TOKENS)}
         if profile is not None and known:
             self._means[None] = (PROFILE_WEIGHT, profile.output_tokens(None, DEFAULT_TOKENS))
-            for name in known:
+            for name in known if by_task else ():
                 self._means[name] = (PROFILE_WEIGHT, profile.output_tokens(name, DEFAULT_TOKENS))
 
     def mean(self, task: str | None) -> float:
@@ -46,7 +48,8 @@ class OutputLengths:
 
     def observe(self, sequence: Sequence) -> None:
         """An answer came to its end."""
-        groups = {None, sequence.task} if sequence.task in self._means or len(self._means) <= MAX_TASKS else {None}
+        own = self._by_task and (sequence.task in self._means or len(self._means) <= MAX_TASKS)
+        groups = {None, sequence.task} if own else {None}
         for group in groups:
             weight, mean = self._means.get(group, (DEFAULT_WEIGHT, self._means[None][1]))
             weight = min(weight + 1, MEMORY)

@@ -1,19 +1,33 @@
 """Admission policies by name."""
 
+import math
+
 from emoe_jax.errors import ConfigError
 from emoe_jax.scheduling.cost import CostModel
 from emoe_jax.scheduling.estimates import Estimates
 from emoe_jax.scheduling.lengths import OutputLengths
 from emoe_jax.scheduling.policy import AdmissionPolicy, FcfsPolicy
-from emoe_jax.scheduling.slo import Affinity, LoadingSeconds, SloPolicy, loads_nothing, shares_nothing
+from emoe_jax.scheduling.slo import MAX_WAIT, Affinity, LoadingSeconds, SloPolicy, loads_nothing, shares_nothing
 from emoe_jax.tasks.profile import TaskProfile
 
 POLICIES = ("slo", "fcfs")
+PARTS = ("c", "G", "dE", "affinity", "aging", "guard")
+"""What `slo` goes by: see `docs/scheduling.md`."""
+_WITHOUT = "slo-without-"
+
+
+def without(part: str) -> str:
+    """The name of `slo` less one of `PARTS`."""
+    return _WITHOUT + part
+
+
+VARIANTS = tuple(map(without, PARTS))
+"""`slo` less one of its parts, to measure what the part is worth."""
 
 
 def check_policy(name: str) -> None:
     """Raise `ConfigError` when there is no policy of that name."""
-    if name not in POLICIES:
+    if name not in POLICIES + VARIANTS:
         raise ConfigError(f"scheduling policy is {name!r}; expected one of {', '.join(POLICIES)}")
 
 
@@ -27,12 +41,17 @@ def make_admission_policy(
     loading_seconds: LoadingSeconds = loads_nothing,
     affinity: Affinity = shares_nothing,
 ) -> AdmissionPolicy:
-    """`slo` or `fcfs`. Raises `ConfigError` for another name."""
+    """One of `POLICIES` or `VARIANTS`. Raises `ConfigError` for another name."""
     check_policy(name)
     if name == "fcfs":
         return FcfsPolicy()
+    part = name.removeprefix(_WITHOUT)
+    lengths = OutputLengths(profile, by_task=part != "G")
     return SloPolicy(
-        Estimates(OutputLengths(profile), CostModel(), max_num_seqs, max_model_len, prefill_chunk),
-        loading_seconds=loading_seconds,
-        affinity=affinity,
+        Estimates(lengths, CostModel(), max_num_seqs, max_model_len, prefill_chunk, learns=part != "c"),
+        name=name,
+        guarded=part != "guard",
+        max_wait=math.inf if part == "aging" else MAX_WAIT,
+        loading_seconds=loads_nothing if part == "dE" else loading_seconds,
+        affinity=shares_nothing if part == "affinity" else affinity,
     )

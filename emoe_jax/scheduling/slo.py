@@ -57,19 +57,22 @@ class SloPolicy:
     it comes, with `SloUnattainable`, if they cannot be kept with those ahead of it.
     """
 
-    name = "slo"
-
     def __init__(
         self,
         estimates: Estimates,
         *,
+        name: str = "slo",
+        guarded: bool = True,
         max_wait: float = MAX_WAIT,
         loading_seconds: LoadingSeconds = loads_nothing,
         affinity: Affinity = shares_nothing,
     ):
+        """`guarded` False: no start waits for the deadlines of running sequences (eq. 3)."""
         if not max_wait > 0:
             raise ConfigError(f"max_wait is {max_wait}; it must be above 0 seconds")
+        self.name = name
         self.max_wait = max_wait
+        self._guarded = guarded
         self._estimates = estimates
         self._loading_seconds = loading_seconds
         self._affinity = affinity
@@ -117,7 +120,7 @@ class SloPolicy:
             return
         tasks = Counter(sequence.task for sequence in running)
         crowded = len(queue) > CROWDED * estimates.max_num_seqs
-        guard = None if crowded else _Guard(estimates, running, now)
+        guard = None if crowded or not self._guarded else _Guard(estimates, running, now)
         set_aside: set[Sequence] = set()
         while len(queue) > len(set_aside) and (not spent or spent < budget):
             oldest, since = queue.oldest(but=set_aside)
@@ -151,7 +154,7 @@ class SloPolicy:
     def state(self) -> dict[str, Any]:
         estimates = self._estimates
         return {
-            "max_wait_s": self.max_wait,
+            "max_wait_s": self.max_wait if self.max_wait < math.inf else None,
             "late": self._queue.num_late,
             "unattainable": self._unattainable,
             "seconds_per_token": estimates.pace,

@@ -67,6 +67,28 @@ def test_an_unknown_policy_is_refused_before_loading(tiny_checkpoint: Path):
         Engine.load(tiny_checkpoint, scheduling_policy="lifo")
 
 
+def test_policies_take_turns_and_keep_what_they_learned(engine_of: EngineFactory):
+    engine = engine_of(expert_memory="100%", seed=5)
+    greedy = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+    engine.generate([1, 2, 3], greedy)
+    learned = engine.state()["scheduler"]["cost"]["observed"]
+    assert learned > 0
+    for name in ("slo-without-affinity", "fcfs"):
+        engine.use_scheduling_policy(name)
+        assert engine.state()["scheduler"]["policy"] == name
+        engine.generate([1, 2, 3], greedy)
+    engine.use_scheduling_policy("slo")
+    assert engine.state()["scheduler"]["cost"]["observed"] == learned
+    with pytest.raises(ConfigError, match="scheduling policy is 'lifo'"):
+        engine.use_scheduling_policy("lifo")
+    engine.add_request("waits", [1, 2, 3], greedy)
+    with pytest.raises(ValueError, match="1 sequences wait"):
+        engine.use_scheduling_policy("fcfs")
+    while engine.has_work():
+        engine.step()
+    engine.pop("waits")
+
+
 class FakeTable:
     capacities = (2,)
     resident_mask = np.array([[True, True, False, False]])
@@ -79,9 +101,7 @@ class FakeResidency:
     table = FakeTable()
     loads = LoaderStats(loads=4, staged_bytes=4000, busy_seconds=4.0, commit_seconds=0.4)
 
-    class slab:
-        class layout:
-            nbytes = 1000
+    expert_bytes = 1000
 
 
 def profile_of(**routing: list[float]) -> TaskProfile:

@@ -82,8 +82,8 @@ ADMISSION = (
         "G: profile",
         "answers are not expected to be as long as the profile says",
         "emoe_jax/scheduling/registry.py",
-        "OutputLengths(profile)",
-        "OutputLengths()",
+        "OutputLengths(profile, by_task",
+        "OutputLengths(None, by_task",
         (_LENGTHS,),
     ),
     Mutant(

@@ -1,0 +1,117 @@
+"""`slo` less one of its parts: every part changes what is decided, and only its own variant goes without it."""
+
+import json
+
+import pytest
+
+from emoe_jax.engine.pages import PagePool
+from emoe_jax.engine.request import SLO, SamplingParams
+from emoe_jax.engine.sequence import Sequence
+from emoe_jax.errors import ConfigError
+from emoe_jax.scheduling.plan import StepPlan
+from emoe_jax.scheduling.registry import PARTS, VARIANTS, check_policy, make_admission_policy, without
+from emoe_jax.scheduling.scheduler import Scheduler
+from emoe_jax.tasks.profile import Lengths, TaskProfile
+
+NAMES = ("slo", *VARIANTS)
+LENGTHS = {"brief": 4, "wordy": 40}
+
+
+def scheduler_of(name: str, places: int = 2) -> Scheduler:
+    """`wordy` shares its experts with itself alone; the experts of `away` take 5 s to load."""
+    profile = TaskProfile(1, 4, 2)
+    for task, tokens in LENGTHS.items():
+        profile = profile.with_task(task, output_length=Lengths.of([tokens]))
+    policy = make_admission_policy(
+        name,
+        max_num_seqs=places,
+        max_model_len=1000,
+        prefill_chunk=256,
+        profile=profile,
+        loading_seconds=lambda sequence: 5.0 if sequence.task == "away" else 0.0,
+        affinity=lambda one, other: float(one == other),
+    )
+    return Scheduler(PagePool(401, 16), places, 256, 1000, 256, policy=policy)
+
+
+def sequence_of(name: str, task: str | None = None, arrival: float = 0.0, prompt: int = 10, **of) -> Sequence:
+    return Sequence(name, [3] * prompt, SamplingParams(max_tokens=500), task=task, arrival=arrival, **of)
+
+
+def starts(scheduler: Scheduler, now: float) -> list[str]:
+    plan = scheduler.schedule(now)
+    scheduler.dispatched(plan)
+    return [chunk.sequence.request_id for chunk in plan.prefills if chunk.start == 0]
+
+
+def test_there_is_a_variant_for_each_part():
+    assert [without(part) for part in PARTS] == list(VARIANTS)
+    for name in NAMES:
+        check_policy(name)
+        policy = make_admission_policy(name, max_num_seqs=2, max_model_len=100, prefill_chunk=50)
+        assert policy.name == name
+        json.dumps(policy.state(), allow_nan=False)
+    with pytest.raises(ConfigError, match="scheduling policy is 'slo-without-luck'; expected one of slo, fcfs"):
+        check_policy("slo-without-luck")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_without_g_all_tasks_answer_alike(name: str):
+    scheduler = scheduler_of(name)
+    for task in LENGTHS:
+        scheduler.add(sequence_of(task, task))
+    expected = {sequence.task: sequence.expected_tokens for sequence in scheduler.policy.waiting}
+    mean = sum(LENGTHS.values()) / len(LENGTHS)
+    assert expected == (dict.fromkeys(LENGTHS, mean) if name == without("G") else LENGTHS)
+    ended = sequence_of("ended", "brief")
+    ended.generated = [7] * 400
+    scheduler.policy.ended(ended)
+    means = scheduler.policy.state()["output_tokens"]
+    assert set(means) == ({"all"} if name == without("G") else {"all", *LENGTHS})
+    assert means["all"] > mean
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_without_c_nothing_is_learned_of_steps(name: str):
+    policy = scheduler_of(name).policy
+    before = policy.state()
+    sequence = sequence_of("exact", routing="exact")
+    for _ in range(50):
+        policy.observe(StepPlan(decodes=(sequence,)), 0.5, waited=0.1)
+    after = policy.state()
+    for key in ("cost", "seconds_per_token", "exact_wait_s"):
+        assert (after[key] == before[key]) == (name == without("c"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("task", "part"), [("away", "dE"), ("brief", None)])
+def test_only_without_de_or_the_guard_the_running_ones_pay_for_loads(name: str, task: str, part: str | None):
+    scheduler = scheduler_of(name, places=4)
+    scheduler.add(sequence_of("running", "brief", slo=SLO(latency_ms=2000.0)))
+    assert starts(scheduler, 0.0) == ["running"]
+    scheduler.add(sequence_of("next", task))
+    waits = part is not None and name not in (without(part), without("guard"))
+    assert starts(scheduler, 0.01) == ([] if waits else ["next"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_without_affinity_running_tasks_do_not_draw_their_like(name: str):
+    scheduler = scheduler_of(name)
+    scheduler.add(sequence_of("running", "wordy"))
+    assert starts(scheduler, 0.0) == ["running"]
+    # As much work, but for a token more of the task that runs. `ignore_eos` says how long answers are.
+    for task, tokens in (("brief", 30), ("wordy", 31)):
+        params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+        scheduler.add(Sequence(task, [3] * 10, params, task=task))
+    assert starts(scheduler, 0.01) == (["brief"] if name == without("affinity") else ["wordy"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("waited", [5.0, 29.0, 1e6])
+def test_only_without_aging_the_patient_are_passed_for_ever(name: str, waited: float):
+    scheduler = scheduler_of(name, places=1)
+    scheduler.add(sequence_of("patient", "wordy", prompt=200))
+    scheduler.add(sequence_of("brief", "brief", arrival=waited))
+    aged = waited > 22.5 and name != without("aging")
+    assert starts(scheduler, waited) == (["patient"] if aged else ["brief"])
+    assert scheduler.policy.state()["max_wait_s"] == (None if name == without("aging") else 30.0)
