@@ -1,11 +1,13 @@
 """python -m benchmarks.serving: scheduling policies under load.
 
 Requests go over HTTP to servers that are started for it, one per policy, or to `--url`. `--simulate` runs the real
-scheduler against a cost model on a virtual clock instead.
+scheduler against a cost model on a virtual clock instead. Each `--residency` and `--routing` is a setting of its own,
+with its own capacity and deadlines.
 """
 
 import argparse
-import json
+import contextlib
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,23 +16,33 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.arguments import count, positive
+from benchmarks.results import write_json
 from benchmarks.serving.devices import DEVICES
-from benchmarks.serving.simulated import poisson_workload, run_simulated, trace_workload
-from benchmarks.serving.tables import plot_runs, print_ratios, print_runs
+from benchmarks.serving.intervals import differences, over_seeds
+from benchmarks.serving.settings import Setting, settings_of
+from benchmarks.serving.simulated import machine_of, poisson_workload, run_simulated, trace_workload
+from benchmarks.serving.tables import plot_runs, print_intervals, print_ratios, print_runs
 from benchmarks.serving.workload import demo_samples
 from emoe_jax.errors import ConfigError, EmoeError, one_line
-from emoe_jax.scheduling.registry import POLICIES
+from emoe_jax.scheduling.registry import PARTS, POLICIES, VARIANTS, without
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
-        title, report = _simulated(options) if options.simulate else _live(options)
-        print_runs(report["runs"], title)
+        settings = settings_of(options.residency, options.routing)
+        if options.plot and (len(settings) > 1 or options.seeds > 1):
+            raise ConfigError("--plot draws one setting and one seed")
+        title, report = _simulated(options, settings) if options.simulate else _live(options, settings)
+        if options.seeds > 1 or len(settings) > 1:
+            report |= {"intervals": over_seeds(report["runs"]), "differences": differences(report["runs"])}
+            print_intervals(report, title)
+        else:
+            print_runs(report["runs"], title)
         if "max_batch_ratio" in report:
             print_ratios(report)
         if options.json:
-            Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+            write_json(report, Path(options.json))
         if options.plot:
             plot_runs(report["runs"], options.plot, title)
     except (EmoeError, ImportError, OSError) as error:
@@ -41,23 +53,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _simulated(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    device = DEVICES[options.device]
-    if options.trace:
-        workload = trace_workload(device, options.trace, options.seconds, options.slo_scale)
-    else:
-        workload = poisson_workload(device, options.requests, options.seed, options.slo_scale)
-    runs = run_simulated(workload, device, options.policy, options.rates, options.seed)
-    title = f"{workload.name} on {options.device} (simulated), capacity {workload.capacity:.2f} requests/s"
-    report = {"workload": workload.name, "device": options.device, "capacity_rps": workload.capacity, "runs": runs}
-    return title, report
+def _policies(options: argparse.Namespace) -> list[str]:
+    return list(dict.fromkeys([*options.policy, *map(without, options.without)]))
 
 
-def _live(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+def _seeds(options: argparse.Namespace) -> range:
+    return range(options.seed, options.seed + options.seeds)
+
+
+def _simulated(options: argparse.Namespace, settings: Sequence[Setting]) -> tuple[str, dict[str, Any]]:
+    runs, capacities, name = [], [], ""
+    for setting in settings:
+        machine = machine_of(DEVICES[options.device], setting, bool(options.trace))
+        if options.trace:
+            workload = trace_workload(machine, options.trace, options.seconds, options.slo_scale)
+        else:
+            workload = poisson_workload(machine, options.requests, options.seed, options.slo_scale)
+        runs += run_simulated(workload, machine, _policies(options), options.rates, _seeds(options))
+        name, capacities = workload.name, [*capacities, workload.capacity]
+    told = ", ".join(f"{capacity:.2f}" for capacity in capacities)
+    title = f"{name} on {options.device} (simulated), capacity {told} requests/s"
+    return title, {"workload": name, "device": options.device, "capacity_rps": capacities[0], "runs": runs}
+
+
+def _live(options: argparse.Namespace, settings: Sequence[Setting]) -> tuple[str, dict[str, Any]]:
     """Needs httpx, which `--simulate` does not."""
     from benchmarks.serving.compare import run_comparison
     from benchmarks.serving.live import Load, run_live, servers_of
 
+    if options.in_process and (options.url or options.compare_residency):
+        raise ConfigError("--in-process has no servers, for --url or --compare-residency")
+    if settings != [Setting()] and (options.url or options.compare_residency):
+        raise ConfigError(
+            "--residency and --routing are for servers that are started, and not with --compare-residency"
+        )
     if options.trace:
         raise ConfigError("--trace has no prompts to send; replay it with --simulate")
     console = Console(stderr=True)
@@ -80,12 +109,38 @@ def _live(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             options.compare_residency, options.full_batch, load, options.server_args, progress
         )
         return f"{options.compare_residency} against all experts, {batches.device_bytes / 1e6:.0f} MB of device", report
-    if options.url:
-        report = run_live([options.url], load, progress)
-    else:
-        with servers_of(options.policy, options.server_args, load, progress) as urls:
-            report = run_live(urls, load, progress)
-    return f"five tasks, Poisson, over HTTP, capacity {report['capacity_rps']:.2f} requests/s", report
+    loads = [dataclasses.replace(load, seed=seed) for seed in _seeds(options)]
+    reports: list[dict[str, Any]] = []
+
+    def runs() -> list[dict[str, Any]]:
+        return [run for report in reports for run in report["runs"]]
+
+    def keep(report: dict[str, Any]) -> None:
+        reports.append(report)
+        if options.json:  # what there is, should a later run fail
+            engines = [report["engine"] for report in reports if "engine" in report]
+            write_json({"runs": runs(), "engines": engines}, Path(options.json))
+
+    if options.in_process:
+        from benchmarks.serving.in_process import run_in_process
+
+        run_in_process(settings, _policies(options), options.server_args, loads, progress, keep)
+        engines = [report["engine"] for report in reports]
+        return _title(reports, "in this process"), {**reports[0], "runs": runs(), "engines": engines}
+    for setting in settings:
+        with contextlib.ExitStack() as stack:
+            urls = [options.url]
+            if not options.url:
+                arguments = [*setting.server_arguments, *options.server_args]
+                urls = stack.enter_context(servers_of(_policies(options), arguments, load, progress))
+            for load in loads:
+                keep(setting.of(run_live(urls, load, progress), load.seed))
+    return _title(reports, "over HTTP"), {**reports[0], "runs": runs()}
+
+
+def _title(reports: Sequence[dict[str, Any]], where: str) -> str:
+    told = ", ".join(f"{report['capacity_rps']:.2f}" for report in reports)
+    return f"five tasks, Poisson, {where}, capacity {told} requests/s"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,15 +150,21 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--policy", nargs="+", choices=POLICIES, default=["fcfs", "slo"], help="scheduling policies to compare")
+    choices = [*POLICIES, *VARIANTS]
+    add("--policy", nargs="+", choices=choices, default=["fcfs", "slo"], metavar="NAME", help=" or ".join(POLICIES))
+    add("--without", nargs="+", choices=PARTS, default=[], metavar="PART", help="also slo less one of its parts")
+    add("--residency", nargs="+", metavar="SHARE", help="resident experts, for example 100%% 40%%: a setting each")
+    add("--routing", nargs="+", choices=("resident", "exact"), metavar="CONTRACT", help="of all requests, likewise")
     add("--rates", nargs="+", type=positive, default=[0.7, 0.95], metavar="SHARE", help="arrival rates over capacity")
     add("--requests", type=count, default=2000, help="requests of a Poisson run")
     add("--slo-scale", type=positive, default=5.0, help="deadlines, as multiples of an idle machine's times")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="the first one")
+    add("--seeds", type=count, default=1, help="runs with seeds one after the other; more than one give intervals")
     add("--json", metavar="FILE", help="write the numbers here")
     add("--plot", metavar="FILE.png", help="draw them here")
     live = parser.add_argument_group("against a server").add_argument
     live("--url", help="a running server, with the policy that it has (default: start one per policy)")
+    live("--in-process", action="store_true", help="instead: one engine here, whose policies take turns, without HTTP")
     live("--concurrency", type=count, default=16, help="the servers' batch; twice as many users tell their capacity")
     live("--turns", type=count, default=8, help="parts of a run, each at shares of what the servers can do just then")
     live("--max-tokens", type=count, default=128, help="tokens of an answer at most")

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 
@@ -18,6 +18,18 @@ TIMEOUT = 300.0
 """Seconds without a byte after which a request counts as failed."""
 
 clock = time.perf_counter
+
+
+class Target(Protocol):
+    """Something that answers jobs."""
+
+    async def begin(self) -> None:
+        """Get ready for a part of a run. Nothing is being answered."""
+        ...
+
+    async def answer(self, job: Job, began: float) -> Record:
+        """Send a job and read its answer; `began` is when the run did, on `clock`."""
+        ...
 
 
 class Client:
@@ -34,6 +46,9 @@ class Client:
             return response.raise_for_status().json()
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             raise ServerFailed(f"{self._http.base_url} has no /v1/emoe/state: {_line(error)}") from None
+
+    async def begin(self) -> None:
+        """A server is always ready."""
 
     async def answer(self, job: Job, began: float) -> Record:
         """Send a job and read its answer; `began` is when the run did, on `clock`."""
@@ -74,8 +89,9 @@ async def connected(url: str, max_tokens: int) -> AsyncIterator[Client]:
         yield Client(http, max_tokens)
 
 
-async def closed_loop(client: Client, jobs: Sequence[Job], concurrency: int) -> list[Record]:
+async def closed_loop(client: Target, jobs: Sequence[Job], concurrency: int) -> list[Record]:
     """So many users, each of whom asks again when answered, until all jobs are done; arrivals are set accordingly."""
+    await client.begin()
     left, records, began = iter(jobs), [], clock()
 
     async def user() -> None:
@@ -90,8 +106,9 @@ async def closed_loop(client: Client, jobs: Sequence[Job], concurrency: int) -> 
     return records
 
 
-async def open_loop(client: Client, jobs: Sequence[Job]) -> list[Record]:
+async def open_loop(client: Target, jobs: Sequence[Job]) -> list[Record]:
     """Every job at its time of arrival, whatever became of those before it; times count from then."""
+    await client.begin()
     began = clock()
     with _one_error():
         async with asyncio.TaskGroup() as group:

@@ -6,6 +6,15 @@ from emoe_jax.scheduling.cost import StepCost
 
 
 @dataclasses.dataclass(frozen=True)
+class ExpertTimes:
+    """Seconds per expert: a load in the background, its commit, and what an `exact` step waits for a missing one."""
+
+    load: float
+    commit: float
+    wait: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Device:
     """A machine as the scheduler sees it."""
 
@@ -17,6 +26,12 @@ class Device:
     noise: float = 0.1
     """Standard deviation of a step's time, as a share of it."""
     page_size: int = 16
+    experts: ExpertTimes | None = None
+    """None: all experts are resident, and nothing is known of their routing."""
+
+    @property
+    def prefill_chunk(self) -> int:
+        return self.max_num_batched_tokens
 
 
 DEMO = Device(
@@ -25,6 +40,7 @@ DEMO = Device(
     max_num_batched_tokens=512,
     max_model_len=1024,
     kv_tokens=16 * 1024,
+    experts=ExpertTimes(load=0.0005, commit=0.0002, wait=0.0008),
 )
 """The bundled demo model on two shared cores: least squares over the steps of runs at some 75 % of capacity."""
 

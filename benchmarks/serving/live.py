@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.serving.arrivals import poisson
-from benchmarks.serving.client import Client, closed_loop, connected, open_loop
+from benchmarks.serving.client import Target, closed_loop, connected, open_loop
 from benchmarks.serving.report import Record, summary
 from benchmarks.serving.server import started_server
 from benchmarks.serving.workload import Job, Samples, drawn
 from emoe_jax.engine.request import SLO
+from emoe_jax.scheduling.registry import VARIANTS
 
 IDLE_REQUESTS = 5
 """Requests of each task that tell how long it takes on an idle server."""
@@ -58,12 +59,16 @@ class Load:
     def saturating(self, turn: int) -> list[Job]:
         """Jobs of one turn for a closed loop: some for every user, and of all turns together a quarter of a run's."""
         count = max(self.requests // (4 * self.turns), 4 * self.users)
-        return drawn([0.0] * count, self.samples, dict.fromkeys(self.samples, NO_SLO), self.seed + turn + 1)
+        return drawn([0.0] * count, self.samples, dict.fromkeys(self.samples, NO_SLO), self._seed(turn) + 1)
 
     def arriving(self, rate: float, slos: Mapping[str, SLO], turn: int) -> list[Job]:
         """The jobs of one part of a run; the same for every server."""
         count = self.requests * (turn + 1) // self.turns - self.requests * turn // self.turns
-        return drawn(poisson(rate, count, self.seed + turn), self.samples, slos, self.seed + turn)
+        return drawn(poisson(rate, count, self._seed(turn)), self.samples, slos, self._seed(turn))
+
+    def _seed(self, turn: int) -> int:
+        """Apart from those of other turns and seeds."""
+        return 1000 * self.seed + 2 * turn
 
 
 @contextlib.contextmanager
@@ -87,13 +92,20 @@ async def _run(urls: Sequence[str], load: Load, report: Report) -> dict[str, Any
     async with contextlib.AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(connected(url, load.max_tokens)) for url in urls]
         names = [(await client.state())["scheduler"]["policy"] for client in clients]
-        by_name = dict(zip(names, clients, strict=True))
-        runs, turns = [], []
-        for fraction in load.fractions:
-            run = await in_turns(by_name, load, fraction, names, report)
-            turns += run.turns
-            runs += run.summaries()
-    each = {name: float(np.mean([turn.capacities[name] for turn in turns])) for name in names}
+        return await measure(dict(zip(names, clients, strict=True)), load, report)
+
+
+async def measure(clients: Mapping[str, Target], load: Load, report: Report) -> dict[str, Any]:
+    """As `run_live`, with clients by the policies of what they send to. The capacity is the mean of the policies that
+    lack no part.
+    """
+    yardsticks = [name for name in clients if name not in VARIANTS] or list(clients)
+    runs, turns = [], []
+    for fraction in load.fractions:
+        run = await in_turns(clients, load, fraction, yardsticks, report)
+        turns += run.turns
+        runs += run.summaries()
+    each = {name: float(np.mean([turn.capacities[name] for turn in turns])) for name in yardsticks}
     return {
         "capacity_rps": float(np.mean(list(each.values()))),
         "capacity_rps_each": each,
@@ -136,7 +148,7 @@ class Run:
 
 
 async def in_turns(
-    clients: Mapping[str, Client], load: Load, fraction: float, yardsticks: Sequence[str], report: Report
+    clients: Mapping[str, Target], load: Load, fraction: float, yardsticks: Sequence[str], report: Report
 ) -> Run:
     """A run against each server, by its name, at a share of what the `yardsticks` among them can do on average."""
     run = Run(fraction, {name: [] for name in clients}, [])
@@ -146,10 +158,12 @@ async def in_turns(
         turn = Turn(capacities, await idle_slos(clients[yardsticks[0]], load))
         run.turns.append(turn)
         jobs = load.arriving(fraction * turn.capacity, turn.slos, number)
-        for name, client in clients.items():
+        first = (load.seed + number) % len(clients)
+        names = list(clients)
+        for name in names[first:] + names[:first]:  # the later one comes, the older is what was measured for it
             if jobs:
                 report(f"{name}: {len(jobs)} requests at {fraction:g} of {turn.capacity:.2f} requests/s")
-                put_end_to_end(run.records[name], await open_loop(client, jobs))
+                put_end_to_end(run.records[name], await open_loop(clients[name], jobs))
     return run
 
 
@@ -159,7 +173,7 @@ def put_end_to_end(records: list[Record], later: Sequence[Record]) -> None:
     records += [record.later(begin) for record in later]
 
 
-async def idle_slos(client: Client, load: Load) -> dict[str, SLO]:
+async def idle_slos(client: Target, load: Load) -> dict[str, SLO]:
     """Deadlines per task, from requests that have the server to themselves."""
     slos = {}
     for task, rows in load.samples.items():

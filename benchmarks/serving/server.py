@@ -18,6 +18,8 @@ from emoe_jax.errors import EmoeError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODULE = "serve.main"
+FIXED = ("--no-prefix-caching",)
+"""What is measured computes a prompt each time it is drawn."""
 READY_SECONDS = 900.0
 """A first start compiles every shape that a step can have."""
 STOP_SECONDS = 15.0
@@ -35,7 +37,7 @@ def started_server(arguments: Sequence[str]) -> Iterator[str]:
     SIGTERM included, ends the server too.
     """
     with tempfile.TemporaryFile() as output, _exit_on_sigterm():
-        fixed = ["--port", "0", "--shutdown-timeout", "2", "--no-prefix-caching"]
+        fixed = ["--port", "0", "--shutdown-timeout", "2", *FIXED]
         command = [sys.executable, "-m", MODULE, *fixed, *arguments]
         process = subprocess.Popen(command, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT)
         try:

@@ -3,9 +3,10 @@
 import dataclasses
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from benchmarks.serving.devices import Device
+from benchmarks.serving.experts import SimulatedExperts, StepLoads
 from benchmarks.serving.report import Record
 from benchmarks.serving.workload import Job
 from emoe_jax.engine.pages import PagePool
@@ -20,11 +21,17 @@ END = 1
 
 
 def simulate(
-    jobs: Sequence[Job], device: Device, policy: AdmissionPolicy, seed: int = 0, max_tokens: int = 1000
+    jobs: Sequence[Job],
+    device: Device,
+    policy: AdmissionPolicy,
+    seed: int = 0,
+    max_tokens: int = 1000,
+    experts: SimulatedExperts | None = None,
 ) -> list[Record]:
     """Run all jobs to their end; the policy does not know how long an answer will be. Records in order of arrival.
 
-    As in the engine, a step is planned when the one before it begins: what comes meanwhile waits for the next.
+    As in the engine, a step is planned when the one before it begins: what comes meanwhile waits for the next. Without
+    `experts`, all are resident.
     """
     scheduler = Scheduler(
         PagePool(device.kv_tokens // device.page_size + 1, device.page_size),
@@ -44,6 +51,7 @@ def simulate(
                 SamplingParams(max_tokens=max(max_tokens, job.sample.output_tokens)),
                 task=job.task,
                 slo=job.slo,
+                routing="resident" if experts is None else experts.routing,
                 arrival=job.arrival,
             ),
             job,
@@ -53,20 +61,23 @@ def simulate(
     times: dict[EngineSequence, list[float]] = {sequence: [] for sequence, _ in arriving}
     started: dict[EngineSequence, float] = {}
     lengths = {sequence: job.sample.output_tokens for sequence, job in arriving}
-    in_flight: deque[tuple[StepPlan, float]] = deque()  # and when it ends
+    in_flight: deque[tuple[StepPlan, float, float]] = deque()  # when it ends, and how long it waits for experts
 
     def dispatch(now: float) -> None:
         if plan := scheduler.schedule(now):
             scheduler.dispatched(plan)
             for chunk in plan.prefills:
                 started.setdefault(chunk.sequence, now)
-            seconds = device.cost.of(plan) * max(0.5, rng.gauss(1.0, device.noise))
-            in_flight.append((plan, (in_flight[-1][1] if in_flight else now) + seconds))
+            loads = StepLoads() if experts is None else experts.before_step(plan, scheduler, now)
+            seconds = device.cost.of(plan) * max(0.5, rng.gauss(1.0, device.noise)) + sum(loads)
+            in_flight.append((plan, (in_flight[-1][1] if in_flight else now) + seconds, loads.waited))
 
     now, following = 0.0, 0
     while following < len(arriving) or scheduler.has_work or in_flight:
         while following < len(arriving) and arriving[following][0].arrival <= now:
             scheduler.add(arriving[following][0])
+            if experts is not None:
+                experts.arrived(arriving[following][0])
             following += 1
         if not in_flight:
             dispatch(now)
@@ -74,19 +85,23 @@ def simulate(
             now = arriving[following][0].arrival
             continue
         dispatch(now)
-        before, (plan, now) = now, in_flight.popleft()
+        before, (plan, now, waited) = now, in_flight.popleft()
         for sequence in (*plan.decodes, *(chunk.sequence for chunk in plan.prefills if chunk.is_last)):
             if not sequence.finished:
                 times[sequence].append(now)
-        scheduler.update(plan, _result(plan, lengths), now - max(plan.now, before))
+        for sequence in scheduler.update(plan, _result(plan, lengths), now - max(plan.now, before), waited=waited):
+            if experts is not None:
+                experts.ended(sequence)
     return [
         Record(job, tuple(times[sequence]), started[sequence], sequence.slo_unattainable) for sequence, job in arriving
     ]
 
 
-def capacity(jobs: Sequence[Job], device: Device, policy: Callable[[], AdmissionPolicy]) -> float:
+def capacity(
+    jobs: Sequence[Job], device: Device, policy: AdmissionPolicy, experts: SimulatedExperts | None = None
+) -> float:
     """Requests/s that the machine finishes when all of them are there from the start."""
-    records = simulate([dataclasses.replace(job, arrival=0.0) for job in jobs], device, policy())
+    records = simulate([dataclasses.replace(job, arrival=0.0) for job in jobs], device, policy, experts=experts)
     return len(records) / max(record.end for record in records)
 
 

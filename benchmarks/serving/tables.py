@@ -22,6 +22,20 @@ COLUMNS = {
     "throughput_tok_s": "{:.0f}",
     "max_wait_s": "{:.1f}",
 }
+INTERVALS = {
+    "slo_attainment": "{:.1%}",
+    "mean_latency_s": "{:.3f}",
+    "p99_latency_s": "{:.3f}",
+    "p50_ttft_s": "{:.3f}",
+    "max_wait_s": "{:.1f}",
+    "capacity_rps": "{:.2f}",
+}
+DIFFERENCES = {
+    "slo_attainment": "{:+.1%}",
+    "mean_latency_ratio": "{:.3f}",
+    "p99_latency_ratio": "{:.3f}",
+    "p50_ttft_ratio": "{:.3f}",
+}
 RATIOS = ("throughput_ratio", "requests_ratio", "max_batch_ratio")
 
 
@@ -43,6 +57,32 @@ def print_runs(runs: Sequence[dict[str, Any]], title: str) -> None:
     console = Console(width=200)
     console.print(table)
     console.print(tasks)
+
+
+def print_intervals(report: Mapping[str, Any], title: str) -> None:
+    """Means over the seeds with their 95 % intervals, and below them what policies gain or lose against others."""
+    console = Console(width=200)
+    where = ("residency", "routing", "rate_fraction", "policy")
+    for rows, heading, columns, more in (
+        (report["intervals"], title, INTERVALS, ()),
+        (report["differences"], "attainment less, and times over, that of another policy", DIFFERENCES, ("against",)),
+    ):
+        if not rows:
+            continue
+        table = Table(title=heading)
+        for name in (*where, *more, *columns):
+            table.add_column(name.replace("_", " "), justify="right")
+        for row in rows:
+            cells = ["-" if row[name] is None else f"{row[name]}" for name in (*where, *more)]
+            table.add_row(*cells, *(_interval(row.get(name), form) for name, form in columns.items()))
+        console.print(table)
+
+
+def _interval(found: Mapping[str, float | None] | None, form: str) -> str:
+    if found is None:
+        return "-"
+    mean, low, high = (None if found[key] is None else form.format(found[key]) for key in ("mean", "low", "high"))
+    return f"{mean}" if low is None else f"{mean} ({low} to {high})"
 
 
 def print_ratios(report: Mapping[str, Any]) -> None:

@@ -66,7 +66,7 @@ def test_idle_requests_take_what_the_cost_model_says():
 
 def test_the_machine_cannot_do_more_than_its_capacity():
     jobs = jobs_at(1.0, 300)
-    limit = capacity(jobs, DEMO, lambda: make_policy("fcfs", DEMO))
+    limit = capacity(jobs, DEMO, make_policy("fcfs", DEMO))
     for factor, low, high in ((0.5, 0.4, 0.6), (3.0, 0.8, 1.1)):
         records = simulate(jobs_at(factor * limit, 300), DEMO, make_policy("fcfs", DEMO))
         assert low * limit < summary(records)["throughput_rps"] < high * limit
