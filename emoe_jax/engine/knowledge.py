@@ -70,15 +70,9 @@ class RoutingKnowledge:
 
     def split(self, capacities: tuple[int, ...], config: ModelConfig) -> tuple[int, ...]:
         """The same number of slots, more of them in layers where they cover more by the task profile."""
-        ones = (1.0,) * len(capacities)
         tasks = {} if self.profile is None else self.profile.tasks
-        routed = [(task.routing, task.sensitivity or ones) for task in tasks.values() if task.routing is not None]
-        if not routed:
-            return capacities
-        shares, sensitivity = (np.stack(part) for part in zip(*routed, strict=True))
-        if not sensitivity.any():
-            return capacities
-        return tuple(split_slots(sum(capacities), shares, sensitivity, config.top_k))
+        routed = [task.routing for task in tasks.values() if task.routing is not None]
+        return tuple(split_slots(sum(capacities), np.stack(routed), config.top_k)) if routed else capacities
 
     def planner(
         self, policy: str, config: ModelConfig, capacities: tuple[int, ...], predict_every: PredictEvery

@@ -11,23 +11,21 @@ WORTHWHILE = 0.002
 """Coverage that an uneven split must gain over an even one; it costs more executables."""
 
 
-def split_slots(
-    total: int,
-    shares: Float[np.ndarray, "P M E"],
-    sensitivity: Float[np.ndarray, "P M"],
-    fewest: int,
-) -> list[int]:
-    """`total` slots over `M` layers such that the expected coverage, weighted by sensitivity, is highest.
+def split_slots(total: int, shares: Float[np.ndarray, "P M E"], fewest: int) -> list[int]:
+    """`total` slots over `M` layers such that the expected coverage is highest.
 
     `shares` are the experts' shares in `P` situations (tasks), each of which fills the slots with its own best
     experts; each layer gets at least `fewest` slots and at most `E`. Coverage has diminishing returns in every layer,
     so giving slot after slot to where it gains most is optimal. Returns the even split unless another is `WORTHWHILE`.
+
+    A layer's sensitivity has no say. Where routers use their experts evenly, the most sensitive layers would get nearly
+    all slots, and answers suffer more from the layers that are left with few (docs/quality.md).
     Raises `ValueError` when `total` is out of these bounds.
     """
     _, M, E = shares.shape
     if not M * fewest <= total <= M * E:
         raise ValueError(f"{total} slots for {M} layers of {E} experts, at least {fewest} each")
-    gains = _gains(shares, sensitivity)
+    gains = _gains(shares)
     free = gains[:, fewest:]
     order = np.argsort(-free, axis=None, kind="stable")[: total - M * fewest]
     split = fewest + np.bincount(order // max(1, free.shape[1]), minlength=M)
@@ -37,18 +35,14 @@ def split_slots(
     return (split if gained > WORTHWHILE else even).tolist()
 
 
-def expected_coverage(
-    capacities: Sequence[int], shares: Float[np.ndarray, "P M E"], sensitivity: Float[np.ndarray, "P M"]
-) -> float:
-    """Share of the assignments, weighted by sensitivity, that find their expert among each layer's best ones."""
-    return _coverage(np.asarray(capacities), _gains(shares, sensitivity))
+def expected_coverage(capacities: Sequence[int], shares: Float[np.ndarray, "P M E"]) -> float:
+    """Share of the assignments that find their expert among each layer's best ones."""
+    return _coverage(np.asarray(capacities), _gains(shares))
 
 
-def _gains(shares: Float[np.ndarray, "P M E"], sensitivity: Float[np.ndarray, "P M"]) -> Float[np.ndarray, "M E"]:
+def _gains(shares: Float[np.ndarray, "P M E"]) -> Float[np.ndarray, "M E"]:
     """What a layer's first, second, ... slot covers of all assignments; falls along each row."""
-    best_first = -np.sort(-shares, axis=2)
-    weights = sensitivity / max(float(sensitivity.sum()), 1e-12)
-    return np.einsum("pm,pme->me", weights, best_first)
+    return -np.sort(-shares, axis=2).mean(0) / shares.shape[1]
 
 
 def _coverage(capacities: np.ndarray, gains: Float[np.ndarray, "M E"]) -> float:

@@ -108,7 +108,7 @@ RESIDENCY = (
         "slots per layer: profile",
         "slots are not split by what the task profile says",
         _KNOWLEDGE,
-        "return tuple(split_slots(sum(capacities), shares, sensitivity, config.top_k))",
+        "return tuple(split_slots(sum(capacities), np.stack(routed), config.top_k)) if routed else capacities",
         "return capacities",
         (_LAYERS,),
     ),

@@ -59,36 +59,32 @@ shares = st.integers(0, 2**31).map(lambda seed: np.random.default_rng(seed).diri
 
 
 @settings(max_examples=60, deadline=None)
-@given(shares, st.integers(M * 1, M * E), st.integers(0, 2**31))
-def test_a_split_keeps_to_the_bounds_and_no_move_of_a_slot_gains(shares, total, seed):
-    sensitivity = np.random.default_rng(seed).random((2, M))
-    split = split_slots(total, shares, sensitivity, fewest=1)
+@given(shares, st.integers(M * 1, M * E))
+def test_a_split_keeps_to_the_bounds_and_no_move_of_a_slot_gains(shares, total):
+    split = split_slots(total, shares, fewest=1)
     assert sum(split) == total
     assert all(1 <= slots <= E for slots in split)
-    best = expected_coverage(split, shares, sensitivity)
+    best = expected_coverage(split, shares)
     for giver in range(M):
         for taker in range(M):
             moved = list(split)
             moved[giver] -= 1
             moved[taker] += 1
             if giver != taker and moved[giver] >= 1 and moved[taker] <= E:
-                assert expected_coverage(moved, shares, sensitivity) <= best + 0.002 + 1e-9
+                assert expected_coverage(moved, shares) <= best + 0.002 + 1e-9
 
 
 def test_layers_that_spread_get_more_slots():
     concentrated, spread = np.eye(E)[:1], np.full((1, E), 1 / E)
     shares = np.stack([concentrated[0], spread[0], spread[0]])[None]
-    assert (
-        split_slots(9, shares, np.ones((1, M)), fewest=1) == [1, 4, 4]
-        or sum(split_slots(9, shares, np.ones((1, M)), fewest=1)[1:]) == 8
-    )
+    assert split_slots(9, shares, fewest=1) == [1, 4, 4] or sum(split_slots(9, shares, fewest=1)[1:]) == 8
 
 
 def test_an_even_split_stays_where_nothing_is_gained():
-    assert split_slots(6, np.full((1, M, E), 1 / E), np.ones((1, M)), fewest=1) == [2, 2, 2]
+    assert split_slots(6, np.full((1, M, E), 1 / E), fewest=1) == [2, 2, 2]
 
 
 @pytest.mark.parametrize("total", [2, M * E + 1])
 def test_slots_out_of_bounds_are_refused(total):
     with pytest.raises(ValueError, match="slots"):
-        split_slots(total, np.full((1, M, E), 1 / E), np.ones((1, M)), fewest=1)
+        split_slots(total, np.full((1, M, E), 1 / E), fewest=1)
