@@ -24,7 +24,7 @@ from train.sensitivity import __main__ as command
 from train.sensitivity import profile
 from train.sensitivity.embedding import embedding_model
 from train.sensitivity.forward import RandomisedModel, draw_experts, page_room
-from train.sensitivity.measure import Follower, generate
+from train.sensitivity.measure import Deviation, Follower, generate
 
 CONFIG = tiny.CONFIG | {"num_hidden_layers": 2}
 PROMPTS = [[5, 9, 40, 41, 7, 33], [12, 3, 88], [60, 61, 62, 63]]
@@ -160,7 +160,30 @@ def test_layers_are_insensitive_up_to_the_first_fall_below_the_threshold() -> No
     assert profile.insensitive_layers(rows, 0.96) == 0
     assert profile.insensitive_layers(rows, 0.5) == 8
     assert profile.by_threshold(4, 6).tolist() == [0, 0, 0, 0, 1, 1]
-    np.testing.assert_allclose(profile.by_divergence(np.array([[0.5, 0.0], [2.0, -1e-9]])), [[0.25, 0], [1, 0]])
+
+
+def test_harm_is_of_layers_within_a_task_and_shrunk_by_what_is_not_known() -> None:
+    kl = np.array([[0.5, 0.0], [2.0, -1e-9], [0.01, 0.03]])
+    harm = profile.by_divergence(kl, np.zeros_like(kl))
+    np.testing.assert_allclose(harm, [[1, 0], [1, 0], [0.25, 0.75]], atol=1e-6)
+    noisy = profile.by_divergence(kl, np.array([[0, 0], [0, 0], [0.01, 0.01]]))
+    np.testing.assert_allclose(noisy[:2], harm[:2] / harm[:2].max(), atol=0.35)
+    assert noisy[2, 0] > harm[2, 0]
+    assert noisy[2, 1] < harm[2, 1]
+    unknown = profile.by_divergence(kl, 10 * kl.mean(1, keepdims=True) * np.ones_like(kl))
+    np.testing.assert_allclose(unknown, np.broadcast_to(unknown[0], unknown.shape))
+
+
+def test_the_error_of_a_mean_over_prompts() -> None:
+    rng = np.random.default_rng(0)
+    means, errors = [], []
+    for _ in range(400):
+        kl = rng.exponential(2.0, 16)
+        deviation = Deviation(kl, kl, kl)
+        numbers = profile.deviation_numbers(deviation, np.full(16, 3), range(16))
+        means.append(numbers["kl"])
+        errors.append(numbers["kl_error"])
+    assert np.mean(errors) == pytest.approx(np.std(means), rel=0.1)
 
 
 def test_similarity_of_answers() -> None:

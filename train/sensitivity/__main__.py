@@ -170,7 +170,8 @@ def _numbers(
             "single": [{"layer": layer, **row} for layer, row in enumerate(alone)],
             "insensitive_layers": profile.insensitive_layers(depths, options.threshold),
         }
-    harm = profile.by_divergence(np.array([[row["kl"] for row in entry["single"]] for entry in tasks.values()]))
+    kl, errors = ([[row[key] for row in entry["single"]] for entry in tasks.values()] for key in ("kl", "kl_error"))
+    harm = profile.by_divergence(np.array(kl), np.array(errors))
     for entry, by_divergence in zip(tasks.values(), harm, strict=True):
         by_threshold = profile.by_threshold(entry["insensitive_layers"], num_layers)
         entry["sensitivity"] = (by_divergence if options.by == DIVERGENCE else by_threshold).round(6).tolist()

@@ -47,9 +47,18 @@ def deviation_numbers(deviation: Deviation, tokens: Int[np.ndarray, " X"], rows:
     weight = tokens[chosen] / tokens[chosen].sum()
     return {
         "kl": float(deviation.kl[chosen] @ weight),
+        "kl_error": _standard_error(deviation.kl[chosen], weight),
         "perplexity": float(np.exp(min(deviation.nats[chosen].sum() / tokens[chosen].sum(), 700.0))),
         "token_agreement": float(deviation.agreement[chosen] @ weight),
     }
+
+
+def _standard_error(values: Float[np.ndarray, " X"], weights: Float[np.ndarray, " X"]) -> float:
+    """Of the weighted mean over prompts; of a single one it is not known, and taken to be as large as the value."""
+    mean = float(values @ weights)
+    if len(values) < 2:
+        return abs(mean)
+    return float(np.sqrt(len(values) / (len(values) - 1) * ((weights * (values - mean)) ** 2).sum()))
 
 
 def insensitive_layers(progressive: Sequence[dict[str, Any]], threshold: float) -> int:
@@ -70,12 +79,24 @@ def by_threshold(insensitive: int, num_layers: int) -> Float[np.ndarray, " M"]:
     return (np.arange(num_layers) >= insensitive).astype(float)
 
 
-def by_divergence(kl: Float[np.ndarray, "tasks M"]) -> Float[np.ndarray, "tasks M"]:
-    """`s` as damage: the KL of randomising one layer alone, over the largest of any task and layer.
+def by_divergence(
+    kl: Float[np.ndarray, "tasks M"], errors: Float[np.ndarray, "tasks M"]
+) -> Float[np.ndarray, "tasks M"]:
+    """`s` as damage: how much randomising one layer alone harms a task, against randomising its other layers; 1 is the
+    largest of any task and layer.
 
-    So that eq. 2 sums, over tasks, tokens times the harm of serving one of them by a wrong expert.
+    Only layers of a task are compared, not tasks: eq. 2 would leave a task without experts whose answers suffer little
+    from any one layer, though they suffer as much as others from all of them. `errors` are the standard errors of `kl`.
+    What is not known well is shrunk towards the layer's mean over tasks (empirical Bayes), by the share that errors
+    have in how much tasks differ there.
     """
-    return np.maximum(kl, 0) / max(float(kl.max()), 1e-12)
+    scale = np.maximum(kl.mean(1, keepdims=True), 1e-12)
+    harm, error = np.maximum(kl, 0) / scale, errors / scale
+    mean = harm.mean(0)
+    differ = np.maximum(harm.var(0, ddof=1) - (error**2).mean(0), 0) if len(harm) > 1 else np.full_like(mean, np.inf)
+    known = np.where(np.isinf(differ), 1, differ / np.maximum(differ + error**2, 1e-24))
+    shrunk = known * harm + (1 - known) * mean
+    return shrunk / max(float(shrunk.max()), 1e-12)
 
 
 def patterns(num_layers: int, depths: int) -> tuple[list[Bool[np.ndarray, " M"]], list[Bool[np.ndarray, " M"]]]:

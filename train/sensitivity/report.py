@@ -24,6 +24,7 @@ def print_tables(numbers: dict[str, Any], console: Console) -> None:
         table.add_row(task, entry["judged_by"], *shares, str(entry["insensitive_layers"]))
     console.print(table)
     _by_layer("KL to the resident model, nats per token, one layer random", "{:.3f}", numbers, console, "kl")
+    _by_layer("its standard error over prompts", "{:.3f}", numbers, console, "kl_error")
     _by_layer("sensitivity s", "{:.2f}", numbers, console, None)
 
 
