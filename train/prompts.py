@@ -15,10 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from emoe_jax.checkpoint import Tokenizer
+from emoe_jax.config import ModelConfig
 from emoe_jax.errors import ConfigError, RequestError
 from emoe_jax.tasks import OTHER
-from train.tasks import examples
+from train.demo.mixture import answered
+from train.tasks import examples, texts
 from train.tasks.example import Split
+
+TEXT_TOKENS = 128
+"""The longest stretch of a text; the demo model was trained on rows of so many."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +52,24 @@ def drawn(tasks: Sequence[str], split: Split, seed: int, count: int) -> list[Pro
     """`count` prompts of each demo task, task after task; those of `facts` are of the task `qa`."""
     chosen = [example for task in tasks for example in examples(task, split, seed, count)]
     return [Prompt(example.task, tuple(example.messages)) for example in chosen]
+
+
+def stretch(tokenizer: Tokenizer, config: ModelConfig, kind: str, split: Split, key: str) -> list[int]:
+    """Token ids of part of a document, or of a chat with all its turns, `TEXT_TOKENS` at most.
+
+    Raises `ImportError` where the package with the texts is not installed.
+    """
+    if kind == "dialogue":
+        messages = answered(texts.dialogue(split, key))
+        if tokenizer.has_chat_template:
+            return tokenizer.chat(messages, add_generation_prompt=False)[:TEXT_TOKENS]
+        text = "\n".join(message["content"] for message in messages)
+    else:
+        text = texts.passage(kind, split, key, TEXT_TOKENS * 8)
+    ids, begin = tokenizer.encode(text), config.bos_token_id
+    if begin is not None and ids[:1] != [begin]:
+        ids = [begin, *ids]
+    return ids[:TEXT_TOKENS]
 
 
 def read(path: Path) -> list[Prompt]:

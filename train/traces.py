@@ -9,7 +9,7 @@ import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -25,9 +25,9 @@ from emoe_jax.traces.recorder import recover
 from train import prompts as labelled
 from train.keywords import with_demo_keywords, with_keywords
 from train.progress import progress_bar
-from train.prompts import Prompt
+from train.prompts import Prompt, stretch
 from train.ranges import check_ranges
-from train.tasks import MORE, TASKS, unrelated
+from train.tasks import MORE, TASKS, texts, unrelated
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -38,9 +38,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--tasks",
         nargs="+",
-        choices=(*TASKS, *MORE),
+        choices=(*TASKS, *MORE, *texts.KINDS),
         default=list(TASKS),
-        help="tasks to draw prompts of; facts are questions of qa whose answer is not in the prompt",
+        help="tasks to draw prompts of; facts are questions of qa whose answer is not in the prompt, and "
+        f"{', '.join(texts.KINDS)} are texts that are read token by token",
     )
     add("--per-task", type=int, default=200, help="prompts per task")
     add("--split", choices=("train", "test"), default="train", help="which phrases and names prompts may use")
@@ -71,6 +72,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if (options.out is None) == (options.recover is None):
         parser.error("give either --out or --recover")
     options.tasks = list(dict.fromkeys(options.tasks))
+    if options.profile is not None and not _texts(options).isdisjoint(options.tasks):
+        parser.error("--profile is of prompts; leave texts out of --tasks")
     return options
 
 
@@ -111,12 +114,16 @@ def record(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         path: Path | None = options.profile
         profile = None if path is None else _open_profile(path, engine)
         prompts = _prompts(options)
-        encoded = _encoded(prompts, options, engine)
+        asked = [*_asked(prompts, options, engine), *_read(options, engine)]
+        if options.prompts is None:
+            random.Random(options.seed).shuffle(asked)
         engine.record_traces(options.out)
-        outputs = _answers(engine, encoded, options, console)
+        outputs = _answers(engine, asked, options, console)
     trace = RoutingTrace.load(options.out)
     numbers = {"model": engine.model_name, "trace": str(options.out), "tokens": trace.num_tokens}
-    by_task = {task: [output for output in outputs if output.task == task] for task in labelled.tasks_of(prompts)}
+    by_task = {
+        task: [output for output in outputs if output.task == task] for task in sorted({one.task for one in asked})
+    }
     numbers["tasks"] = {task: _numbers(task, some, trace) for task, some in by_task.items()}
     if profile is not None and path is not None:
         numbers["profile"] = str(path)
@@ -135,42 +142,63 @@ def _open_profile(path: Path, engine: Engine) -> TaskProfile:
     return profile
 
 
+class _Asked(NamedTuple):
+    task: str
+    token_ids: list[int]
+    params: SamplingParams
+
+
+def _texts(options: argparse.Namespace) -> set[str]:
+    return set() if options.prompts is not None else set(options.tasks).intersection(texts.KINDS)
+
+
 def _prompts(options: argparse.Namespace) -> list[Prompt]:
-    """The file's prompts in its order, or drawn ones in a random order of arrival."""
+    """The file's prompts, or drawn ones of each task."""
     if options.prompts is not None:
         return labelled.read(options.prompts)
-    prompts = labelled.drawn(options.tasks, options.split, options.seed, options.per_task)
-    random.Random(options.seed).shuffle(prompts)
-    return prompts
+    tasks = [task for task in options.tasks if task not in texts.KINDS]
+    return labelled.drawn(tasks, options.split, options.seed, options.per_task)
 
 
-def _encoded(prompts: list[Prompt], options: argparse.Namespace, engine: Engine) -> list[tuple[str, list[int]]]:
-    """Task and token ids of every prompt."""
+def _asked(prompts: list[Prompt], options: argparse.Namespace, engine: Engine) -> list[_Asked]:
+    """Prompts that are to be answered."""
     if engine.tokenizer is None:
         raise ConfigError(f"{options.model} has no tokenizer, so prompts in words cannot be run")
-    encoded = [(prompt.task, prompt.token_ids(engine.tokenizer)) for prompt in prompts]
-    for task, token_ids in encoded:
+    params = SamplingParams(max_tokens=options.max_tokens, temperature=options.temperature, seed=options.seed)
+    asked = [_Asked(prompt.task, prompt.token_ids(engine.tokenizer), params) for prompt in prompts]
+    for task, token_ids, _ in asked:
         if len(token_ids) + options.max_tokens > engine.max_model_len:
             raise ConfigError(
                 f"a prompt of {task} has {len(token_ids)} tokens; with --max-tokens {options.max_tokens} that "
                 f"exceeds the model's {engine.max_model_len}"
             )
-    return encoded
+    return asked
 
 
-def _answers(
-    engine: Engine, prompts: list[tuple[str, list[int]]], options: argparse.Namespace, console: Console
-) -> list[RequestOutput]:
-    """Run all prompts, as many at a time as the engine computes together."""
-    params = SamplingParams(max_tokens=options.max_tokens, temperature=options.temperature, seed=options.seed)
+def _read(options: argparse.Namespace, engine: Engine) -> list[_Asked]:
+    """Texts: the first token is the prompt, and the others are forced to follow it."""
+    asked = []
+    for kind in sorted(_texts(options)):
+        for number in range(options.per_task):
+            assert engine.tokenizer is not None
+            try:
+                ids = stretch(engine.tokenizer, engine.config, kind, options.split, f"{options.seed}/{number}")
+            except ImportError as error:
+                raise ConfigError(f"texts of the kind {kind}: {error}") from None
+            asked.append(_Asked(kind, ids[:1], SamplingParams(forced_token_ids=tuple(ids[1:]))))
+    return asked
+
+
+def _answers(engine: Engine, asked: list[_Asked], options: argparse.Namespace, console: Console) -> list[RequestOutput]:
+    """Run everything, as much at a time as the engine computes together."""
     outputs: list[RequestOutput] = []
-    waiting, tokens = list(reversed(list(enumerate(prompts)))), 0
+    waiting, tokens = list(reversed(list(enumerate(asked)))), 0
     running = 0
     with progress_bar(console, "prompts") as progress:
-        bar = progress.add_task("compiling", total=len(prompts))
-        while len(outputs) < len(prompts):
+        bar = progress.add_task("compiling", total=len(asked))
+        while len(outputs) < len(asked):
             while waiting and running < 2 * options.max_num_seqs:  # a queue, so that every step is full
-                number, (task, token_ids) = waiting.pop()
+                number, (task, token_ids, params) = waiting.pop()
                 engine.add_request(str(number), token_ids, params, task=task)
                 running += 1
             for delta in engine.step():
@@ -221,11 +249,11 @@ def _with_keywords(profile: TaskProfile, prompts: list[Prompt], options: argpars
     """The profile with keywords of the prompts' tasks; those of demo tasks are learned from more prompts than run."""
     if options.prompts is None:
         return with_demo_keywords(profile, options.tasks, options.seed, options.keyword_prompts)
-    texts = {
+    by_task = {
         task: [prompt.text for prompt in prompts if prompt.task == task][: options.keyword_prompts]
         for task in labelled.tasks_of(prompts)
     }
-    return with_keywords(profile, texts, unrelated.REQUESTS, unrelated.prose())
+    return with_keywords(profile, by_task, unrelated.REQUESTS, unrelated.prose())
 
 
 def print_table(numbers: dict[str, Any], console: Console) -> None:

@@ -23,7 +23,7 @@ from benchmarks.quality.measure import FULL, Measured, Traffic, check_policies, 
 from benchmarks.quality.report import print_rows, print_verdicts
 from benchmarks.quality.scores import RESAMPLES, Row
 from benchmarks.quality.served import ANSWER_TOKENS, Cell
-from benchmarks.quality.traffic import ALL_TASKS, BURST, PROMPT_TASKS, TEXT_TASKS, TEXT_TOKENS, Count
+from benchmarks.quality.traffic import ALL_TASKS, BURST, PROMPT_TASKS, TEXT_TASKS, Count
 from benchmarks.results import write_json
 from emoe_jax.engine.request import RoutingContract
 from emoe_jax.errors import EmoeError, one_line
@@ -31,6 +31,7 @@ from emoe_jax.policies import POLICIES
 from serve.options import DEMO_MODEL
 from serve.start import keep_compilations
 from train.progress import progress_bar
+from train.prompts import TEXT_TOKENS
 from train.sensitivity.embedding import Embed, embedding_model
 
 DEFAULT_POLICIES = ("emoe", "emoe-paper", "static-global", "random")
@@ -82,6 +83,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--stretches", type=count, default=16, metavar="N", help="of each kind of text (default 16)")
     add("--concurrency", type=count, default=4, metavar="N", help="sequences computed together (default 4)")
     add("--seed", type=int, default=0, help="of prompts, their order, random experts and intervals (default 0)")
+    add("--random-draws", type=count, default=3, metavar="N", help="sets of random experts to average (default 3)")
     add("--embedding-model", metavar="NAME", help="also compare answers by this model; needs sentence-transformers")
     add("--check", action="store_true", help="exit with status 1 unless the yardstick holds")
     add("--json", type=Path, metavar="FILE", help="write the numbers here, after every cell")
@@ -162,6 +164,7 @@ def described(given: argparse.Namespace, argv: Sequence[str], traffic: Traffic) 
         "calibration_counts": {task: len(items) for task, items in traffic.calibration.items()},
         "left_out": traffic.missing,
         "concurrency": given.concurrency,
+        "random_draws": given.random_draws,
         "burst": BURST,
         "answer_tokens": ANSWER_TOKENS,
         "text_tokens": TEXT_TOKENS,
@@ -181,7 +184,9 @@ def _measured(
         def start(title: str, requests: int) -> Callable[[], None]:
             return _advance(progress, title, requests)
 
-        for done in measure(given.model, cells, traffic, given.concurrency, given.seed, start, embed):
+        for done in measure(
+            given.model, cells, traffic, given.concurrency, given.seed, given.random_draws, start, embed
+        ):
             if not console.is_terminal:
                 cell = done.rows[0].cell
                 name = "all experts resident" if cell == FULL else f"{cell.policy}, {cell.share:.0%}, {cell.contract}"

@@ -9,16 +9,13 @@ from typing import NamedTuple
 
 from emoe_jax.checkpoint import Tokenizer
 from emoe_jax.config import ModelConfig
-from train.demo.mixture import answered
-from train.prompts import Prompt
+from train.prompts import Prompt, stretch
 from train.tasks import MORE, TASKS, examples, texts
 from train.tasks.example import Example, Split
 
 PROMPT_TASKS = (*TASKS, *MORE)
 TEXT_TASKS = texts.KINDS
 ALL_TASKS = (*PROMPT_TASKS, *TEXT_TASKS)
-TEXT_TOKENS = 128
-"""The longest stretch of a text; the demo model was trained on rows of so many."""
 BURST = 5
 """Prompts of one task that come one after another."""
 
@@ -58,7 +55,7 @@ def draw(
         try:
             if task in TEXT_TASKS:
                 stretches = [
-                    _stretch(tokenizer, config, task, split, f"{seed}/{index}") for index in range(count.stretches)
+                    stretch(tokenizer, config, task, split, f"{seed}/{index}") for index in range(count.stretches)
                 ]
                 items[task] = [Item(task, tuple(ids[:1]), tuple(ids[1:]), None) for ids in stretches]
             else:
@@ -85,18 +82,3 @@ def _asked(tokenizer: Tokenizer, config: ModelConfig, task: str, example: Exampl
     ends = config.eos_token_ids[:1]
     scored = (*tokenizer.encode(example.answer, add_special_tokens=False), *ends)
     return Item(task, tuple(prompt), scored, example.answer)
-
-
-def _stretch(tokenizer: Tokenizer, config: ModelConfig, kind: str, split: Split, key: str) -> list[int]:
-    """Token ids of part of a document, or of a chat with all its turns."""
-    if kind == "dialogue":
-        messages = answered(texts.dialogue(split, key))
-        if tokenizer.has_chat_template:
-            return tokenizer.chat(messages, add_generation_prompt=False)[:TEXT_TOKENS]
-        text = "\n".join(message["content"] for message in messages)
-    else:
-        text = texts.passage(kind, split, key, TEXT_TOKENS * 8)
-    ids, begin = tokenizer.encode(text), config.bos_token_id
-    if begin is not None and ids[:1] != [begin]:
-        ids = [begin, *ids]
-    return ids[:TEXT_TOKENS]

@@ -12,6 +12,7 @@ from emoe_jax.traces import RoutingTrace
 from emoe_jax.traces.parts import parts_of
 from tests.serve import checkpoint as tiny
 from train import traces
+from train.prompts import TEXT_TOKENS
 from train.tasks import examples
 
 
@@ -68,6 +69,19 @@ def test_facts_are_questions_of_the_task_qa(model: Path, tmp_path: Path) -> None
     classifier = TaskClassifier(profile)
     asked = [example.prompt for example in examples("facts", "test", 1, 40)]
     assert np.mean([classifier.classify(question) == "qa" for question in asked]) > 0.8
+
+
+def test_texts_are_read_token_by_token(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "t.npz"
+    command = ["--model", str(model), "--tasks", "clsfy", "code", "--per-task", "3", "--max-tokens", "4"]
+    assert traces.main([*command, "--max-num-seqs", "4", "--out", str(path)]) == 0
+    trace = RoutingTrace.load(path)
+    assert sorted(trace.tasks) == ["clsfy"] * 3 + ["code"] * 3
+    lengths = np.bincount(trace.sample, minlength=trace.num_prompts)
+    assert trace.prompt_length is not None
+    for task, length, prompt in zip(trace.tasks, lengths, trace.prompt_length, strict=True):
+        assert (prompt == 1) == (task == "code")
+        assert task != "code" or length == TEXT_TOKENS - 1  # the last token feeds nothing
 
 
 def test_prompts_of_a_file_are_run_in_its_order(model: Path, tmp_path: Path) -> None:
