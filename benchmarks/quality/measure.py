@@ -91,10 +91,13 @@ def measure(
     traffic: Traffic,
     concurrency: int,
     seed: int,
+    random_draws: int,
     start: Start,
     embed: Embed | None = None,
 ) -> Iterator[Measured]:
-    """First the cell `FULL`, then the others in order."""
+    """First the cell `FULL`, then the others in order. The policy `random` runs with `random_draws` sets of experts, as
+    one set may happen to suit a task.
+    """
     stream = in_bursts(traffic.items, seed)
     asked = sum(1 if item.answer is None else 2 for item in stream)
     with tempfile.TemporaryDirectory() as folder:
@@ -103,28 +106,29 @@ def measure(
         everything = dataclasses.replace(FULL, policy="static")
         with engine_of(model, everything, traffic.context, concurrency, seed) as engine:
             reference = outcomes(engine, stream, concurrency, start("all experts resident", asked))
-            yield _measured(FULL, stream, reference, reference, seed, began, embed)
+            yield _measured(FULL, stream, [reference], reference, seed, began, embed)
             if any(needs_profile(cell.policy) for cell in cells):
                 calibration = in_bursts(traffic.calibration, seed)
                 tell = start("calibration of fixed tables, training prompts", len(calibration))
                 calibrated(engine, calibration, concurrency, tell).save(profile)
         for number, cell in enumerate(cells, start=1):
-            began = time.monotonic()
-            title = f"{cell.policy}, {cell.share:.0%} resident, {cell.contract} ({number} of {len(cells)})"
-            tell = start(title, asked)
-            own = profile if needs_profile(cell.policy) else None
-            try:
-                with engine_of(model, cell, traffic.context, concurrency, seed, own) as engine:
-                    found = outcomes(engine, stream, concurrency, tell)
-            except EmoeError as error:
-                raise type(error)(f"{title}: {error}") from None
-            yield _measured(cell, stream, found, reference, seed, began, embed)
+            began, runs = time.monotonic(), []
+            for draw_seed in range(seed, seed + (random_draws if cell.policy == "random" else 1)):
+                title = f"{cell.policy}, {cell.share:.0%} resident, {cell.contract} ({number} of {len(cells)})"
+                tell = start(title, asked)
+                own = profile if needs_profile(cell.policy) else None
+                try:
+                    with engine_of(model, cell, traffic.context, concurrency, draw_seed, own) as engine:
+                        runs.append(outcomes(engine, stream, concurrency, tell))
+                except EmoeError as error:
+                    raise type(error)(f"{title}: {error}") from None
+            yield _measured(cell, stream, runs, reference, seed, began, embed)
 
 
 def _measured(
     cell: Cell,
     stream: Sequence[Item],
-    found: Sequence[Outcome],
+    runs: Sequence[Sequence[Outcome]],
     reference: Sequence[Outcome],
     seed: int,
     began: float,
@@ -133,7 +137,8 @@ def _measured(
     rows = []
     for task in dict.fromkeys(item.task for item in stream):
         of_task = [index for index, item in enumerate(stream) if item.task == task]
-        rows.append(row(cell, _at(of_task, stream), _at(of_task, found), _at(of_task, reference), seed, embed))
+        found = [_at(of_task, run) for run in runs]
+        rows.append(row(cell, _at(of_task, stream), found, _at(of_task, reference), seed, embed))
     return Measured(rows, time.monotonic() - began)
 
 

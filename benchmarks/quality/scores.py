@@ -41,28 +41,38 @@ class Row:
 def row(
     cell: Cell,
     items: Sequence[Item],
-    found: Sequence[Outcome],
+    runs: Sequence[Sequence[Outcome]],
     reference: Sequence[Outcome],
     seed: int,
     embed: Embed | None = None,
 ) -> Row:
     """The items of one task in a cell. `reference` are the outcomes of the same items with all experts resident.
 
-    The prompts that are drawn again depend on `seed` and the task alone, so that cells are compared on equal draws.
+    An item's numbers are the means over `runs`, each of which has an outcome of every item. The prompts that are drawn
+    again depend on `seed` and the task alone, so that cells are compared on equal draws.
     """
     task = items[0].task
-    values = _answers(items, found, reference, embed) if items[0].answer is not None else {}
-    values["substituted"] = np.array([outcome.substituted for outcome in found])
-    values["substituted_weight"] = np.array([outcome.substituted_weight for outcome in found])
+    by_run = [_values(items, found, reference, embed) for found in runs]
+    values = {name: np.mean([of[name] for of in by_run], axis=0) for name in by_run[0]}
     drawn = resamples(len(items), seed, task)
-    lost = np.array([ours.nats - theirs.nats for ours, theirs in zip(found, reference, strict=True)])
-    tokens = np.array([outcome.tokens for outcome in found], np.float64)
+    lost, tokens = values.pop("lost"), np.array([outcome.tokens for outcome in reference], np.float64)
     numbers: dict[str, float | None] = dict.fromkeys(METRICS)
     numbers |= {name: float(of.mean()) for name, of in values.items()}
     numbers["perplexity_ratio"] = float(perplexity_ratio(lost, tokens))
     resampled = {name: of[drawn].mean(axis=1) for name, of in values.items()}
     resampled["perplexity_ratio"] = perplexity_ratio(lost[drawn], tokens[drawn])
     return Row(cell, task, len(items), numbers, {name: resampled[name] for name in numbers if name in resampled})
+
+
+def _values(
+    items: Sequence[Item], found: Sequence[Outcome], reference: Sequence[Outcome], embed: Embed | None
+) -> dict[str, Float[np.ndarray, " X"]]:
+    """By item: every metric, and the nats that were `lost`."""
+    values = _answers(items, found, reference, embed) if items[0].answer is not None else {}
+    values["substituted"] = np.array([outcome.substituted for outcome in found])
+    values["substituted_weight"] = np.array([outcome.substituted_weight for outcome in found])
+    values["lost"] = np.array([ours.nats - theirs.nats for ours, theirs in zip(found, reference, strict=True)])
+    return values
 
 
 def _answers(

@@ -36,7 +36,7 @@ def test_a_row_of_answers() -> None:
     items = [Item("qa", (1,), (2, 3), answer) for answer in ("red", "two blue dogs")]
     reference = [answered("red", [5, 1], 1.0, 2), answered("two blue dogs", [6, 7, 8, 1], 2.0, 4)]
     found = [answered(" red ", [5, 1], 1.0, 2, 0.5), answered("two dogs", [6, 8, 1], 2.0 + 6 * math.log(2), 4)]
-    row = scores.row(CELL, items, found, reference, seed=0)
+    row = scores.row(CELL, items, [found], reference, seed=0)
     assert row.numbers == {
         "exact_match": 0.5,
         "similarity": (1 + 1 / 4) / 2,
@@ -51,9 +51,20 @@ def test_a_row_of_answers() -> None:
     assert (low, high) == (1, pytest.approx(2 ** (6 / 4)))  # all prompts the first; all the second
 
 
+def test_several_runs_of_a_cell_count_as_their_mean_and_prompts_are_resampled_not_runs() -> None:
+    items = [Item("qa", (1,), (2, 3), answer) for answer in ("red", "blue")]
+    reference = [answered("red", [5, 1], 1.0, 2), answered("blue", [6, 1], 1.0, 2)]
+    fine, wrong = [answered("red", [5, 1], 1.0, 2), reference[1]], [answered("no", [9, 9], 3.0, 2, 1.0), reference[1]]
+    row = scores.row(CELL, items, [fine, wrong, wrong, wrong], reference, seed=0)
+    assert row.numbers["exact_match"] == pytest.approx((0.25 + 1) / 2)
+    assert row.numbers["substituted"] == pytest.approx(0.75 / 2)
+    assert row.numbers["perplexity_ratio"] == pytest.approx(math.exp(1.5 / 4))
+    assert row.as_json()["ci95"]["exact_match"] == pytest.approx([0.25, 1])
+
+
 def test_a_row_of_texts_has_no_answers() -> None:
     items = [Item("code", (1,), (2, 3, 4, 5), None)] * 3
-    row = scores.row(CELL, items, [read(3.0, 4)] * 3, [read(1.0, 4)] * 3, seed=0)
+    row = scores.row(CELL, items, [[read(3.0, 4)] * 3], [read(1.0, 4)] * 3, seed=0)
     as_json = row.as_json()
     assert [as_json[name] for name in ("exact_match", "similarity", "rouge_l")] == [None] * 3
     assert as_json["perplexity_ratio"] == pytest.approx(math.exp(0.5))
@@ -69,7 +80,7 @@ def test_answers_compared_by_an_embedding_model() -> None:
     def embed(given: list[str]) -> np.ndarray:
         return np.array([{"red": [1, 0], "green": [0.6, 0.8], "same": [0, 0]}[text] for text in given], float)
 
-    numbers = scores.row(CELL, items, found, reference, 0, embed).numbers  # pyright: ignore[reportArgumentType]
+    numbers = scores.row(CELL, items, [found], reference, 0, embed).numbers  # pyright: ignore[reportArgumentType]
     assert numbers["embedding_similarity"] == pytest.approx((0.6 + 1) / 2)
 
 
