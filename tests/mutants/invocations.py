@@ -88,7 +88,7 @@ INVOCATIONS = (
         "emoe_jax/planner/planner.py",
         "                self._invocations.never_started(request)\n",
         "                pass\n",
-        (f"{_ENGINE}::test_prompts_that_were_aborted_before_they_started_are_not_asked_about",),
+        (f"{_PLANNER}::test_prompts_that_never_started_do_not_count",),
     ),
     Mutant(
         "cadence",
