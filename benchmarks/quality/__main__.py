@@ -84,6 +84,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--concurrency", type=count, default=4, metavar="N", help="sequences computed together (default 4)")
     add("--seed", type=int, default=0, help="of prompts, their order, random experts and intervals (default 0)")
     add("--random-draws", type=count, default=3, metavar="N", help="sets of random experts to average (default 3)")
+    add(
+        "--task-profile",
+        type=Path,
+        metavar="FILE",
+        help="instead of the checkpoint's, for policies that plan by requests",
+    )
     add("--embedding-model", metavar="NAME", help="also compare answers by this model; needs sentence-transformers")
     add("--check", action="store_true", help="exit with status 1 unless the yardstick holds")
     add("--json", type=Path, metavar="FILE", help="write the numbers here, after every cell")

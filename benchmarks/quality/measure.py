@@ -94,9 +94,10 @@ def measure(
     random_draws: int,
     start: Start,
     embed: Embed | None = None,
+    task_profile: Path | None = None,
 ) -> Iterator[Measured]:
     """First the cell `FULL`, then the others in order. The policy `random` runs with `random_draws` sets of experts, as
-    one set may happen to suit a task.
+    one set may happen to suit a task. `task_profile` replaces the checkpoint's where none is calibrated.
     """
     stream = in_bursts(traffic.items, seed)
     asked = sum(1 if item.answer is None else 2 for item in stream)
@@ -116,7 +117,7 @@ def measure(
             for draw_seed in range(seed, seed + (random_draws if cell.policy == "random" else 1)):
                 title = f"{cell.policy}, {cell.share:.0%} resident, {cell.contract} ({number} of {len(cells)})"
                 tell = start(title, asked)
-                own = profile if needs_profile(cell.policy) else None
+                own = profile if needs_profile(cell.policy) else task_profile
                 try:
                     with engine_of(model, cell, traffic.context, concurrency, draw_seed, own) as engine:
                         runs.append(outcomes(engine, stream, concurrency, tell))

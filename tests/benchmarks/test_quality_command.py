@@ -207,6 +207,33 @@ def test_the_whole_command(model: str, tmp_path: Path, capsys: pytest.CaptureFix
         assert text in printed
 
 
+def test_random_experts_are_drawn_several_times(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds, real = [], served.engine_of
+
+    def noted(*arguments: Any, **named: Any) -> Any:
+        seeds.append((arguments[1].policy, arguments[4]))
+        return real(*arguments, **named)
+
+    monkeypatch.setattr("benchmarks.quality.measure.engine_of", noted)
+    options = [
+        "--policies",
+        "random",
+        "lru",
+        "--shares",
+        "0.5",
+        "--tasks",
+        "facts",
+        "--seed",
+        "7",
+        "--random-draws",
+        "2",
+    ]
+    status, results = run(model, tmp_path / "out.json", *options)
+    assert status == 0
+    assert seeds == [("static", 7), ("random", 7), ("random", 8), ("lru", 7)]
+    assert results["random_draws"] == 2
+
+
 def test_a_run_that_fails_leaves_the_cells_before(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -214,7 +241,7 @@ def test_a_run_that_fails_leaves_the_cells_before(
 
     def failing(*arguments: Any) -> Any:
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 5:  # all resident, three draws, then this
             raise EmoeError("out of luck")
         return real(*arguments)
 

@@ -47,8 +47,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--by",
         choices=(DIVERGENCE, THRESHOLD),
-        default=DIVERGENCE,
-        help="what the profile's sensitivity is: the harm of each layer alone, or 0 and 1 as in the paper",
+        default=THRESHOLD,
+        help="what the profile's sensitivity is: 0 and 1 as in the paper, or the harm of each layer alone",
     )
     add("--exact", nargs="*", metavar="TASK", default=list(EXACT_TASKS), help="tasks whose answers are right or wrong")
     add(
