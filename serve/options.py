@@ -61,6 +61,7 @@ class Options:
     link_bandwidth: str | None
     load_wait_ms: int
     record_traces: str | None
+    record_prompt_tokens: bool
     api_key: list[str]
     allowed_origins: list[str]
     allowed_hosts: list[str]
@@ -268,6 +269,11 @@ def _build_parser() -> _Parser:
         help="milliseconds that a prompt waits for its prediction and its planned experts while nothing else runs",
     )
     add("--record-traces", metavar="FILE.npz", help="record the routing of all requests here")
+    add(
+        "--record-prompt-tokens",
+        action="store_true",
+        help="with --record-traces: also the token ids of their prompts, which the predictor learns to read",
+    )
     add(
         "--api-key",
         nargs="+",

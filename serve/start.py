@@ -87,6 +87,7 @@ def load(options: Options) -> Engine:
             link_bandwidth=options.link_bandwidth,
             load_wait_ms=options.load_wait_ms,
             record_traces=options.record_traces,
+            record_prompt_tokens=options.record_prompt_tokens,
             chat_template=options.chat_template,
             generation_config=options.generation_config,
             seed=options.seed,

@@ -117,7 +117,7 @@ def record(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         asked = [*_asked(prompts, options, engine), *_read(options, engine)]
         if options.prompts is None:
             random.Random(options.seed).shuffle(asked)
-        engine.record_traces(options.out)
+        engine.record_traces(options.out, prompt_tokens=True)
         outputs = _answers(engine, asked, options, console)
     trace = RoutingTrace.load(options.out)
     numbers = {"model": engine.model_name, "trace": str(options.out), "tokens": trace.num_tokens}

@@ -143,6 +143,7 @@ class Engine:
         chat_template: str | Path | None = None,
         generation_config: str = "auto",
         record_traces: str | Path | None = None,
+        record_prompt_tokens: bool = False,
         seed: int = 0,
         progress: Progress | None = None,
     ) -> "Engine":
@@ -163,7 +164,8 @@ class Engine:
         the host prepares a step while the device computes the one before. `chat_template` is a file to use
         instead of the checkpoint's chat template, or the name of one of several. `generation_config="none"` leaves
         out the sampling defaults of `generation_config.json`, which hold where no `SamplingParams` are given.
-        `record_traces` is where to record routing from the start. Raises `CheckpointError`,
+        `record_traces` is where to record routing from the start, `record_prompt_tokens` whether the trace also
+        holds the prompts' token ids. Raises `CheckpointError`,
         `ConfigError` or `CapacityError` with one line that names what is wrong; nothing stays allocated then.
         """
         if routing not in ("resident", "exact"):
@@ -245,7 +247,7 @@ class Engine:
             engine.sampling_defaults = defaults
             engine.use_task_profile(known.profile)
             if record_traces is not None:
-                engine.record_traces(record_traces)
+                engine.record_traces(record_traces, record_prompt_tokens)
         except BaseException:
             residency.close()
             if planner is not None:
@@ -277,15 +279,17 @@ class Engine:
             policies[name] = admission_policy(name, self.task_profile, self._residency, scheduler)
         scheduler.use_policy(policies[name])
 
-    def record_traces(self, path: str | Path) -> None:
+    def record_traces(self, path: str | Path, prompt_tokens: bool = False) -> None:
         """Record the routing of requests that come from now on, in a trace that `stop_recording` or `close` finishes.
+
+        With `prompt_tokens` the trace also holds the token ids of their prompts, which a predictor learns to read.
 
         Raises `ConfigError` when the file exists or cannot be written.
         """
         self.stop_recording()
         config, table = self.config, self._runner.embedding_table()
-        recorder = TraceRecorder(path, len(config.moe_layers), config.num_experts, config.top_k, table.shape[1])
-        self._runner.recorder = recorder
+        choices = (len(config.moe_layers), config.num_experts, config.top_k)
+        self._runner.recorder = TraceRecorder(path, *choices, embedding_size=table.shape[1], tokens=prompt_tokens)
 
     def stop_recording(self) -> None:
         """Finish the trace, if one is being recorded. Raises `ConfigError` when it could not be written."""
@@ -652,7 +656,7 @@ class Engine:
         self._foresight.arrived(sequences[0], embedding)
         if recorder is not None:
             for sequence in sequences:
-                sequence.sample = recorder.begin(sequence.task, len(token_ids), embedding)
+                sequence.sample = recorder.begin(sequence.task, len(token_ids), embedding, token_ids)
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a completion without a token, and with the last one its request."""

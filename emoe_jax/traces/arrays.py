@@ -26,6 +26,7 @@ FORMAT = {
     "task_names": Wanted(("str",), 1),
     "prompt_length": Wanted(("int32", "int64"), 1, optional=True),
     "prompt_embedding": Wanted(("float16", "float32"), 2, optional=True),
+    "prompt_tokens": Wanted(("int32", "int64"), 1, optional=True),
     "num_experts": Wanted((*_INTEGERS, "uint8", "uint16"), 0),
     "top_k": Wanted((*_INTEGERS, "uint8", "uint16"), 0),
 }

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from emoe_jax.traces.parts import TraceParts
+from emoe_jax.traces.parts import TOKEN, TraceParts
 
 BLOCK = 1 << 14
 """Rows handled at a time."""
@@ -47,6 +47,8 @@ def _write(parts: TraceParts, draft: Path, scratch: Path) -> None:
         _member(archive, "token_pos", np.dtype("<i4"), (N,), (block["token_pos"] for block in _blocks(rows)))
         _member(archive, "task", np.dtype("<i2"), (P,), [prompts["task"][kept]])
         _member(archive, "prompt_length", np.dtype("<i4"), (P,), [prompts["length"][kept]])
+        if geometry.tokens:
+            _member(archive, "prompt_tokens", TOKEN, (int(prompts["length"][kept].sum()),), _tokens(parts, kept))
         if geometry.embedding_size:
             embeddings = (prompts["embedding"][some] for some in _blocks(kept))
             _member(archive, "prompt_embedding", np.dtype("<f2"), (P, geometry.embedding_size), embeddings)
@@ -69,6 +71,13 @@ def _sorted(rows: np.ndarray, counts: Int[np.ndarray, " P"], scratch: Path) -> n
         result[np.repeat(next_free[present], occurs) + rank] = block[order]
         next_free[present] += occurs
     return result
+
+
+def _tokens(parts: TraceParts, kept: Int[np.ndarray, " p"]) -> Iterator[np.ndarray]:
+    """Token ids of these prompts."""
+    ends, tokens = np.cumsum(parts.prompts()["length"], dtype=np.int64), parts.tokens()
+    for some in _blocks(kept):
+        yield np.concatenate([tokens[(ends[prompt - 1] if prompt else 0) : ends[prompt]] for prompt in some])
 
 
 def _blocks(rows: np.ndarray) -> Iterator[np.ndarray]:

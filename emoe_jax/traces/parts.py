@@ -3,6 +3,7 @@
     trace.npz.parts/  header.json   what the records look like
                       tasks.jsonl   one task name a line
                       prompts.bin   one record per prompt, in order of arrival
+                      tokens.bin    the prompts' token ids, end to end, where these are recorded
                       rows.bin      one record per token, in order of computation
 
 Records only ever go to the end and refer to earlier ones, so whatever a killed process left is a valid recording once
@@ -25,6 +26,8 @@ FORMAT = 1
 MAX_TASKS = 1024
 """Names kept apart; clients choose them, so there must be an end to it. Later ones count as `other`."""
 OTHER = "other"
+TOKEN = np.dtype("<i4")
+"""What token ids are stored in."""
 
 
 def expert_dtype(num_experts: int) -> type[np.uint8] | type[np.uint16]:
@@ -33,12 +36,14 @@ def expert_dtype(num_experts: int) -> type[np.uint8] | type[np.uint16]:
 
 
 class Geometry(NamedTuple):
-    """What must agree for two recordings to be of the same model. `embedding_size` 0: prompts have no embedding."""
+    """What must agree for two recordings to be of the same model. `embedding_size` 0: prompts have no embedding;
+    `tokens`: the recording holds the prompts' token ids."""
 
     num_layers: int
     num_experts: int
     top_k: int
     embedding_size: int = 0
+    tokens: bool = False
 
     @property
     def row(self) -> np.dtype:
@@ -66,10 +71,17 @@ class TraceParts:
             raise ConfigError(f"{path}: a trace cannot be recorded there: {error.strerror}") from None
         if geometry is not None and found != geometry:
             self.close()
-            raise ConfigError(f"{self.directory} holds a recording of another model, {found}; this one is {geometry}")
+            if found._replace(tokens=geometry.tokens) != geometry:
+                raise ConfigError(
+                    f"{self.directory} holds a recording of another model, {found}; this one is {geometry}"
+                )
+            how = ("without", "with") if geometry.tokens else ("with", "without")
+            raise ConfigError(
+                f"{self.directory} holds a recording {how[0]} the tokens of its prompts; this one is {how[1]} them"
+            )
         self.geometry = found
         self.tasks = [json.loads(line) for line in self._whole_lines("tasks.jsonl")]
-        self.num_prompts = self._cut("prompts.bin", found.prompt.itemsize)
+        self.num_prompts = self._cut_prompts() if found.tokens else self._cut("prompts.bin", found.prompt.itemsize)
         self.num_rows = self._cut("rows.bin", found.row.itemsize)
         self._files: dict[str, BinaryIO] = {}
 
@@ -82,9 +94,11 @@ class TraceParts:
             self.tasks.append(name)
         return self.tasks.index(name)
 
-    def append(self, prompts: Sequence[np.ndarray], rows: Sequence[np.ndarray]) -> None:
-        """Add records. Rows may refer to the prompts that come with them."""
-        for name, records in (("prompts.bin", prompts), ("rows.bin", rows)):
+    def append(
+        self, prompts: Sequence[np.ndarray], rows: Sequence[np.ndarray], tokens: Sequence[np.ndarray] = ()
+    ) -> None:
+        """Add records. Rows may refer to the prompts that come with them; `tokens` are the ids of these prompts."""
+        for name, records in (("tokens.bin", tokens), ("prompts.bin", prompts), ("rows.bin", rows)):
             if records:
                 self._append(name, np.concatenate(records).tobytes())
         self.num_prompts += sum(map(len, prompts))
@@ -97,6 +111,10 @@ class TraceParts:
     def rows(self) -> np.ndarray:
         """All row records, from the disk."""
         return self._mapped("rows.bin", self.geometry.row, self.num_rows)
+
+    def tokens(self) -> np.ndarray:
+        """Token ids of all prompts, end to end, from the disk."""
+        return self._mapped("tokens.bin", TOKEN, int(self.prompts()["length"].sum(dtype=np.int64)))
 
     def close(self) -> None:
         for file in getattr(self, "_files", {}).values():
@@ -147,6 +165,16 @@ class TraceParts:
         path.touch()
         whole = path.stat().st_size // size
         os.truncate(path, whole * size)
+        return whole
+
+    def _cut_prompts(self) -> int:
+        """Cut off prompts whose tokens are incomplete, and tokens of prompts that are; returns how many are left."""
+        written = self._cut("tokens.bin", TOKEN.itemsize)
+        number = self._cut("prompts.bin", self.geometry.prompt.itemsize)
+        ends = np.cumsum(self._mapped("prompts.bin", self.geometry.prompt, number)["length"], dtype=np.int64)
+        whole = int(np.searchsorted(ends, written, side="right"))
+        os.truncate(self.directory / "prompts.bin", whole * self.geometry.prompt.itemsize)
+        os.truncate(self.directory / "tokens.bin", (int(ends[whole - 1]) if whole else 0) * TOKEN.itemsize)
         return whole
 
     def _whole_lines(self, name: str) -> list[str]:

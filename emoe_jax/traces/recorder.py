@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, Shaped
 
 from emoe_jax.errors import ConfigError
 from emoe_jax.traces.assemble import assemble
-from emoe_jax.traces.parts import OTHER, Geometry, TraceParts
+from emoe_jax.traces.parts import OTHER, TOKEN, Geometry, TraceParts
 
 FLUSH_BYTES = 1 << 20
 MAX_PENDING_BYTES = 64 << 20
@@ -34,18 +34,27 @@ class TraceRecorder:
     When the disk fails, recording ends with a warning in the log, and `close` raises. A context manager.
     """
 
-    def __init__(self, path: str | Path, num_layers: int, num_experts: int, top_k: int, embedding_size: int = 0):
-        """Raises `ConfigError` when `path` exists, cannot be written, or has parts of another model's trace."""
+    def __init__(
+        self,
+        path: str | Path,
+        num_layers: int,
+        num_experts: int,
+        top_k: int,
+        embedding_size: int = 0,
+        tokens: bool = False,
+    ):
+        """With `tokens` the trace holds the prompts' token ids, which `begin` must then be given. Raises `ConfigError`
+        when `path` exists, cannot be written, or has parts of another model's trace."""
         self.path = Path(path)
         if self.path.suffix != ".npz":
             raise ConfigError(f"{self.path}: the file of a trace must be named *.npz")
-        self._parts = TraceParts(self.path, Geometry(num_layers, num_experts, top_k, embedding_size))
+        self._parts = TraceParts(self.path, Geometry(num_layers, num_experts, top_k, embedding_size, tokens))
         geometry = self._parts.geometry
         self._row, self._prompt = geometry.row, geometry.prompt
         self._next_sample = self._parts.num_prompts
         self._changed = threading.Condition()
         # shared between the threads, guarded by _changed
-        self._prompts: list[tuple[str, np.ndarray]] = []
+        self._prompts: list[tuple[str, np.ndarray, np.ndarray]] = []  # task, record, token ids
         self._rows: list[np.ndarray] = []
         self._pending = 0
         self._closing = False
@@ -53,16 +62,25 @@ class TraceRecorder:
         self._thread = threading.Thread(target=self._run, name="trace recorder", daemon=True)
         self._thread.start()
 
-    def begin(self, task: str | None, length: int, embedding: Float[np.ndarray, " d"] | None = None) -> int:
+    def begin(
+        self,
+        task: str | None,
+        length: int,
+        embedding: Float[np.ndarray, " d"] | None = None,
+        token_ids: Sequence[int] | Int[np.ndarray, " t"] = (),
+    ) -> int:
         """A new prompt of `length` tokens; returns its number, the `sample` of its rows. No task counts as `other`."""
+        tokens = np.asarray(token_ids if self._parts.geometry.tokens else (), TOKEN)
+        if self._parts.geometry.tokens and len(tokens) != length:
+            raise ValueError(f"a prompt of {length} tokens came with {len(tokens)} token ids")
         record = np.zeros(1, self._prompt)
         record["length"] = length
         if embedding is not None:
             record["embedding"] = embedding
         with self._changed:
             if self._error is None:
-                self._prompts.append((task if task and task.strip() else OTHER, record))
-                self._pending += record.nbytes
+                self._prompts.append((task if task and task.strip() else OTHER, record, tokens))
+                self._pending += record.nbytes + tokens.nbytes
             sample, self._next_sample = self._next_sample, self._next_sample + 1
         return sample
 
@@ -127,9 +145,9 @@ class TraceRecorder:
                 prompts, rows, closing = self._prompts, self._rows, self._closing
                 self._prompts, self._rows, self._pending = [], [], 0
                 self._changed.notify_all()
-            for task, record in prompts:
+            for task, record, _ in prompts:
                 record["task"] = self._parts.task_index(task)
-            self._parts.append([record for _, record in prompts], rows)
+            self._parts.append([record for _, record, _ in prompts], rows, [tokens for _, _, tokens in prompts])
             began = time.monotonic()
             if not closing and began >= due and self._parts.num_rows > snapshot_rows:
                 assemble(self._parts)

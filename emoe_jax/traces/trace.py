@@ -33,6 +33,7 @@ class RoutingTrace:
     num_experts: int
     prompt_embedding: Float[np.ndarray, "P d"] | None = None
     prompt_length: Int[np.ndarray, " P"] | None = None  # tokens before the answer; None: only answers are recorded
+    prompt_tokens: Int[np.ndarray, " T"] | None = None  # ids of the prompts' tokens, end to end; lengths are as above
     source: str = "trace"  # the file's name, for messages
 
     @staticmethod
@@ -54,6 +55,7 @@ class RoutingTrace:
             num_experts=int(arrays["num_experts"]),
             prompt_embedding=arrays.get("prompt_embedding"),
             prompt_length=arrays.get("prompt_length"),
+            prompt_tokens=arrays.get("prompt_tokens"),
             source=str(path),
         )
         trace.validate()
@@ -62,7 +64,7 @@ class RoutingTrace:
     def save(self, path: str | Path) -> None:
         """Write the whole trace as one compressed `.npz`."""
         arrays = {name: getattr(self, name) for name in ("experts", "probs", "sample", "token_pos", "task")}
-        for name in ("prompt_embedding", "prompt_length"):
+        for name in ("prompt_embedding", "prompt_length", "prompt_tokens"):
             if getattr(self, name) is not None:
                 arrays[name] = getattr(self, name)
         with Path(path).open("wb") as file:
@@ -148,7 +150,20 @@ class RoutingTrace:
             task=self.task[wanted],
             prompt_embedding=None if self.prompt_embedding is None else self.prompt_embedding[wanted],
             prompt_length=None if self.prompt_length is None else self.prompt_length[wanted],
+            prompt_tokens=self._tokens_of(wanted),
         )
+
+    def tokens_by_prompt(self) -> list[Int[np.ndarray, " t"]]:
+        """Token ids of every prompt. Raises `TraceError` where the trace does not hold them."""
+        if self.prompt_tokens is None or self.prompt_length is None:
+            raise TraceError(f"{self.source} does not hold the tokens of its prompts")
+        return np.split(self.prompt_tokens, np.cumsum(self.prompt_length)[:-1])
+
+    def _tokens_of(self, prompts: Int[np.ndarray, " p"]) -> Int[np.ndarray, " T"] | None:
+        if self.prompt_tokens is None:
+            return None
+        tokens = self.tokens_by_prompt()
+        return np.concatenate([tokens[prompt] for prompt in prompts])
 
     def without_embedding(self) -> RoutingTrace:
         return dataclasses.replace(self, prompt_embedding=None)
@@ -193,6 +208,15 @@ class RoutingTrace:
                 yield f"prompt_length has {len(self.prompt_length)} entries for {prompts} prompts"
             if self.prompt_length.min() < 0:
                 yield f"prompt_length is {self.prompt_length.min()} somewhere; it is a number of tokens"
+        if self.prompt_tokens is not None:
+            expected = None if self.prompt_length is None else int(self.prompt_length.sum())
+            if len(self.prompt_tokens) != expected:
+                yield (
+                    f"prompt_tokens has {len(self.prompt_tokens)} tokens; prompt_length "
+                    + ("is missing" if expected is None else f"adds up to {expected}")
+                )
+            if self.prompt_tokens.min(initial=0) < 0:
+                yield f"prompt_tokens is {self.prompt_tokens.min()} somewhere; token ids start at 0"
         if self.prompt_embedding is not None:
             if self.prompt_embedding.shape[0] != prompts:
                 yield f"prompt_embedding has {self.prompt_embedding.shape[0]} rows for {prompts} prompts"
