@@ -53,10 +53,11 @@ class Foresight:
     def arrived(self, sequence: Sequence, embedding: Float[np.ndarray, " d"] | None) -> None:
         """A request came, of which this is the first sequence; `embedding` is the mean of its prompt's, if wanted."""
         if self._planner is not None:
-            prompt_tokens, params = len(sequence.prompt_token_ids), sequence.params
+            tokens, most = sequence.prompt_token_ids, sequence.params.max_tokens
+            read = tokens if self._planner.reads_tokens else ()
             self._line_changed = True
             with self._timed():
-                self._planner.begin(sequence.request_id, sequence.task, prompt_tokens, params.max_tokens, embedding)
+                self._planner.begin(sequence.request_id, sequence.task, len(tokens), most, embedding, read)
 
     def before_step(self, plan: StepPlan, scheduler: Scheduler, idle: bool, wait: float) -> None:
         """Ask about prompts that start with `plan` or next, and decide on experts for the steps after it, where the

@@ -29,6 +29,8 @@ class Question(NamedTuple):
     number: int
     task: str
     embedding: Float[np.ndarray, " d"] | None
+    tokens: Sequence[int] = ()
+    """The prompt's token ids, where the predictor reads them."""
 
 
 class Finished(NamedTuple):
@@ -157,7 +159,10 @@ class Forecaster:
             self._predictor.observe(prompt.task, prompt.counts, prompt.embedding)
         asked = [(question.task, question.embedding) for question in questions]
         rows = next(rows for rows in BATCHES if rows >= len(asked))
-        answers = self._predictor.predict_next(asked, rows)
+        if any(question.tokens for question in questions):
+            answers = self._predictor.predict_next(asked, rows, [question.tokens for question in questions])
+        else:
+            answers = self._predictor.predict_next(asked, rows)
         numbers = [question.number for question in questions]
         seconds = self._clock() - began
         with self._changed:

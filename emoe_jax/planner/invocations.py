@@ -38,6 +38,8 @@ class PlannedRequest:
     task: str
     embedding: Float[np.ndarray, " d"] | None
     demand: Demand
+    tokens: Sequence[int] = ()
+    """The prompt's token ids, where the predictor reads them."""
     admitted: bool = False
     """Whether it was counted: it has started, or is next in line."""
     number: int | None = None
@@ -167,5 +169,5 @@ class Invocations:
         for request in requests[:room]:
             request.number = next(self._numbers)
             self._pending[request.number] = (request, early)
-            questions.append(Question(request.number, request.task, request.embedding))
+            questions.append(Question(request.number, request.task, request.embedding, request.tokens))
         self.forecaster.ask(questions)

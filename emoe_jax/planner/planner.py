@@ -80,6 +80,8 @@ class ResidencyPlanner:
         self._frequencies = TaskFrequencies(profile)
         every = checked_every(predict_every)
         self._invocations = None if predictor is None else Invocations(predictor, every, clock)
+        self.reads_tokens = isinstance(predictor, Predictor) and predictor.reads_tokens
+        """Whether the predictor wants prompts' tokens."""
         self._gate, self._drift = Gate(), Drift()
         self._requests: dict[str, PlannedRequest] = {}
         self._by_task: dict[str, Float[np.ndarray, "M E"]] = {}  # newest predictions
@@ -105,13 +107,15 @@ class ResidencyPlanner:
         prompt_tokens: int,
         max_tokens: int,
         embedding: Float[np.ndarray, " d"] | None,
+        tokens: Sequence[int] = (),
     ) -> None:
-        """A request arrived; `embedding` is the mean of its prompt's input embeddings."""
+        """A request arrived; `embedding` is the mean of its prompt's input embeddings. `tokens` are the ids of the
+        prompt's tokens, where the predictor reads them."""
         task = task or OTHER
         expected = min(self._profile.output_tokens(task, UNKNOWN_OUTPUT_TOKENS), max_tokens)
         sensitivity = self._profile.sensitivity(task)
         demand = Demand(prompt_tokens, expected, sensitivity, self._frequencies.of(task))
-        self._requests[request_id] = PlannedRequest(task, embedding, demand)
+        self._requests[request_id] = PlannedRequest(task, embedding, demand, tokens)
 
     def admit(self, line: Iterable[str]) -> None:
         """These requests start now or next, in this order; those counted before are left out. Unknown ids are fine."""

@@ -26,7 +26,8 @@ class PredictorConfig:
     of those before it, once that is known).
 
     `arch` is how layers see each other: two-way with relative positions and a permutation objective (xlnet), only
-    earlier layers (gpt2), or two-way with masked layers (bert). `members` networks of the same form are averaged.
+    earlier layers (gpt2), or two-way with masked layers (bert). `members` networks of the same form are averaged;
+    with 0 closed forms predict alone.
     """
 
     num_layers: int
@@ -40,6 +41,7 @@ class PredictorConfig:
     blocks: int = 2
     members: int = 3
     first_tokens: int = 16  # how many answer tokens the with-answer prediction was trained on
+    tokens: bool = False  # whether prompts' tokens are read
     prior_widths: tuple[float, float] | None = None  # of the priors' kernels; chosen anew where they are not known
 
     def __post_init__(self) -> None:
@@ -47,9 +49,13 @@ class PredictorConfig:
             raise PredictorError(f"variant is {self.variant!r}; it must be one of {', '.join(VARIANTS)}")
         if self.arch not in ARCHITECTURES:
             raise PredictorError(f"arch is {self.arch!r}; it must be one of {', '.join(ARCHITECTURES)}")
-        for name in ("num_layers", "num_experts", "top_k", "width", "heads", "blocks", "members", "first_tokens"):
+        for name in ("num_layers", "num_experts", "top_k", "width", "heads", "blocks", "first_tokens"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise PredictorError(f"{name} is {getattr(self, name)!r}; it must be a positive integer")
+        if type(self.members) is not int or self.members < 0:
+            raise PredictorError(f"members is {self.members!r}; it must be 0 or more")
+        if type(self.tokens) is not bool:
+            raise PredictorError(f"tokens is {self.tokens!r}; it must be true or false")
         if type(self.embedding_dim) is not int or self.embedding_dim < 0:
             raise PredictorError(f"embedding_dim is {self.embedding_dim!r}; it must be 0 or more")
         widths = self.prior_widths
@@ -97,7 +103,7 @@ class PredictorConfig:
                 "`python -m train.predictor --traces FILE --out DIR` makes one of this format"
             )
         names = {field.name for field in dataclasses.fields(PredictorConfig)}
-        if not isinstance(values, dict) or {*values, "prior_widths"} != names:
+        if not isinstance(values, dict) or {*values, "prior_widths", "tokens"} != names:
             raise PredictorError(f"{path} is not the description of a predictor")
         if isinstance(values.get("prior_widths"), list):
             values["prior_widths"] = tuple(values["prior_widths"])

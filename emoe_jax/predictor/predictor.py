@@ -20,8 +20,10 @@ from emoe_jax.predictor.model import Known
 from emoe_jax.predictor.network import Sizes, Weights
 from emoe_jax.predictor.prior import KernelPrior
 from emoe_jax.predictor.prompts import Prompts
+from emoe_jax.predictor.token_prior import TokenPrior
 
 CONFIG, MEMORY, LAYERS, WEIGHTS = "config.json", "memory.npz", "layers.npz", "weights.safetensors"
+TOKENS = "tokens.npz"
 MAX_MEMORY = 1024  # prompts; refitting is cubic in them
 
 
@@ -40,16 +42,17 @@ class Predictor:
         weights: Weights | None = None,
         remembered: Prompts | None = None,
         layers: LayerPrior | None = None,
+        tokens: TokenPrior | None = None,
     ):
         """Without `weights` closed forms predict alone; the prior remembers `trained` unless told what else. Without
-        `layers` nothing is predicted from earlier layers."""
+        `layers` nothing is predicted from earlier layers, and without `tokens` prompts' tokens are not read."""
         shape = (config.num_layers, config.num_experts)
         if trained.counts.shape[1:] != shape or trained.embedding.shape[1] != config.embedding_dim:
             raise PredictorError(
                 f"remembered prompts have routing {list(trained.counts.shape[1:])} and embeddings of "
                 f"{trained.embedding.shape[1]}; the predictor is for {list(shape)} and {config.embedding_dim}"
             )
-        self.config, self.weights, self.layers = config, weights, layers
+        self.config, self.weights, self.layers, self.tokens = config, weights, layers, tokens
         self.trained, self.memory = trained, remembered or trained
         self.kernel = PromptKernel(trained)
         self.inputs = InputBuilder(self.kernel, trained)
@@ -67,6 +70,8 @@ class Predictor:
         config = PredictorConfig.load(directory / CONFIG)
         predictor = Predictor(config, Prompts.load(directory / MEMORY))
         predictor.layers = LayerPrior.load(directory / LAYERS, config)
+        if config.tokens:
+            predictor.tokens = TokenPrior.load(directory / TOKENS, config)
         predictor.weights = network.load(directory / WEIGHTS, config, predictor.sizes)
         return predictor
 
@@ -85,15 +90,24 @@ class Predictor:
         directory.mkdir(parents=True, exist_ok=True)
         self.trained.save(directory / MEMORY)
         self.layers.save(directory / LAYERS)
+        if self.tokens is not None:
+            self.tokens.save(directory / TOKENS)
         network.save(self.weights, directory / WEIGHTS)
         before, after = self.priors
-        config = dataclasses.replace(self.config, prior_widths=(before.width, after.width))
+        config = dataclasses.replace(
+            self.config, tokens=self.tokens is not None, prior_widths=(before.width, after.width)
+        )
         (directory / CONFIG).write_text(json.dumps(config.to_json(), indent=2) + "\n")
 
     @property
     def num_parameters(self) -> int:
         """Of the networks; the prior's memory is `num_remembered` prompts."""
         return 0 if self.weights is None else network.count(self.weights)
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether it makes use of prompts' tokens."""
+        return self.tokens is not None
 
     @property
     def num_remembered(self) -> int:
@@ -104,6 +118,7 @@ class Predictor:
         task: str,
         embedding: Float[np.ndarray, " d"] | None = None,
         first: Int[np.ndarray, "M E"] | None = None,
+        tokens: Sequence[int] = (),
     ) -> Float[np.ndarray, "M E"]:
         """The distribution of a prompt's expert assignments in each layer; rows sum to 1.
 
@@ -112,20 +127,26 @@ class Predictor:
         """
         unknown = np.zeros(self.inputs.centre.shape, np.int32)
         first = unknown if first is None else first
-        prompt = Prompts((task,), self._embedding(embedding), unknown[None], first[None])
+        ids = (np.asarray(tokens, np.int64),)
+        prompt = Prompts((task,), self._embedding(embedding), unknown[None], first[None], ids)
         return self.predict_many(prompt, [self.history], with_first=bool(first.any()))[0]
 
     def predict_next(
-        self, prompts: Sequence[tuple[str, Float[np.ndarray, " d"] | None]], rows: int
+        self,
+        prompts: Sequence[tuple[str, Float[np.ndarray, " d"] | None]],
+        rows: int,
+        tokens: Sequence[Sequence[int]] | None = None,
     ) -> Float[np.ndarray, "P M E"]:
-        """`predict` for tasks and embeddings of one prompt or more, each as if it came next.
+        """`predict` for tasks and embeddings of one prompt or more, each as if it came next; `tokens` are their ids.
 
         `rows` of them are computed, copies of the first where there are fewer, so that one shape is compiled.
         """
         asked = [*prompts, *[prompts[0]] * (rows - len(prompts))]
         unknown = np.zeros((rows, *self.inputs.centre.shape), np.int32)
         embedding = np.concatenate([self._embedding(embedding) for _, embedding in asked])
-        coming = Prompts(tuple(task for task, _ in asked), embedding, unknown, unknown)
+        ids = [np.asarray(of_prompt, np.int64) for of_prompt in tokens or [()] * len(prompts)]
+        ids += [ids[0]] * (rows - len(prompts))
+        coming = Prompts(tuple(task for task, _ in asked), embedding, unknown, unknown, tuple(ids))
         return self.predict_many(coming, [self.history] * rows, with_first=False)[: len(prompts)]
 
     def predict_many(
@@ -137,11 +158,20 @@ class Predictor:
     def correct(
         self, prompts: Prompts, prior: Float[np.ndarray, "P M E"], histories: Sequence[History], with_first: bool
     ) -> Float[np.ndarray, "P M E"]:
-        """The networks' distributions, given the prior's."""
-        if self.weights is None:
-            return prior
-        inputs = self.inputs.build(prompts, prior, list(histories), with_first)
+        """Distributions before the prompts run, given the prior's: by their tokens, then by the networks."""
+        start = self.by_tokens(prompts, prior, with_first)
+        if self.weights is None or not self.config.members:
+            return start
+        inputs = self.inputs.build(prompts, start, list(histories), with_first)
         return np.asarray(network.distribution(self.weights, self.config, self.sizes, inputs))
+
+    def by_tokens(
+        self, prompts: Prompts, prior: Float[np.ndarray, "P M E"], with_first: bool
+    ) -> Float[np.ndarray, "P M E"]:
+        """The prior corrected by the prompts' tokens, where these are read and known."""
+        if self.tokens is None or prompts.tokens is None:
+            return prior
+        return self.tokens.predict(prompts.tokens, prior, with_first)
 
     def given_layers(
         self,
@@ -161,7 +191,7 @@ class Predictor:
         if self.layers is None:
             raise PredictorError("this predictor knows nothing of how layers follow each other")
         start = self.layers.predict(prior, shares, known, tokens)
-        if self.weights is None or self.config.variant != "layer-by-layer":
+        if self.weights is None or not self.config.members or self.config.variant != "layer-by-layer":
             return start
         inputs = self.inputs.build(prompts, start, list(histories), with_first=False)
         visible = self._earlier(len(prompts), known)

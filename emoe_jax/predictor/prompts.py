@@ -25,6 +25,7 @@ class Prompts:
     embedding: Float[np.ndarray, "P d"]  # a row of zeros where there is none; d is 0 where no prompt can have one
     counts: Int[np.ndarray, "P M E"]
     first: Int[np.ndarray, "P M E"]
+    tokens: tuple[Int[np.ndarray, " t"], ...] | None = None  # ids of the prompts' tokens, where these are known
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -35,34 +36,37 @@ class Prompts:
         embedding = trace.prompt_embedding
         if embedding is None:
             embedding = np.zeros((trace.num_prompts, embedding_dim), np.float32)
-        return Prompts(
-            tuple(trace.tasks), embedding.astype(np.float32), trace.counts(), trace.counts(first=first_tokens)
-        )
+        tokens = None if trace.prompt_tokens is None else tuple(trace.tokens_by_prompt())
+        counts, first = trace.counts(), trace.counts(first=first_tokens)
+        return Prompts(tuple(trace.tasks), embedding.astype(np.float32), counts, first, tokens)
 
     def take(self, rows: Sequence[int] | Int[np.ndarray, " p"]) -> Prompts:
         rows = np.asarray(rows, np.int64)
-        return Prompts(
-            tuple(self.tasks[row] for row in rows), self.embedding[rows], self.counts[rows], self.first[rows]
-        )
+        tasks = tuple(self.tasks[row] for row in rows)
+        tokens = None if self.tokens is None else tuple(self.tokens[row] for row in rows)
+        return Prompts(tasks, self.embedding[rows], self.counts[rows], self.first[rows], tokens)
 
     def join(self, later: Prompts) -> Prompts:
         pairs = ((getattr(self, name), getattr(later, name)) for name in ("embedding", "counts", "first"))
-        return Prompts(self.tasks + later.tasks, *(np.concatenate(pair) for pair in pairs))
+        tokens = None if self.tokens is None or later.tokens is None else self.tokens + later.tokens
+        return Prompts(self.tasks + later.tasks, *(np.concatenate(pair) for pair in pairs), tokens)
 
     def latest(self, number: int) -> Prompts:
         """The last of them, at most so many."""
         return self if len(self) <= number else self.take(range(len(self) - number, len(self)))
 
     def shuffled(self, seed: int) -> Prompts:
-        """The same prompts with their routing dealt to others: a control from which nothing can be learned."""
+        """The same prompts with their routing dealt to others: a control from which nothing can be learned.
+        Their tokens are left out: what these say is learned token by token."""
         order = shuffled_order(len(self), seed)
-        return dataclasses.replace(self, counts=self.counts[order], first=self.first[order])
+        return dataclasses.replace(self, counts=self.counts[order], first=self.first[order], tokens=None)
 
     def routed(self) -> Prompts:
         """Without prompts whose routing is unknown, of which nothing can be learned."""
         return self.take(np.flatnonzero(self.counts.sum((1, 2)) > 0))
 
     def save(self, path: Path) -> None:
+        """Without tokens: nothing is learned from those once a predictor is made."""
         with path.open("wb") as file:
             np.savez_compressed(
                 file,

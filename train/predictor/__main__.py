@@ -20,8 +20,8 @@ from emoe_jax.policies.dynamics import DYNAMICS_FILE
 from emoe_jax.policies.learning import learn_transitions
 from emoe_jax.policies.transitions import TRANSITIONS_FILE, save_transitions
 from emoe_jax.predictor import Predictor, PredictorConfig, PredictorError, Prompts
-from emoe_jax.predictor.layers import LayerPrior
-from emoe_jax.predictor.predictor import CONFIG, MAX_MEMORY
+from emoe_jax.predictor.network import Weights
+from emoe_jax.predictor.predictor import CONFIG
 from emoe_jax.predictor.prompts import shuffled_order
 from emoe_jax.traces import RoutingTrace
 from train.predictor import evaluate, examples, options, report, trainer
@@ -82,29 +82,30 @@ def train(given: argparse.Namespace, console: Console) -> dict[str, Any]:
     )
     claim(out, config, plan, prompts)
     console.print(f"{config.describe()}: {len(split.train)} prompts to train on, {len(split.held_out)} held out")
-    predictor, training, held_out = examples.prepare(prompts, split, config)
+    routed = trace.select(np.flatnonzero(np.bincount(trace.sample, minlength=trace.num_prompts)))
+    if given.shuffle_labels:
+        routed = routed.select(shuffled_order(len(prompts), given.seed))
+    readable = None if given.shuffle_labels else routed
+    predictor, training, held_out = examples.prepare(prompts, split, config, readable)
     before = trainer.prior_coverage(held_out)
     state = _run(predictor, training, held_out, plan, out, before, console)
     improved = float(state.best_coverage) - before
     # What the finished predictor remembers decides its dynamics; those that are judged know the training prompts only.
     say = functools.partial(console.print, style="dim")
-    routed = trace.select(np.flatnonzero(np.bincount(trace.sample, minlength=trace.num_prompts)))
-    if given.shuffle_labels:
-        routed = routed.select(shuffled_order(len(prompts), given.seed))
     remembered = split.train[-len(predictor.memory) :]
     dynamics = learn_answers(
         routed.select(remembered), predictor.prior(with_first=False).left_out(), seed=given.seed, report=say
     )
-    judged = Predictor(config, predictor.trained, state.best, predictor.memory, predictor.layers)
+    config, best = _kept(config, state)
+    judged = Predictor(config, predictor.trained, best, predictor.memory, predictor.layers, predictor.tokens)
     numbers = evaluate.evaluate(
         judged,
         prompts.take(split.held_out),
         baselines_from=prompts.take(split.train),
         answers=evaluate.Answers(routed.select(split.held_out), dynamics),
     )
-    finished = Predictor(config, prompts.latest(MAX_MEMORY), state.best)
-    start = finished.prior(with_first=False).left_out()
-    finished.layers, _ = LayerPrior.fit(start, finished.memory.counts, config.top_k)
+    finished, _ = examples.closed_forms(prompts, np.arange(len(prompts)), config, readable)
+    finished.weights = best
     finished.save(out)
     dynamics.save(out / DYNAMICS_FILE)
     save_transitions(out / TRANSITIONS_FILE, learn_transitions(trace))
@@ -115,9 +116,11 @@ def train(given: argparse.Namespace, console: Console) -> dict[str, Any]:
         "plan": dataclasses.asdict(plan),
     }
     report.write_json(numbers, out / "metrics.json")
-    console.print(
-        f"wrote {out}: step {int(state.best_step)} was best, {improved:+.4f} mean coverage over the prior alone"
-    )
+    if config.members:
+        found = f"step {int(state.best_step)} was best, {improved:+.4f} mean coverage over closed forms alone"
+    else:
+        found = "no networks, which did not cover more than closed forms alone"
+    console.print(f"wrote {out}: {found}")
     return numbers
 
 
@@ -152,6 +155,13 @@ def _run(
             return trainer.run(predictor, training, held_out, plan, checkpoints, show)
         finally:
             history.close()
+
+
+def _kept(config: PredictorConfig, state: trainer.TrainState) -> tuple[PredictorConfig, Weights]:
+    """The networks that are worth asking: none where closed forms alone covered most of the held-out prompts."""
+    if int(state.best_step):
+        return config, state.best
+    return dataclasses.replace(config, members=0), {name: leaf[:0] for name, leaf in state.best.items()}
 
 
 def claim(out: Path, config: PredictorConfig, plan: Plan, prompts: Prompts) -> None:

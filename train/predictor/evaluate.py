@@ -76,6 +76,7 @@ def evaluate(
     frozen = [prior.predict(prompts) for prior in predictor.priors]
     milliseconds = time_predictions(predictor, prompts)
     opinions, histories = ask_in_order(predictor, prompts) if updates else (frozen, History.of(prompts.counts))
+    starts = [predictor.by_tokens(prompts, opinions[first], bool(first)) for first in (False, True)]
     predicted = [predictor.correct(prompts, opinions[first], histories, bool(first)) for first in (False, True)]
     fixed = [predictor.correct(prompts, frozen[first], histories, bool(first)) for first in (False, True)]
     result: dict[str, Any] = {
@@ -97,6 +98,7 @@ def evaluate(
         "ridge": baselines.ridge(trained, prompts, with_first=False),
         "ridge_with_history": baselines.ridge(trained, prompts, with_first=False, with_history=True),
         "prior_alone": opinions[0],
+        **({"closed_forms": starts[0]} if predictor.reads_tokens else {}),
         "without_updates": fixed[0],
         "shuffled_labels": shuffled_prior(predictor, trained, prompts, seed),
         "best_fixed_set": baselines.best_fixed_set(prompts),
@@ -106,6 +108,7 @@ def evaluate(
         "first_tokens_only": frequencies(prompts.first + 1e-3 * baselines.global_frequency(trained, prompts)),
         "ridge": baselines.ridge(trained, prompts, with_first=True),
         "prior_alone": opinions[1],
+        **({"closed_forms": starts[1]} if predictor.reads_tokens else {}),
         "without_updates": fixed[1],
     }
     later = np.maximum(prompts.counts - prompts.first, 0)
@@ -117,8 +120,8 @@ def evaluate(
     }
     if predictor.layers is not None:
         routed = frequencies(prompts.counts)
-        given = predictor.given_layers(prompts, opinions[0], histories, routed)
-        rows = {"prior_alone": opinions[0], "closed_form": predictor.layers.predict(opinions[0], routed)}
+        given = predictor.given_layers(prompts, starts[0], histories, routed)
+        rows = {"prior_alone": opinions[0], "closed_form": predictor.layers.predict(starts[0], routed)}
         result["given_earlier_layers"] = _with_top_k(scores(given, prompts.counts, top_k))
         result["given_earlier_layers"]["baselines"] = {
             name: _with_top_k(flattened(scores(shares, prompts.counts, top_k))) for name, shares in rows.items()

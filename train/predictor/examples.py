@@ -16,6 +16,9 @@ from emoe_jax.predictor.layers import LayerPrior
 from emoe_jax.predictor.model import Inputs, Known
 from emoe_jax.predictor.predictor import MAX_MEMORY
 from emoe_jax.predictor.prompts import frequencies
+from emoe_jax.predictor.token_prior import TokenPrior
+from emoe_jax.predictor.tokens import TokenTable
+from emoe_jax.traces import RoutingTrace
 from train.predictor.objective import Batch
 
 MIN_PROMPTS = 8
@@ -24,10 +27,11 @@ Shares = Float[np.ndarray, "P M E"]
 
 
 class Opinions(NamedTuple):
-    """What closed forms say of prompts that they have not seen."""
+    """What closed forms say of prompts that they have not seen: the prior, corrected by the prompts' tokens where these
+    are read."""
 
-    plain: Shares  # the prior, before any answer token
-    early: Shares  # the prior, with the first answer tokens
+    plain: Shares  # before any answer token
+    early: Shares  # with the first answer tokens
     given: Shares  # given the routing of each layer's earlier layers
 
 
@@ -99,25 +103,44 @@ def _beside(kind: Int[np.ndarray, " B"], array: Any) -> Int[np.ndarray, "B ..."]
     return kind.reshape(-1, *[1] * (np.ndim(array) - 1))
 
 
-def prepare(prompts: Prompts, split: Split, config: PredictorConfig) -> tuple[Predictor, Examples, Examples]:
-    """A predictor that remembers the training prompts, and the examples of both parts of the split.
+def closed_forms(
+    prompts: Prompts, rows: Int[np.ndarray, " p"], config: PredictorConfig, trace: RoutingTrace | None = None
+) -> tuple[Predictor, Opinions]:
+    """A predictor without networks that learned from the prompts `rows`, and what it says of each of these as learned
+    from all others: what it will be like for a new prompt.
 
-    Its kernel and scales are those of the latest prompts of both parts (they look at names, embeddings and mean
-    routing), so that the networks fit the finished predictor, which remembers these. Of a prompt that the prior
-    remembers it gives the opinion formed from all others: what it will be like for a new prompt.
+    It remembers the latest of them. Its kernel and scales are those of the latest of all prompts (they look at names,
+    embeddings and mean routing). With the `trace` of the prompts it learns to read their tokens, if the trace holds
+    them.
+    """
+    old, remembered = rows[:-MAX_MEMORY], rows[-MAX_MEMORY:]
+    predictor = Predictor(config, prompts.latest(MAX_MEMORY), remembered=prompts.take(remembered))
+    counts = prompts.counts[rows]
+    of_priors = [np.concatenate([prior.predict(prompts.take(old)), prior.left_out()]) for prior in predictor.priors]
+    if trace is not None and trace.prompt_tokens is not None:
+        table, said = TokenTable.learn(trace, rows)
+        predictor.tokens, of_priors = TokenPrior.fit(table, said[rows], of_priors, counts)
+    predictor.layers, given = LayerPrior.fit(of_priors[0], counts, config.top_k)
+    return predictor, Opinions(of_priors[0], of_priors[1], given)
+
+
+def prepare(
+    prompts: Prompts, split: Split, config: PredictorConfig, trace: RoutingTrace | None = None
+) -> tuple[Predictor, Examples, Examples]:
+    """A predictor that learned from the training prompts, and the examples of both parts of the split.
+
+    Its networks will fit a predictor of `closed_forms` that learned from all prompts.
     """
     histories = History.of(prompts.counts)
-    old, remembered = split.train[:-MAX_MEMORY], split.train[-MAX_MEMORY:]
-    predictor = Predictor(config, prompts.latest(MAX_MEMORY), remembered=prompts.take(remembered))
-    early, late = predictor.priors
-    past, unseen, trained = prompts.take(old), prompts.take(split.held_out), prompts.take(split.train)
-    of_train = [np.concatenate([prior.predict(past), prior.left_out()]) for prior in (early, late)]
-    predictor.layers, given = LayerPrior.fit(of_train[0], trained.counts, config.top_k)
-    of_unseen = [prior.predict(unseen) for prior in (early, late)]
-    unseen_given = predictor.layers.predict(of_unseen[0], frequencies(unseen.counts))
+    predictor, of_train = closed_forms(prompts, split.train, config, trace)
+    unseen = prompts.take(split.held_out)
+    plain, early = (
+        predictor.by_tokens(unseen, predictor.prior(first).predict(unseen), first) for first in (False, True)
+    )
+    assert predictor.layers is not None
+    of_unseen = Opinions(plain, early, predictor.layers.predict(plain, frequencies(unseen.counts)))
 
     def examples(rows: Int[np.ndarray, " p"], opinions: Opinions) -> Examples:
         return Examples(predictor, prompts.take(rows), [histories[row] for row in rows], opinions)
 
-    train = examples(split.train, Opinions(of_train[0], of_train[1], given))
-    return predictor, train, examples(split.held_out, Opinions(of_unseen[0], of_unseen[1], unseen_given))
+    return predictor, examples(split.train, of_train), examples(split.held_out, of_unseen)
