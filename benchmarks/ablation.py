@@ -40,7 +40,7 @@ from train.predictor.coverage import coverage
 
 SHARES = (0.25, 0.5)
 PARTS = (
-    *("prior", "network", "embedding", "history", "earlier layers", "last tokens", "refresh", "dynamics"),
+    *("prior", "network", "tokens", "embedding", "history", "earlier layers", "last tokens", "refresh", "dynamics"),
     *("sensitivity", "drift", "gate"),
 )
 _ENGINE_ONLY = {
@@ -100,6 +100,10 @@ class Ablation:
         if part == "network":
             bare = _without_network(predictor)
             return Case(self._predicted(bare), Refresh(dynamics._replace(network=None)))
+        if part == "tokens":
+            if predictor.tokens is None or self.replayed.prompt_tokens is None:
+                return "only a trained predictor reads them (--predictor), in a trace that holds them"
+            return Case(self._predicted(_without_tokens(predictor)), Refresh(dynamics))
         if part == "embedding":
             if predictor.config.embedding_dim == 0:
                 return "prompts of this trace come without embeddings"
@@ -169,7 +173,11 @@ class Ablation:
 
 
 def _without_network(predictor: Predictor) -> Predictor:
-    return Predictor(predictor.config, predictor.trained, None, predictor.memory)
+    return Predictor(predictor.config, predictor.trained, None, predictor.memory, predictor.layers, predictor.tokens)
+
+
+def _without_tokens(predictor: Predictor) -> Predictor:
+    return Predictor(predictor.config, predictor.trained, predictor.weights, predictor.memory, predictor.layers)
 
 
 def _own_only(dynamics: Dynamics) -> Dynamics:
