@@ -21,6 +21,7 @@ from emoe_jax.predictor.network import Sizes, Weights
 from emoe_jax.predictor.prior import KernelPrior
 from emoe_jax.predictor.prompts import Prompts
 from emoe_jax.predictor.token_prior import TokenPrior
+from emoe_jax.predictor.tokens import Tokens
 
 CONFIG, MEMORY, LAYERS, WEIGHTS = "config.json", "memory.npz", "layers.npz", "weights.safetensors"
 TOKENS = "tokens.npz"
@@ -135,7 +136,7 @@ class Predictor:
         self,
         prompts: Sequence[tuple[str, Float[np.ndarray, " d"] | None]],
         rows: int,
-        tokens: Sequence[Sequence[int]] | None = None,
+        tokens: Sequence[Sequence[int] | Tokens] | None = None,
     ) -> Float[np.ndarray, "P M E"]:
         """`predict` for tasks and embeddings of one prompt or more, each as if it came next; `tokens` are their ids.
 

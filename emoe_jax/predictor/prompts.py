@@ -47,9 +47,11 @@ class Prompts:
         return Prompts(tasks, self.embedding[rows], self.counts[rows], self.first[rows], tokens)
 
     def join(self, later: Prompts) -> Prompts:
-        pairs = ((getattr(self, name), getattr(later, name)) for name in ("embedding", "counts", "first"))
+        embedding, counts, first = (
+            np.concatenate([getattr(self, name), getattr(later, name)]) for name in ("embedding", "counts", "first")
+        )
         tokens = None if self.tokens is None or later.tokens is None else self.tokens + later.tokens
-        return Prompts(self.tasks + later.tasks, *(np.concatenate(pair) for pair in pairs), tokens)
+        return Prompts(self.tasks + later.tasks, embedding, counts, first, tokens)
 
     def latest(self, number: int) -> Prompts:
         """The last of them, at most so many."""

@@ -6,6 +6,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -66,9 +67,9 @@ class TokenPrior:
         return TokenPrior(table, self._rests)
 
     def save(self, path: Path) -> None:
-        rests = np.stack(self._rests).astype(np.float16)
+        arrays: dict[str, Any] = {"rests": np.stack(self._rests).astype(np.float16), **self.table.arrays()}
         with path.open("wb") as file:
-            np.savez_compressed(file, rests=rests, **self.table.arrays())
+            np.savez_compressed(file, **arrays)
 
     @staticmethod
     def load(path: Path, config: PredictorConfig) -> TokenPrior:

@@ -5,6 +5,7 @@ from tests.mutants.mutant import Mutant
 _WIRING = "tests/engine/test_wiring.py"
 _EMBEDDING = f"{_WIRING}::test_residents_are_those_predicted_by_the_prompts_embedding"
 _HISTORY = f"{_WIRING}::test_a_prediction_goes_by_the_prompts_that_ran_before"
+_TOKENS = "tests/engine/test_reading_prompts.py::test_the_predictor_sees_the_tokens_of_every_prompt[True]"
 _DRIFT = f"{_WIRING}::test_low_coverage_asks_early"
 _GATE = f"{_WIRING}::test_predictions_that_are_worse_than_frequency_do_not_count"
 _PLAN = f"{_WIRING}::test_a_plan_is_equation_2_of_the_requests_at_hand"
@@ -55,8 +56,8 @@ PREDICTION = (
         "embedding: planner",
         "the predictor is asked without the prompt's embedding",
         _PLANNER,
-        "PlannedRequest(task, embedding, demand)",
-        "PlannedRequest(task, None, demand)",
+        "PlannedRequest(task, embedding, demand, tokens)",
+        "PlannedRequest(task, None, demand, tokens)",
         (_EMBEDDING,),
     ),
     Mutant(
@@ -74,6 +75,30 @@ PREDICTION = (
         "self._predictor.observe(prompt.task, prompt.counts, prompt.embedding)",
         "self._predictor.observe(prompt.task, prompt.counts)",
         (_HISTORY,),
+    ),
+    Mutant(
+        "tokens: engine",
+        "the planner is not told of prompts' tokens",
+        _FORESIGHT,
+        "read = tokens if self._planner.reads_tokens else ()",
+        "read = ()",
+        (_TOKENS,),
+    ),
+    Mutant(
+        "tokens: planner",
+        "the predictor is asked without the prompt's tokens",
+        _PLANNER,
+        "PlannedRequest(task, embedding, demand, tokens)",
+        "PlannedRequest(task, embedding, demand)",
+        (_TOKENS,),
+    ),
+    Mutant(
+        "tokens: predictor",
+        "the predictor does not read tokens",
+        "emoe_jax/predictor/predictor.py",
+        "return self.tokens.predict(prompts.tokens, prior, with_first)",
+        "return prior",
+        (_TOKENS,),
     ),
     Mutant(
         "history: told",
@@ -103,8 +128,8 @@ PREDICTION = (
         "network",
         "the predictor is the prior alone",
         "emoe_jax/predictor/predictor.py",
-        "        if self.weights is None:\n            return prior\n",
-        "        if True:\n            return prior\n",
+        "        if self.weights is None or not self.config.members:\n            return start\n",
+        "        if True:\n            return start\n",
         (_HISTORY,),
     ),
     Mutant(
