@@ -40,6 +40,7 @@ class PredictorConfig:
     heads: int = 4
     blocks: int = 2
     members: int = 3
+    token_runs: int = 1 << 17  # of each length whose routing is kept, at most
     first_tokens: int = 16  # how many answer tokens the with-answer prediction was trained on
     tokens: bool = False  # whether prompts' tokens are read
     prior_widths: tuple[float, float] | None = None  # of the priors' kernels; chosen anew where they are not known
@@ -49,7 +50,7 @@ class PredictorConfig:
             raise PredictorError(f"variant is {self.variant!r}; it must be one of {', '.join(VARIANTS)}")
         if self.arch not in ARCHITECTURES:
             raise PredictorError(f"arch is {self.arch!r}; it must be one of {', '.join(ARCHITECTURES)}")
-        for name in ("num_layers", "num_experts", "top_k", "width", "heads", "blocks", "first_tokens"):
+        for name in ("num_layers", "num_experts", "top_k", "width", "heads", "blocks", "token_runs", "first_tokens"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise PredictorError(f"{name} is {getattr(self, name)!r}; it must be a positive integer")
         if type(self.members) is not int or self.members < 0:

@@ -14,8 +14,6 @@ LENGTHS = 3
 """Of the longest run of tokens that is looked up: a token, after the one before it, after the two before it."""
 MAX_TOKEN = (1 << 21) - 2
 """The largest token id that is told apart: three of them fill a 64-bit key. Larger ones are as one."""
-MAX_RUNS = 1 << 17
-"""Of each length that are kept: those that occur most often."""
 MAX_LEARNED = 1 << 19
 """Tokens that are learned from: those of the latest prompts. Learning takes some 5 KB of memory for each."""
 _SHRINK = 1.5  # occurrences that the shorter run's routing counts as
@@ -53,20 +51,23 @@ class TokenTable:
         self._mean, self._basis, self._levels = mean, basis, tuple(levels)
 
     @staticmethod
-    def learn(trace: RoutingTrace, prompts: Int[np.ndarray, " p"]) -> tuple[TokenTable, Float[np.ndarray, "P M E"]]:
+    def learn(
+        trace: RoutingTrace, prompts: Int[np.ndarray, " p"], most: int
+    ) -> tuple[TokenTable, Float[np.ndarray, "P M E"]]:
         """The table of these `prompts` of a trace that holds its prompts' tokens, and the shares of all its prompts:
-        for those learned from, as the others' tokens alone say."""
+        for those learned from, as the others' tokens alone say. Of each length it keeps the runs that occur most often,
+        `most` of them at the most."""
         everything = trace.tokens_by_prompt()
         lengths = np.array([len(ids) for ids in everything])
         learned = np.sort(prompts)[np.cumsum(lengths[np.sort(prompts)][::-1])[::-1] <= MAX_LEARNED]
-        table, left_out = TokenTable._learn(trace.select(learned))
+        table, left_out = TokenTable._learn(trace.select(learned), most)
         others = np.setdiff1d(np.arange(trace.num_prompts), learned)
         said = np.empty((trace.num_prompts, trace.num_layers, trace.num_experts), np.float32)
         said[learned], said[others] = left_out, table.shares([everything[prompt] for prompt in others])
         return table, said
 
     @staticmethod
-    def _learn(trace: RoutingTrace) -> tuple[TokenTable, Float[np.ndarray, "P M E"]]:
+    def _learn(trace: RoutingTrace, most: int) -> tuple[TokenTable, Float[np.ndarray, "P M E"]]:
         M, E, k = trace.num_layers, trace.num_experts, trace.top_k
         tokens = trace.tokens_by_prompt()
         lengths = np.array([len(ids) for ids in tokens])
@@ -96,7 +97,7 @@ class TokenTable:
             from_others = (total[runs.run] - own[runs.pair] + _SHRINK * left_out) / (
                 (count - own_count)[:, None] + _SHRINK
             )
-            least = runs.least_count()
+            least = runs.least_count(most)
             left_out = np.where((count - own_count >= least)[:, None], from_others, left_out)
             kept = runs.counts >= least
             difference = np.where(kept[:, None], mean_of_run - below_of_run, 0)
@@ -178,10 +179,10 @@ class _Runs(NamedTuple):
     def of_first(self, rows: Float[np.ndarray, "t J"]) -> Float[np.ndarray, "G J"]:
         return rows[self.first]
 
-    def least_count(self) -> int:
-        """How often a run must have occurred to be kept."""
+    def least_count(self, most: int) -> int:
+        """How often a run must have occurred to be one of the `most` frequent ones."""
         ordered = np.sort(self.counts)
-        return 1 if len(ordered) <= MAX_RUNS else max(1, int(ordered[-MAX_RUNS - 1]) + 1)
+        return 1 if len(ordered) <= most else max(1, int(ordered[-most - 1]) + 1)
 
 
 def run_keys(tokens: Tokens, length: int) -> Int[np.ndarray, " t"]:

@@ -25,7 +25,7 @@ def predictor_of(trace: RoutingTrace, reads: bool) -> Predictor:
     predictor = Predictor(config, prompts, layers=LayerPrior.ignorant(config))
     predictor.weights = network.init(config, predictor.sizes, 0)
     if reads:
-        table, said = TokenTable.learn(trace, np.arange(len(prompts)))
+        table, said = TokenTable.learn(trace, np.arange(len(prompts)), 1000)
         predictor.tokens, _ = TokenPrior.fit(table, said, [said, said], prompts.counts)
     return predictor
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from emoe_jax.predictor import Predictor, PredictorConfig, PredictorError, Prompts, network
-from emoe_jax.predictor import tokens as reading
 from emoe_jax.predictor.inputs import History
 from emoe_jax.predictor.prompts import frequencies
 from emoe_jax.predictor.token_prior import TokenPrior
@@ -17,6 +16,7 @@ from train.predictor.coverage import coverage
 from train.predictor.examples import closed_forms
 
 M, E, TOP_K, WORDS, ANSWER = 3, 16, 2, 40, 3
+MANY = 10**6  # runs of tokens
 CONFIG = PredictorConfig(M, E, TOP_K, members=1, width=8, heads=2, blocks=1)
 
 
@@ -71,20 +71,17 @@ def test_prompts_are_left_out_of_what_is_said_of_them() -> None:
     """A prompt learned from is expected to be as one that was not, so that what corrects the table can be learned."""
     trace = told_by_tokens(80, 0, by_pairs=True)
     others = np.arange(80) != 7
-    _, said = TokenTable.learn(trace, np.arange(80))
-    _, without = TokenTable.learn(trace, np.flatnonzero(others))
+    _, said = TokenTable.learn(trace, np.arange(80), MANY)
+    _, without = TokenTable.learn(trace, np.flatnonzero(others), MANY)
     # Directions are those of all prompts, and so nearly the same.
     np.testing.assert_allclose(said[7], without[7], atol=0.02)
     assert np.abs(said[7] - said[8]).max() > 0.05
 
 
-def test_runs_that_occur_too_rarely_are_left_out_where_a_table_would_be_too_large(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_runs_that_occur_too_rarely_are_left_out_where_a_table_would_be_too_large() -> None:
     trace = told_by_tokens(200, 0)
-    whole, _ = TokenTable.learn(trace, np.arange(200))
-    monkeypatch.setattr(reading, "MAX_RUNS", 25)
-    small, said = TokenTable.learn(trace, np.arange(200))
+    whole, _ = TokenTable.learn(trace, np.arange(200), MANY)
+    small, said = TokenTable.learn(trace, np.arange(200), 25)
     sizes = [[len(table.arrays()[f"keys{n}"]) for n in (1, 2, 3)] for table in (whole, small)]
     assert sizes[0][0] == WORDS
     assert max(sizes[1]) <= 25 < min(sizes[0])

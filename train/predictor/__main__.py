@@ -68,6 +68,7 @@ def train(given: argparse.Namespace, console: Console) -> dict[str, Any]:
         width=given.width,
         members=given.members,
         first_tokens=given.first_tokens,
+        token_runs=given.token_runs,
     )
     prompts = Prompts.of(trace, config.first_tokens).routed()
     if given.shuffle_labels:

@@ -118,7 +118,7 @@ def closed_forms(
     counts = prompts.counts[rows]
     of_priors = [np.concatenate([prior.predict(prompts.take(old)), prior.left_out()]) for prior in predictor.priors]
     if trace is not None and trace.prompt_tokens is not None:
-        table, said = TokenTable.learn(trace, rows)
+        table, said = TokenTable.learn(trace, rows, config.token_runs)
         predictor.tokens, of_priors = TokenPrior.fit(table, said[rows], of_priors, counts)
     predictor.layers, given = LayerPrior.fit(of_priors[0], counts, config.top_k)
     return predictor, Opinions(of_priors[0], of_priors[1], given)

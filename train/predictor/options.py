@@ -31,6 +31,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--first-tokens", type=int, default=PredictorConfig.first_tokens, help="early answer tokens used"
     )
+    parser.add_argument(
+        "--token-runs",
+        type=int,
+        default=PredictorConfig.token_runs,
+        help="runs of one, two and three prompt tokens whose routing is kept, so many of each at most",
+    )
     parser.add_argument("--width", type=int, default=PredictorConfig.width, help="of the networks")
     parser.add_argument("--members", type=int, default=PredictorConfig.members, help="networks averaged")
     parser.add_argument("--rate", type=float, default=Plan.peak_rate, help="peak learning rate")
@@ -43,6 +49,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "epochs": (1, 10**6),
         "seed": (0, 2**31 - 1),
         "first_tokens": (1, 10**4),
+        "token_runs": (1, 10**7),
         "width": (4, 4096),
         "members": (1, 64),
     }
