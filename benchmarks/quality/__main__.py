@@ -190,9 +190,8 @@ def _measured(
         def start(title: str, requests: int) -> Callable[[], None]:
             return _advance(progress, title, requests)
 
-        for done in measure(
-            given.model, cells, traffic, given.concurrency, given.seed, given.random_draws, start, embed
-        ):
+        options = (given.concurrency, given.seed, given.random_draws)
+        for done in measure(given.model, cells, traffic, *options, start, embed, given.task_profile):
             if not console.is_terminal:
                 cell = done.rows[0].cell
                 name = "all experts resident" if cell == FULL else f"{cell.policy}, {cell.share:.0%}, {cell.contract}"

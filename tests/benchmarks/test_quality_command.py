@@ -15,8 +15,10 @@ from benchmarks.quality.measure import Traffic
 from benchmarks.quality.served import Cell, engine_of, free, given, outcomes, serve
 from benchmarks.quality.traffic import Count, Item, in_bursts
 from emoe_jax import Engine
+from emoe_jax.config import ModelConfig
 from emoe_jax.errors import EmoeError
 from emoe_jax.policies import POLICIES
+from emoe_jax.tasks import TaskProfile
 from tests.benchmarks.quality_samples import write_model
 
 CONTEXT = 192
@@ -232,6 +234,26 @@ def test_random_experts_are_drawn_several_times(model: str, tmp_path: Path, monk
     assert status == 0
     assert seeds == [("static", 7), ("random", 7), ("random", 8), ("lru", 7)]
     assert results["random_draws"] == 2
+
+
+def test_a_given_profile_is_that_of_policies_without_a_calibrated_one(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, real = [], served.engine_of
+
+    def noted(*arguments: Any, **named: Any) -> Any:
+        given.append((arguments[1].policy, arguments[5] if len(arguments) > 5 else None))
+        return real(*arguments, **named)
+
+    monkeypatch.setattr("benchmarks.quality.measure.engine_of", noted)
+    profile = tmp_path / "profile.json"
+    TaskProfile.empty(ModelConfig.from_directory(Path(model))).save(profile)
+    options = ["--policies", "emoe", "static-global", "--shares", "0.5", "--tasks", "facts"]
+    status, _ = run(model, tmp_path / "out.json", *options, "--task-profile", str(profile))
+    assert status == 0
+    assert given[:2] == [("static", None), ("emoe", profile)]
+    assert given[2][0] == "static-global"
+    assert given[2][1] not in (None, profile)
 
 
 def test_a_run_that_fails_leaves_the_cells_before(
