@@ -141,11 +141,11 @@ class Runner:
                 record_wishes(self.recorder, batch, wishes, spoilt)
             routed = counts_by_sequence(batch, wishes, self.config.num_experts)
             for row, piece in enumerate(batch.pieces):
+                if piece.length > 1 and piece.sequence not in spoilt:
+                    chunks.append(Chunk(routed[row], piece.length))  # of an ended sequence too: `counts` has them
                 if piece.sequence.finished or piece.sequence in spoilt:
                     continue
                 piece.sequence.add_routing(routed[row])
-                if piece.length > 1:
-                    chunks.append(Chunk(routed[row], piece.length))
                 piece.sequence.substituted += int(substituted.choices[row])
                 piece.sequence.substituted_mass += float(substituted.mass[row])
                 piece.sequence.assigned += piece.length * choices

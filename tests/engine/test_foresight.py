@@ -97,6 +97,12 @@ def test_the_policy_is_told_prompts_from_answers(engine: Engine, monkeypatch: py
     assert told[0] == (0, [(3, 3 * TOP_K)])
     assert (TOP_K, [(7, 7 * TOP_K)]) in told  # one decodes while the other's prompt is read
     assert (2 * TOP_K, []) in told
+    told.clear()
+    engine.add_request("aborted", [2, 7, 1, 8, 2, 8, 1], PARAMS)
+    engine._dispatch()
+    engine.abort("aborted")
+    engine.generate([3, 1, 4], PARAMS)
+    assert told[0] == (0, [(7, 7 * TOP_K)])  # what has ended meanwhile is no crowd of single tokens
 
 
 def test_a_task_that_needs_no_expert_in_particular_loads_none(engine: Engine) -> None:
