@@ -104,7 +104,7 @@ class PredictorConfig:
                 "`python -m train.predictor --traces FILE --out DIR` makes one of this format"
             )
         names = {field.name for field in dataclasses.fields(PredictorConfig)}
-        if not isinstance(values, dict) or {*values, "prior_widths", "tokens"} != names:
+        if not isinstance(values, dict) or {*values, "prior_widths", "tokens", "token_runs"} != names:
             raise PredictorError(f"{path} is not the description of a predictor")
         if isinstance(values.get("prior_widths"), list):
             values["prior_widths"] = tuple(values["prior_widths"])

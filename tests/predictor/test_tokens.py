@@ -1,6 +1,7 @@
 """What prompts' tokens say: told by token and by run, left-out prompts left out, kept in a file, asked for by name."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -88,6 +89,20 @@ def test_runs_that_occur_too_rarely_are_left_out_where_a_table_would_be_too_larg
     asked = trace.tokens_by_prompt()
     np.testing.assert_allclose(small.shares(asked).sum(-1), 1, rtol=1e-5)
     assert np.abs(small.shares(asked) - said).mean() < 0.02
+
+
+def test_a_directory_from_before_tokens_were_read_still_loads(tmp_path: Path) -> None:
+    trace = told_by_tokens(40, 0)
+    config = PredictorConfig(M, E, TOP_K, members=0)
+    predictor, _ = closed_forms(Prompts.of(trace, 16), np.arange(40), config)
+    predictor.weights = network.init(predictor.config, predictor.sizes, 0)
+    predictor.save(tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(
+        json.dumps({name: value for name, value in values.items() if "token" not in name or "first" in name})
+    )
+    assert not Predictor.load(tmp_path).reads_tokens
 
 
 def test_a_run_has_a_number_of_its_own() -> None:
