@@ -21,6 +21,7 @@ class LoadsState(Described):
     in_flight: Annotated[int, Field(description="Asked for and not there yet.")] = 0
     useful: Annotated[int, Field(description="Loaded in the background and then wished for.")] = 0
     useless: Annotated[int, Field(description="Loaded in the background and replaced unwished for.")] = 0
+    layers_spared: Annotated[int, Field(description="Exchanges not made: no request is sensitive there.")] = 0
     cancelled: Annotated[int, Field(description="Given up, because a newer plan no longer wanted them.")] = 0
     failures: Annotated[int, Field(description="Experts that could not be read, after all retries.")] = 0
     retries: int = 0
@@ -56,6 +57,7 @@ class PlannerState(Described):
     early_predictions: Annotated[int, Field(description="Prompts predicted besides, because coverage fell.")] = 0
     invocations: Annotated[int, Field(description="Calls of the predictor, each for one prompt or more.")] = 0
     missed: Annotated[int, Field(description="Prompts not asked about, for too many questions waited.")] = 0
+    insensitive: Annotated[int, Field(description="Prompts not asked about: no layer is sensitive.")] = 0
     seconds: Annotated[float, Field(description="Of the predictor's thread.")] = 0.0
     seconds_per_prediction: Annotated[float | None, Field(description="Of the thread, without learning.")] = None
     computing_seconds_per_prompt: Annotated[float | None, Field(description="Of the device, answer included.")] = None

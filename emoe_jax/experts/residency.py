@@ -301,6 +301,7 @@ class Residency:
                 "in_flight": len(loading),
                 "useful": self._useful,
                 "useless": self._useless,
+                "layers_spared": self._policy.layers_spared,
                 "last_error": self._last_error,
             },
             "store": dataclasses.asdict(self._store.stats),

@@ -69,7 +69,7 @@ class Invocations:
         self._since = 0  # prompts admitted since the last question, its own included; 0: the next is asked about
         self._numbers = itertools.count()
         self._pending: dict[int, tuple[PlannedRequest, bool]] = {}  # unanswered, and whether they were asked early
-        self._predicted = self._early = self._missed = self._calls = 0
+        self._predicted = self._early = self._missed = self._calls = self._insensitive = 0
 
     @property
     def every(self) -> int:
@@ -92,6 +92,7 @@ class Invocations:
                 continue
             request.admitted = True
             if not request.demand.sensitivity.any():
+                self._insensitive += 1
                 continue
             if self._since and self._since < self.every:
                 self._since += 1
@@ -156,6 +157,7 @@ class Invocations:
             "early_predictions": self._early + pending_early,
             "invocations": self._calls,
             "missed": self._missed,
+            "insensitive": self._insensitive,
             "seconds": round(self.forecaster.seconds, 6),
             **self.cadence.state(),
         }

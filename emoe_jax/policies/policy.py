@@ -49,6 +49,8 @@ class ResidencyPolicy:
         self._wishes: Float[np.ndarray, "M E"] = np.zeros(self._shape, np.float32)
         self._steps = 0  # whose wishes these are; the rule has not taken them in yet
         self._sensitivity = np.ones(num_layers, np.float32)
+        self.layers_spared = 0
+        """How often `swaps` left a layer alone in which an exchange was due, because no request is sensitive to it."""
 
     def initial(self, capacities: Sequence[int]) -> list[Int[np.ndarray, " C"]]:
         """Experts to start with per layer, ascending: those of the highest rates, or the first, which ties give."""
@@ -95,7 +97,7 @@ class ResidencyPolicy:
     def swaps(
         self, table: SlotTable, limit_per_layer: int = 1, busy: Bool[np.ndarray, "M E"] | None = None
     ) -> list[Swap]:
-        """At most `limit_per_layer` exchanges per layer, the most gainful first. Changes nothing.
+        """At most `limit_per_layer` exchanges per layer, the most gainful first. Changes no state but `layers_spared`.
 
         Experts in `busy` (on their way in or out already, `ExpertLoader.in_flight`) are left alone.
         """
@@ -105,7 +107,9 @@ class ResidencyPolicy:
             loadable, evictable = loadable & ~busy, evictable & ~busy
         gained, lost = np.where(loadable, scores, -np.inf), np.where(evictable, scores, np.inf)
         margin = self._rule.margin + self._rule.share_margin * table.resident_mask.mean(1)
-        is_due = (gained.max(1) - lost.min(1) > margin) & (self._sensitivity > 0)
+        is_due = gained.max(1) - lost.min(1) > margin
+        self.layers_spared += int(is_due[self._sensitivity == 0].sum())
+        is_due &= self._sensitivity > 0
         layers = np.flatnonzero(is_due)[:, None]
         if not len(layers):
             return []

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from emoe_jax.predictor.config import PredictorError
 from emoe_jax.traces import RoutingTrace
 
 LENGTHS = 3
@@ -15,7 +16,8 @@ LENGTHS = 3
 MAX_TOKEN = (1 << 21) - 2
 """The largest token id that is told apart: three of them fill a 64-bit key. Larger ones are as one."""
 MAX_LEARNED = 1 << 19
-"""Tokens that are learned from: those of the latest prompts. Learning takes some 5 KB of memory for each."""
+"""Tokens that are learned from: those of the latest prompts, without prompts that have more. Learning takes some 5 KB
+of memory for each."""
 _SHRINK = 1.5  # occurrences that the shorter run's routing counts as
 _COMPONENTS = 256  # principal directions of routing that are told apart
 _BLOCK = 1 << 14  # tokens handled at a time
@@ -56,10 +58,13 @@ class TokenTable:
     ) -> tuple[TokenTable, Float[np.ndarray, "P M E"]]:
         """The table of these `prompts` of a trace that holds its prompts' tokens, and the shares of all its prompts:
         for those learned from, as the others' tokens alone say. Of each length it keeps the runs that occur most often,
-        `most` of them at the most."""
+        `most` of them at the most. Raises `PredictorError` where every prompt is longer than `MAX_LEARNED`."""
         everything = trace.tokens_by_prompt()
         lengths = np.array([len(ids) for ids in everything])
-        learned = np.sort(prompts)[np.cumsum(lengths[np.sort(prompts)][::-1])[::-1] <= MAX_LEARNED]
+        learned = np.sort(prompts)[lengths[np.sort(prompts)] <= MAX_LEARNED]
+        if not len(learned):
+            raise PredictorError(f"every prompt has more than {MAX_LEARNED:,} tokens; expected one that is shorter")
+        learned = learned[np.cumsum(lengths[learned][::-1])[::-1] <= MAX_LEARNED]
         table, left_out = TokenTable._learn(trace.select(learned), most)
         others = np.setdiff1d(np.arange(trace.num_prompts), learned)
         said = np.empty((trace.num_prompts, trace.num_layers, trace.num_experts), np.float32)

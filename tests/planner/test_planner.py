@@ -220,6 +220,8 @@ def test_tasks_that_are_insensitive_everywhere_trigger_no_prediction():
     assert plan is not None
     assert not plan.sensitivity.any()
     assert planner.state()["prompts_since"] == 0
+    assert planner.state()["insensitive"] == 1
+    assert predictor.asked == []
     planner.close()
 
 

@@ -14,4 +14,5 @@ def test_gains_count_by_the_sensitivity_of_their_layer():
     policy.observe(np.array([[0, 0, 9, 0], [0, 0, 3, 0], [0, 0, 9, 0]]))
     swaps = policy.swaps(table)
     assert [swap.layer for swap in swaps] == [1, 0]
+    assert policy.layers_spared == 1
     assert swaps[1].gain == pytest.approx(0.75 * swaps[0].gain)

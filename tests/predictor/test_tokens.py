@@ -185,3 +185,17 @@ def test_networks_that_do_not_help_are_left_out(tmp_path) -> None:
     expected = predictor.by_tokens(prompts, prior, with_first=False)
     asked = predictor.predict_many(prompts, History.of(prompts.counts), with_first=False)
     np.testing.assert_array_equal(asked, expected)
+
+
+def test_a_prompt_too_long_to_learn_from_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = told_by_tokens(60, 0)
+    lengths = np.array([len(ids) for ids in trace.tokens_by_prompt()])
+    monkeypatch.setattr("emoe_jax.predictor.tokens.MAX_LEARNED", int(lengths.max()) - 1)
+    rows = np.array([int(lengths.argmin()), int(lengths.argmax())])
+    table, said = TokenTable.learn(trace, rows, 100)
+    alone, _ = TokenTable.learn(trace, rows[:1], 100)
+    ids = trace.tokens_by_prompt()
+    np.testing.assert_array_equal(table.shares(ids), alone.shares(ids))
+    np.testing.assert_array_equal(said[rows[1]], table.shares([ids[rows[1]]])[0])
+    with pytest.raises(PredictorError, match="every prompt has more than"):
+        TokenTable.learn(trace, rows[1:], 100)
