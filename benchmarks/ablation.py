@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +36,7 @@ from emoe_jax.predictor.inputs import History
 from emoe_jax.predictor.layers import LayerPrior
 from emoe_jax.predictor.prompts import Prompts, frequencies
 from emoe_jax.traces import RoutingTrace
+from train.predictor.answers import learn_answers
 from train.predictor.coverage import coverage
 
 SHARES = (0.25, 0.5)
@@ -96,20 +97,22 @@ class Ablation:
         """What is left without the part; a sentence where replay cannot tell."""
         predictor, dynamics = self.learned.predictor, self._dynamics
         if part == "prior":
-            return self._learned_anew(lambda trace: self._global(trace.num_prompts), self._global(len(self._shares)))
+            known = len(self.learned.left_out)
+            return self._learned_anew(self._global(known), self._global(len(self._shares)))
         if part == "network":
             bare = _without_network(predictor)
             return Case(self._predicted(bare), Refresh(dynamics._replace(network=None)))
         if part == "tokens":
             if predictor.tokens is None or self.replayed.prompt_tokens is None:
-                return "only a trained predictor reads them (--predictor), in a trace that holds them"
-            return Case(self._predicted(_without_tokens(predictor)), Refresh(dynamics))
+                return "this trace holds no tokens of prompts, or the predictor does not read them"
+            asked = self._predicted(_without_tokens(predictor))
+            return self._learned_anew(predictor.prior(with_first=False).left_out(), asked)
         if part == "embedding":
             if predictor.config.embedding_dim == 0:
                 return "prompts of this trace come without embeddings"
-            blind = learn_from(self.trained.without_embedding(), None, dynamics).predictor
-            asked = predicted(blind, self.replayed.without_embedding(), self.predict_every)
-            return self._learned_anew(lambda trace: blind.prior(with_first=False).left_out(), asked)
+            blind = learn_from(self.trained.without_embedding(), None, dynamics)
+            asked = predicted(blind.predictor, self.replayed.without_embedding(), self.predict_every)
+            return self._learned_anew(blind.left_out, asked)
         if part == "history":
             if predictor.weights is None:
                 return "only the networks of a trained predictor look at it (--predictor)"
@@ -131,17 +134,11 @@ class Ablation:
         shares = frequencies(self.learned.prompts.counts.sum(0))
         return np.broadcast_to(shares, (number, *shares.shape))
 
-    def _learned_anew(
-        self, plan: Callable[[RoutingTrace], Float[np.ndarray, "P M E"]], asked: Float[np.ndarray, "P M E"]
-    ) -> Case:
-        """Dynamics of answers that were planned for like this."""
-        from train.predictor.answers import learn_answers
-
-        memory = len(self.learned.predictor.prior(with_first=False).left_out())
+    def _learned_anew(self, plan: Float[np.ndarray, "P M E"], asked: Float[np.ndarray, "P M E"]) -> Case:
+        """Dynamics of answers whose prompts, the latest ones, were planned for like this."""
         routed = np.flatnonzero(np.bincount(self.trained.sample, minlength=self.trained.num_prompts))
-        latest = self.trained.select(routed[-memory:])
         learn = learn_answers if self._dynamics.network is not None else learn_dynamics
-        return Case(asked, Refresh(learn(latest, plan(latest))))
+        return Case(asked, Refresh(learn(self.trained.select(routed[-len(plan) :]), plan)))
 
     def _replayed(self, case: Case) -> dict[str, Any]:
         trace, stream = self.replayed, self._stream

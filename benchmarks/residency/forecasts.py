@@ -15,8 +15,11 @@ from emoe_jax.policies.learning import learn_transitions
 from emoe_jax.policies.rivals import activation_matrices
 from emoe_jax.predictor import Predictor, PredictorConfig, Prompts
 from emoe_jax.predictor.inputs import History
+from emoe_jax.predictor.predictor import MAX_MEMORY
 from emoe_jax.predictor.prompts import frequencies
 from emoe_jax.traces import RoutingTrace, TraceError
+from train.predictor.answers import learn_answers
+from train.predictor.examples import closed_forms
 
 Report = Callable[[str], None]
 
@@ -27,6 +30,8 @@ class Learned(NamedTuple):
     knowledge: Knowledge
     prompts: Prompts
     predictor: Predictor
+    left_out: Float[np.ndarray, "P M E"]
+    """What the closed forms say of the latest prompts, each learned from all others: plans to learn dynamics with."""
 
 
 def learn_from(
@@ -35,26 +40,22 @@ def learn_from(
     dynamics: Dynamics | None = None,
     report: Report = lambda line: None,
 ) -> Learned:
-    """`predictor` None: the closed-form prior, fitted to the trace. `dynamics` None: learned from the trace.
+    """`predictor` None: the closed forms, fitted to the trace. `dynamics` None: learned from the trace.
 
-    Dynamics learn from the closed-form prior's word on left-out prompts, because what a trained predictor says of
+    Dynamics learn from the closed forms' word on left-out prompts, because what a trained predictor says of
     prompts that it may have seen is better than what it will say of others.
     """
     trace = trace.select(np.flatnonzero(np.bincount(trace.sample, minlength=trace.num_prompts)))
     dim = 0 if trace.prompt_embedding is None else trace.prompt_embedding.shape[1]
     config = PredictorConfig(trace.num_layers, trace.num_experts, trace.top_k, dim)
     prompts = Prompts.of(trace, config.first_tokens)
-    prior = Predictor(config, prompts)
+    learned, opinions = closed_forms(prompts, np.arange(len(prompts)), config, trace)
+    left_out = opinions.plain[-MAX_MEMORY:]
     if dynamics is None:
-        from train.predictor.answers import learn_answers  # needs optax, which serving does not
-
-        start = prior.prior(with_first=False).left_out()
-        latest = trace.select(
-            range(trace.num_prompts - len(start), trace.num_prompts)
-        )  # all that a predictor remembers
-        dynamics = learn_answers(latest, start, report=report)
+        latest = trace.select(range(trace.num_prompts - len(left_out), trace.num_prompts))
+        dynamics = learn_answers(latest, left_out, report=report)
     knowledge = Knowledge(dynamics, learn_transitions(trace), activation_matrices(trace.counts()))
-    return Learned(knowledge, prompts, predictor or prior)
+    return Learned(knowledge, prompts, predictor or learned, left_out)
 
 
 def predicted(

@@ -13,6 +13,7 @@ from benchmarks.ablation import PARTS, Ablation, main
 from benchmarks.residency.forecasts import learn_from
 from emoe_jax.predictor import Predictor, network
 from tests.predictor.test_answers import PLAN, phases
+from tests.predictor.test_tokens import told_by_tokens
 from tests.traces.synthetic import make_trace
 from train.predictor import answers
 
@@ -99,3 +100,12 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         with pytest.raises(SystemExit):
             ablation.arguments(["--trace", trace, *argv])
         assert message in capsys.readouterr().err
+
+
+def test_what_tokens_tell_is_learned_where_a_trace_holds_them(tmp_path: Path):
+    told_by_tokens(60, 0).save(tmp_path / "trace.npz")
+    argv = ["--trace", str(tmp_path / "trace.npz"), "--without", "tokens", "--json", str(tmp_path / "out.json")]
+    assert main(argv) == 0
+    rows = rows_of(tmp_path / "out.json")
+    assert "note" not in rows["tokens"]
+    assert rows["tokens"]["coverage"] != rows["nothing"]["coverage"]
