@@ -36,9 +36,8 @@ from benchmarks import timing
 from benchmarks.peers import MODEL, PROMPT, step_bytes
 from benchmarks.timing import DecodingBatch
 from emoe_jax import EmoeError, Engine
-from emoe_jax.checkpoint import save_checkpoint
-from emoe_jax.config import ModelConfig
 from emoe_jax.errors import one_line
+from emoe_jax.models import config_from_hf, save_checkpoint
 from emoe_jax.models.decoder import Decoder, init_experts
 
 BATCHES = (1, 16)
@@ -76,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def write_random_checkpoint(directory: Path, raw: dict[str, Any]) -> None:
     """A checkpoint of this `config.json` with random weights."""
-    config = ModelConfig.from_hf(raw)
+    config = config_from_hf(raw)
     dense = nnx.state(Decoder(config, rngs=nnx.Rngs(0)))
     save_checkpoint(directory, raw, dense, init_experts(config, jax.random.key(0)))
 
@@ -156,7 +155,7 @@ def decode_seconds(engine: Engine, batch: int, seed: int) -> float:
 
 
 def show(numbers: dict[str, dict[str, float]], policy: str, console: Console) -> None:
-    config = ModelConfig.from_hf(MODEL)
+    config = config_from_hf(MODEL)
     parameters = config.num_layers * config.num_experts * config.expert_params / 1e6
     table = Table(title=f"all experts resident are 1; {parameters:.0f} M expert parameters, float32")
     table.add_column("")

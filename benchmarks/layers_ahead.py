@@ -22,11 +22,11 @@ from rich.table import Table
 from benchmarks.residency.forecasts import Learned, learn_from
 from benchmarks.residency.split import read_traces
 from emoe_jax.errors import EmoeError, one_line
-from emoe_jax.planner.judges import coverage
 from emoe_jax.policies.dynamics import Dynamics
 from emoe_jax.predictor import Prompts
 from emoe_jax.predictor.layers import LayerPrior
 from emoe_jax.predictor.regression import fit_ridge
+from emoe_jax.residency.judges import coverage
 from emoe_jax.traces import RoutingTrace
 
 SHARES = (0.25, 0.5)

@@ -26,13 +26,13 @@ from rich.table import Table
 
 from emoe_jax.checkpoint import Checkpoint
 from emoe_jax.config import ModelConfig
-from emoe_jax.experts.budget import capacities, parse_expert_memory
 from emoe_jax.experts.loader import ExpertLoader
 from emoe_jax.experts.slab import ExpertSlab
 from emoe_jax.experts.store import ExpertStore, aligned_record
 from emoe_jax.experts.table import SlotTable
 from emoe_jax.experts.weights import ExpertLayout
-from emoe_jax.models import family_of
+from emoe_jax.memory.budget import capacities, parse_expert_memory
+from emoe_jax.models import config_from_hf, family_of, load_dense, open_checkpoint
 from emoe_jax.policies import make_policy
 
 # A Mixtral of which one expert takes 25 MB in f32: the size at which large models move experts.
@@ -64,7 +64,7 @@ class CheckpointReader:
 
 def write_sparse_checkpoint(directory: Path, raw: dict[str, Any]) -> ModelConfig:
     """A valid checkpoint whose tensors are holes in the file: zeros that take no disk but are read like any others."""
-    config = ModelConfig.from_hf(raw)
+    config = config_from_hf(raw)
     family = family_of(raw)
     parts = [part for parts in family.dense_tensors(config).values() for part in parts]
     for layer in config.moe_layers:
@@ -92,7 +92,7 @@ def measure_stage_commit(directory: Path, rounds: int) -> dict[str, float]:
     config = write_sparse_checkpoint(directory, MODEL)
     layout = ExpertLayout.of(config, "float32")
     E, half = config.num_experts, config.num_experts // 2
-    reader = CheckpointReader(Checkpoint.open(directory), layout)
+    reader = CheckpointReader(open_checkpoint(directory), layout)
     slab = ExpertSlab(layout, [half])
     in_memory = ExpertStore(reader, layout, 1, E, E * layout.nbytes)
     records = [np.asarray(in_memory.read(0, expert)) for expert in range(E)]
@@ -174,13 +174,13 @@ def measure_peak_rss(
 
 def probe_peak_rss(directory: Path, budget: str) -> dict[str, float]:
     """Load dense weights and experts as the engine does; bytes of peak memory by what they are for."""
-    checkpoint = Checkpoint.open(directory)
+    checkpoint = open_checkpoint(directory)
     config = checkpoint.config
     layout = ExpertLayout.of(config, config.dtype)
     jax.block_until_ready(jnp.zeros(8) + 1)
     before = _memory("VmRSS")
     slots = capacities(config, layout, parse_expert_memory(budget))
-    _, dense = checkpoint.load_dense(config.dtype)
+    _, dense = load_dense(checkpoint, config.dtype)
     slab = ExpertSlab(layout, slots)
     table = SlotTable(slots, config.num_experts, sharding=slab.sharding)
     store = ExpertStore(CheckpointReader(checkpoint, layout), layout, len(slots), config.num_experts)

@@ -37,12 +37,15 @@ from benchmarks import timing
 from benchmarks.arguments import count
 from benchmarks.timing import DecodingBatch
 from emoe_jax import Engine, SamplingParams
+from emoe_jax.attention.paged import paged_attend
 from emoe_jax.config import ModelConfig
-from emoe_jax.engine.kv_cache import KVCache, new_cache, paged_attend, pages_for
-from emoe_jax.engine.step import Skeleton, StepInputs, resident_step
+from emoe_jax.device.kv_cache import KVCache, new_cache
+from emoe_jax.device.step import Skeleton, StepInputs, resident_step
 from emoe_jax.experts.weights import ExpertWeights
+from emoe_jax.models import config_from_hf
 from emoe_jax.models.decoder import Decoder, init_experts
 from emoe_jax.moe import moe_ffn
+from emoe_jax.scheduling.pages import pages_for
 
 THREADS = 2
 CONTEXT = 544  # a prompt for prefill and its answer
@@ -186,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def compare(ours: Ours, theirs: Theirs, repetitions: int) -> dict[str, Any]:
     """The three ratios, with medians in seconds, the floors, and what transformers was set to."""
-    config = ModelConfig.from_hf(MODEL)
+    config = config_from_hf(MODEL)
     rng = np.random.default_rng(0)
     numbers: dict[str, Any] = {"read_gb_per_s": read_bandwidth() / 1e9}
     for B in (1, 8):
@@ -304,7 +307,7 @@ def plain_step(
 def slab_overhead(repetitions: int) -> dict[str, Any]:
     """Both steps over the same weights and a slot table in random order, at batch 1."""
     tell("slab overhead")
-    config = ModelConfig.from_hf(MODEL)
+    config = config_from_hf(MODEL)
     skeleton, leaves = Skeleton.split(Decoder(config, rngs=nnx.Rngs(0)))
     experts = init_experts(config, jax.random.key(0))
     rng = np.random.default_rng(0)

@@ -1,9 +1,21 @@
 """eMoE-JAX: Mixture-of-Experts inference from a fixed-capacity expert slab."""
 
-from emoe_jax.engine.engine import Engine
-from emoe_jax.engine.request import SLO, Completion, Delta, RequestOutput, SamplingParams, TokenLogprob
-from emoe_jax.engine.structured import StructuredOutputsParams
-from emoe_jax.errors import CapacityError, CheckpointError, ConfigError, EmoeError, RequestError
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from emoe_jax.engine.engine import Engine
+    from emoe_jax.errors import CapacityError, CheckpointError, ConfigError, EmoeError, RequestError
+    from emoe_jax.requests.request import SLO, Completion, Delta, RequestOutput, SamplingParams, TokenLogprob
+    from emoe_jax.requests.structured import StructuredOutputsParams
+
+_HOMES = {
+    "emoe_jax.engine.engine": ("Engine",),
+    "emoe_jax.errors": ("CapacityError", "CheckpointError", "ConfigError", "EmoeError", "RequestError"),
+    "emoe_jax.requests.request": ("SLO", "Completion", "Delta", "RequestOutput", "SamplingParams", "TokenLogprob"),
+    "emoe_jax.requests.structured": ("StructuredOutputsParams",),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "SLO",
@@ -20,3 +32,10 @@ __all__ = [
     "StructuredOutputsParams",
     "TokenLogprob",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for: layers without JAX are imported without it."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

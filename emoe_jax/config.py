@@ -7,12 +7,10 @@ Axis letters, used in annotations, einsums and comments of the whole project:
 """
 
 import dataclasses
-import json
 import math
-from pathlib import Path
 from typing import Any, Literal
 
-from emoe_jax.errors import CheckpointError, ConfigError
+from emoe_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,31 +107,3 @@ class ModelConfig:
 
     def replace(self, **changes: Any) -> "ModelConfig":
         return dataclasses.replace(self, **changes)
-
-    @classmethod
-    def from_hf(cls, raw: dict[str, Any]) -> "ModelConfig":
-        """Translate a Hugging Face `config.json`. Raises `ConfigError` naming any option that is not supported."""
-        from emoe_jax.models import family_of  # the families import this module
-
-        return family_of(raw).config(raw)
-
-    @classmethod
-    def from_directory(cls, directory: str | Path, quiet: bool = False) -> "ModelConfig":
-        """Read `config.json` of a checkpoint directory. Raises `CheckpointError` when it is missing or not JSON.
-
-        `quiet` leaves out the warning of ignored keys, where the file is read for the second time.
-        """
-        path = Path(directory) / "config.json"
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing; expected a Hugging Face checkpoint directory") from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{path} is not valid JSON: {error}") from None
-        if not isinstance(raw, dict):
-            raise CheckpointError(f"{path} holds a {type(raw).__name__}; expected a JSON object")
-        if quiet:
-            from emoe_jax.models.hf_keys import without_bookkeeping
-
-            raw = without_bookkeeping(raw)
-        return cls.from_hf(raw)

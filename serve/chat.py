@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Request
 from fastapi.responses import Response
 
-from emoe_jax.engine.request import RequestOutput
+from emoe_jax.requests.request import RequestOutput
 from serve.answers import AssistantMessage, ChatChoice, ChatChunk, ChatChunkChoice, ChatDelta, ChatResponse
 from serve.body import JsonRoute
 from serve.failures import check_answered

@@ -9,7 +9,7 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Request
 from fastapi.responses import Response
 
-from emoe_jax.engine.request import RequestOutput, TokenLogprob
+from emoe_jax.requests.request import RequestOutput, TokenLogprob
 from serve.answers import CompletionChoice, CompletionLogprobs, CompletionResponse
 from serve.body import JsonRoute
 from serve.failures import check_answered

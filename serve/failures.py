@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from emoe_jax.engine.request import RequestOutput
+from emoe_jax.requests.request import RequestOutput
 from serve.worker import EngineFailure
 
 

@@ -3,7 +3,7 @@
 import codecs
 from collections.abc import Sequence
 
-from emoe_jax.engine.request import TokenLogprob
+from emoe_jax.requests.request import TokenLogprob
 from serve.answers import ChatLogprob, ChatLogprobs, CompletionLogprobs, TopLogprob
 from serve.text import TextCodec
 

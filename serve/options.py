@@ -12,11 +12,11 @@ from typing import Any, Literal, NoReturn
 import yaml
 
 from emoe_jax.checkpoint.chat_template import RESERVED
-from emoe_jax.engine.memory import parse_bandwidth, parse_bytes
-from emoe_jax.engine.request import RoutingContract
 from emoe_jax.errors import ConfigError
-from emoe_jax.experts.budget import parse_expert_memory
+from emoe_jax.memory.budget import parse_expert_memory
+from emoe_jax.memory.plan import parse_bandwidth, parse_bytes
 from emoe_jax.policies import POLICIES
+from emoe_jax.requests.request import RoutingContract
 from emoe_jax.scheduling.registry import POLICIES as SCHEDULING_POLICIES
 from emoe_jax.scheduling.registry import VARIANTS as SCHEDULING_VARIANTS
 from serve.logs import LogFormat

@@ -17,7 +17,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticKnownError
 
-from emoe_jax.engine.request import (
+from emoe_jax.errors import RequestError
+from emoe_jax.requests.request import (
     MAX_CACHE_SALT,
     MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
@@ -28,7 +29,6 @@ from emoe_jax.engine.request import (
     RoutingContract,
     SamplingParams,
 )
-from emoe_jax.errors import RequestError
 from serve.strict import ClosedModel, StrictModel
 from serve.structured import StructuredRequest
 from serve.template import TemplateRequest

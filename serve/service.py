@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
-from emoe_jax.engine.request import RequestOutput, SamplingParams
 from emoe_jax.errors import RequestError
+from emoe_jax.requests.request import RequestOutput, SamplingParams
 from emoe_jax.tasks.profile import OTHER
 from serve.answers import EmoeAnswer, PromptTokensDetails, Usage
 from serve.errors import ApiError

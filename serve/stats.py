@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 
-from emoe_jax.engine.request import Delta, FinishReason, RequestOutput, SamplingParams
+from emoe_jax.requests.request import Delta, FinishReason, RequestOutput, SamplingParams
 from serve.metrics import RequestMetrics
 
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from emoe_jax.engine.request import RequestOutput
+from emoe_jax.requests.request import RequestOutput
 from serve.answers import EmoeAnswer, Usage
 from serve.errors import ErrorResponse, describe
 from serve.failures import early_end

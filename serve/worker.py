@@ -16,8 +16,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
-from emoe_jax.engine.request import SLO, Delta, RequestOutput, RoutingContract, SamplingParams
 from emoe_jax.errors import CheckpointError, RequestError
+from emoe_jax.requests.request import SLO, Delta, RequestOutput, RoutingContract, SamplingParams
 from serve.stats import RequestStats
 
 log = logging.getLogger("serve")

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from emoe_jax import EmoeError, Engine, SamplingParams
-from emoe_jax.engine.request import RequestOutput
 from emoe_jax.errors import ConfigError
+from emoe_jax.requests.request import RequestOutput
 from emoe_jax.tasks import Lengths, TaskProfile
 from emoe_jax.traces import RoutingTrace
 from emoe_jax.traces.parts import parts_of

@@ -18,8 +18,9 @@ from benchmarks.memory import report
 from benchmarks.memory.geometries import GEOMETRIES, read_config
 from benchmarks.memory.needs import Load, measure
 from emoe_jax.config import ModelConfig
-from emoe_jax.engine.memory import DTYPES, parse_bytes, resolve_dtype
 from emoe_jax.errors import EmoeError, one_line
+from emoe_jax.memory.plan import DTYPES, parse_bytes, resolve_dtype
+from emoe_jax.models import config_from_hf
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160)
     try:
         if given.geometry is not None:
-            name, config = given.geometry, ModelConfig.from_hf(GEOMETRIES[given.geometry])
+            name, config = given.geometry, config_from_hf(GEOMETRIES[given.geometry])
         else:
             name, config = given.model.resolve().name, read_config(given.model)
         numbers = run(name, config, given)

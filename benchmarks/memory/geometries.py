@@ -8,6 +8,7 @@ from typing import Any
 
 from emoe_jax.config import ModelConfig
 from emoe_jax.errors import CheckpointError, ConfigError
+from emoe_jax.models import config_from_directory, config_from_hf
 
 _MIXTRAL: dict[str, Any] = {
     "architectures": ["MixtralForCausalLM"],
@@ -88,7 +89,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
 def read_config(path: Path) -> ModelConfig:
     """Of a checkpoint directory, or of a `config.json` alone. Raises `CheckpointError` or `ConfigError`."""
     if path.suffix != ".json":
-        return ModelConfig.from_directory(path)
+        return config_from_directory(path)
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -97,4 +98,4 @@ def read_config(path: Path) -> ModelConfig:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds a {type(raw).__name__}; expected a JSON object")
-    return ModelConfig.from_hf(raw)
+    return config_from_hf(raw)

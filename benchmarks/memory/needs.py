@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from emoe_jax.config import ModelConfig
-from emoe_jax.engine.kv_cache import PAGE_SIZE, page_bytes, pages_for
-from emoe_jax.engine.memory import MemoryPlan
+from emoe_jax.device.kv_cache import page_bytes
 from emoe_jax.errors import CapacityError
+from emoe_jax.memory.plan import MemoryPlan
+from emoe_jax.scheduling.pages import PAGE_SIZE, pages_for
 
 _NO_LIMIT = 2**50  # bytes of a device on which everything fits, and positions of a model that reads everything
 _PLATFORM = "gpu"  # where `auto` is the checkpoint's dtype

@@ -4,10 +4,10 @@ import random
 import time
 from collections.abc import Callable
 
-from emoe_jax.engine.pages import PagePool
-from emoe_jax.engine.request import SLO, SamplingParams
-from emoe_jax.engine.sequence import Sequence
+from emoe_jax.requests.request import SLO, SamplingParams
+from emoe_jax.requests.sequence import Sequence
 from emoe_jax.scheduling.cost import StepCost
+from emoe_jax.scheduling.pages import PagePool
 from emoe_jax.scheduling.plan import SampledToken, StepPlan, StepResult
 from emoe_jax.scheduling.registry import POLICIES, make_admission_policy
 from emoe_jax.scheduling.scheduler import Scheduler

@@ -8,7 +8,7 @@ from typing import Any
 
 import uvicorn
 
-from emoe_jax.engine.request import Completion, Delta, RequestOutput, RoutingContract, SamplingParams
+from emoe_jax.requests.request import Completion, Delta, RequestOutput, RoutingContract, SamplingParams
 from serve.app import create_app
 from serve.server import bind, url_of
 from serve.service import Service

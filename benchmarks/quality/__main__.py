@@ -25,9 +25,9 @@ from benchmarks.quality.scores import RESAMPLES, Row
 from benchmarks.quality.served import ANSWER_TOKENS, Cell
 from benchmarks.quality.traffic import ALL_TASKS, BURST, PROMPT_TASKS, TEXT_TASKS, Count
 from benchmarks.results import write_json
-from emoe_jax.engine.request import RoutingContract
 from emoe_jax.errors import EmoeError, one_line
 from emoe_jax.policies import POLICIES
+from emoe_jax.requests.request import RoutingContract
 from serve.options import DEMO_MODEL
 from serve.start import keep_compilations
 from train.progress import progress_bar

@@ -14,11 +14,11 @@ from benchmarks.quality.scores import Row, row
 from benchmarks.quality.served import ANSWER_TOKENS, Cell, Outcome, engine_of, outcomes
 from benchmarks.quality.traffic import Count, Item, draw, in_bursts
 from emoe_jax import EmoeError
-from emoe_jax.checkpoint import Checkpoint, Tokenizer
 from emoe_jax.config import ModelConfig
-from emoe_jax.engine.knowledge import RoutingKnowledge
 from emoe_jax.errors import ConfigError
+from emoe_jax.models import load_tokenizer, open_checkpoint
 from emoe_jax.policies import make_policy
+from emoe_jax.residency.knowledge import RoutingKnowledge
 from train.sensitivity.embedding import Embed
 
 FULL = Cell("full", "resident", 1.0)
@@ -44,8 +44,8 @@ class Traffic:
     @classmethod
     def of(cls, model: str, tasks: Sequence[str], count: Count, seed: int) -> Traffic:
         """Test items, and training items for calibration. Raises `EmoeError` where the model cannot take them."""
-        checkpoint = Checkpoint.open(model)
-        tokenizer = Tokenizer.load(checkpoint.directory)
+        checkpoint = open_checkpoint(model)
+        tokenizer = load_tokenizer(checkpoint.directory)
         if tokenizer is None:
             raise ConfigError(f"{model} has no tokenizer, so prompts in words cannot be asked")
         items, missing = draw(tokenizer, checkpoint.config, tasks, "test", seed, count)
@@ -70,7 +70,7 @@ def _context(groups: Sequence[Sequence[Item]], config: ModelConfig) -> int:
 
 def check_policies(model: str, policies: Sequence[str]) -> None:
     """Raise `ConfigError` where a policy needs what the checkpoint has not, before an hour has gone into others."""
-    checkpoint = Checkpoint.open(model)
+    checkpoint = open_checkpoint(model)
     config = checkpoint.config
     known = RoutingKnowledge.load(checkpoint.directory, config, "auto", "auto").for_policies()
     for policy in policies:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.quality.traffic import Item
 from emoe_jax import EmoeError, Engine, RequestOutput, SamplingParams
-from emoe_jax.engine.request import RoutingContract
+from emoe_jax.requests.request import RoutingContract
 
 ANSWER_TOKENS = 64
 

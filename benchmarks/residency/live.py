@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from emoe_jax import Engine, RequestOutput, SamplingParams
-from emoe_jax.config import ModelConfig
-from emoe_jax.engine.knowledge import RoutingKnowledge
+from emoe_jax.models import config_from_directory
 from emoe_jax.policies import make_policy
+from emoe_jax.residency.knowledge import RoutingKnowledge
 from train.prompts import Prompt
 from train.tasks import TASKS, examples
 from train.tasks.example import Example
@@ -73,7 +73,7 @@ def measure_live(
 def check_policies(model: str, policies: Sequence[str]) -> None:
     """Raise `ConfigError` where one of them needs what the checkpoint has not, before hours have gone into others."""
     directory = Path(model)
-    config = ModelConfig.from_directory(directory)
+    config = config_from_directory(directory)
     known = RoutingKnowledge.load(directory, config, "auto", "auto").for_policies()
     for policy in policies:
         make_policy(policy, len(config.moe_layers), config.num_experts, None, known)

@@ -17,8 +17,9 @@ from benchmarks.serving.live import Load, Report, in_turns, put_end_to_end
 from benchmarks.serving.report import Record, summary
 from benchmarks.serving.server import started_server
 from emoe_jax.config import ModelConfig
-from emoe_jax.engine.kv_cache import pages_for
-from emoe_jax.engine.memory import WORKSPACE_SHARE, MemoryPlan
+from emoe_jax.memory.plan import WORKSPACE_SHARE, MemoryPlan
+from emoe_jax.models import config_from_directory
+from emoe_jax.scheduling.pages import pages_for
 from serve.options import parse_options
 
 MAX_BATCH = 4096
@@ -71,7 +72,7 @@ def run_comparison(
     options = parse_options(arguments)
     dtype = "float32" if options.dtype == "auto" else options.dtype
     length = options.max_model_len or load.longest
-    batches = Batches.of(ModelConfig.from_directory(options.model), dtype, share, length, full_batch)
+    batches = Batches.of(config_from_directory(options.model), dtype, share, length, full_batch)
     load = dataclasses.replace(load, concurrency=max(batches.partial, batches.full))
     flags = ["--dtype", dtype, "--max-model-len", str(length), "--max-num-queued-reqs", str(load.queued)]
     with contextlib.ExitStack() as stack:

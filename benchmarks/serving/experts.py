@@ -10,16 +10,17 @@ from jaxtyping import Int
 from benchmarks.serving.devices import ExpertTimes
 from benchmarks.serving.settings import ALL, Setting
 from emoe_jax.config import ModelConfig
-from emoe_jax.engine.foresight import progress_of
-from emoe_jax.engine.knowledge import RoutingKnowledge
-from emoe_jax.engine.request import RoutingContract
-from emoe_jax.engine.sequence import Sequence
-from emoe_jax.experts.budget import capacities, parse_expert_memory
 from emoe_jax.experts.loader import LoaderStats
-from emoe_jax.experts.residency import SWAPS_PER_LAYER
 from emoe_jax.experts.table import SlotTable
 from emoe_jax.experts.weights import ExpertLayout
+from emoe_jax.memory.budget import capacities, parse_expert_memory
+from emoe_jax.models import config_from_directory
 from emoe_jax.policies import Swap, make_policy
+from emoe_jax.requests.request import RoutingContract
+from emoe_jax.requests.sequence import Sequence
+from emoe_jax.residency.foresight import progress_of
+from emoe_jax.residency.knowledge import RoutingKnowledge
+from emoe_jax.residency.residency import SWAPS_PER_LAYER
 from emoe_jax.scheduling.plan import StepPlan
 from emoe_jax.scheduling.scheduler import Scheduler
 from emoe_jax.tasks import TaskProfile
@@ -44,7 +45,7 @@ class ModelExperts:
         """Of the bundled model."""
         from serve.options import DEMO_MODEL
 
-        config = ModelConfig.from_directory(DEMO_MODEL)
+        config = config_from_directory(DEMO_MODEL)
         knowledge = RoutingKnowledge.load(DEMO_MODEL, config, "auto", "auto")
         assert knowledge.profile is not None
         return cls(config, dataclasses.replace(knowledge, predictor=None), knowledge.profile)
@@ -157,7 +158,7 @@ class SimulatedExperts:
         busy = np.zeros(self.table.resident_mask.shape, bool)
         for _, swap in self._coming:
             busy[swap.layer, [swap.load, swap.evict]] = True
-        for swap in self._policy.swaps(self.table, limit, busy):
+        for swap in self._policy.swaps(self.table.resident_mask, limit, busy):
             begin = max(now, self._coming[-1][0] if self._coming else now)
             self._coming.append((begin + self._times.load, swap))
 

@@ -16,8 +16,8 @@ from benchmarks.serving.server import FIXED, ServerFailed
 from benchmarks.serving.settings import Setting
 from benchmarks.serving.workload import Job
 from emoe_jax import Engine, SamplingParams
-from emoe_jax.engine.request import RoutingContract
 from emoe_jax.errors import RequestError
+from emoe_jax.requests.request import RoutingContract
 from serve.metrics import RequestMetrics
 from serve.options import parse_options
 from serve.start import keep_compilations

@@ -13,7 +13,7 @@ from benchmarks.serving.client import Target, closed_loop, connected, open_loop
 from benchmarks.serving.report import Record, summary
 from benchmarks.serving.server import started_server
 from benchmarks.serving.workload import Job, Samples, drawn
-from emoe_jax.engine.request import SLO
+from emoe_jax.requests.request import SLO
 from emoe_jax.scheduling.registry import VARIANTS
 
 IDLE_REQUESTS = 5

@@ -9,9 +9,9 @@ from benchmarks.serving.devices import Device
 from benchmarks.serving.experts import SimulatedExperts, StepLoads
 from benchmarks.serving.report import Record
 from benchmarks.serving.workload import Job
-from emoe_jax.engine.pages import PagePool
-from emoe_jax.engine.request import SamplingParams
-from emoe_jax.engine.sequence import Sequence as EngineSequence
+from emoe_jax.requests.request import SamplingParams
+from emoe_jax.requests.sequence import Sequence as EngineSequence
+from emoe_jax.scheduling.pages import PagePool
 from emoe_jax.scheduling.plan import SampledToken, StepPlan, StepResult
 from emoe_jax.scheduling.policy import AdmissionPolicy
 from emoe_jax.scheduling.scheduler import Scheduler

@@ -14,9 +14,9 @@ from benchmarks.serving.report import Record, summary
 from benchmarks.serving.settings import Setting
 from benchmarks.serving.simulate import capacity, simulate
 from benchmarks.serving.workload import Job, Samples, demo_samples, drawn, replayed, task_slos, trace_samples
-from emoe_jax.engine.admission import admission_policy
-from emoe_jax.engine.request import SLO
 from emoe_jax.errors import ConfigError
+from emoe_jax.requests.request import SLO
+from emoe_jax.residency.admission import admission_policy
 from emoe_jax.scheduling.policy import AdmissionPolicy
 from emoe_jax.scheduling.registry import make_admission_policy
 

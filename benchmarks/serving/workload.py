@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from benchmarks.serving.arrivals import TraceRow
-from emoe_jax.engine.request import SLO
+from emoe_jax.models import load_tokenizer
+from emoe_jax.requests.request import SLO
 from emoe_jax.scheduling.cost import StepCost
 
 
@@ -34,11 +35,10 @@ Samples = Mapping[str, Sequence[Sample]]
 
 def demo_samples(count: int = 400) -> dict[str, list[Sample]]:
     """Test examples of the bundled demo model's five tasks, with the reference answers' lengths."""
-    from emoe_jax.checkpoint import Tokenizer
     from serve.options import DEMO_MODEL
     from train.tasks import TASKS, examples
 
-    tokenizer = Tokenizer.load(DEMO_MODEL)
+    tokenizer = load_tokenizer(DEMO_MODEL)
     assert tokenizer is not None
     return {
         task: [

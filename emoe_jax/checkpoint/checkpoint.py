@@ -8,14 +8,12 @@ import jax
 import numpy as np
 from flax import nnx
 
-from emoe_jax.checkpoint.files import CONFIG, locate, open_weights, read_json
+from emoe_jax.checkpoint.family import ExpertSource, Family, Part
+from emoe_jax.checkpoint.files import open_weights
 from emoe_jax.checkpoint.safetensors import WEIGHT_DTYPES, SafetensorsFile, are_finite
 from emoe_jax.config import ModelConfig
 from emoe_jax.errors import CheckpointError
 from emoe_jax.experts.weights import ExpertLayout
-from emoe_jax.models import family_of
-from emoe_jax.models.decoder import Decoder
-from emoe_jax.models.family import ExpertSource, Family, Part
 
 # Tensors that some tools save although they follow from the configuration.
 _DERIVED_SUFFIXES = (".rotary_emb.inv_freq",)
@@ -30,10 +28,12 @@ class Checkpoint:
     Only headers have been read. `read_expert` may be called from several threads.
     """
 
-    def __init__(self, directory: Path, config: ModelConfig, raw_config: dict[str, Any]):
+    def __init__(self, directory: Path, family: Family, config: ModelConfig, raw_config: dict[str, Any]):
+        """`config` follows from `raw_config`, the directory's `config.json`. Raises `CheckpointError` where a tensor is
+        missing, of another shape, or not part of the family."""
         self.directory = directory
+        self.family = family
         self.raw_config = raw_config
-        self.family: Family = family_of(raw_config)
         files = open_weights(directory)
         self._names = {self.family.canonical(name): name for name in files}
         self._files = {canonical: files[name] for canonical, name in self._names.items()}
@@ -47,27 +47,6 @@ class Checkpoint:
             [self._pick_source(layer, expert) for expert in range(config.num_experts)] for layer in config.moe_layers
         ]
         self._refuse_unknown()
-
-    @classmethod
-    def open(
-        cls, source: str | Path, revision: str | None = None, router_capacity_factor: float | None = None
-    ) -> "Checkpoint":
-        """Open a Hugging Face checkpoint directory, or a hub id (downloading safetensors, JSON and tokenizer files).
-
-        Code that a checkpoint brings along (`auto_map`) is never run. `router_capacity_factor` switches on OpenMoE's
-        token dropping (published value: 2.0). Raises `CheckpointError` for files that are missing, malformed or do not
-        fit the configuration, `ConfigError` for options that are not supported.
-        """
-        directory = locate(source, revision)
-        config = ModelConfig.from_directory(directory)
-        raw_config = read_json(directory / CONFIG)
-        changes: dict[str, Any] = {}
-        if router_capacity_factor is not None:
-            changes["router_capacity_factor"] = router_capacity_factor
-        generation = directory / "generation_config.json"
-        if generation.exists():
-            changes |= _generation_changes(read_json(generation))
-        return cls(directory, config.replace(**changes), raw_config)
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
@@ -96,16 +75,14 @@ class Checkpoint:
                 names = ", ".join(self._names[part.name] for part in parts)
                 raise CheckpointError(f"{self._files[parts[0].name].path}: {names} has values that are not finite")
 
-    def load_dense(self, dtype: str | np.dtype, progress: Progress | None = None) -> tuple[nnx.GraphDef, nnx.State]:
-        """Everything but the experts on the default device, as the split of a `Decoder` (`nnx.merge` joins it).
+    def load_dense(self, abstract: nnx.State, dtype: str | np.dtype, progress: Progress | None = None) -> nnx.State:
+        """Everything but the experts on the default device, as the state of which `abstract` has the shapes.
 
         Reads one tensor at a time, so host memory holds at most the largest of them.
         """
-        abstract = nnx.eval_shape(lambda: Decoder(self.config, rngs=nnx.Rngs(0)))
-        graphdef, state = nnx.split(abstract)
         total, done = self.dense_bytes, 0
         flat = []
-        for path, variable in nnx.to_flat_state(state):
+        for path, variable in nnx.to_flat_state(abstract):
             parts = self._dense[".".join(map(str, path))]
             host = np.empty(variable.shape, np.dtype(dtype))
             self._read(parts, host)
@@ -113,7 +90,7 @@ class Checkpoint:
             done += sum(self._bytes(part) for part in parts)
             if progress is not None:
                 progress(done, total)
-        return graphdef, nnx.from_flat_state(flat)
+        return nnx.from_flat_state(flat)
 
     def _read(self, parts: tuple[Part, ...], out: np.ndarray) -> None:
         row = 0
@@ -171,14 +148,3 @@ class Checkpoint:
             raise CheckpointError(
                 f"{file.path}: {head} differs from {embedding}, though config.json says tie_word_embeddings"
             )
-
-
-def _generation_changes(raw: dict[str, Any]) -> dict[str, Any]:
-    """End-of-text ids of `generation_config.json`, which take precedence over those of `config.json`."""
-    ids = raw.get("eos_token_id")
-    if ids is None:
-        return {}
-    ids = ids if isinstance(ids, list) else [ids]
-    if not all(type(i) is int and i >= 0 for i in ids):
-        raise CheckpointError(f"generation_config.json: eos_token_id is {raw['eos_token_id']!r}; expected token ids")
-    return {"eos_token_ids": tuple(ids)}

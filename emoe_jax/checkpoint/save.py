@@ -12,12 +12,11 @@ from typing import Any, Literal
 import numpy as np
 from flax import nnx
 
+from emoe_jax.checkpoint.family import Family, Part
 from emoe_jax.checkpoint.files import CONFIG, INDEX, SINGLE
 from emoe_jax.checkpoint.safetensors import WEIGHT_DTYPES
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.weights import ExpertWeights
-from emoe_jax.models import family_of
-from emoe_jax.models.family import Part
 
 Layout = Literal["per_expert", "fused"]
 
@@ -37,8 +36,10 @@ class _Tensor:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
-def save_checkpoint(
+def write_checkpoint(
     directory: str | Path,
+    family: Family,
+    config: ModelConfig,
     raw_config: Mapping[str, Any],
     decoder_state: nnx.State,
     experts: Sequence[ExpertWeights],
@@ -52,8 +53,7 @@ def save_checkpoint(
     Files are written beside their place and moved into it, `config.json` last: a directory that has it is complete.
     A checkpoint that was there before is replaced; its tokenizer files stay.
     """
-    config = ModelConfig.from_hf(dict(raw_config))
-    tensors = _dense_tensors(config, raw_config, decoder_state) | _expert_tensors(config, raw_config, experts, layout)
+    tensors = _dense_tensors(family, config, decoder_state) | _expert_tensors(family, config, experts, layout)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
@@ -65,10 +65,10 @@ def save_checkpoint(
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _dense_tensors(config: ModelConfig, raw: Mapping[str, Any], state: nnx.State) -> dict[str, _Tensor]:
+def _dense_tensors(family: Family, config: ModelConfig, state: nnx.State) -> dict[str, _Tensor]:
     values = {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
     tensors = {}
-    for path, parts in family_of(raw).dense_tensors(config).items():
+    for path, parts in family.dense_tensors(config).items():
         array = values[path].get_value()
         row = 0
         for part in parts:
@@ -79,13 +79,12 @@ def _dense_tensors(config: ModelConfig, raw: Mapping[str, Any], state: nnx.State
 
 
 def _expert_tensors(
-    config: ModelConfig, raw: Mapping[str, Any], experts: Sequence[ExpertWeights], layout: Layout
+    family: Family, config: ModelConfig, experts: Sequence[ExpertWeights], layout: Layout
 ) -> dict[str, _Tensor]:
     if len(experts) != len(config.moe_layers):
         raise ValueError(f"experts of {len(experts)} layers given; the model has {len(config.moe_layers)} MoE layers")
     fetch = _LayerCache(experts)
     dtype = np.dtype(experts[0].w_in.dtype)
-    family = family_of(raw)
     tensors: dict[str, _Tensor] = {}
     for m, layer in enumerate(config.moe_layers):
         for expert in range(config.num_experts):

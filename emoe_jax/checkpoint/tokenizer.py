@@ -12,7 +12,7 @@ from jinja2.exceptions import TemplateError
 
 from emoe_jax.checkpoint.chat_template import ChatTemplate, is_paired
 from emoe_jax.checkpoint.control_tokens import ControlTokens
-from emoe_jax.checkpoint.files import CONFIG, read_json
+from emoe_jax.checkpoint.files import read_json
 from emoe_jax.checkpoint.template_text import TemplateText
 from emoe_jax.config import ModelConfig
 from emoe_jax.errors import CheckpointError, ConfigError, RequestError
@@ -59,8 +59,10 @@ class Tokenizer:
         self._anchor_text = self.decode(self._anchor)
 
     @classmethod
-    def load(cls, directory: str | Path, chat_template: str | Path | None = None) -> "Tokenizer | None":
-        """The tokenizer of a checkpoint directory, or None when it has no tokenizer files.
+    def load(
+        cls, directory: str | Path, config: ModelConfig | None, chat_template: str | Path | None = None
+    ) -> "Tokenizer | None":
+        """The tokenizer of a checkpoint directory, or None when it has no tokenizer files. `config` is its model's.
 
         `chat_template` is a file, or the name of one of the checkpoint's templates where it has several. Raises
         `CheckpointError` that names the file when one cannot be loaded, or when the chat template is broken, and
@@ -72,7 +74,6 @@ class Tokenizer:
             if chat_template is not None:
                 raise ConfigError(f"chat_template is {str(chat_template)!r}, but {directory} has no tokenizer")
             return None
-        config = ModelConfig.from_directory(directory, quiet=True) if (directory / CONFIG).exists() else None
         prepend_bos_id, eos_ids = (None, ()) if config is None else (config.prepend_bos_id, config.eos_token_ids)
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # nobody here needs PyTorch
         from transformers import AutoTokenizer, T5Tokenizer  # seconds to import

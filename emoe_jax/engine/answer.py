@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-from emoe_jax.engine.request import Delta, FinishReason, RequestOutput, TokenLogprob
-from emoe_jax.engine.sequence import Sequence
-from emoe_jax.engine.text import TextStream
+from emoe_jax.requests.request import Delta, FinishReason, RequestOutput, TokenLogprob
+from emoe_jax.requests.sequence import Sequence
+from emoe_jax.requests.text import TextStream
 from emoe_jax.scheduling.plan import SampledToken
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from emoe_jax.checkpoint.files import read_json
-from emoe_jax.engine.request import SamplingParams
 from emoe_jax.errors import CheckpointError, ConfigError, RequestError
+from emoe_jax.requests.request import SamplingParams
 
 GENERATION_CONFIG = "generation_config.json"
 

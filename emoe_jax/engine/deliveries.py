@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterable
 
-from emoe_jax.engine.request import Delta
+from emoe_jax.requests.request import Delta
 
 
 class Deliveries:

@@ -14,34 +14,44 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
-from emoe_jax.checkpoint import Checkpoint, Tokenizer
+from emoe_jax.checkpoint import Tokenizer
 from emoe_jax.config import ModelConfig
-from emoe_jax.engine.admission import admission_policy
-from emoe_jax.engine.ahead import measured_plan
+from emoe_jax.device.batch import Buckets
+from emoe_jax.device.executables import Executables
+from emoe_jax.device.kv_cache import new_cache
+from emoe_jax.device.runner import Dispatched, Runner
 from emoe_jax.engine.answer import Answer
-from emoe_jax.engine.batch import Buckets
 from emoe_jax.engine.defaults import model_name, sampling_defaults
 from emoe_jax.engine.deliveries import Deliveries
-from emoe_jax.engine.executables import Executables
-from emoe_jax.engine.foresight import Foresight
-from emoe_jax.engine.grammar import Grammars
-from emoe_jax.engine.guide import settle
 from emoe_jax.engine.intake import Intake, Prompt
-from emoe_jax.engine.knowledge import RoutingKnowledge
-from emoe_jax.engine.kv_cache import PAGE_SIZE, new_cache
-from emoe_jax.engine.memory import MemoryPlan, allow_pinned_memory, machine_memory, parse_bandwidth, usable_memory
 from emoe_jax.engine.opening import open_residency
-from emoe_jax.engine.pages import PagePool
 from emoe_jax.engine.quality import Quality
-from emoe_jax.engine.request import SLO, Completion, Delta, FinishReason, RequestOutput, RoutingContract, SamplingParams
-from emoe_jax.engine.runner import Dispatched, Runner
-from emoe_jax.engine.sequence import Sequence, SequenceStatus
-from emoe_jax.engine.trade import MemoryTrade
 from emoe_jax.errors import ConfigError, RequestError
-from emoe_jax.experts.residency import Residency
+from emoe_jax.memory.plan import MemoryPlan, allow_pinned_memory, machine_memory, parse_bandwidth, usable_memory
+from emoe_jax.memory.trade import MemoryTrade
+from emoe_jax.memory.workspace import measured_plan
+from emoe_jax.models import load_tokenizer, open_checkpoint
 from emoe_jax.models.decoder import Decoder
-from emoe_jax.planner import PredictEvery, ResidencyPlanner, checked_every
 from emoe_jax.policies.regret import Regret
+from emoe_jax.requests.grammar import Grammars
+from emoe_jax.requests.guide import settle
+from emoe_jax.requests.request import (
+    SLO,
+    Completion,
+    Delta,
+    FinishReason,
+    RequestOutput,
+    RoutingContract,
+    SamplingParams,
+)
+from emoe_jax.requests.sequence import Sequence, SequenceStatus
+from emoe_jax.residency.admission import admission_policy
+from emoe_jax.residency.foresight import Foresight
+from emoe_jax.residency.invocations import PredictEvery, checked_every
+from emoe_jax.residency.knowledge import RoutingKnowledge
+from emoe_jax.residency.planner import ResidencyPlanner
+from emoe_jax.residency.residency import Residency
+from emoe_jax.scheduling.pages import PAGE_SIZE, PagePool
 from emoe_jax.scheduling.plan import StepPlan, StepResult
 from emoe_jax.scheduling.registry import check_policy
 from emoe_jax.scheduling.scheduler import Scheduler
@@ -173,7 +183,7 @@ class Engine:
         check_policy(scheduling_policy)
         bandwidth = parse_bandwidth(link_bandwidth)
         checked_every(predict_every)
-        checkpoint = Checkpoint.open(path, router_capacity_factor=router_capacity_factor)
+        checkpoint = open_checkpoint(path, router_capacity_factor=router_capacity_factor)
         config = checkpoint.config
         for name, count in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
             if count < 1:
@@ -197,18 +207,18 @@ class Engine:
         )
         plan(step_bytes=0)  # refuses what can never fit before seconds go into the predictor
         defaults = sampling_defaults(checkpoint.directory, generation_config)
-        tokenizer = Tokenizer.load(checkpoint.directory, chat_template)
+        tokenizer = load_tokenizer(checkpoint.directory, chat_template)
         known = RoutingKnowledge.load(checkpoint.directory, config, task_profile, predictor)
         plan = functools.partial(plan, spread=functools.partial(known.split, config=config))
 
         def report(stage: str) -> Callable[[int, int], None] | None:
             return None if progress is None else functools.partial(progress, stage)
 
-        def load_dense(dtype: str) -> Decoder:
-            return nnx.merge(*checkpoint.load_dense(dtype, report("weights")))
+        def load_model(dtype: str) -> Decoder:
+            return nnx.merge(*load_dense(checkpoint, dtype, report("weights")))
 
         executables = Executables()
-        memory, model = measured_plan(plan, load_dense, max_num_seqs, max_num_batched_tokens, executables)
+        memory, model = measured_plan(plan, load_model, max_num_seqs, max_num_batched_tokens, executables)
         prefill_chunk = min(max_num_batched_tokens, memory.max_model_len)
         scheduler = Scheduler(
             PagePool(memory.num_pages, PAGE_SIZE),
@@ -220,7 +230,7 @@ class Engine:
             # Where routers drop tokens over capacity, what a token gets depends on the rows it was computed with.
             prefix_caching=prefix_caching and config.router_capacity_factor is None,
         )
-        model = model or load_dense(memory.dtype)
+        model = model or load_model(memory.dtype)
         residency = open_residency(checkpoint, memory, policy, known, bandwidth, seed)
         planner = None
         try:
@@ -532,7 +542,7 @@ class Engine:
         awaited = [sequence for sequence in result.sampled if sequence.status is SequenceStatus.RUNNING]
         lost = [sequence for sequence in result.not_finite if sequence.status is SequenceStatus.RUNNING]
         self._scheduler.update(plan, result, seconds, waited=waited, ended=ended)
-        self._foresight.after_step(plan, result, max(0.0, seconds - waited))
+        self._foresight.after_step(plan, result.wishes, max(0.0, seconds - waited))
         deltas = [self._lose(sequence) for sequence in lost]
         for sequence in awaited:
             answer = self._answers[sequence.request_id]

@@ -7,12 +7,12 @@ import numpy as np
 
 from emoe_jax.checkpoint import Tokenizer
 from emoe_jax.config import ModelConfig
-from emoe_jax.engine.adjust import LogitAdjustment
-from emoe_jax.engine.grammar import Grammars
-from emoe_jax.engine.request import SLO, RoutingContract, SamplingParams, check_cache_salt
-from emoe_jax.engine.sequence import Sequence
-from emoe_jax.engine.text import TextStream
 from emoe_jax.errors import RequestError
+from emoe_jax.requests.adjustment import LogitAdjustment
+from emoe_jax.requests.grammar import Grammars
+from emoe_jax.requests.request import SLO, RoutingContract, SamplingParams, check_cache_salt
+from emoe_jax.requests.sequence import Sequence
+from emoe_jax.requests.text import TextStream
 from emoe_jax.tasks import TaskClassifier, TaskProfile
 
 MAX_CLASSIFIED_TOKENS = 4096

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 
 from emoe_jax.checkpoint import Checkpoint
-from emoe_jax.engine.knowledge import RoutingKnowledge
-from emoe_jax.engine.memory import MemoryPlan
-from emoe_jax.experts.residency import Residency
 from emoe_jax.experts.weights import ExpertLayout
+from emoe_jax.memory.plan import MemoryPlan
+from emoe_jax.residency.knowledge import RoutingKnowledge
+from emoe_jax.residency.residency import Residency
 
 
 def open_residency(

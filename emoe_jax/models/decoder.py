@@ -15,7 +15,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.weights import ExpertWeights
-from emoe_jax.models.attention import attend_causally
 from emoe_jax.models.rope import inverse_frequencies, rotate
 from emoe_jax.models.routing import Routing, route
 
@@ -219,11 +218,6 @@ class Decoder(nnx.Module):
             x = layer.moe_output(x, rows, out)
             routings.append(routing)
         return self.logits(x), routings
-
-
-def causal_attend(config: ModelConfig, window: int | None, positions: Int[Array, "B T"]) -> AttendFunction:
-    """Attention of sequences to themselves, without a cache."""
-    return lambda q, k, v: (attend_causally(q, k, v, positions, window, config.attention_scale), None)
 
 
 def init_experts(config: ModelConfig, key: Array) -> tuple[ExpertWeights, ...]:

@@ -3,18 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from emoe_jax.checkpoint.family import DenseTensors, ExpertSource, Family, Part
 from emoe_jax.config import ModelConfig
-from emoe_jax.models.family import (
-    DenseTensors,
-    ExpertSource,
-    Family,
-    Part,
-    attention_tensors,
-    fused_source,
-    outer_tensors,
-    per_expert_source,
-)
 from emoe_jax.models.hf_config import HfConfig
+from emoe_jax.models.tensors import attention_tensors, fused_source, outer_tensors, per_expert_source
 
 
 def _config(raw: Mapping[str, Any]) -> ModelConfig:

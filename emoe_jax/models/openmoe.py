@@ -8,19 +8,11 @@ its output depend on batch and padding; here that is off unless `router_capacity
 from collections.abc import Mapping
 from typing import Any
 
+from emoe_jax.checkpoint.family import DenseTensors, ExpertSource, Family, Part
 from emoe_jax.config import ModelConfig, RopeConfig
 from emoe_jax.errors import ConfigError
-from emoe_jax.models.family import (
-    DenseTensors,
-    ExpertSource,
-    Family,
-    Part,
-    attention_tensors,
-    ffn_tensors,
-    outer_tensors,
-    per_expert_source,
-)
 from emoe_jax.models.hf_config import HfConfig
+from emoe_jax.models.tensors import attention_tensors, ffn_tensors, outer_tensors, per_expert_source
 
 _BOS = 0  # the pad token's id; its embedding row is trained
 _EOS = 1

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from emoe_jax.checkpoint.family import Family
 from emoe_jax.config import ModelConfig
 from emoe_jax.errors import ConfigError
-from emoe_jax.models.family import Family
 from emoe_jax.models.hf_config import HfConfig
 from emoe_jax.models.qwen3_moe import qwen_dense_tensors, qwen_expert_sources, sliding_window, sparse_layers
 

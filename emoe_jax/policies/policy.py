@@ -8,7 +8,6 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from emoe_jax.errors import ConfigError
-from emoe_jax.experts.table import SlotTable
 from emoe_jax.policies.rule import Plan, Rule
 
 
@@ -95,18 +94,18 @@ class ResidencyPolicy:
         return scores
 
     def swaps(
-        self, table: SlotTable, limit_per_layer: int = 1, busy: Bool[np.ndarray, "M E"] | None = None
+        self, resident: Bool[np.ndarray, "M E"], limit_per_layer: int = 1, busy: Bool[np.ndarray, "M E"] | None = None
     ) -> list[Swap]:
         """At most `limit_per_layer` exchanges per layer, the most gainful first. Changes no state but `layers_spared`.
 
         Experts in `busy` (on their way in or out already, `ExpertLoader.in_flight`) are left alone.
         """
-        scores, evictable = self.scores(), table.resident_mask
+        scores, evictable = self.scores(), resident
         loadable = ~evictable
         if busy is not None:
             loadable, evictable = loadable & ~busy, evictable & ~busy
         gained, lost = np.where(loadable, scores, -np.inf), np.where(evictable, scores, np.inf)
-        margin = self._rule.margin + self._rule.share_margin * table.resident_mask.mean(1)
+        margin = self._rule.margin + self._rule.share_margin * resident.mean(1)
         is_due = gained.max(1) - lost.min(1) > margin
         self.layers_spared += int(is_due[self._sensitivity == 0].sum())
         is_due &= self._sensitivity > 0

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from emoe_jax.experts.pace import Pace
 from emoe_jax.policies.belady import next_use
 from emoe_jax.policies.exchange import exchange
+from emoe_jax.policies.pace import Pace
 from emoe_jax.policies.registry import POLICIES, Knowledge
 from emoe_jax.policies.rule import Plan
 

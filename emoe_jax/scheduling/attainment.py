@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from emoe_jax.engine.sequence import Sequence
+from emoe_jax.requests.sequence import Sequence
 
 MAX_TASKS = 64
 """Tasks that are counted apart; clients may make up names."""

@@ -2,7 +2,7 @@
 
 import math
 
-from emoe_jax.engine.sequence import Sequence
+from emoe_jax.requests.sequence import Sequence
 from emoe_jax.scheduling.cost import CostModel
 from emoe_jax.scheduling.lengths import OutputLengths, remaining_tokens
 from emoe_jax.scheduling.plan import StepPlan

@@ -1,6 +1,6 @@
 """How long answers will be: `G` of eMoE eq. 3."""
 
-from emoe_jax.engine.sequence import Sequence
+from emoe_jax.requests.sequence import Sequence
 from emoe_jax.tasks.profile import TaskProfile
 
 RESET_SHARE = 0.05

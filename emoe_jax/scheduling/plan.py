@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from emoe_jax.engine.sequence import Sequence
+from emoe_jax.requests.sequence import Sequence
 
 
 class PrefillChunk(NamedTuple):

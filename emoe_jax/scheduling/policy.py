@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from typing import Any, Protocol
 
-from emoe_jax.engine.sequence import Sequence
+from emoe_jax.requests.sequence import Sequence
 from emoe_jax.scheduling.plan import PrefillChunk, StepPlan
 
 

@@ -4,7 +4,7 @@ import heapq
 import math
 from collections.abc import Iterator
 
-from emoe_jax.engine.sequence import Sequence
+from emoe_jax.requests.sequence import Sequence
 
 
 class Ranking:

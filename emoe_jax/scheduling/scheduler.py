@@ -19,14 +19,14 @@ from collections import deque
 from collections.abc import Collection
 from typing import Any
 
-from emoe_jax.engine.pages import PagePool
-from emoe_jax.engine.prefix_cache import PrefixCache
-from emoe_jax.engine.request import FinishReason
-from emoe_jax.engine.sequence import Sequence, SequenceStatus
 from emoe_jax.errors import CapacityError, ConfigError, RequestError
+from emoe_jax.requests.request import FinishReason
+from emoe_jax.requests.sequence import Sequence, SequenceStatus
 from emoe_jax.scheduling.attainment import Attainment
+from emoe_jax.scheduling.pages import PagePool
 from emoe_jax.scheduling.plan import PrefillChunk, StepPlan, StepResult
 from emoe_jax.scheduling.policy import AdmissionPolicy, FcfsPolicy
+from emoe_jax.scheduling.prefix_cache import PrefixCache
 
 
 class Scheduler:

@@ -19,8 +19,8 @@ from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterator
 from typing import Any
 
-from emoe_jax.engine.sequence import Sequence
 from emoe_jax.errors import ConfigError, SloUnattainable
+from emoe_jax.requests.sequence import Sequence
 from emoe_jax.scheduling.estimates import Estimates
 from emoe_jax.scheduling.plan import PrefillChunk, StepPlan
 from emoe_jax.scheduling.waiting import WaitingQueue

@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Container, Iterator
 from typing import NamedTuple
 
-from emoe_jax.engine.sequence import Sequence
+from emoe_jax.requests.sequence import Sequence
 from emoe_jax.scheduling.ranking import Ranking
 
 MAX_TASKS = 64

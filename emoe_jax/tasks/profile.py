@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Float
 
 from emoe_jax.config import ModelConfig
-from emoe_jax.engine.request import SLO
 from emoe_jax.errors import ConfigError, RequestError
+from emoe_jax.requests.request import SLO
 
 VERSION = 1
 OTHER = "other"

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from emoe_jax.engine.request import Completion, Delta, RequestOutput, SamplingParams
+from emoe_jax.requests.request import Completion, Delta, RequestOutput, SamplingParams
 
 
 class Clock:

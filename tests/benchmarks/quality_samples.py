@@ -10,7 +10,7 @@ from flax import nnx
 
 from benchmarks.quality.scores import METRICS, RESAMPLES, Row
 from benchmarks.quality.served import Cell
-from emoe_jax.checkpoint import save_checkpoint
+from emoe_jax.models import save_checkpoint
 from serve.options import DEMO_MODEL
 from tests.engine.conftest import TINY, random_model
 

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks import decoding
 from benchmarks.peers import step_bytes
-from emoe_jax.config import ModelConfig
+from emoe_jax.models import config_from_hf
 from train.demo.shape import hf_config
 
 TINY = hf_config(
@@ -23,7 +23,7 @@ def test_a_tiny_model_is_measured_against_its_floor(tmp_path: Path) -> None:
     assert all(numbers[f"{kind}_ratio_b{batch}"] > 0 for kind in ("decode", "still") for batch in (1, 16))
     assert 0 < numbers["coverage"] < 1
     assert numbers["loads_per_step"] > 0
-    config = ModelConfig.from_hf(TINY)
+    config = config_from_hf(TINY)
     dense = step_bytes(config, 16) - 4 * 2 * 8 * (1 - 0.75**16) * config.expert_params
     few = 4 * 2 * 4 * (1 - 0.5**16) * config.expert_params  # 4 of 8 experts, top-2
     assert numbers["floor_ratio_b16"] == pytest.approx(step_bytes(config, 16) / (dense + few))

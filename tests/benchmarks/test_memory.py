@@ -9,12 +9,12 @@ import pytest
 from benchmarks.memory.__main__ import main
 from benchmarks.memory.geometries import GEOMETRIES, read_config
 from benchmarks.memory.needs import Load, Needs, measure, pages_on
-from emoe_jax.config import ModelConfig
-from emoe_jax.engine.memory import MemoryPlan, dense_parameters
 from emoe_jax.errors import CapacityError
+from emoe_jax.memory.plan import MemoryPlan, dense_parameters
+from emoe_jax.models import config_from_hf
 from tests.engine.conftest import TINY
 
-CONFIG = ModelConfig.from_hf(TINY)
+CONFIG = config_from_hf(TINY)
 # D 32, F 24, L 3, N 4, K 2, H 8, E 8, V 61; 4 bytes per number.
 EXPERT = 4 * (2 * 24 * 32 + 32 * 24)
 PAGE = 4 * 3 * 16 * 2 * 2 * 8
@@ -123,7 +123,7 @@ def test_the_engines_plan_is_of_the_same_size(share: float, prompt: int, batch: 
     [("mixtral-8x7b", 46.703), ("mixtral-8x22b", 140.6), ("olmoe-1b-7b", 6.919), ("qwen3-30b-a3b", 30.532)],
 )
 def test_geometries_have_the_published_number_of_parameters(name: str, billions: float):
-    config = ModelConfig.from_hf(GEOMETRIES[name])
+    config = config_from_hf(GEOMETRIES[name])
     experts = len(config.moe_layers) * config.num_experts * config.expert_params
     assert (dense_parameters(config) + experts) / 1e9 == pytest.approx(billions, rel=5e-4)
     assert config.dtype == "bfloat16"

@@ -13,7 +13,8 @@ from benchmarks.quality.served import Cell, Outcome
 from benchmarks.quality.traffic import Count, Item, draw, in_bursts
 from emoe_jax import RequestOutput
 from emoe_jax.checkpoint import Checkpoint, Tokenizer
-from emoe_jax.engine.request import Completion
+from emoe_jax.models import load_tokenizer, open_checkpoint
+from emoe_jax.requests.request import Completion
 from serve.options import DEMO_MODEL
 from tests.benchmarks.quality_samples import made_row
 from train.demo import evaluate
@@ -188,8 +189,8 @@ def test_tasks_come_in_bursts() -> None:
 
 @pytest.fixture(scope="module")
 def demo() -> tuple[Checkpoint, Tokenizer]:
-    checkpoint = Checkpoint.open(DEMO_MODEL)
-    tokenizer = Tokenizer.load(checkpoint.directory)
+    checkpoint = open_checkpoint(DEMO_MODEL)
+    tokenizer = load_tokenizer(checkpoint.directory)
     assert tokenizer is not None
     return checkpoint, tokenizer
 

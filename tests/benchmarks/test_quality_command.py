@@ -15,8 +15,8 @@ from benchmarks.quality.measure import Traffic
 from benchmarks.quality.served import Cell, engine_of, free, given, outcomes, serve
 from benchmarks.quality.traffic import Count, Item, in_bursts
 from emoe_jax import Engine
-from emoe_jax.config import ModelConfig
 from emoe_jax.errors import EmoeError
+from emoe_jax.models import config_from_directory
 from emoe_jax.policies import POLICIES
 from emoe_jax.tasks import TaskProfile
 from tests.benchmarks.quality_samples import write_model
@@ -155,7 +155,7 @@ def test_which_policies_keep_what_is_used_on_average() -> None:
 
 def test_a_failed_request_ends_the_run(model: str, stream: list[Item], monkeypatch: pytest.MonkeyPatch) -> None:
     with load(model, "static", 1.0) as engine:
-        monkeypatch.setattr("emoe_jax.engine.runner.not_finite", lambda batch, *_: {p.sequence for p in batch.pieces})
+        monkeypatch.setattr("emoe_jax.device.runner.not_finite", lambda batch, *_: {p.sequence for p in batch.pieces})
         with pytest.raises(EmoeError, match=f"a prompt of {stream[0].task} failed: the model computed numbers"):
             serve(engine, [(item, free()) for item in stream], 1, nothing)
 
@@ -247,7 +247,7 @@ def test_a_given_profile_is_that_of_policies_without_a_calibrated_one(
 
     monkeypatch.setattr("benchmarks.quality.measure.engine_of", noted)
     profile = tmp_path / "profile.json"
-    TaskProfile.empty(ModelConfig.from_directory(Path(model))).save(profile)
+    TaskProfile.empty(config_from_directory(Path(model))).save(profile)
     options = ["--policies", "emoe", "static-global", "--shares", "0.5", "--tasks", "facts"]
     status, _ = run(model, tmp_path / "out.json", *options, "--task-profile", str(profile))
     assert status == 0

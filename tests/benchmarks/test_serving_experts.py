@@ -13,9 +13,9 @@ from benchmarks.serving.settings import Setting
 from benchmarks.serving.simulate import simulate
 from benchmarks.serving.simulated import Machine, make_policy
 from benchmarks.serving.workload import Job, Sample
-from emoe_jax.engine.admission import ExpertLoading
-from emoe_jax.engine.request import SLO, SamplingParams
-from emoe_jax.engine.sequence import Sequence
+from emoe_jax.requests.request import SLO, SamplingParams
+from emoe_jax.requests.sequence import Sequence
+from emoe_jax.residency.admission import ExpertLoading
 from emoe_jax.scheduling.plan import PrefillChunk, StepPlan
 from tests.benchmarks.serving_samples import SAMPLES
 

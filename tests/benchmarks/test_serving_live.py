@@ -16,8 +16,8 @@ import pytest
 from benchmarks.serving.__main__ import main
 from benchmarks.serving.compare import Batches
 from benchmarks.serving.server import REPOSITORY, started_server
-from emoe_jax.config import ModelConfig
-from emoe_jax.engine.kv_cache import page_bytes
+from emoe_jax.device.kv_cache import page_bytes
+from emoe_jax.models import config_from_directory
 from serve.options import DEMO_MODEL
 from tests.benchmarks.fake_server import LOG, STEP, TOKENS
 from tests.benchmarks.serving_samples import SAMPLES
@@ -212,12 +212,12 @@ def test_residencies_are_compared_on_equal_memory(log: Path, tmp_path: Path, cap
 
 def batches(**changes: Any) -> Batches:
     options = {"dtype": "float32", "share": "40%", "max_model_len": 256, "full": 4} | changes
-    return Batches.of(ModelConfig.from_directory(DEMO_MODEL), **options)
+    return Batches.of(config_from_directory(DEMO_MODEL), **options)
 
 
 def test_batches_of_equal_memory():
     """Experts that are not resident make room for pages: 10 of 16 experts of 8 layers, 196,608 bytes each."""
-    config = ModelConfig.from_directory(DEMO_MODEL)
+    config = config_from_directory(DEMO_MODEL)
     found = batches()
     freed = 8 * 10 * 196_608
     assert found.partial == 4 + freed // (16 * page_bytes(config, "float32"))

@@ -14,7 +14,7 @@ from benchmarks.serving.report import Record, summary
 from benchmarks.serving.simulate import capacity, simulate
 from benchmarks.serving.simulated import make_policy
 from benchmarks.serving.workload import Job, Sample, demo_samples, drawn, replayed, task_slos
-from emoe_jax.engine.request import SLO
+from emoe_jax.requests.request import SLO
 from emoe_jax.scheduling.registry import POLICIES
 from tests.benchmarks.serving_samples import SAMPLES
 

@@ -9,6 +9,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from emoe_jax.checkpoint import Tokenizer
+from emoe_jax.models import load_tokenizer
 
 SPECIAL = re.findall(
     r"\S+",
@@ -167,6 +168,6 @@ def chat_tokenizer(directory: Path, template: str | list[dict[str, str]] | None)
     if template is not None:
         config["chat_template"] = template  # pyright: ignore[reportArgumentType]
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
-    tokenizer = Tokenizer.load(directory)
+    tokenizer = load_tokenizer(directory)
     assert tokenizer is not None
     return tokenizer

@@ -10,10 +10,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from emoe_jax import Engine, SamplingParams
-from emoe_jax.checkpoint import Checkpoint
 from emoe_jax.checkpoint.safetensors import SafetensorsFile, are_finite
 from emoe_jax.errors import CheckpointError
 from emoe_jax.experts.weights import ExpertLayout
+from emoe_jax.models import open_checkpoint
 from tests.engine.conftest import tiny_checkpoint  # noqa: F401
 
 RNG = np.random.default_rng(2)
@@ -130,7 +130,7 @@ def copied(source: Path, target: Path) -> tuple[Path, Path]:
 def test_weights_that_are_not_finite_are_refused(tiny_checkpoint: Path, tmp_path: Path, dtype: str) -> None:  # noqa: F811
     """Overwritten with the same size, and the time of the last write put back: only the weights themselves tell."""
     directory, shard = copied(tiny_checkpoint, tmp_path / "copy")
-    checkpoint = Checkpoint.open(directory)
+    checkpoint = open_checkpoint(directory)
     layout = ExpertLayout.of(checkpoint.config, dtype)
     record = np.empty(layout.size, layout.dtype)
     checkpoint.read_expert(2, 7, record, layout)

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as Backend
 
 from emoe_jax.checkpoint import Tokenizer
 from emoe_jax.errors import CheckpointError, ConfigError, RequestError
+from emoe_jax.models import load_tokenizer
 from tests.checkpoint.templates import PAIRED, READ, SPECIAL, TEMPLATES, TURNS, chat_tokenizer
 from tests.checkpoint.test_tokenizer import save
 
@@ -357,7 +358,7 @@ class TestChoice:
         chat_tokenizer(tmp_path, self.SEVERAL)
         (tmp_path / "mine.jinja").write_text("mine {{ messages[0].content }}{{ eos_token }}")
         for choice, shown in (("rag", "rag hi"), (tmp_path / "mine.jinja", "mine hi</s>")):
-            tokenizer = Tokenizer.load(tmp_path, choice)
+            tokenizer = load_tokenizer(tmp_path, choice)
             assert tokenizer is not None
             assert read(tokenizer, tokenizer.chat([user("hi")])) == shown
 
@@ -377,9 +378,9 @@ class TestChoice:
         (tmp_path / "broken.jinja").write_text("{% if %}")
         (tmp_path / "binary.jinja").write_bytes(b"\xff\xfe")
         with pytest.raises((ConfigError, CheckpointError), match=reason) as error:
-            Tokenizer.load(tmp_path, tmp_path / choice)
+            load_tokenizer(tmp_path, tmp_path / choice)
         assert "\n" not in str(error.value)
 
     def test_a_choice_without_a_tokenizer(self, tmp_path):
         with pytest.raises(ConfigError, match="has no tokenizer"):
-            Tokenizer.load(tmp_path, "rag")
+            load_tokenizer(tmp_path, "rag")

@@ -11,9 +11,9 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from emoe_jax.checkpoint import Checkpoint, save_checkpoint
 from emoe_jax.errors import CheckpointError, ConfigError
 from emoe_jax.experts.weights import ExpertLayout
+from emoe_jax.models import load_dense, open_checkpoint, save_checkpoint
 from tests.golden.tiny import CONFIGS, OPENMOE, random_tensors, write_checkpoint
 from tests.models.loaded import load_experts
 
@@ -48,7 +48,7 @@ class TestReading:
     @pytest.mark.parametrize("shards", [1, 3])
     @pytest.mark.parametrize("layout", ["per_expert", "fused"])
     def test_record_is_the_expert(self, layout, shards, tmp_path):
-        checkpoint = Checkpoint.open(write_checkpoint(tmp_path, RAW, layout, shards=shards))
+        checkpoint = open_checkpoint(write_checkpoint(tmp_path, RAW, layout, shards=shards))
         expert_layout = ExpertLayout.of(checkpoint.config, "float32")
         record = np.full(expert_layout.size, np.nan, np.float32)
         checkpoint.read_expert(2, 4, record, expert_layout)
@@ -58,15 +58,15 @@ class TestReading:
         np.testing.assert_array_equal(record, np.concatenate(expected))
 
     def test_sources_and_names(self, tmp_path):
-        checkpoint = Checkpoint.open(write_checkpoint(tmp_path, RAW, "fused"))
+        checkpoint = open_checkpoint(write_checkpoint(tmp_path, RAW, "fused"))
         assert checkpoint.family.name == checkpoint.config.family == "mixtral"
         assert checkpoint.expert_source(1, 3).w_out.index == 3
         assert "model.layers.0.mlp.gate.weight" in checkpoint.tensor_names
 
     def test_dense_state(self, tmp_path):
-        checkpoint = Checkpoint.open(write_checkpoint(tmp_path, RAW))
+        checkpoint = open_checkpoint(write_checkpoint(tmp_path, RAW))
         steps = []
-        graphdef, state = checkpoint.load_dense("float16", lambda done, total: steps.append((done, total)))
+        graphdef, state = load_dense(checkpoint, "float16", lambda done, total: steps.append((done, total)))
         model = nnx.merge(graphdef, state)
         tensors = random_tensors(RAW)
         qkv = [tensors[f"model.layers.1.self_attn.{p}_proj.weight"] for p in "qkv"]
@@ -83,24 +83,24 @@ class TestReading:
             tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(5, np.float32)
 
         edit_tensors(tmp_path, change)
-        Checkpoint.open(tmp_path)
+        open_checkpoint(tmp_path)
         edit_tensors(tmp_path, lambda tensors: tensors["lm_head.weight"].__setitem__((95, 39), 7))
         with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
-            Checkpoint.open(tmp_path)
+            open_checkpoint(tmp_path)
 
     def test_generation_config_has_the_end_tokens(self, tmp_path):
         write_checkpoint(tmp_path, RAW)
-        assert Checkpoint.open(tmp_path).config.eos_token_ids == (2,)
+        assert open_checkpoint(tmp_path).config.eos_token_ids == (2,)
         (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 9]}')
-        assert Checkpoint.open(tmp_path).config.eos_token_ids == (2, 9)
+        assert open_checkpoint(tmp_path).config.eos_token_ids == (2, 9)
         (tmp_path / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
         with pytest.raises(CheckpointError, match="eos_token_id is '</s>'"):
-            Checkpoint.open(tmp_path)
+            open_checkpoint(tmp_path)
 
     def test_dtype_of_the_file_where_the_config_has_none(self, tmp_path):
-        assert Checkpoint.open(write_checkpoint(tmp_path, RAW, dtype=np.float16)).config.dtype == "float16"
+        assert open_checkpoint(write_checkpoint(tmp_path, RAW, dtype=np.float16)).config.dtype == "float16"
         edit_config(tmp_path, torch_dtype="bfloat16")
-        assert Checkpoint.open(tmp_path).config.dtype == "bfloat16"
+        assert open_checkpoint(tmp_path).config.dtype == "bfloat16"
 
     def test_linked_shards(self, tmp_path):
         """The hub's cache holds links to blobs elsewhere."""
@@ -108,7 +108,7 @@ class TestReading:
         (tmp_path / "snapshot").mkdir()
         for file in original.iterdir():
             (tmp_path / "snapshot" / file.name).symlink_to(file)
-        Checkpoint.open(tmp_path / "snapshot")
+        open_checkpoint(tmp_path / "snapshot")
 
 
 class TestSaving:
@@ -116,8 +116,8 @@ class TestSaving:
     @pytest.mark.parametrize("name", ["mixtral_window", "olmoe_options", "qwen2_windows", "qwen3_tied", "openmoe"])
     def test_round_trip(self, name, layout, tmp_path):
         raw = ALL[name]
-        original = Checkpoint.open(write_checkpoint(tmp_path / "original", raw, layout))
-        _, state = original.load_dense("float32")
+        original = open_checkpoint(write_checkpoint(tmp_path / "original", raw, layout))
+        _, state = load_dense(original, "float32")
         save_checkpoint(tmp_path / "saved", raw, state, load_experts(original, "float32"), layout)
         expected = load_file(tmp_path / "original" / "model.safetensors")
         saved = load_file(tmp_path / "saved" / "model.safetensors")
@@ -129,8 +129,8 @@ class TestSaving:
         assert json.loads((tmp_path / "saved" / "config.json").read_text()) == raw
 
     def test_shards_replace_what_was_there(self, tmp_path):
-        checkpoint = Checkpoint.open(write_checkpoint(tmp_path / "original", RAW))
-        _, state = checkpoint.load_dense("bfloat16")
+        checkpoint = open_checkpoint(write_checkpoint(tmp_path / "original", RAW))
+        _, state = load_dense(checkpoint, "bfloat16")
         experts = load_experts(checkpoint, "bfloat16")
         saved = tmp_path / "saved"
         save_checkpoint(saved, RAW, state, experts)
@@ -139,15 +139,15 @@ class TestSaving:
         assert not (saved / "model.safetensors").exists()
         assert (saved / "tokenizer.json").exists()
         assert len(list(saved.glob("model-*.safetensors"))) > 2
-        again = load_experts(Checkpoint.open(saved), "bfloat16")
+        again = load_experts(open_checkpoint(saved), "bfloat16")
         np.testing.assert_array_equal(again[1].w_in, experts[1].w_in)
         save_checkpoint(saved, RAW, state, experts)
         assert {p.name for p in saved.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
 
     def test_failure_leaves_the_old_checkpoint(self, tmp_path):
         write_checkpoint(tmp_path, RAW)
-        checkpoint = Checkpoint.open(tmp_path)
-        _, state = checkpoint.load_dense("float32")
+        checkpoint = open_checkpoint(tmp_path)
+        _, state = load_dense(checkpoint, "float32")
         experts = load_experts(checkpoint, "float32")
         before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
         with pytest.raises(AttributeError):
@@ -220,7 +220,7 @@ def test_refuses(case, tmp_path):
     write_checkpoint(tmp_path, RAW)
     spoil(tmp_path)
     with pytest.raises(CheckpointError, match=re.escape(message)) as error:
-        Checkpoint.open(tmp_path)
+        open_checkpoint(tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -262,7 +262,7 @@ def test_refuses_shards(case, tmp_path):
     write_checkpoint(tmp_path, RAW, shards=3)
     spoil(tmp_path)
     with pytest.raises(CheckpointError, match=re.escape(message)) as error:
-        Checkpoint.open(tmp_path)
+        open_checkpoint(tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -271,31 +271,31 @@ def test_never_unpickles(name, tmp_path):
     write_checkpoint(tmp_path, RAW)
     (tmp_path / "model.safetensors").rename(tmp_path / name)
     with pytest.raises(CheckpointError, match=f"holds its weights as {re.escape(name)}; pickle files"):
-        Checkpoint.open(tmp_path)
+        open_checkpoint(tmp_path)
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
     write_checkpoint(tmp_path, RAW)
     edit_config(tmp_path, auto_map={"AutoModelForCausalLM": "modeling_evil.Evil", "AutoConfig": "modeling_evil.Config"})
     (tmp_path / "modeling_evil.py").write_text("raise SystemExit('ran')")
-    Checkpoint.open(tmp_path)
+    open_checkpoint(tmp_path)
 
 
 class TestLocation:
     def test_missing_directory(self, tmp_path):
         with pytest.raises(CheckpointError, match="does not exist"):
-            Checkpoint.open(tmp_path / "nothing")
+            open_checkpoint(tmp_path / "nothing")
         with pytest.raises(CheckpointError, match="does not exist"):
-            Checkpoint.open(str(tmp_path / "nothing"))
+            open_checkpoint(str(tmp_path / "nothing"))
 
     def test_file(self, tmp_path):
         (tmp_path / "model.gguf").write_bytes(b"GGUF")
         with pytest.raises(CheckpointError, match="is a file"):
-            Checkpoint.open(tmp_path / "model.gguf")
+            open_checkpoint(tmp_path / "model.gguf")
 
     def test_revision_of_a_directory(self, tmp_path):
         with pytest.raises(CheckpointError, match="revision"):
-            Checkpoint.open(write_checkpoint(tmp_path, RAW), revision="main")
+            open_checkpoint(write_checkpoint(tmp_path, RAW), revision="main")
 
     def test_hub_id(self, tmp_path, monkeypatch):
         asked = {}
@@ -305,7 +305,7 @@ class TestLocation:
             return str(write_checkpoint(tmp_path, RAW))
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-        assert Checkpoint.open("someone/some-model", revision="v1").directory == tmp_path
+        assert open_checkpoint("someone/some-model", revision="v1").directory == tmp_path
         assert asked["repo_id"] == "someone/some-model"
         assert asked["revision"] == "v1"
         assert not any(
@@ -320,7 +320,7 @@ class TestLocation:
         with pytest.raises(
             CheckpointError, match=r"could not be fetched from the Hugging Face hub: no route to host$"
         ) as error:
-            Checkpoint.open("someone/some-model")
+            open_checkpoint("someone/some-model")
         assert "\n" not in str(error.value)
 
 
@@ -330,4 +330,4 @@ def test_config_errors_come_first(tmp_path):
     shutil.rmtree(tmp_path / "model.safetensors", ignore_errors=True)
     edit_config(tmp_path, quantization_config={"quant_method": "gptq"})
     with pytest.raises(ConfigError, match="option 'quantization_config' is not supported by mixtral"):
-        Checkpoint.open(tmp_path)
+        open_checkpoint(tmp_path)

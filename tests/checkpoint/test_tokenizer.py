@@ -7,8 +7,8 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from emoe_jax.checkpoint import Tokenizer
 from emoe_jax.errors import CheckpointError, RequestError
+from emoe_jax.models import load_tokenizer
 from tests.golden.tiny import OPENMOE
 
 TEXTS = ["the cat sat on the mat, naïvely", "3 € for 2 cats 😀 or 日本語", "  two blanks\n\nand lines"]
@@ -55,7 +55,7 @@ def save(backend, directory, chat_template):
     if chat_template is not None:
         config["chat_template"] = chat_template
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
-    tokenizer = Tokenizer.load(directory)
+    tokenizer = load_tokenizer(directory)
     assert tokenizer is not None
     return tokenizer
 
@@ -159,7 +159,7 @@ class TestChat:
         KINDS[kind](tmp_path)
         settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"chat_template": TEMPLATE}
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-        tokenizer = Tokenizer.load(tmp_path)
+        tokenizer = load_tokenizer(tmp_path)
         assert tokenizer is not None
         bos, eos = tokenizer.encode("<s></s>", add_special_tokens=False)[-2:]
         ids = tokenizer.chat([{"role": "user", "content": "the </s> cat <s>"}])
@@ -176,7 +176,7 @@ class TestChat:
 
 class TestLoading:
     def test_no_files(self, tmp_path):
-        assert Tokenizer.load(tmp_path) is None
+        assert load_tokenizer(tmp_path) is None
 
     @pytest.mark.parametrize(
         ("name", "content", "named"),
@@ -190,7 +190,7 @@ class TestLoading:
         byte_level(tmp_path)
         (tmp_path / name).write_text(content)
         with pytest.raises(CheckpointError, match=f"/{named} cannot be loaded: ") as error:
-            Tokenizer.load(tmp_path)
+            load_tokenizer(tmp_path)
         assert "\n" not in str(error.value)
 
     def test_code_is_not_run(self, tmp_path):
@@ -219,7 +219,7 @@ class TestLoading:
         )
         (tmp_path / "tokenization_openmoe.py").write_text("raise SystemExit('ran')")
         (tmp_path / "config.json").write_text(json.dumps(OPENMOE))
-        tokenizer = Tokenizer.load(tmp_path)
+        tokenizer = load_tokenizer(tmp_path)
         assert tokenizer is not None
         the, cat = tokenizer.encode("the cat", add_special_tokens=False)
         assert tokenizer.encode("the cat") == [0, the, cat]

@@ -9,8 +9,7 @@ import pytest
 from flax import nnx
 
 from emoe_jax import Engine
-from emoe_jax.checkpoint import save_checkpoint
-from emoe_jax.config import ModelConfig
+from emoe_jax.models import config_from_hf, save_checkpoint
 from emoe_jax.models.decoder import Decoder, init_experts
 
 TINY: dict[str, Any] = {
@@ -35,7 +34,7 @@ EngineFactory = Callable[..., Engine]
 
 def random_model(raw: dict[str, Any], seed: int = 0) -> tuple[Decoder, tuple]:
     """A decoder and its experts with weights large enough that logits and routers have clear winners."""
-    config = ModelConfig.from_hf(raw)
+    config = config_from_hf(raw)
     model = Decoder(config, rngs=nnx.Rngs(seed))
     state = jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, nnx.state(model))
     nnx.update(model, state)

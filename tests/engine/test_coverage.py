@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from emoe_jax import Engine, SamplingParams
-from emoe_jax.engine.request import RoutingContract
-from emoe_jax.engine.runner import Dispatched, Runner
-from emoe_jax.experts import residency as residency_module
+from emoe_jax.device.runner import Dispatched, Runner
+from emoe_jax.residency import residency as residency_module
+from emoe_jax.requests.request import RoutingContract
 from emoe_jax.scheduling.plan import StepPlan
 from tests.engine.conftest import EngineFactory
 
@@ -32,8 +32,8 @@ class Ledger:
 
         def noting_collect(runner: Runner, dispatched: Dispatched) -> Any:
             result = collect(runner, dispatched)
-            self.wishes += int(result.wish_counts.sum())
-            self.resident += int(result.wish_counts[self._masks.pop(dispatched.plan)].sum())
+            self.wishes += int(result.wishes.counts.sum())
+            self.resident += int(result.wishes.counts[self._masks.pop(dispatched.plan)].sum())
             return result
 
         monkeypatch.setattr(Runner, "dispatch", noting_dispatch)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from emoe_jax import Engine, RequestError, SamplingParams
-from emoe_jax.engine.request import RoutingContract
-from emoe_jax.engine.runner import Runner
+from emoe_jax.device.runner import Runner
 from emoe_jax.errors import ConfigError
 from emoe_jax.moe import moe_ffn
+from emoe_jax.requests.request import RoutingContract
 from tests.engine.conftest import TINY, EngineFactory, random_model
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)

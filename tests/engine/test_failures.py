@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from emoe_jax import Engine, SamplingParams
-from emoe_jax.engine import step
-from emoe_jax.engine.request import RoutingContract
-from emoe_jax.engine.runner import Runner
+from emoe_jax.device import step
+from emoe_jax.device.runner import Runner
+from emoe_jax.requests.request import RoutingContract
 from tests.engine.conftest import EngineFactory
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)

@@ -9,12 +9,12 @@ import pytest
 from flax import nnx
 
 from emoe_jax import Engine
-from emoe_jax.checkpoint import save_checkpoint
-from emoe_jax.engine import step
-from emoe_jax.engine.batch import UNCACHED_ROWS, Shape
+from emoe_jax.device import step
+from emoe_jax.device.batch import UNCACHED_ROWS, Shape
 from emoe_jax.engine.quality import Quality
+from emoe_jax.models import save_checkpoint
+from tests.device.test_lowering import Pieces
 from tests.engine.conftest import TINY, random_model
-from tests.engine.test_lowering import Pieces
 from tests.models.loaded import load
 
 RAW: dict[str, Any] = TINY | {"max_position_embeddings": 2048, "num_hidden_layers": 2}

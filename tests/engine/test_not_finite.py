@@ -11,9 +11,9 @@ import pytest
 from flax import nnx
 
 from emoe_jax import Engine, RequestError, SamplingParams
-from emoe_jax.checkpoint import save_checkpoint
-from emoe_jax.engine.request import RequestOutput
+from emoe_jax.models import save_checkpoint
 from emoe_jax.models.decoder import Decoder
+from emoe_jax.requests.request import RequestOutput
 from emoe_jax.traces import RoutingTrace
 from tests.engine.conftest import TINY, random_model
 

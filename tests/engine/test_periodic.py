@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from emoe_jax import Engine, SamplingParams
-from emoe_jax.engine.foresight import LOOK_AHEAD
-from emoe_jax.engine.runner import Runner
+from emoe_jax.device.runner import Runner
 from emoe_jax.policies.dynamics import DYNAMICS_FILE, Dynamics
 from emoe_jax.predictor import Predictor
+from emoe_jax.residency.foresight import LOOK_AHEAD
 from emoe_jax.scheduling.slo import SloPolicy
 from tests.engine.known import EXPERTS, LAYERS, write_predictor
 

@@ -9,10 +9,10 @@ import pytest
 from flax import nnx
 
 from emoe_jax import Engine, RequestOutput, SamplingParams
-from emoe_jax.checkpoint import save_checkpoint
-from emoe_jax.engine.request import RoutingContract
-from emoe_jax.engine.runner import Dispatched, Runner
+from emoe_jax.device.runner import Dispatched, Runner
 from emoe_jax.errors import RequestError
+from emoe_jax.models import save_checkpoint
+from emoe_jax.requests.request import RoutingContract
 from emoe_jax.scheduling.plan import StepPlan
 from emoe_jax.traces import RoutingTrace
 from tests.engine.conftest import TINY, EngineFactory, random_model

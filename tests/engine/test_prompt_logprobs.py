@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from emoe_jax import RequestOutput, SamplingParams
-from emoe_jax.engine.request import RoutingContract
+from emoe_jax.requests.request import RoutingContract
 from tests.engine.conftest import EngineFactory
 
 PROMPT = np.random.default_rng(3).integers(0, 60, size=40).tolist()

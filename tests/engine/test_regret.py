@@ -9,7 +9,7 @@ import pytest
 from emoe_jax import Engine, SamplingParams
 from emoe_jax.policies import regret as regret_module
 from tests.engine.test_coverage import Ledger
-from tests.engine.test_foresight import PROFILE
+from tests.residency.test_foresight import PROFILE
 
 WINDOW = 4
 PARAMS = SamplingParams(max_tokens=10, temperature=0, ignore_eos=True)

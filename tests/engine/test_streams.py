@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from emoe_jax import Engine, SamplingParams
-from emoe_jax.engine.request import Delta
-from emoe_jax.engine.runner import Runner
+from emoe_jax.device.runner import Runner
+from emoe_jax.requests.request import Delta
 from tests.engine.conftest import EngineFactory
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)

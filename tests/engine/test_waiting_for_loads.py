@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from emoe_jax import SLO, Engine, SamplingParams
-from emoe_jax.engine.admission import ExpertLoading
-from emoe_jax.engine.runner import Runner
-from emoe_jax.engine.sequence import Sequence
+from emoe_jax.device.runner import Runner
 from emoe_jax.errors import SloUnattainable
 from emoe_jax.experts.store import ExpertStore
+from emoe_jax.requests.sequence import Sequence
+from emoe_jax.residency.admission import ExpertLoading
 from emoe_jax.scheduling.slo import SloPolicy
 from tests.engine.conftest import EngineFactory
 

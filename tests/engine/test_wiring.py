@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from emoe_jax import Engine, SamplingParams
-from emoe_jax.engine import foresight
+from emoe_jax.device.runner import Runner
 from emoe_jax.engine.engine import mean_row
-from emoe_jax.engine.runner import Runner
-from emoe_jax.experts import residency as residency_module
-from emoe_jax.experts.residency import Residency
+from emoe_jax.residency import residency as residency_module
 from emoe_jax.experts.store import ExpertStore
 from emoe_jax.predictor import Predictor, Prompts
 from emoe_jax.predictor.inputs import History
+from emoe_jax.residency import foresight
+from emoe_jax.residency.residency import Residency
 from emoe_jax.tasks import Lengths, Task, TaskProfile
 from tests.engine.conftest import EngineFactory
 from tests.engine.known import EXPERTS, LAYERS, TOP_K, favouring, write_predictor

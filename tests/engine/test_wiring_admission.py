@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from emoe_jax import SLO, Engine, SamplingParams
-from emoe_jax.engine.request import RoutingContract
-from emoe_jax.engine.runner import Runner
+from emoe_jax.device.runner import Runner
+from emoe_jax.requests.request import RoutingContract
 from emoe_jax.tasks import Lengths, Task, TaskProfile
 from tests.engine.known import EXPERTS, LAYERS, TOP_K, favouring
 

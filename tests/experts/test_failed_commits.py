@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from emoe_jax.experts import slab as slab_module
-from emoe_jax.experts.residency import Residency
 from emoe_jax.experts.tickets import LoadState
 from emoe_jax.experts.weights import ExpertWeights
+from emoe_jax.residency.residency import Residency
 from tests.experts.fake_reader import LAYOUT, FakeReader
 from tests.experts.test_expert_loader import Rig, rig  # noqa: F401
-from tests.experts.test_residency import CONFIG, LAYERS, plan, rates
+from tests.residency.test_residency import CONFIG, LAYERS, plan, rates
 
 COMMIT = slab_module.commit_experts
 

@@ -10,9 +10,8 @@ from typing import Any, Literal
 import numpy as np
 from safetensors.numpy import save_file
 
-from emoe_jax.config import ModelConfig
-from emoe_jax.models import family_of
-from emoe_jax.models.family import Part
+from emoe_jax.checkpoint.family import Part
+from emoe_jax.models import config_from_hf, family_of
 
 _SHARED = {"vocab_size": 96, "hidden_size": 40, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -189,7 +188,7 @@ def random_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _parts(raw: Mapping[str, Any]) -> Iterator[Part]:
-    config, family = ModelConfig.from_hf(dict(raw)), family_of(raw)
+    config, family = config_from_hf(dict(raw)), family_of(raw)
     for parts in family.dense_tensors(config).values():
         yield from parts
     for layer in config.moe_layers:

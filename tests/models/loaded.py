@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from emoe_jax.attention.uncached import causal_attend
 from emoe_jax.checkpoint import Checkpoint
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.weights import ExpertLayout, ExpertWeights
-from emoe_jax.models.decoder import Decoder, MoEFunction, causal_attend
+from emoe_jax.models import load_dense, open_checkpoint
+from emoe_jax.models.decoder import Decoder, MoEFunction
 from emoe_jax.models.routing import Routing
 from emoe_jax.moe.reference import reference
 
@@ -43,8 +45,8 @@ class LoadedModel:
 
 
 def load(directory: Path, dtype: str = "float32", router_capacity_factor: float | None = None) -> LoadedModel:
-    checkpoint = Checkpoint.open(directory, router_capacity_factor=router_capacity_factor)
-    graphdef, state = checkpoint.load_dense(dtype)
+    checkpoint = open_checkpoint(directory, router_capacity_factor=router_capacity_factor)
+    graphdef, state = load_dense(checkpoint, dtype)
     return LoadedModel(checkpoint, graphdef, state, load_experts(checkpoint, dtype))
 
 

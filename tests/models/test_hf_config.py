@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from emoe_jax.config import ModelConfig
-from emoe_jax.engine.memory import MemoryPlan
 from emoe_jax.errors import CheckpointError, ConfigError
+from emoe_jax.memory.plan import MemoryPlan
+from emoe_jax.models import config_from_directory, config_from_hf
 from tests.golden.tiny import CONFIGS, OPENMOE
 
 MIXTRAL = CONFIGS["mixtral_window"]
@@ -108,65 +109,65 @@ def total_parameters(config: ModelConfig) -> int:
     [(MIXTRAL_8X7B, 46_702_792_704), (QWEN3_30B, 30_532_122_624), (OPENMOE_8B, 11_855_046_656)],
 )
 def test_published_sizes(raw, parameters):
-    assert total_parameters(ModelConfig.from_hf(raw)) == parameters
+    assert total_parameters(config_from_hf(raw)) == parameters
 
 
 def test_mixtral():
-    config = ModelConfig.from_hf(MIXTRAL_8X7B)
+    config = config_from_hf(MIXTRAL_8X7B)
     assert (config.head_dim, config.rope.theta, config.dtype) == (128, 1e6, "bfloat16")
     assert config.sliding_window(0) is None
     assert config.eos_token_ids == (2,)
-    assert ModelConfig.from_hf(MIXTRAL).sliding_windows == (7, 7, 7)
+    assert config_from_hf(MIXTRAL).sliding_windows == (7, 7, 7)
 
 
 def test_absent_and_null_differ_where_transformers_says_so():
     absent = {k: v for k, v in MIXTRAL.items() if k not in ("num_key_value_heads", "eos_token_id")}
-    config = ModelConfig.from_hf(absent | {"num_attention_heads": 16, "eos_token_id": None})
+    config = config_from_hf(absent | {"num_attention_heads": 16, "eos_token_id": None})
     assert config.num_kv_heads == 8
     assert config.eos_token_ids == ()
-    config = ModelConfig.from_hf(absent | {"num_key_value_heads": None})
+    config = config_from_hf(absent | {"num_key_value_heads": None})
     assert config.num_kv_heads == config.num_heads
     assert config.eos_token_ids == (2,)
 
 
 def test_model_type_serves_where_architectures_is_absent():
     raw = {k: v for k, v in QWEN3.items() if k != "architectures"}
-    assert ModelConfig.from_hf(raw).family == "qwen3_moe"
+    assert config_from_hf(raw).family == "qwen3_moe"
     with pytest.raises(ConfigError, match="model_type 'llama' is not supported"):
-        ModelConfig.from_hf({"model_type": "llama"})
+        config_from_hf({"model_type": "llama"})
 
 
 def test_layers_with_experts():
-    assert ModelConfig.from_hf(QWEN2).moe_layers == (0, 2, 3)
-    assert ModelConfig.from_hf(QWEN2 | {"decoder_sparse_step": 2}).moe_layers == (3,)
-    assert ModelConfig.from_hf(OPENMOE).moe_layers == (1, 3)
-    assert ModelConfig.from_hf(OPENMOE_8B).moe_layers == (5, 11, 17, 23)
+    assert config_from_hf(QWEN2).moe_layers == (0, 2, 3)
+    assert config_from_hf(QWEN2 | {"decoder_sparse_step": 2}).moe_layers == (3,)
+    assert config_from_hf(OPENMOE).moe_layers == (1, 3)
+    assert config_from_hf(OPENMOE_8B).moe_layers == (5, 11, 17, 23)
     with pytest.raises(ConfigError, match="no MoE layer"):
-        ModelConfig.from_hf(QWEN2 | {"decoder_sparse_step": 9})
+        config_from_hf(QWEN2 | {"decoder_sparse_step": 9})
 
 
 def test_qwen_windows():
     without_types = {k: v for k, v in QWEN2.items() if k != "layer_types"}
-    assert ModelConfig.from_hf(QWEN2).sliding_windows == (None, 6, None, 6)
-    assert ModelConfig.from_hf(without_types).sliding_windows == (6, None, 6, None)
-    assert ModelConfig.from_hf(without_types | {"max_window_layers": 2}).sliding_windows == (6, None, None, None)
+    assert config_from_hf(QWEN2).sliding_windows == (None, 6, None, 6)
+    assert config_from_hf(without_types).sliding_windows == (6, None, 6, None)
+    assert config_from_hf(without_types | {"max_window_layers": 2}).sliding_windows == (6, None, None, None)
     off = without_types | {"use_sliding_window": False}
-    assert ModelConfig.from_hf(off).sliding_windows == (None,) * 4
+    assert config_from_hf(off).sliding_windows == (None,) * 4
     # transformers 5 writes a window of 0 where it is off.
-    assert ModelConfig.from_hf(off | {"sliding_window": 0}).sliding_windows == (None,) * 4
-    assert ModelConfig.from_hf(QWEN3).sliding_windows == (6,) * 4
-    assert ModelConfig.from_hf(QWEN3 | {"sliding_window": None}).sliding_windows == (None,) * 4
+    assert config_from_hf(off | {"sliding_window": 0}).sliding_windows == (None,) * 4
+    assert config_from_hf(QWEN3).sliding_windows == (6,) * 4
+    assert config_from_hf(QWEN3 | {"sliding_window": None}).sliding_windows == (None,) * 4
 
 
 def test_openmoe():
-    config = ModelConfig.from_hf(OPENMOE)
+    config = config_from_hf(OPENMOE)
     assert (config.bos_token_id, config.prepend_bos_id, config.eos_token_ids) == (0, 0, (1,))
     assert config.router_capacity_factor is None
     # Early uploads carried ids that their vocabulary contradicts.
-    early = ModelConfig.from_hf(OPENMOE | {"bos_token_id": 1, "eos_token_id": 2})
+    early = config_from_hf(OPENMOE | {"bos_token_id": 1, "eos_token_id": 2})
     assert early == config
     # The published code never reads these.
-    assert ModelConfig.from_hf(OPENMOE | {"rope_theta": 5e5, "layer_norm_epsilon": 1.0}) == config
+    assert config_from_hf(OPENMOE | {"rope_theta": 5e5, "layer_norm_epsilon": 1.0}) == config
 
 
 def test_rope_parameters_and_their_older_form_agree():
@@ -174,13 +175,13 @@ def test_rope_parameters_and_their_older_form_agree():
     old = MIXTRAL | {"rope_theta": 5e3, "rope_scaling": scaling | {"type": "yarn"}}
     new = {k: v for k, v in MIXTRAL.items() if k != "rope_theta"}
     new |= {"rope_parameters": scaling | {"rope_type": "yarn", "rope_theta": 5e3}}
-    assert ModelConfig.from_hf(old) == ModelConfig.from_hf(new)
-    assert ModelConfig.from_hf(new).rope.theta == 5e3
+    assert config_from_hf(old) == config_from_hf(new)
+    assert config_from_hf(new).rope.theta == 5e3
 
 
 def test_keys_of_other_tools_do_not_matter():
     extra = {"max_length": 20, "temperature": 1.0, "pruned_heads": {}, "id2label": {"0": "a"}, "auto_map": {"x": "y"}}
-    assert ModelConfig.from_hf(MIXTRAL | extra) == ModelConfig.from_hf(MIXTRAL)
+    assert config_from_hf(MIXTRAL | extra) == config_from_hf(MIXTRAL)
 
 
 REFUSED = [
@@ -236,7 +237,7 @@ REFUSED = [
 @pytest.mark.parametrize(("raw", "change", "message"), REFUSED, ids=lambda value: json.dumps(value)[:60])
 def test_refused_by_name(raw, change, message):
     with pytest.raises(ConfigError, match=re.escape(message)) as error:
-        ModelConfig.from_hf(raw | change)
+        config_from_hf(raw | change)
     assert "\n" not in str(error.value)
 
 
@@ -245,10 +246,10 @@ def test_not_a_number_in_the_file(tmp_path):
     assert "NaN" in text
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match="rope_theta is nan"):
-        ModelConfig.from_directory(tmp_path)
+        config_from_directory(tmp_path)
     (tmp_path / "config.json").write_bytes(b"\xff\xfe{}")
     with pytest.raises(CheckpointError, match="not valid JSON"):
-        ModelConfig.from_directory(tmp_path)
+        config_from_directory(tmp_path)
 
 
 FAMILIES = {"mixtral": MIXTRAL, "olmoe": OLMOE, "qwen2_moe": QWEN2, "qwen3_moe": QWEN3, "openmoe": OPENMOE}
@@ -275,15 +276,15 @@ BOOKKEEPING = {
 @pytest.mark.parametrize("key", BOOKKEEPING)
 def test_bookkeeping_is_ignored_with_one_warning(name, key, caplog):
     raw = FAMILIES[name]
-    assert ModelConfig.from_hf({**raw, key: BOOKKEEPING[key]}) == ModelConfig.from_hf(raw)
+    assert config_from_hf({**raw, key: BOOKKEEPING[key]}) == config_from_hf(raw)
     (record,) = caplog.records
     assert record.getMessage().endswith(f": {key}")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_published_file_is_read_without_a_warning(name, caplog):
-    ModelConfig.from_hf(FAMILIES[name])
-    ModelConfig.from_hf({**MIXTRAL_8X7B, "mlp_bias": False})
+    config_from_hf(FAMILIES[name])
+    config_from_hf({**MIXTRAL_8X7B, "mlp_bias": False})
     assert not caplog.records
 
 
@@ -309,9 +310,9 @@ NEUTRAL_EVERYWHERE = {
 def test_values_that_ask_for_nothing_are_taken_and_others_refused(name, key):
     raw = FAMILIES[name]
     neutral, other = NEUTRAL_EVERYWHERE[key]
-    assert ModelConfig.from_hf({**raw, key: neutral}) == ModelConfig.from_hf(raw)
+    assert config_from_hf({**raw, key: neutral}) == config_from_hf(raw)
     with pytest.raises(ConfigError, match=f"{key}.* is not supported by {name}"):
-        ModelConfig.from_hf({**raw, key: other})
+        config_from_hf({**raw, key: other})
 
 
 @pytest.mark.parametrize(
@@ -335,9 +336,9 @@ def test_values_that_ask_for_nothing_are_taken_and_others_refused(name, key):
     ],
 )
 def test_values_of_sibling_families(raw, taken, refused):
-    assert ModelConfig.from_hf({**raw, **taken}) == ModelConfig.from_hf(raw)
+    assert config_from_hf({**raw, **taken}) == config_from_hf(raw)
     with pytest.raises(ConfigError, match=next(iter(refused))):
-        ModelConfig.from_hf({**raw, **refused})
+        config_from_hf({**raw, **refused})
 
 
 @pytest.mark.parametrize(
@@ -345,7 +346,7 @@ def test_values_of_sibling_families(raw, taken, refused):
 )
 def test_what_nobody_knows_is_refused(key):
     with pytest.raises(ConfigError, match=f"option '{key}' is not supported"):
-        ModelConfig.from_hf({**MIXTRAL, key: 1})
+        config_from_hf({**MIXTRAL, key: 1})
 
 
 @pytest.mark.parametrize(
@@ -381,10 +382,10 @@ def test_the_context_is_what_the_scaling_rule_makes_of_it(
 ) -> None:
     """For `rope_scaling` and for `rope_parameters`, and the memory plan goes by it."""
     raw = base | {"max_position_embeddings": max_position}
-    config = ModelConfig.from_hf(raw | {"rope_scaling": scaling})
+    config = config_from_hf(raw | {"rope_scaling": scaling})
     assert config.max_position == limit
     if scaling is not None:
-        assert ModelConfig.from_hf(raw | {"rope_parameters": scaling}).max_position == limit
+        assert config_from_hf(raw | {"rope_parameters": scaling}).max_position == limit
     plan = functools.partial(MemoryPlan.of, config, platform="cpu", device_bytes=1 << 42, expert_memory="100%")
     assert plan(max_model_len=limit).max_model_len == limit
     with pytest.raises(ConfigError, match=f"max_model_len is {limit + 1}; the model allows 2 to {limit}"):
@@ -394,4 +395,4 @@ def test_the_context_is_what_the_scaling_rule_makes_of_it(
 def test_a_context_beyond_32_bits_is_refused() -> None:
     raw = MIXTRAL | {"max_position_embeddings": 2**30, "rope_scaling": {"type": "linear", "factor": 2.0}}
     with pytest.raises(ConfigError, match=f"makes a context of {2**31} tokens"):
-        ModelConfig.from_hf(raw)
+        config_from_hf(raw)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from emoe_jax.config import ModelConfig
+from emoe_jax.models import config_from_hf
 from emoe_jax.models.routing import route, substituted
 from emoe_jax.moe import BACKENDS, moe_ffn
 from tests.moe.test_backends import Case, model, random_ids
@@ -37,7 +38,7 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
         },
     ),
 ]
-CONFIGS = [ModelConfig.from_hf(BASE | {"model_type": name} | raw) for name, raw in FAMILIES]
+CONFIGS = [config_from_hf(BASE | {"model_type": name} | raw) for name, raw in FAMILIES]
 CONFIGS.append(CONFIGS[1].replace(family="openmoe", norm_topk_prob=False, router_capacity_factor=2.0))
 
 ROWS = [  # logits, allowed

@@ -9,7 +9,7 @@ _STEPS = f"{_WIRING}::test_the_scheduler_learns_what_steps_take"
 _LENGTHS = f"{_WIRING}::test_answers_are_expected_to_be_as_long_as_those_of_their_task"
 _AGED = f"{_WIRING}::test_a_sequence_that_has_waited_for_long_goes_first"
 
-_ADMISSION = "emoe_jax/engine/admission.py"
+_ADMISSION = "emoe_jax/residency/admission.py"
 _SLO = "emoe_jax/scheduling/slo.py"
 _ESTIMATES = "emoe_jax/scheduling/estimates.py"
 

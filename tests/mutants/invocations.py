@@ -3,7 +3,7 @@
 from tests.mutants.mutant import Mutant
 
 _ENGINE = "tests/engine/test_periodic.py"
-_PLANNER = "tests/planner/test_invocations.py"
+_PLANNER = "tests/residency/test_invocations.py"
 _BURST = f"{_ENGINE}::test_a_burst_of_prompts_has_one_prediction_in_p[options1-4]"
 _IDLE = f"{_ENGINE}::test_an_idle_engine_waits_for_the_prediction_of_a_prompt_and_a_busy_one_does_not[True]"
 _AUTO = f"{_PLANNER}::test_auto_asks_more_rarely_what_costs_more_than_it_gains_and_more_often_what_pays"
@@ -12,7 +12,7 @@ INVOCATIONS = (
     Mutant(
         "admit",
         "the planner is not told of prompts that start or are next in line",
-        "emoe_jax/engine/foresight.py",
+        "emoe_jax/residency/foresight.py",
         "            self._admit(plan, scheduler)\n",
         "            pass\n",
         (_BURST,),
@@ -20,7 +20,7 @@ INVOCATIONS = (
     Mutant(
         "line",
         "prompts that wait are not asked about before they start",
-        "emoe_jax/engine/foresight.py",
+        "emoe_jax/residency/foresight.py",
         "self._planner.admit([*starting, *line])",
         "self._planner.admit(starting)",
         (f"{_ENGINE}::test_prompts_are_asked_about_before_they_start",),
@@ -36,7 +36,7 @@ INVOCATIONS = (
     Mutant(
         "await_forecasts",
         "an idle engine does not wait for the prediction of a prompt",
-        "emoe_jax/engine/foresight.py",
+        "emoe_jax/residency/foresight.py",
         "            self._planner.await_forecasts("
         "dict.fromkeys(sequence.request_id for sequence in plan.sequences), wait)\n",
         "",
@@ -45,7 +45,7 @@ INVOCATIONS = (
     Mutant(
         "waited_seconds",
         "the wait for predictions counts as computing time",
-        "emoe_jax/engine/foresight.py",
+        "emoe_jax/residency/foresight.py",
         "return self._residency.waited_seconds + self._awaited\n",
         "return self._residency.waited_seconds\n",
         (_IDLE,),
@@ -53,7 +53,7 @@ INVOCATIONS = (
     Mutant(
         "computed",
         "the planner is not told how long steps computed",
-        "emoe_jax/engine/foresight.py",
+        "emoe_jax/residency/foresight.py",
         "self._planner.computed(seconds)",
         "self._planner.computed(0.0)",
         (_BURST,),
@@ -61,7 +61,7 @@ INVOCATIONS = (
     Mutant(
         "p",
         "every prompt is asked about, whatever p is",
-        "emoe_jax/planner/invocations.py",
+        "emoe_jax/residency/invocations.py",
         "if self._since and self._since < self.every:",
         "if self._since and self._since < 1:",
         (_BURST,),
@@ -69,7 +69,7 @@ INVOCATIONS = (
     Mutant(
         "counted once",
         "a request that is in line and then starts counts twice",
-        "emoe_jax/planner/invocations.py",
+        "emoe_jax/residency/invocations.py",
         "            request.admitted = True\n",
         "",
         (f"{_PLANNER}::test_prompts_are_counted_as_they_are_admitted_not_as_they_came",),
@@ -77,7 +77,7 @@ INVOCATIONS = (
     Mutant(
         "withdraw",
         "the question about an aborted prompt is not taken back",
-        "emoe_jax/planner/invocations.py",
+        "emoe_jax/residency/invocations.py",
         "if self.forecaster.withdraw(request.number):",
         "if request.number < 0:",
         (f"{_PLANNER}::test_an_aborted_prompt_passes_its_turn_on",),
@@ -85,7 +85,7 @@ INVOCATIONS = (
     Mutant(
         "never_started",
         "prompts that were aborted before they started count for p",
-        "emoe_jax/planner/planner.py",
+        "emoe_jax/residency/planner.py",
         "                self._invocations.never_started(request)\n",
         "                pass\n",
         (f"{_PLANNER}::test_prompts_that_never_started_do_not_count",),
@@ -93,7 +93,7 @@ INVOCATIONS = (
     Mutant(
         "cadence",
         "`auto` asks about every prompt for ever",
-        "emoe_jax/planner/invocations.py",
+        "emoe_jax/residency/invocations.py",
         "return self.cadence.every if self._fixed is None else self._fixed",
         "return 1 if self._fixed is None else self._fixed",
         (_AUTO,),
@@ -101,7 +101,7 @@ INVOCATIONS = (
     Mutant(
         "cadence knows the cost",
         "`auto` does not learn what a prediction costs",
-        "emoe_jax/planner/invocations.py",
+        "emoe_jax/residency/invocations.py",
         "            self.cadence.predicted(forecast.seconds, len(forecast.shares))\n",
         "",
         (_AUTO,),
@@ -109,7 +109,7 @@ INVOCATIONS = (
     Mutant(
         "cadence knows the gain",
         "`auto` does not learn what a prediction gains",
-        "emoe_jax/planner/planner.py",
+        "emoe_jax/residency/planner.py",
         "self._invocations.cadence.judged(predicted - frequency)",
         "pass",
         (_AUTO,),
@@ -117,7 +117,7 @@ INVOCATIONS = (
     Mutant(
         "cadence counts prompts",
         "`auto` does not learn how long a prompt computes",
-        "emoe_jax/planner/planner.py",
+        "emoe_jax/residency/planner.py",
         "            self._invocations.cadence.ended()\n",
         "            pass\n",
         (_AUTO,),
@@ -125,7 +125,7 @@ INVOCATIONS = (
     Mutant(
         "learning after the answer",
         "the predictor learns from a prompt before it predicts it",
-        "emoe_jax/planner/planner.py",
+        "emoe_jax/residency/planner.py",
         "if not request.unanswered:",
         "if True:",
         (f"{_PLANNER}::test_a_prompt_that_ends_before_its_answer_is_predicted_and_learned_from_afterwards",),
@@ -133,7 +133,7 @@ INVOCATIONS = (
     Mutant(
         "batches",
         "questions that wait together are asked one by one",
-        "emoe_jax/planner/forecaster.py",
+        "emoe_jax/residency/forecaster.py",
         "[*self._questions][: BATCHES[-1]]",
         "[*self._questions][:1]",
         (f"{_PLANNER}::test_prompts_that_wait_are_asked_about_together",),
@@ -141,7 +141,7 @@ INVOCATIONS = (
     Mutant(
         "one_forecast",
         "under `emoe-paper` a forecast serves its own task only",
-        "emoe_jax/engine/knowledge.py",
+        "emoe_jax/residency/knowledge.py",
         "one_forecast=kind.one_forecast",
         "one_forecast=False",
         (f"{_ENGINE}::test_under_the_papers_policy_a_forecast_serves_prompts_of_other_tasks",),
@@ -149,7 +149,7 @@ INVOCATIONS = (
     Mutant(
         "kind.predict_every",
         "`emoe-paper` chooses p by itself",
-        "emoe_jax/engine/knowledge.py",
+        "emoe_jax/residency/knowledge.py",
         'predict_every = kind.predict_every or "auto"',
         'predict_every = "auto"',
         (f"{_ENGINE}::test_by_default_p_follows_cost_and_gain_and_the_papers_policy_keeps_to_40",),

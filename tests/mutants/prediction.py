@@ -10,11 +10,11 @@ _DRIFT = f"{_WIRING}::test_low_coverage_asks_early"
 _GATE = f"{_WIRING}::test_predictions_that_are_worse_than_frequency_do_not_count"
 _PLAN = f"{_WIRING}::test_a_plan_is_equation_2_of_the_requests_at_hand"
 
-_KNOWLEDGE = "emoe_jax/engine/knowledge.py"
-_FORESIGHT = "emoe_jax/engine/foresight.py"
-_PLANNER = "emoe_jax/planner/planner.py"
-_FORECASTER = "emoe_jax/planner/forecaster.py"
-_DEMAND = "emoe_jax/planner/demand.py"
+_KNOWLEDGE = "emoe_jax/residency/knowledge.py"
+_FORESIGHT = "emoe_jax/residency/foresight.py"
+_PLANNER = "emoe_jax/residency/planner.py"
+_FORECASTER = "emoe_jax/residency/forecaster.py"
+_DEMAND = "emoe_jax/residency/demand.py"
 
 PREDICTION = (
     Mutant(
@@ -40,7 +40,7 @@ PREDICTION = (
         "return self._by_task.get(request.task) if request.predicted is None else request.predicted",
         "return self._by_task.get(request.task)",
         (
-            "tests/planner/test_invocations.py"
+            "tests/residency/test_invocations.py"
             "::test_a_prompt_keeps_its_own_prediction_when_another_of_its_task_is_predicted",
         ),
     ),
@@ -138,7 +138,7 @@ PREDICTION = (
         _FORECASTER,
         "        self._predictor.refit()\n",
         "",
-        ("tests/planner/test_planner.py::test_learning_takes_a_small_share_of_the_time",),
+        ("tests/residency/test_planner.py::test_learning_takes_a_small_share_of_the_time",),
     ),
     Mutant(
         "frequency",
@@ -146,7 +146,7 @@ PREDICTION = (
         _PLANNER,
         "        self._frequencies.observe(request.task, request.counts)\n",
         "",
-        ("tests/planner/test_planner.py::test_without_a_predictor_a_task_follows_its_decayed_frequency",),
+        ("tests/residency/test_planner.py::test_without_a_predictor_a_task_follows_its_decayed_frequency",),
     ),
     Mutant(
         "drift: told",

@@ -7,11 +7,11 @@ _REFRESH = f"{_WIRING}::test_residents_follow_the_wishes_of_an_answer"
 _DYNAMICS = "tests/engine/test_periodic.py::test_the_engine_follows_learned_dynamics_of_every_request_at_hand"
 _LINK = f"{_WIRING}::test_background_loads_keep_below_the_links_bandwidth"
 _HOST = f"{_WIRING}::test_experts_are_read_from_files_once_where_the_host_has_room"
-_LAYERS = "tests/engine/test_foresight.py::test_layers_that_spread_get_more_slots"
+_LAYERS = "tests/residency/test_foresight.py::test_layers_that_spread_get_more_slots"
 
-_KNOWLEDGE = "emoe_jax/engine/knowledge.py"
+_KNOWLEDGE = "emoe_jax/residency/knowledge.py"
 _REGISTRY = "emoe_jax/policies/registry.py"
-_RESIDENCY = "emoe_jax/experts/residency.py"
+_RESIDENCY = "emoe_jax/residency/residency.py"
 _OPENING = "emoe_jax/engine/opening.py"
 _POLICY = "emoe_jax/policies/policy.py"
 
@@ -22,7 +22,7 @@ RESIDENCY = (
         _RESIDENCY,
         "        self._policy.plan(rates, joined, kept, sensitivity)\n",
         "",
-        ("tests/engine/test_foresight.py::test_residents_follow_the_task_at_hand",),
+        ("tests/residency/test_foresight.py::test_residents_follow_the_task_at_hand",),
     ),
     Mutant(
         "refresh: policy",
@@ -86,7 +86,7 @@ RESIDENCY = (
         _POLICY,
         " & (self._sensitivity > 0)",
         "",
-        ("tests/engine/test_foresight.py::test_a_task_that_needs_no_expert_in_particular_loads_none",),
+        ("tests/residency/test_foresight.py::test_a_task_that_needs_no_expert_in_particular_loads_none",),
     ),
     Mutant(
         "sensitivity: gains",

@@ -12,7 +12,7 @@ def test_gains_count_by_the_sensitivity_of_their_layer():
     table = filled_table(policy, [2, 2, 2])
     policy.plan(np.zeros((3, 4), np.float32), sensitivity=np.array([0.25, 1.0, 0.0]))
     policy.observe(np.array([[0, 0, 9, 0], [0, 0, 3, 0], [0, 0, 9, 0]]))
-    swaps = policy.swaps(table)
+    swaps = policy.swaps(table.resident_mask)
     assert [swap.layer for swap in swaps] == [1, 0]
     assert policy.layers_spared == 1
     assert swaps[1].gain == pytest.approx(0.75 * swaps[0].gain)

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emoe_jax.engine.request import SamplingParams
-from emoe_jax.engine.sequence import Sequence
+from emoe_jax.requests.request import SamplingParams
+from emoe_jax.requests.sequence import Sequence
 from emoe_jax.scheduling.cost import CostModel, StepCost
 from emoe_jax.scheduling.lengths import DEFAULT_TOKENS, MAX_TASKS, OutputLengths, remaining_tokens
 from emoe_jax.scheduling.plan import PrefillChunk, StepPlan

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from emoe_jax.engine.pages import PagePool
-from emoe_jax.engine.request import SLO, SamplingParams
-from emoe_jax.engine.sequence import Sequence
 from emoe_jax.errors import ConfigError
+from emoe_jax.requests.request import SLO, SamplingParams
+from emoe_jax.requests.sequence import Sequence
+from emoe_jax.scheduling.pages import PagePool
 from emoe_jax.scheduling.plan import StepPlan
 from emoe_jax.scheduling.registry import PARTS, VARIANTS, check_policy, make_admission_policy, without
 from emoe_jax.scheduling.scheduler import Scheduler

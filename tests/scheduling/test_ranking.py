@@ -4,7 +4,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from emoe_jax.engine.sequence import Sequence
+from emoe_jax.requests.sequence import Sequence
 from emoe_jax.scheduling.ranking import Ranking
 
 SEQUENCES = [Sequence(str(index), [1], order=index) for index in range(8)]

@@ -5,7 +5,7 @@ from collections import deque
 import pytest
 from hypothesis import given, settings
 
-from emoe_jax.engine.sequence import Sequence
+from emoe_jax.requests.sequence import Sequence
 from emoe_jax.scheduling.plan import SampledToken, StepPlan, StepResult
 from emoe_jax.scheduling.scheduler import Scheduler
 from tests.scheduling.test_scheduler import EOS, Workload, expected_token, make, play, seq, workloads

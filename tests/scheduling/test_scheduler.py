@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emoe_jax.engine.pages import PagePool
-from emoe_jax.engine.request import SamplingParams
-from emoe_jax.engine.sequence import Sequence, SequenceStatus
 from emoe_jax.errors import CapacityError, ConfigError, RequestError
+from emoe_jax.requests.request import SamplingParams
+from emoe_jax.requests.sequence import Sequence, SequenceStatus
+from emoe_jax.scheduling.pages import PagePool
 from emoe_jax.scheduling.plan import SampledToken, StepPlan, StepResult
 from emoe_jax.scheduling.scheduler import Scheduler
 

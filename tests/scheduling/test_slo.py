@@ -2,13 +2,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emoe_jax.engine.pages import PagePool
-from emoe_jax.engine.request import SLO, SamplingParams
-from emoe_jax.engine.sequence import Sequence
 from emoe_jax.errors import ConfigError, SloUnattainable
+from emoe_jax.requests.request import SLO, SamplingParams
+from emoe_jax.requests.sequence import Sequence
 from emoe_jax.scheduling.cost import CostModel, StepCost
 from emoe_jax.scheduling.estimates import Estimates
 from emoe_jax.scheduling.lengths import OutputLengths
+from emoe_jax.scheduling.pages import PagePool
 from emoe_jax.scheduling.plan import SampledToken, StepPlan, StepResult
 from emoe_jax.scheduling.registry import make_admission_policy
 from emoe_jax.scheduling.scheduler import Scheduler

@@ -8,8 +8,7 @@ import jax
 from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from emoe_jax.checkpoint import save_checkpoint
-from emoe_jax.config import ModelConfig
+from emoe_jax.models import config_from_hf, save_checkpoint
 from emoe_jax.models.decoder import Decoder, init_experts
 
 MAX_MODEL_LEN = 256
@@ -35,7 +34,7 @@ TEMPLATE = (
 
 
 def write_tiny_checkpoint(directory: Path) -> None:
-    config = ModelConfig.from_hf(CONFIG)
+    config = config_from_hf(CONFIG)
     state = nnx.state(Decoder(config, rngs=nnx.Rngs(0)))
     save_checkpoint(directory, CONFIG, state, init_experts(config, jax.random.key(0)))
     tokenizer = Tokenizer(models.BPE())

@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from emoe_jax.engine.request import (
+from emoe_jax.errors import CheckpointError, RequestError
+from emoe_jax.requests.request import (
     SLO,
     Completion,
     Delta,
@@ -15,8 +16,7 @@ from emoe_jax.engine.request import (
     SamplingParams,
     TokenLogprob,
 )
-from emoe_jax.engine.text import TextStream
-from emoe_jax.errors import CheckpointError, RequestError
+from emoe_jax.requests.text import TextStream
 
 MAX_MODEL_LEN = 100
 VOCAB_SIZE = 128

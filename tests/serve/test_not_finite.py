@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from emoe_jax.engine.request import Delta
+from emoe_jax.requests.request import Delta
 from tests.serve.conftest import StartServer
 from tests.serve.fake import FakeEngine, FakeTokenizer
 

@@ -14,7 +14,7 @@ import httpx
 import openai
 import pytest
 
-from emoe_jax.engine.kv_cache import PAGE_SIZE
+from emoe_jax.scheduling.pages import PAGE_SIZE
 from serve.options import DEMO_MODEL
 from tests.serve.checkpoint import MAX_MODEL_LEN
 from tests.serve.events import events_of

@@ -5,8 +5,8 @@ from typing import Any
 import httpx
 import pytest
 
-from emoe_jax.engine.request import SLO
 from emoe_jax.errors import SloUnattainable
+from emoe_jax.requests.request import SLO
 from tests.serve.conftest import StartServer
 from tests.serve.events import events_of
 from tests.serve.fake import FakeEngine, FakeTokenizer

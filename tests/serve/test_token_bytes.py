@@ -8,8 +8,9 @@ import httpx
 import pytest
 
 from emoe_jax.checkpoint import Tokenizer
-from emoe_jax.engine.request import Completion, Delta, RequestOutput, TokenLogprob
-from emoe_jax.engine.text import TextStream
+from emoe_jax.models import load_tokenizer
+from emoe_jax.requests.request import Completion, Delta, RequestOutput, TokenLogprob
+from emoe_jax.requests.text import TextStream
 from tests.checkpoint.test_tokenizer import KINDS
 from tests.serve.conftest import StartServer
 from tests.serve.events import events_of
@@ -52,7 +53,7 @@ class Reciter(FakeEngine):
 def tokenizer(request: pytest.FixtureRequest, tmp_path: Path) -> Tokenizer:
     KINDS[request.param](tmp_path)
     (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
-    tokenizer = Tokenizer.load(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
     assert tokenizer is not None
     return tokenizer
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from emoe_jax import RequestError, SamplingParams
-from emoe_jax.engine.request import Delta
+from emoe_jax.requests.request import Delta
 from serve.metrics import RequestMetrics
 from serve.stats import RequestStats
 from serve.worker import ADMISSION_SECONDS, MAX_BATCH, EngineWorker, QueueFull, Submission, Unavailable

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from emoe_jax.config import ModelConfig
-from emoe_jax.engine.request import SLO
 from emoe_jax.errors import ConfigError
+from emoe_jax.models import config_from_hf
+from emoe_jax.requests.request import SLO
 from emoe_jax.tasks import Lengths, TaskProfile
 from tests.engine.conftest import TINY
 
-CONFIG = ModelConfig.from_hf(TINY)  # 3 MoE layers of 8 experts, top-2
+CONFIG = config_from_hf(TINY)  # 3 MoE layers of 8 experts, top-2
 
 
 def full_profile() -> TaskProfile:

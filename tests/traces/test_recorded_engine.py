@@ -12,9 +12,9 @@ import pytest
 from flax import nnx
 
 from emoe_jax import ConfigError, Engine, SamplingParams
-from emoe_jax.checkpoint import save_checkpoint
-from emoe_jax.engine import runner as running
-from emoe_jax.engine.step import Wishes
+from emoe_jax.device.step import Wishes
+from emoe_jax.device import runner as running
+from emoe_jax.models import save_checkpoint
 from emoe_jax.moe import moe_ffn
 from emoe_jax.tasks import TaskProfile
 from emoe_jax.traces import RoutingTrace

@@ -12,11 +12,10 @@ import pytest
 from flax import nnx
 
 from emoe_jax import Engine
-from emoe_jax.checkpoint import save_checkpoint
-from emoe_jax.config import ModelConfig
-from emoe_jax.engine.step import StepInputs
+from emoe_jax.device.step import StepInputs
 from emoe_jax.errors import ConfigError
 from emoe_jax.experts.weights import ExpertWeights
+from emoe_jax.models import config_from_hf, save_checkpoint
 from emoe_jax.models.decoder import Decoder, init_experts
 from emoe_jax.tasks import TaskProfile
 from tests.serve import checkpoint as tiny
@@ -35,7 +34,7 @@ CALM, FIRST, SECOND = (np.array(pattern) for pattern in ([False, False], [True, 
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sensitivity") / "tiny"
     tiny.write_tiny_checkpoint(path)
-    config = ModelConfig.from_hf(CONFIG)
+    config = config_from_hf(CONFIG)
     first, second = init_experts(config, jax.random.key(3))
     first = jax.tree.map(lambda stack: jnp.broadcast_to(stack[:1], stack.shape), first)
     second = ExpertWeights(second.w_in * 30, second.w_out * 30)
@@ -86,7 +85,7 @@ def test_deviations_are_of_the_layers_that_matter(model: RandomisedModel) -> Non
 
 
 def test_drawn_experts_are_different_and_uniform() -> None:
-    config = ModelConfig.from_hf(CONFIG)
+    config = config_from_hf(CONFIG)
     drawn = np.asarray(
         draw_experts(jax.random.key(0), jnp.arange(40), jnp.broadcast_to(jnp.arange(50), (40, 50)), config)
     )

@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 from transformers import AutoTokenizer
 
+from emoe_jax.attention.uncached import attend
 from emoe_jax.experts.weights import ExpertWeights
-from emoe_jax.models.attention import attend
 from emoe_jax.models.routing import Routing
 from train.demo import batches, evaluate, export, objective, report, shape, trainer
 from train.demo.attention import attend_packed, causal_within_documents

@@ -12,10 +12,9 @@ import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer
 
-from emoe_jax.checkpoint.checkpoint import Checkpoint
-from emoe_jax.checkpoint.save import save_checkpoint
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.weights import ExpertLayout, ExpertWeights
+from emoe_jax.models import config_from_hf, load_dense, open_checkpoint, save_checkpoint
 from train.demo import objective, tokenizer
 from train.demo.objective import Parameters
 
@@ -23,7 +22,7 @@ from train.demo.objective import Parameters
 def write(directory: Path, hf_config: dict[str, Any], parameters: Parameters, bpe: Tokenizer) -> None:
     """A Hugging Face checkpoint with bfloat16 weights, its tokenizer and generation defaults."""
     rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), parameters)
-    model = objective.decoder(ModelConfig.from_hf(hf_config), rounded.dense)
+    model = objective.decoder(config_from_hf(hf_config), rounded.dense)
     tokenizer.save(bpe, directory, hf_config["max_position_embeddings"])
     generation = {
         "bos_token_id": hf_config["bos_token_id"],
@@ -37,9 +36,9 @@ def write(directory: Path, hf_config: dict[str, Any], parameters: Parameters, bp
 
 def read(directory: Path) -> tuple[ModelConfig, Parameters, Tokenizer]:
     """What a checkpoint ships, widened to float32. Raises `CheckpointError` or `ConfigError`."""
-    checkpoint = Checkpoint.open(directory)
+    checkpoint = open_checkpoint(directory)
     config = checkpoint.config
-    _, state = checkpoint.load_dense("float32")
+    _, state = load_dense(checkpoint, "float32")
     dense = {".".join(map(str, path)): variable[...] for path, variable in nnx.to_flat_state(state)}
     layers = []
     for layer in range(len(config.moe_layers)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from emoe_jax.config import ModelConfig
+from emoe_jax.models import config_from_hf
 
 VOCAB_SIZE = 4096
 MAX_LENGTH = 1024
@@ -45,4 +46,4 @@ def hf_config(**changes: Any) -> dict[str, Any]:
 
 
 def model_config(**changes: Any) -> ModelConfig:
-    return ModelConfig.from_hf(hf_config(**changes))
+    return config_from_hf(hf_config(**changes))

@@ -15,6 +15,7 @@ from rich.console import Console
 from emoe_jax import EmoeError
 from emoe_jax.checkpoint import Tokenizer
 from emoe_jax.errors import ConfigError, one_line
+from emoe_jax.models import load_tokenizer
 from emoe_jax.tasks import TaskProfile
 from train import prompts as labelled
 from train.demo.evaluate import EXACT_TASKS
@@ -130,7 +131,7 @@ def _numbers(
     model: RandomisedModel, prompts: list[Prompt], options: argparse.Namespace, console: Console
 ) -> dict[str, Any]:
     embed = None if options.embedding_model is None else embedding_model(options.embedding_model)
-    tokenizer = Tokenizer.load(model.directory)
+    tokenizer = load_tokenizer(model.directory)
     if tokenizer is None:
         raise ConfigError(f"{options.model} has no tokenizer, so prompts in words cannot be run")
     encoded = _encoded(prompts, model, tokenizer, options.max_tokens)

@@ -11,14 +11,17 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from emoe_jax.attention.paged import LayerKV, paged_attend
 from emoe_jax.checkpoint import Checkpoint
 from emoe_jax.config import ModelConfig
-from emoe_jax.engine.kv_cache import PAGE_SIZE, KVCache, LayerKV, new_cache, paged_attend, pages_for
-from emoe_jax.engine.memory import MemoryPlan, usable_memory
-from emoe_jax.engine.step import Skeleton, StepInputs
+from emoe_jax.device.kv_cache import KVCache, new_cache
+from emoe_jax.device.step import Skeleton, StepInputs
 from emoe_jax.experts.weights import ExpertLayout, ExpertWeights
+from emoe_jax.memory.plan import MemoryPlan, usable_memory
+from emoe_jax.models import load_dense, open_checkpoint
 from emoe_jax.models.decoder import Decoder
 from emoe_jax.moe import moe_ffn
+from emoe_jax.scheduling.pages import PAGE_SIZE, pages_for
 
 
 class RandomisedModel:
@@ -31,7 +34,7 @@ class RandomisedModel:
 
     def __init__(self, path: str | Path, seed: int, batch: int):
         """Raises what `Engine.load` raises where the model cannot be read or does not fit the device."""
-        checkpoint = Checkpoint.open(path)
+        checkpoint = open_checkpoint(path)
         config = self.config = checkpoint.config
         self.directory = checkpoint.directory
         plan = MemoryPlan.of(
@@ -43,7 +46,7 @@ class RandomisedModel:
         )
         self.max_tokens = plan.max_model_len
         self._dtype, self._key = plan.dtype, jax.random.key(seed)
-        self._skeleton, self._leaves = Skeleton.split(nnx.merge(*checkpoint.load_dense(plan.dtype)))
+        self._skeleton, self._leaves = Skeleton.split(nnx.merge(*load_dense(checkpoint, plan.dtype)))
         self._experts = tuple(_experts(checkpoint, layer, plan.dtype) for layer in range(len(config.moe_layers)))
 
     def new_cache(self, sequences: int, tokens: int) -> tuple[KVCache, Int[np.ndarray, "B pages"]]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from emoe_jax.engine.step import StepInputs
+from emoe_jax.device.step import StepInputs
 from train.sensitivity.forward import RandomisedModel, page_room
 
 _ROUND = 64  # tokens that lengths are rounded up to, so that few shapes compile

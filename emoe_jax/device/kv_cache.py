@@ -1,0 +1,43 @@
+"""The paged KV cache on the device: its pages per layer, made, moved and resized."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from emoe_jax.attention.paged import LayerKV
+from emoe_jax.config import ModelConfig
+from emoe_jax.scheduling.pages import PAGE_SIZE
+
+KVCache = tuple[LayerKV, ...]
+"""One `LayerKV` per layer. Donated to every step and returned by it."""
+
+
+def page_bytes(config: ModelConfig, dtype: str) -> int:
+    """Bytes of one page over all layers."""
+    per_token = 2 * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
+    return config.num_layers * PAGE_SIZE * per_token
+
+
+def new_cache(config: ModelConfig, num_pages: int, dtype: str) -> KVCache:
+    """Zeroed pages for every layer."""
+    shape = (num_pages, PAGE_SIZE, config.num_kv_heads, config.head_dim)
+    return tuple(LayerKV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
+
+
+@partial(jax.jit, donate_argnames=("cache",))
+def move_pages(cache: LayerKV, sources: Int[Array, " n"], targets: Int[Array, " n"]) -> LayerKV:
+    """Copy pages of a layer to other places, in place. Donates `cache`; page 0 to page 0 changes nothing."""
+    return LayerKV(cache.k.at[targets].set(cache.k[sources]), cache.v.at[targets].set(cache.v[sources]))
+
+
+@partial(jax.jit, static_argnames=("num_pages",))
+def resize_pages(cache: LayerKV, *, num_pages: int) -> LayerKV:
+    """A layer with another number of pages: its first ones, and zeros where it had none."""
+
+    def resized(pages: Array) -> Array:
+        missing = max(0, num_pages - pages.shape[0])
+        return jnp.pad(pages[:num_pages], ((0, missing), (0, 0), (0, 0), (0, 0)))
+
+    return LayerKV(resized(cache.k), resized(cache.v))

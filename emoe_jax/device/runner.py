@@ -1,0 +1,435 @@
+"""Runs step plans on the device: picks executables, keeps the donated cache, reads the tokens back."""
+
+import contextlib
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Generator, Mapping
+from collections.abc import Sequence as Rows
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from emoe_jax.attention.paged import LayerKV
+from emoe_jax.config import ModelConfig
+from emoe_jax.device import step
+from emoe_jax.device.batch import Batch, Buckets, Shape, batches_of, empty_batch, uncached_batches
+from emoe_jax.device.compiling import MemoryShapes, compile_adjusted_choice
+from emoe_jax.device.executables import Executables
+from emoe_jax.device.kv_cache import KVCache, move_pages, resize_pages
+from emoe_jax.device.readback import keep_prompt_logprobs, not_finite, sampled_token
+from emoe_jax.device.recording import counts_by_sequence, record_wishes, without_probs
+from emoe_jax.device.sampler import TokenLogprobs
+from emoe_jax.errors import RequestError
+from emoe_jax.models.decoder import Decoder
+from emoe_jax.models.routing import Substituted
+from emoe_jax.policies.policy import Chunk
+from emoe_jax.requests.request import RoutingContract
+from emoe_jax.requests.sequence import Sequence
+from emoe_jax.residency.residency import Residency, StepWishes
+from emoe_jax.scheduling.plan import SampledToken, StepPlan, StepResult
+from emoe_jax.traces.recorder import TraceRecorder
+
+PAGES_MOVED = 32
+"""KV pages that are copied in one call."""
+
+Progress = Callable[[int, int], None]
+"""Called with `(done, total)`."""
+
+
+class Dispatched(NamedTuple):
+    """A plan that the device is computing."""
+
+    plan: StepPlan
+    batches: list[Batch]
+    outputs: list[tuple[Any, ...]]
+    residents: list[Bool[np.ndarray, "M E"]]
+    """The experts that were there when each batch was dispatched, before an `exact` one loaded what it missed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult(StepResult):
+    """A step's tokens, and how often its routers wished for each expert."""
+
+    wishes: StepWishes
+
+
+class Runner:
+    """Owns the weights and the KV cache on the device; the experts belong to `residency`.
+
+    All calls of a plan are dispatched before the first result is read, so a `resident` step waits for the device once.
+    The next plan may be dispatched before that: it finds the tokens that it feeds on the device.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        residency: Residency,
+        cache: KVCache,
+        buckets: Buckets,
+        executables: Executables | None = None,
+    ):
+        """`executables` are those compiled before."""
+        self.config: ModelConfig = model.config
+        self.buckets = buckets
+        self.executables = executables or Executables()
+        self.recorder: TraceRecorder | None = None
+        self._places: dict[Sequence, int] = {}  # of the tokens that the newest plan samples, in `_kept`
+        self._embedding_table: np.ndarray | None = None
+        self._residency = residency
+        sharding = residency.slab.sharding
+        self._cache = list(jax.device_put(cache, sharding))
+        self._shapes = self._memory_shapes()
+        self._kept = jax.device_put(np.zeros(buckets.sequences[-1], np.int32), sharding)
+        self._skeleton, leaves = step.Skeleton.split(model)
+        self._leaves = jax.device_put(leaves, sharding)
+        layers = [step.Skeleton.split(layer) for layer in model.layers]
+        self._layers = [(skeleton, jax.device_put(leaves, sharding)) for skeleton, leaves in layers]
+        kinds = [(skeleton, self.config.sliding_window(index)) for index, (skeleton, _) in enumerate(layers)]
+        # Layers of one kind share an executable; the number of the first such layer stands for the kind.
+        self._kinds = [kinds.index(kind) for kind in kinds]
+
+    def dispatch(self, plan: StepPlan) -> Dispatched:
+        """Start computing a plan, whose sequences may wait for tokens of the plan before.
+
+        Raises what the expert store raises under the `exact` contract; the cache stays usable.
+        """
+        batches = batches_of(plan, self.buckets)
+        places, kept = self._places, self._kept
+        self._places = {}
+        for batch in batches:
+            batch.await_tokens(places)
+        outputs, residents = [], []
+        for batch in batches:
+            residents.append(self._residency.table.resident_mask)
+            outputs.append(self._run_batch(batch, kept))
+        return Dispatched(plan, batches, outputs, residents)
+
+    def waits_within(self, plan: StepPlan) -> bool:
+        """Whether `dispatch` waits for the device: where routers say which experts are to be loaded."""
+        return not self._residency.is_full and any(sequence.routing == "exact" for sequence in plan.sequences)
+
+    def wait(self, dispatched: Dispatched) -> None:
+        """Wait until the device is done with a plan. What went wrong is raised by `collect`."""
+        _is_readable(dispatched.outputs)
+
+    def collect(self, dispatched: Dispatched) -> RunResult:
+        """Wait for a plan's tokens, and count the expert assignments of each sequence that has not ended meanwhile."""
+        batches, outputs = dispatched.batches, dispatched.outputs
+        if self.recorder is None:
+            outputs = [(*output, without_probs(wishes)) for *output, wishes in outputs]
+        outputs = jax.device_get(outputs)
+        sampled: dict[Sequence, SampledToken] = {}
+        lost: set[Sequence] = set()
+        choices = len(self.config.moe_layers) * self.config.top_k
+        wish_counts = np.zeros((len(self.config.moe_layers), self.config.num_experts), np.int64)
+        resident_counts = np.zeros_like(wish_counts)
+        chunks: list[Chunk] = []
+        for batch, output, resident in zip(batches, outputs, dispatched.residents, strict=True):
+            tokens, prompt_logprobs, counts, substituted, finite, wishes = output
+            wish_counts += counts
+            resident_counts += counts * resident
+            spoilt = not_finite(batch, finite, prompt_logprobs)
+            lost |= spoilt
+            if self.recorder is not None:
+                record_wishes(self.recorder, batch, wishes, spoilt)
+            routed = counts_by_sequence(batch, wishes, self.config.num_experts)
+            for row, piece in enumerate(batch.pieces):
+                if piece.length > 1 and piece.sequence not in spoilt:
+                    chunks.append(Chunk(routed[row], piece.length))  # of an ended sequence too: `counts` has them
+                if piece.sequence.finished or piece.sequence in spoilt:
+                    continue
+                piece.sequence.add_routing(routed[row])
+                piece.sequence.substituted += int(substituted.choices[row])
+                piece.sequence.substituted_mass += float(substituted.mass[row])
+                piece.sequence.assigned += piece.length * choices
+                if prompt_logprobs is not None:
+                    keep_prompt_logprobs(piece, prompt_logprobs)
+                if piece.samples:
+                    sampled[piece.sequence] = sampled_token(piece.sequence, tokens, row)
+        return RunResult(sampled, StepWishes(wish_counts, resident_counts, chunks), not_finite=frozenset(lost))
+
+    def mend(self) -> bool:
+        """After a failed step, with none in flight: replace device arrays that it has taken along.
+
+        A call that fails may have deleted the KV cache that was donated to it, or return arrays that raise when they
+        are read. Returns whether the KV cache is blank now, so that what its pages held must be computed again.
+        """
+        if not _is_readable(self._kept):
+            self._kept = jax.device_put(np.zeros(self._kept.shape, self._kept.dtype), self._residency.slab.sharding)
+        lost = [index for index, layer_cache in enumerate(self._cache) if not _is_readable(layer_cache)]
+        for index in lost:
+            shapes = self._cache[index]
+            blank = jax.tree.map(lambda array: np.zeros(array.shape, array.dtype), shapes)
+            self._cache[index] = jax.device_put(blank, self._residency.slab.sharding)
+        return bool(lost)
+
+    def move_pages(self, moves: Mapping[int, int]) -> None:
+        """Copy what is in some pages to others, once the steps in flight have written it."""
+        pairs = list(moves.items())
+        for first in range(0, len(pairs), PAGES_MOVED):
+            padded = np.zeros((PAGES_MOVED, 2), np.int32)
+            padded[: len(pairs) - first] = pairs[first : first + PAGES_MOVED]
+            for index, layer_cache in enumerate(self._cache):
+                self._cache[index] = move_pages(layer_cache, padded[:, 0], padded[:, 1])
+
+    def resize_pages(self, layer: int, num_pages: int) -> None:
+        """Give a layer another number of pages, while no step is in flight; the first ones keep what is in them."""
+        old = self._cache[layer]
+        self._cache[layer] = jax.block_until_ready(resize_pages(old, num_pages=num_pages))
+        for array in jax.tree.leaves(old):
+            array.delete()
+
+    def memory_changed(self) -> None:
+        """Slab or KV cache have other shapes: find the executables of these from now on."""
+        self._shapes = self._memory_shapes()
+
+    def embedding_table(self) -> Float[np.ndarray, "V D"]:
+        """The model's input embeddings on the host: a view on CPU, a copy elsewhere."""
+        if self._embedding_table is None:
+            self._embedding_table = np.asarray(self._skeleton.join(self._leaves).embedding[...])
+        return self._embedding_table
+
+    def logits(self, token_ids: Rows[int], routing: RoutingContract) -> Float[np.ndarray, "T V"]:
+        """Float32 logits of one uncached forward under a routing contract; NaN where the model computes NaN.
+
+        Layer by layer, and within a layer at most `UNCACHED_ROWS` tokens at a time. Beside what a step of so many
+        tokens takes, the device holds the keys and values of one layer; scores exist for one block of keys.
+        """
+        length = len(token_ids)
+        if not 0 < length <= self.config.max_position:
+            raise RequestError(f"{length} tokens given; expected 1 to {self.config.max_position}", param="token_ids")
+        batches = uncached_batches(token_ids, routing)
+        alone = len(batches) == 1  # then nothing is attended to but the batch itself
+        states: list[Any] = []
+        for batch in batches:
+            tokens, shape = batch.inputs.tokens, batch.shape[:2]
+            x = self._call(step.embed, shape, self._leaves, tokens, self._kept, skeleton=self._skeleton)
+            states.append(x if alone else np.asarray(x))  # the device holds one batch at a time
+        pages = None if alone else self._blank_pages(batches[0].shape.pages + 1)
+        for index in range(len(self._layers)):
+            for number, batch in enumerate(batches):
+                x = jax.device_put(states[number], self._residency.slab.sharding)
+                pages, x, *_ = self._layer(index, batch, x, pages)
+                states[number] = x if alone else np.asarray(x)
+        logits = np.empty((length, self.config.vocab_size), np.float32)
+        for batch, x in zip(batches, states, strict=True):
+            x = jax.device_put(x, self._residency.slab.sharding)
+            rows = self._call(step.all_logits, batch.shape[:2], self._leaves, x, skeleton=self._skeleton)
+            start, count = batch.inputs.starts[0], batch.inputs.lengths[0]
+            logits[start : start + count] = np.asarray(rows)[0, :count]
+        return logits
+
+    def warm_up(self, progress: Progress | None = None) -> None:
+        """Compile every shape that `run` can meet: whole forwards on a pool of threads, the rest beside it."""
+        shapes = self.buckets.shapes
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            forwards = [pool.submit(self._compile_resident, shape) for shape in shapes]
+            V, sharding = self.config.vocab_size, self._residency.slab.sharding
+            forwards += [
+                pool.submit(compile_adjusted_choice, self.executables, self.buckets, B, V, sharding)
+                for B in self.buckets.sequences
+            ]
+            forwards += [pool.submit(self._compile_prompt_logprobs, T) for T in sorted({1, *self.buckets.chunk_tokens})]
+            total, done = len(shapes) + len(forwards), 0
+            for shape in shapes:
+                if not self._residency.is_full:
+                    jax.block_until_ready(self._run_batch(empty_batch(shape, "exact"), self._kept))
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+            for forward in forwards:
+                forward.result()
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+        for shape in shapes:
+            jax.block_until_ready(self._run_batch(empty_batch(shape, "resident"), self._kept))
+        self.move_pages({0: 0})
+
+    def _run_batch(self, batch: Batch, kept: Int[Array, " S"]) -> tuple[Any, ...]:
+        """Dispatch one batch: its tokens, log probabilities of prompts, wish counts, substituted choices, which of its
+        sequences are finite, and wishes, still on the device.
+
+        `kept` are the tokens of the steps before; those of the batches before it in the same step are not among them.
+        """
+        if batch.routing == "exact" and not self._residency.is_full:
+            outputs = self._run_exact(batch, kept)
+        else:
+            arguments = self._resident_arguments(batch, kept)
+            cache, outputs = self._call(step.resident_step, (batch.shape, self._shapes), *arguments, **self._statics)
+            self._cache = list(cache)
+        adjusted = batch.sampling.adjustments is not None
+        sampled, self._kept = self._call(
+            step.choose_tokens,
+            (batch.shape.sequences, adjusted),
+            outputs.logits,
+            batch.sampling,
+            batch.want_logprobs,
+            self._kept,
+            self._places_for(batch),
+        )
+        return (
+            sampled,
+            self._prompt_logprobs(batch, outputs.hidden),
+            outputs.wish_counts,
+            outputs.substituted,
+            outputs.finite,
+            outputs.wishes,
+        )
+
+    def _places_for(self, batch: Batch) -> Int[np.ndarray, " B"]:
+        """Where the tokens that a batch samples are kept for the plan that follows."""
+        places = np.full(batch.shape.sequences, self._kept.shape[0], np.int32)
+        for row, piece in enumerate(batch.pieces):
+            if piece.samples:
+                places[row] = self._places[piece.sequence] = len(self._places)
+        return places
+
+    def _run_exact(self, batch: Batch, kept: Int[Array, " S"]) -> step.StepOutputs:
+        x, wish_counts, wishes = self._layer_by_layer(batch, kept)
+        logits, finite = self._call(
+            step.last_logits, batch.shape[:2], self._leaves, x, batch.inputs.lengths, skeleton=self._skeleton
+        )
+        nothing = Substituted(*np.zeros((2, batch.shape.sequences)))  # pyright: ignore[reportArgumentType]
+        return step.StepOutputs(x, logits, np.stack(wish_counts), nothing, finite, wishes)
+
+    def _layer_by_layer(
+        self, batch: Batch, kept: Int[Array, " S"]
+    ) -> tuple[Float[Array, "B T D"], list[Int[np.ndarray, " E"]], list[step.Wishes]]:
+        """A forward that stops at every router: the `exact` contract.
+
+        Returns the last hidden states, the wish counts and (still on the device) the wishes per MoE layer.
+        """
+        x = self._call(step.embed, batch.shape[:2], self._leaves, batch.inputs.tokens, kept, skeleton=self._skeleton)
+        wish_counts: list[np.ndarray] = []
+        wishes: list[step.Wishes] = []
+        for index in range(len(self._layers)):
+            keep = functools.partial(self._cache.__setitem__, index)
+            _, x, counts, layer_wishes = self._layer(index, batch, x, self._cache[index], keep)
+            if layer_wishes is not None:
+                wish_counts.append(counts)
+                wishes.append(layer_wishes)
+        return x, wish_counts, wishes
+
+    def _layer(
+        self,
+        index: int,
+        batch: Batch,
+        x: Float[Array, "B T D"],
+        layer_cache: LayerKV | None,
+        keep: Callable[[LayerKV], None] | None = None,
+    ) -> tuple[LayerKV | None, Float[Array, "B T D"], Int[np.ndarray, " E"], step.Wishes | None]:
+        """One layer that stops at its router. Donates `layer_cache`; without one, sequences attend to themselves only.
+
+        Returns the cache, the hidden states, the wish counts and the wishes (None of a layer without experts). `keep`
+        gets the cache before anything can fail: the old arrays are gone by then.
+        """
+        config, shape, inputs = self.config, batch.shape, batch.inputs
+        skeleton, leaves = self._layers[index]
+        kind, window = self._kinds[index], config.sliding_window(index)
+        pages = 0 if layer_cache is None else layer_cache.k.shape[0]
+        statics = {"skeleton": skeleton, "config": config, "window": window}
+        if not config.is_moe(index):
+            layer_cache, x = self._call(
+                step.dense_layer, (kind, *shape, pages), leaves, x, layer_cache, inputs, **statics
+            )
+            if keep is not None and layer_cache is not None:
+                keep(layer_cache)
+            return layer_cache, x, np.zeros(0, np.int32), None
+        m = config.moe_layers.index(index)
+        restricted = batch.routing == "resident"
+        layer_cache, routed, total, wishes = self._call(
+            step.attend_and_route,
+            (kind, *shape, pages, restricted),
+            leaves,
+            x,
+            layer_cache,
+            inputs,
+            self._residency.table.resident_mask[m],
+            restricted=restricted,
+            **statics,
+        )
+        if keep is not None and layer_cache is not None:
+            keep(layer_cache)
+        counts = np.asarray(routed.wish_counts)
+        # Closed here: an error's traceback would keep the generator, and with it the pins of its slots.
+        with contextlib.closing(self._waves(m, counts, batch.routing)) as waves:
+            for slots in waves:
+                experts = self._residency.slab.weights[m]
+                wave = (*shape[:2], experts.capacity)
+                total = self._call(step.expert_wave, wave, routed, slots, experts, total, config=config)
+        x = self._call(step.close_moe, (kind, *shape[:2]), leaves, routed, total, skeleton=skeleton)
+        return layer_cache, x, counts, wishes
+
+    def _blank_pages(self, count: int) -> LayerKV:
+        """Pages of one layer for an uncached forward, in the cache's dtype."""
+        shape, dtype = (count, *self._cache[0].k.shape[1:]), self._cache[0].k.dtype
+        zeros = np.zeros(shape, dtype)
+        sharding = self._residency.slab.sharding
+        return LayerKV(jax.device_put(zeros, sharding), jax.device_put(zeros.copy(), sharding))
+
+    def _waves(
+        self, m: int, wish_counts: Int[np.ndarray, " E"], routing: RoutingContract
+    ) -> Generator[Int[np.ndarray, " E"], None, None]:
+        """Slots of the experts that take part, per call of the MoE op: the resident ones, or the wished in waves."""
+        if routing == "resident":
+            yield self._residency.table.slot_of_expert[m].copy()
+        else:
+            yield from self._residency.waves.waves(m, wish_counts)
+
+    def _resident_arguments(self, batch: Batch, kept: Int[Array, " S"]) -> tuple[Any, ...]:
+        residency = self._residency
+        return (
+            self._leaves,
+            residency.slab.weights,
+            residency.table.device_table(),
+            tuple(self._cache),
+            batch.inputs,
+            kept,
+        )
+
+    def _prompt_logprobs(self, batch: Batch, hidden: Float[Array, "B T D"]) -> TokenLogprobs | None:
+        """Log probabilities of the prompt's tokens that follow those of a chunk, for a sequence that asks for them."""
+        targets = batch.prompt_targets()
+        if targets is None:
+            return None
+        return self._call(
+            step.prompt_logprobs, batch.shape.tokens, self._leaves, hidden, targets, skeleton=self._skeleton
+        )
+
+    def _memory_shapes(self) -> MemoryShapes:
+        return MemoryShapes(self._residency.slab.capacities, tuple(layer.k.shape[0] for layer in self._cache))
+
+    @property
+    def _statics(self) -> dict[str, Any]:
+        return {"skeleton": self._skeleton, "config": self.config}
+
+    def _compile_resident(self, shape: Shape) -> None:
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
+            self._resident_arguments(empty_batch(shape, "resident"), self._kept),
+        )
+        self.executables.compile(step.resident_step, (shape, self._shapes), *shapes, **self._statics)
+
+    def _compile_prompt_logprobs(self, T: int) -> None:
+        targets = np.zeros(T, np.int32)
+        embed = functools.partial(step.embed, skeleton=self._skeleton)
+        hidden = jax.eval_shape(embed, self._leaves, targets[None], self._kept)
+        hidden = jax.ShapeDtypeStruct(hidden.shape, hidden.dtype, sharding=self._residency.slab.sharding)
+        self.executables.compile(step.prompt_logprobs, T, self._leaves, hidden, targets, skeleton=self._skeleton)
+
+    def _call(self, function: Callable[..., Any], key: Any, *args: Any, **statics: Any) -> Any:
+        return self.executables.call(function, key, *args, **statics)
+
+
+def _is_readable(arrays: Any) -> bool:
+    """Whether these device arrays exist and were computed without an error. Waits for them."""
+    try:
+        jax.block_until_ready(arrays)
+    except RuntimeError:  # deleted, or the error of the call that should have computed them
+        return False
+    return True

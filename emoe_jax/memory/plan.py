@@ -1,0 +1,278 @@
+"""One plan of the device's memory: dense weights, expert slab, KV cache, and workspace."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from emoe_jax.config import ModelConfig
+from emoe_jax.device.kv_cache import page_bytes
+from emoe_jax.errors import CapacityError, ConfigError
+from emoe_jax.experts.loader import staging_bytes
+from emoe_jax.experts.weights import ExpertLayout
+from emoe_jax.memory.budget import capacities, format_bytes, parse_expert_memory
+from emoe_jax.memory.splits import MemorySplit, Sizes, trade_bytes, trading
+from emoe_jax.models.decoder import Decoder
+from emoe_jax.scheduling.pages import PAGE_SIZE, pages_for
+
+WORKSPACE_SHARE = 0.1
+"""Share of the device that is workspace where nobody has measured what a step needs."""
+
+Spread = Callable[[tuple[int, ...]], tuple[int, ...]]
+"""The same number of slots, distributed otherwise over the layers."""
+
+HOST_SHARE = 0.5
+"""Share of what is left of the machine's memory that experts off the device may take where nobody says how much."""
+
+_PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by purpose, slots per MoE layer and KV pages (the trash page included).
+
+    Workspace is what a step takes beside its arguments, experts on their way to the slab and, while slab and KV cache
+    trade places (`lean`), the new arrays of one layer; no step runs meanwhile.
+    """
+
+    dtype: str
+    device_bytes: int
+    dense_bytes: int
+    slab_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+    host_bytes: int
+    capacities: tuple[int, ...]
+    num_pages: int
+    max_model_len: int
+    is_bound: bool
+    """Whether the device's memory, and nothing else, is why the KV cache is not larger."""
+    sizes: Sizes
+    lean: MemorySplit | None
+    """What slab and KV cache may become under load; None where they keep what they have."""
+
+    @classmethod
+    def of(
+        cls,
+        config: ModelConfig,
+        *,
+        platform: str,
+        device_bytes: int,
+        dtype: str = "auto",
+        expert_memory: str | int = "40%",
+        host_memory: str | int = "auto",
+        machine_bytes: int = 0,
+        kv_memory: str | int | None = None,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 16,
+        step_bytes: int | None = None,
+        spread: Spread | None = None,
+        may_trade: bool = False,
+    ) -> "MemoryPlan":
+        """Split `device_bytes`. The KV cache gets `kv_memory`, or room for `max_num_seqs` full sequences if that fits.
+
+        `step_bytes` is what a step takes beside its arguments (`step_workspace`); without it, a share of the device is
+        workspace. `max_model_len` defaults to the model's limit, or to what the KV cache can hold of one sequence.
+        `spread` distributes slots over layers, unless the budget names slots per layer. With `may_trade`, slots can
+        become pages where the KV cache has not all it wants. `host_memory="auto"` has room for all experts in
+        `HOST_SHARE` of the machine's memory at most, less what a plan for a CPU takes of it, and for none where all are
+        on the device. Raises `CapacityError` with both numbers when something
+        does not fit, `ConfigError` for a malformed amount.
+        """
+        dtype = resolve_dtype(dtype, config, platform)
+        layout = ExpertLayout.of(config, dtype)
+        page = page_bytes(config, dtype)
+        sizes = Sizes(layout.nbytes, page // config.num_layers, config.num_layers)
+        if step_bytes is None:
+            staging, step_bytes = 0, math.ceil(device_bytes * WORKSPACE_SHARE)
+        else:
+            staging = staging_bytes(layout.nbytes)
+        usable = device_bytes - staging - step_bytes
+        dense = dense_parameters(config) * jnp.dtype(dtype).itemsize
+        if dense > usable:
+            raise CapacityError(
+                f"the model's weights without experts take {format_bytes(dense)}; "
+                f"{format_bytes(max(usable, 0))} of the device's {format_bytes(device_bytes)} can be used"
+            )
+        expert_budget = parse_expert_memory(str(expert_memory))
+        slots = tuple(capacities(config, layout, expert_budget, usable - dense))
+        if spread is not None and expert_budget.kind != "slots":
+            slots = spread(slots)
+        slab = sum(slots) * layout.nbytes
+        left = usable - dense - slab
+        if max_model_len is not None and not 2 <= max_model_len <= config.max_position:
+            raise ConfigError(f"max_model_len is {max_model_len}; the model allows 2 to {config.max_position}")
+        wanted = max_num_seqs * pages_for(max_model_len or config.max_position)
+        budget = left if kv_memory is None else parse_bytes("kv_memory", kv_memory)
+        if budget > left:
+            raise CapacityError(
+                f"kv_memory of {format_bytes(budget)} is more than the {format_bytes(left)} that weights and expert "
+                "slab leave"
+            )
+        needed = pages_for(max_model_len or 2)
+        pages = min(wanted, budget // page - 1)
+        if pages < needed:
+            raise CapacityError(
+                f"the KV cache can have {format_bytes(max(budget, 0))}; one sequence of {max_model_len or 2} tokens "
+                f"needs {format_bytes((needed + 1) * page)}"
+            )
+        is_bound = kv_memory is None and pages < wanted
+        longest = max_model_len or min(config.max_position, pages * PAGE_SIZE)
+        planned, lean = MemorySplit(slots, pages + 1), None
+        if may_trade:
+            needed, wanted = pages_for(longest), max_num_seqs * pages_for(longest)
+            room = device_bytes - dense - staging
+            planned, lean, step_bytes = trading(planned, sizes, wanted + 1, needed + 1, config.top_k, room, step_bytes)
+        if host_memory != "auto":
+            host = parse_bytes("host_memory", host_memory)
+        elif lean is None and min(slots) == config.num_experts:
+            host = 0
+        else:
+            taken = dense + slab + planned.num_pages * page + staging + step_bytes if platform == "cpu" else 0
+            host = int(max(0, machine_bytes - taken) * HOST_SHARE)
+            host = min(host, len(slots) * config.num_experts * layout.nbytes)
+        return cls(
+            dtype=dtype,
+            device_bytes=device_bytes,
+            dense_bytes=dense,
+            slab_bytes=slab,
+            kv_bytes=planned.num_pages * page,
+            workspace_bytes=staging + step_bytes,
+            host_bytes=host,
+            capacities=slots,
+            num_pages=planned.num_pages,
+            max_model_len=longest,
+            is_bound=is_bound,
+            sizes=sizes,
+            lean=lean,
+        )
+
+    @property
+    def planned(self) -> MemorySplit:
+        """What slab and KV cache start with."""
+        return MemorySplit(self.capacities, self.num_pages)
+
+    @property
+    def is_tight(self) -> bool:
+        """Whether what a step takes matters: the KV cache could be larger, or little of the device is left."""
+        left = self.device_bytes - self.dense_bytes - self.slab_bytes - self.kv_bytes
+        share = WORKSPACE_SHARE * self.device_bytes
+        return self.is_bound or left <= share + 1 or share < staging_bytes(self.sizes.slot) * 2
+
+    def measured(self, step_bytes: int) -> "MemoryPlan":
+        """The plan with what steps do take as workspace. Raises `CapacityError` when that is not left of the device."""
+        step_bytes = max(step_bytes, self.trade_bytes)
+        workspace = staging_bytes(self.sizes.slot) + step_bytes
+        left = self.device_bytes - self.dense_bytes - self.sizes.of(self.planned)
+        if workspace > left:
+            raise CapacityError(
+                f"weights, expert slab and KV cache leave {format_bytes(left)} of the device's "
+                f"{format_bytes(self.device_bytes)}; steps and loading experts need {format_bytes(workspace)}"
+            )
+        return dataclasses.replace(self, workspace_bytes=workspace)
+
+    @property
+    def trade_bytes(self) -> int:
+        """What a trade of slab and KV cache takes for a moment beyond the two."""
+        if self.lean is None:
+            return 0
+        return trade_bytes(self.planned, self.lean, self.sizes)
+
+    def report(self, split: MemorySplit | None = None) -> dict[str, int]:
+        """Bytes by purpose, as planned or when slab and KV cache have traded places."""
+        split = split or self.planned
+        return {
+            "device": self.device_bytes,
+            "weights": self.dense_bytes,
+            "slab": sum(split.capacities) * self.sizes.slot,
+            "kv_cache": split.num_pages * self.sizes.page,
+            "workspace": self.workspace_bytes,
+            "host": self.host_bytes,
+        }
+
+
+def resolve_dtype(dtype: str, config: ModelConfig, platform: str) -> str:
+    """`auto` is the checkpoint's dtype; on CPU float32, because half-precision products are 50 times slower there."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    if dtype != "auto":
+        return dtype
+    if platform == "cpu" or config.dtype not in DTYPES:
+        return "float32"
+    return config.dtype
+
+
+def usable_memory(amount: str | int | None = None) -> int:
+    """Bytes of the default device to plan with: an amount, else what is free of it.
+
+    On CPU, the memory of the machine or of the container that this process runs in. Raises `CapacityError` for more
+    than a device has, `ConfigError` for a malformed amount.
+    """
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        most, free = int(stats["bytes_limit"]), int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
+    else:
+        most = free = machine_memory()
+    if amount is None:
+        return free
+    asked = parse_bytes("device_memory", amount)
+    if asked > most:
+        raise CapacityError(f"device_memory of {format_bytes(asked)} is more than the device's {format_bytes(most)}")
+    return asked
+
+
+def machine_memory() -> int:
+    """Bytes of memory of the machine, or of the container that this process runs in."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return machine
+    return min(machine, int(limit)) if limit.isdigit() else machine
+
+
+def allow_pinned_memory() -> None:
+    """Let page-locked memory be limited by the plan alone. Without effect once JAX has a GPU: XLA's limit, 64 GB where
+    the environment says nothing, is read then.
+    """
+    os.environ.setdefault(_PINNED_LIMIT, str(math.ceil(machine_memory() / 2**30)))
+
+
+def dense_parameters(config: ModelConfig) -> int:
+    """Numbers in all weights but the experts'."""
+    state = nnx.state(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
+
+
+def parse_bandwidth(amount: str | float | None, name: str = "link_bandwidth") -> float | None:
+    """Bytes per second: a number, or text such as `2GiB`; None is no limit. Raises `ConfigError`."""
+    if amount is None:
+        return None
+    bandwidth = float(parse_bytes(name, amount) if isinstance(amount, str) else amount)
+    if not bandwidth > 0:
+        raise ConfigError(f"{name} is {amount!r}; expected more than 0 bytes per second")
+    return bandwidth
+
+
+def parse_bytes(name: str, amount: str | int) -> int:
+    """An integer of bytes, or text such as `2GiB`; nothing needs no unit."""
+    if amount == "0":
+        return 0
+    if isinstance(amount, int):
+        if amount < 0:
+            raise ConfigError(f"{name} is {amount}; expected a positive number of bytes")
+        return amount
+    try:
+        budget = parse_expert_memory(amount, name)
+    except ConfigError:
+        budget = None
+    if budget is None or budget.kind != "bytes":
+        raise ConfigError(f"{name} {amount!r} is not an amount of bytes; expected for example 2GiB")
+    return int(budget.amount)

@@ -1,0 +1,70 @@
+"""Tensor names that the checkpoints of several families share."""
+
+from emoe_jax.checkpoint.family import DenseTensors, ExpertSource, Part
+from emoe_jax.config import ModelConfig
+
+
+def attention_tensors(config: ModelConfig, layer: int) -> DenseTensors:
+    """The attention names and norms that Llama-like checkpoints share."""
+    D, H = config.hidden_size, config.head_dim
+    widths = {"q": config.num_heads * H, "k": config.num_kv_heads * H, "v": config.num_kv_heads * H}
+    hub, ours = f"model.layers.{layer}", f"layers.{layer}"
+    tensors: DenseTensors = {
+        f"{ours}.input_norm.weight": (Part(f"{hub}.input_layernorm.weight", (D,)),),
+        f"{ours}.ffn_norm.weight": (Part(f"{hub}.post_attention_layernorm.weight", (D,)),),
+        f"{ours}.self_attention.qkv.weight": tuple(
+            Part(f"{hub}.self_attn.{p}_proj.weight", (width, D)) for p, width in widths.items()
+        ),
+        f"{ours}.self_attention.out.weight": (Part(f"{hub}.self_attn.o_proj.weight", (D, widths["q"])),),
+    }
+    if config.qkv_bias:
+        tensors[f"{ours}.self_attention.qkv.bias"] = tuple(
+            Part(f"{hub}.self_attn.{p}_proj.bias", (width,)) for p, width in widths.items()
+        )
+    if config.output_bias:
+        tensors[f"{ours}.self_attention.out.bias"] = (Part(f"{hub}.self_attn.o_proj.bias", (D,)),)
+    if config.qk_norm != "none":
+        for p in "qk":
+            size = H if config.qk_norm == "head" else widths[p]
+            tensors[f"{ours}.self_attention.{p}_norm.weight"] = (Part(f"{hub}.self_attn.{p}_norm.weight", (size,)),)
+    return tensors
+
+
+def ffn_tensors(config: ModelConfig, ours: str, hub: str, hidden: int) -> DenseTensors:
+    """A dense FFN under the names `gate_proj`, `up_proj`, `down_proj`; the gate is twice as wide in a double GLU."""
+    D, gate_rows = config.hidden_size, (config.ffn_in_factor - 1) * hidden
+    return {
+        f"{ours}.w_in.weight": (
+            Part(f"{hub}.gate_proj.weight", (gate_rows, D)),
+            Part(f"{hub}.up_proj.weight", (hidden, D)),
+        ),
+        f"{ours}.w_out.weight": (Part(f"{hub}.down_proj.weight", (D, hidden)),),
+    }
+
+
+def outer_tensors(config: ModelConfig) -> DenseTensors:
+    """Embedding, final norm and head."""
+    V, D = config.vocab_size, config.hidden_size
+    tensors: DenseTensors = {
+        "embedding": (Part("model.embed_tokens.weight", (V, D)),),
+        "norm.weight": (Part("model.norm.weight", (D,)),),
+    }
+    if not config.tie_embeddings:
+        tensors["head"] = (Part("lm_head.weight", (V, D)),)
+    return tensors
+
+
+def per_expert_source(config: ModelConfig, hub: str, names: tuple[str, str, str]) -> ExpertSource:
+    """One tensor per projection of the expert at `hub`; `names` are its gate, up and down projections."""
+    D, F = config.hidden_size, config.expert_hidden
+    gate, up, down = (f"{hub}.{name}.weight" for name in names)
+    return ExpertSource((Part(gate, ((config.ffn_in_factor - 1) * F, D)), Part(up, (F, D))), Part(down, (D, F)))
+
+
+def fused_source(config: ModelConfig, hub: str, expert: int) -> ExpertSource:
+    """The stacks `gate_up_proj` and `down_proj` that transformers 5 keeps in memory and can save."""
+    E = config.num_experts
+    return ExpertSource(
+        (Part(f"{hub}.gate_up_proj", (E, *config.expert_in_shape), expert),),
+        Part(f"{hub}.down_proj", (E, *config.expert_out_shape), expert),
+    )

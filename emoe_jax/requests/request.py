@@ -1,0 +1,228 @@
+"""What a caller asks for and what it gets back. No tensor library here."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+from emoe_jax.errors import RequestError
+from emoe_jax.requests.structured import StructuredOutputsParams
+
+RoutingContract = Literal["resident", "exact"]
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+MAX_LOGPROBS = 20
+MAX_N = 64
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 256
+MAX_CACHE_SALT = 256
+"""Characters of a request's `cache_salt`."""
+MAX_LOGIT_BIAS = 1024
+"""Tokens of one request that `logit_bias` may name."""
+
+
+def _check_number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
+    valid = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not valid or not low <= value <= high or (open_low and value == low):  # pyright: ignore[reportOperatorIssue]
+        bracket = "(" if open_low else "["
+        raise RequestError(f"{name} is {value!r}; expected a number in {bracket}{low:g}, {high:g}]", param=name)
+
+
+def _check_integer(name: str, value: object, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise RequestError(f"{name} is {value!r}; expected an integer in [{low}, {high}]", param=name)
+
+
+def check_cache_salt(salt: object) -> None:
+    """Raise `RequestError` for what is neither None nor a text of 1 to `MAX_CACHE_SALT` characters."""
+    if salt is not None and not (isinstance(salt, str) and 0 < len(salt) <= MAX_CACHE_SALT):
+        found = f"a text of {len(salt)} characters" if isinstance(salt, str) else type(salt).__name__
+        raise RequestError(f"cache_salt is {found}; expected a text of 1 to {MAX_CACHE_SALT}", param="cache_salt")
+
+
+@dataclasses.dataclass(frozen=True)
+class SLO:
+    """Service-level objective of one request, milliseconds from arrival; None leaves it open.
+
+    A `strict` one is refused when it cannot be kept; others are then served when no other deadline suffers from that.
+    """
+
+    ttft_ms: float | None = None
+    latency_ms: float | None = None
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.strict, bool):
+            raise RequestError(f"slo.strict is {self.strict!r}; expected true or false", param="slo")
+        for name in ("ttft_ms", "latency_ms"):
+            if (value := getattr(self, name)) is not None:
+                _check_number(name, value, 0, 1e9, open_low=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens. Names, defaults and meaning are vLLM's; `temperature=0` is greedy, as is `top_p=0`.
+
+    Raises `RequestError` naming the field for anything out of range.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    seed: int | None = None
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    structured_outputs: StructuredOutputsParams | None = None
+    """What answers have to match; one that ends by `max_tokens` or `stop` may be cut before it does."""
+    forced_token_ids: tuple[int, ...] = ()
+    """The answer, given: each step decodes one of these tokens, whatever the model would choose, and `logprobs` say how
+    probable each was. `max_tokens` becomes their number, and a token that ends texts does not end this one."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "forced_token_ids", tuple(self.forced_token_ids))
+        if self.forced_token_ids:
+            object.__setattr__(self, "max_tokens", len(self.forced_token_ids))
+            object.__setattr__(self, "ignore_eos", True)
+        _check_integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _check_number("temperature", self.temperature, 0, 100)
+        _check_number("top_p", self.top_p, 0, 1)
+        _check_integer("top_k", self.top_k, -1, 2**31 - 1)
+        _check_number("min_p", self.min_p, 0, 1)
+        _check_number("frequency_penalty", self.frequency_penalty, -2, 2)
+        _check_number("presence_penalty", self.presence_penalty, -2, 2)
+        _check_number("repetition_penalty", self.repetition_penalty, 0, 100, open_low=True)
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise RequestError(f"logit_bias has {len(self.logit_bias)} tokens; at most {MAX_LOGIT_BIAS}", "logit_bias")
+        for token, bias in self.logit_bias.items():
+            _check_integer("logit_bias", token, 0, 2**31 - 1)
+            _check_number("logit_bias", bias, -100, 100)
+        _check_integer("n", self.n, 1, MAX_N)
+        if self.seed is not None:
+            _check_integer("seed", self.seed, -(2**63), 2**63 - 1)
+        if self.logprobs is not None:
+            _check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.prompt_logprobs is not None:
+            _check_integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+        if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
+            raise RequestError("structured_outputs must be StructuredOutputsParams", param="structured_outputs")
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise RequestError(f"stop has {len(self.stop)} strings; at most {MAX_STOP_STRINGS} are allowed", "stop")
+        for string in self.stop:
+            if not isinstance(string, str) or not 0 < len(string) <= MAX_STOP_LENGTH:
+                raise RequestError(f"stop strings must have 1 to {MAX_STOP_LENGTH} characters", param="stop")
+        if len(self.stop_token_ids) > MAX_STOP_STRINGS:
+            message = f"stop_token_ids has {len(self.stop_token_ids)} ids; at most {MAX_STOP_STRINGS}"
+            raise RequestError(message, param="stop_token_ids")
+        for token in self.stop_token_ids:
+            _check_integer("stop_token_ids", token, 0, 2**31 - 1)
+        for token in self.forced_token_ids:
+            _check_integer("forced_token_ids", token, 0, 2**31 - 1)
+        if self.forced_token_ids:
+            for name in ("stop", "stop_token_ids", "structured_outputs"):
+                if getattr(self, name):
+                    message = f"forced_token_ids say the whole answer; {name} would end or change it"
+                    raise RequestError(message, param="forced_token_ids")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the next token is not drawn: the most probable one, or a forced one."""
+        return self.temperature == 0 or self.top_p == 0 or bool(self.forced_token_ids)
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether penalties or biases change what the model says."""
+        penalties = (self.frequency_penalty, self.presence_penalty, self.repetition_penalty - 1)
+        return any(penalties) or bool(self.logit_bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprob:
+    """Natural-log probability of a token under the raw distribution, and of the best alternatives."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Delta:
+    """What one engine step added to one completion of a request. `text` may be empty (held back for a stop string)."""
+
+    request_id: str
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the prompt's tokens but the first; with a completion's first delta, when they were asked for."""
+    error: str | None = None
+    """With the finish reason `error`: what went wrong, where the model's own numbers did. Then there is no token."""
+
+
+@dataclasses.dataclass
+class Completion:
+    """One of the `n` answers to a request."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    """What went wrong, where the answer ended because the model's own numbers did."""
+    queue_seconds: float | None = None
+    """From arrival until its first step was planned; None before its first token."""
+
+
+@dataclasses.dataclass
+class RequestOutput:
+    """A finished (or running) request. `text`, `token_ids`, `logprobs` are those of the first completion."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    completions: list[Completion]
+    task: str | None
+    routing: RoutingContract
+    substituted: float = 0.0
+    """Share of expert assignments (prompt and answer, without cached tokens) where another expert stood in; 0.0 under
+    `exact`."""
+
+    substituted_weight: float = 0.0
+    """The same by router weight: of the weights of a token's chosen experts in a layer, the share that others got."""
+    slo_unattainable: bool = False
+    """Whether deadlines were given up while the request waited."""
+    num_cached_tokens: int = 0
+    """Tokens of the prompt whose keys and values were there from an earlier request."""
+    prompt_logprobs: list[TokenLogprob] | None = None
+    """Of the prompt's tokens but the first, which nothing precedes; None when they were not asked for."""
+
+    @property
+    def text(self) -> str:
+        return self.completions[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.completions[0].token_ids
+
+    @property
+    def logprobs(self) -> list[TokenLogprob] | None:
+        return self.completions[0].logprobs
+
+    @property
+    def finished(self) -> bool:
+        return all(completion.finish_reason is not None for completion in self.completions)

@@ -1,0 +1,285 @@
+"""`ResidencyPlanner`: watches requests come, run and end, and says what the resident experts should be planned for."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from emoe_jax.predictor import Predictor
+from emoe_jax.residency.demand import Demand, Progress, expected_rates, mean_sensitivity
+from emoe_jax.residency.frequencies import TaskFrequencies
+from emoe_jax.residency.invocations import Invocations, PlannedRequest, PredictEvery, checked_every
+from emoe_jax.residency.judges import Drift, Gate, coverage
+from emoe_jax.tasks import OTHER, TaskProfile
+
+UNKNOWN_OUTPUT_TOKENS = 64.0
+"""Expected answer length where no task was profiled."""
+
+URGENT = 0.25
+"""Share of the requests at hand whose task was not planned for, from which on experts would be the wrong ones."""
+
+JUDGED_TOGETHER = 8
+"""Prompts whose coverage is looked at in one go, which costs little more than one."""
+
+
+class Plan(NamedTuple):
+    """Arguments of `Residency.plan`."""
+
+    rates: Float[np.ndarray, "M E"]
+    joined: Float[np.ndarray, "M E"]
+    kept: float
+    sensitivity: Float[np.ndarray, " M"]
+
+
+class Rivals(NamedTuple):
+    """How often a prompt wished for each expert, and the shares that prediction and frequency had expected."""
+
+    counts: Int[np.ndarray, "M E"]
+    predicted: Float[np.ndarray, "M E"]
+    frequency: Float[np.ndarray, "M E"]
+    own: bool
+    """Whether the prediction was made for this prompt, and not for one before it."""
+
+
+class ResidencyPlanner:
+    """`begin` and `end` for every request, `admit` and `plan_for` those at hand before a step, `observe` after it.
+
+    Of every `predict_every` prompts, in order of admission, the predictor is asked about the first, in the background
+    and before the prompt starts; about all that run, too, when coverage drifts. A prompt is planned with its own
+    prediction, else with its task's newest, and before that, or while the gate is closed, with its task's decayed
+    frequency. Requests of tasks that no layer is sensitive to trigger nothing.
+
+    With `one_forecast` the newest prediction serves all next prompts, whatever their task, and neither gate nor drift
+    has a say: eMoE's own way.
+    """
+
+    def __init__(
+        self,
+        profile: TaskProfile,
+        capacities: Sequence[int],
+        predictor: Predictor | None = None,
+        predict_every: PredictEvery = "auto",
+        learns: bool = True,
+        one_forecast: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        """Without `learns`, tasks keep their profiled frequencies for ever. `clock` (seconds) measures predictions.
+
+        Raises `ConfigError` for a `predict_every` that is neither "auto" nor at least 1.
+        """
+        self._profile, self._top_k, self._capacities = profile, profile.top_k, tuple(capacities)
+        self._learns, self._one_forecast = learns, one_forecast
+        self._frequencies = TaskFrequencies(profile)
+        every = checked_every(predict_every)
+        self._invocations = None if predictor is None else Invocations(predictor, every, clock)
+        self.reads_tokens = isinstance(predictor, Predictor) and predictor.reads_tokens
+        """Whether the predictor wants prompts' tokens."""
+        self._gate, self._drift = Gate(), Drift()
+        self._requests: dict[str, PlannedRequest] = {}
+        self._by_task: dict[str, Float[np.ndarray, "M E"]] = {}  # newest predictions
+        self._newest: Float[np.ndarray, "M E"] | None = None  # of any task
+        self._rivals: list[Rivals] = []  # of prompts that ended and were not judged yet
+        self._planned: tuple[str, ...] = ()
+        self._planned_tasks: Counter[str] = Counter()
+        self._stale = False  # whether what was planned with has changed
+
+    @property
+    def predicts(self) -> bool:
+        """Whether it has a predictor, which wants prompts' embeddings."""
+        return self._invocations is not None
+
+    def use_capacities(self, capacities: Sequence[int]) -> None:
+        """Layers have so many slots from now on."""
+        self._capacities, self._stale = tuple(capacities), True
+
+    def begin(
+        self,
+        request_id: str,
+        task: str | None,
+        prompt_tokens: int,
+        max_tokens: int,
+        embedding: Float[np.ndarray, " d"] | None,
+        tokens: Sequence[int] = (),
+    ) -> None:
+        """A request arrived; `embedding` is the mean of its prompt's input embeddings. `tokens` are the ids of the
+        prompt's tokens, where the predictor reads them."""
+        task = task or OTHER
+        expected = min(self._profile.output_tokens(task, UNKNOWN_OUTPUT_TOKENS), max_tokens)
+        sensitivity = self._profile.sensitivity(task)
+        demand = Demand(prompt_tokens, expected, sensitivity, self._frequencies.of(task))
+        self._requests[request_id] = PlannedRequest(task, embedding, demand, tokens)
+
+    def admit(self, line: Iterable[str]) -> None:
+        """These requests start now or next, in this order; those counted before are left out. Unknown ids are fine."""
+        if self._invocations is None:
+            return
+        self._take_forecasts()
+        if self._invocations.admit(self._known(line)):
+            self._drift.restart()
+
+    def await_forecasts(self, request_ids: Iterable[str], seconds: float) -> None:
+        """Wait until these requests are predicted, as far as they were asked about and predictions count."""
+        if self._invocations is not None and self._counts:
+            self._invocations.wait(self._known(request_ids), seconds)
+
+    def end(self, request_id: str, counts: Int[np.ndarray, "M E"] | None) -> None:
+        """A request ended, its tokens having wished for experts so often. Unknown ids are fine."""
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return
+        if counts is None or not counts.any():
+            if self._invocations is not None:
+                self._invocations.never_started(request)
+            return
+        request.counts = counts
+        if self._invocations is not None:
+            self._invocations.cadence.ended()
+        if not request.unanswered:  # else it is learned from once it is predicted: that must not know the end
+            self._learn(request)
+
+    def computed(self, seconds: float) -> None:
+        """The device computed for so long."""
+        if self._invocations is not None:
+            self._invocations.cadence.computed(seconds)
+
+    def observe(self, wishes: int, covered: int, steps: int = 1) -> None:
+        """Wishes of the last `steps` steps, and how many of them were resident."""
+        self._drift.observe(wishes, covered, steps)
+        if self._drift.drifted and self._invocations is not None and self._gate.is_open and not self._one_forecast:
+            self._invocations.ask_early(self._known(self._planned))
+            self._drift.restart()
+
+    def is_urgent(self, request_ids: Iterable[str]) -> bool:
+        """Whether these requests are of other tasks than those planned for, `URGENT` of them or more."""
+        tasks = self._tasks(request_ids)
+        now, before = tasks.total(), self._planned_tasks.total()
+        if not now or not before:
+            return now > 0
+        either = tasks.keys() | self._planned_tasks.keys()
+        return sum(abs(tasks[task] / now - self._planned_tasks[task] / before) for task in either) >= 2 * URGENT
+
+    def plan_for(self, at_hand: Mapping[str, Progress]) -> Plan | None:
+        """The plan for these requests, by what they have still to do; None while they are those that it was made for,
+        or where none of them is known.
+        """
+        self._take_forecasts()
+        wanted = tuple(request_id for request_id in at_hand if request_id in self._requests)
+        if not wanted or (wanted == self._planned and not self._stale):
+            return None
+        before = set(self._planned)
+        requests = self._known(wanted)
+        demands = [dataclasses.replace(request.demand, shares=self._shares(request)) for request in requests]
+        tokens = np.array([demand.tokens_left(at_hand[id]) for id, demand in zip(wanted, demands, strict=True)])
+        is_new = np.array([request_id not in before for request_id in wanted])
+        rates = expected_rates(demands, tokens, self._top_k)
+        joined = np.zeros_like(rates)
+        if is_new.any():
+            joined = expected_rates(list(itertools.compress(demands, is_new)), tokens[is_new], self._top_k)
+        kept = len(before.intersection(wanted)) / len(before) if before else 0.0
+        self._planned, self._planned_tasks, self._stale = wanted, self._tasks(wanted), False
+        self._drift.promise(self._promised(rates))
+        return Plan(rates, joined, kept, mean_sensitivity(demands, tokens))
+
+    def state(self) -> dict[str, Any]:
+        """Prediction as JSON-able values."""
+        self._take_forecasts()
+        return {
+            "predictor": self.predicts,
+            "open": self.predicts and self._gate.is_open,
+            "error": self._invocations.error if self._invocations is not None else None,
+            "coverage_predicted": _number(self._gate.predicted),
+            "coverage_frequency": _number(self._gate.frequency),
+            "coverage_promised": _number(self._drift.promised),
+            "coverage_recent": _number(self._drift.coverage),
+            **(self._invocations.state() if self._invocations is not None else {}),
+        }
+
+    def warm_up(self) -> None:
+        """Compile the predictor, so that no prediction waits for the compiler."""
+        if self._invocations is not None:
+            self._invocations.forecaster.warm_up()
+
+    def close(self) -> None:
+        """Join the predictor's thread."""
+        if self._invocations is not None:
+            self._invocations.forecaster.close()
+
+    @property
+    def _counts(self) -> bool:
+        """Whether plans go by predictions."""
+        return self._one_forecast or self._gate.is_open
+
+    def _known(self, request_ids: Iterable[str]) -> list[PlannedRequest]:
+        return [self._requests[request_id] for request_id in request_ids if request_id in self._requests]
+
+    def _tasks(self, request_ids: Iterable[str]) -> Counter[str]:
+        return Counter(request.task for request in self._known(request_ids))
+
+    def _shares(self, request: PlannedRequest) -> Float[np.ndarray, "M E"]:
+        """What a request is planned with."""
+        predicted = self._forecast_of(request) if self._counts else None
+        return self._frequencies.of(request.task) if predicted is None else predicted
+
+    def _forecast_of(self, request: PlannedRequest) -> Float[np.ndarray, "M E"] | None:
+        """The prediction that serves a request: its own, or one made for a prompt before it."""
+        if self._one_forecast:
+            return self._newest
+        return self._by_task.get(request.task) if request.predicted is None else request.predicted
+
+    def _take_forecasts(self) -> None:
+        if self._invocations is None:
+            return
+        tasks: set[str] = set()
+        for request, shares in self._invocations.take():
+            self._newest = self._by_task[request.task] = shares
+            tasks.add(request.task)
+            if request.counts is not None:
+                self._learn(request)
+        for request in self._invocations.given_up():
+            if request.counts is not None:
+                self._learn(request)
+        if tasks and self._counts:
+            self._stale |= self._one_forecast or any(one.task in tasks for one in self._known(self._planned))
+
+    def _learn(self, request: PlannedRequest) -> None:
+        """Judge the prediction that served a request that has ended, then learn from how it was routed."""
+        if not self._learns:
+            return
+        assert request.counts is not None
+        if self._invocations is not None:
+            self._invocations.tell(request)
+            predicted = self._forecast_of(request)
+            if predicted is not None:
+                frequency, own = self._frequencies.of(request.task), request.predicted is not None
+                self._rivals.append(Rivals(request.counts, predicted, frequency, own))
+                if len(self._rivals) == JUDGED_TOGETHER:
+                    self._judge()
+        self._frequencies.observe(request.task, request.counts)
+
+    def _judge(self) -> None:
+        """Have the gate see what prediction and frequency would have covered of prompts that ended."""
+        assert self._invocations is not None
+        counts, *rivals = (np.stack(field) for field in list(zip(*self._rivals, strict=True))[:3])
+        covered = [coverage(counts, shares, self._capacities).tolist() for shares in rivals]
+        for predicted, frequency, rival in zip(*covered, self._rivals, strict=True):
+            self._gate.observe(predicted, frequency)
+            if rival.own:
+                self._invocations.cadence.judged(predicted - frequency)
+        self._rivals = []
+
+    def _promised(self, rates: Float[np.ndarray, "M E"]) -> float:
+        """Coverage if wishes were as planned and the best experts resident."""
+        return float(coverage(rates, rates, self._capacities))
+
+
+def _number(value: float | None) -> float | None:
+    """A JSON number, or None for what is not known."""
+    return None if value is None or math.isnan(value) else round(value, 6)

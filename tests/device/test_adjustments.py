@@ -1,0 +1,116 @@
+"""Penalties and biases: what they do to logits, and that they follow the tokens of a request."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from emoe_jax import RequestError, SamplingParams
+from emoe_jax.device.adjustments import Adjustments
+from emoe_jax.device.sampler import SamplingArrays, sample
+from emoe_jax.requests.adjustment import LogitAdjustment
+from emoe_jax.requests.sequence import Sequence
+from tests.engine.conftest import EngineFactory
+
+V = 61
+PROMPT = [3, 17, 5]
+
+
+def reference(logits: np.ndarray, params: SamplingParams, prompt: list[int], generated: list[int]) -> np.ndarray:
+    """One row, as vLLM documents it."""
+    result = logits.astype(np.float64)
+    for token in {*prompt, *generated}:
+        r = params.repetition_penalty
+        result[token] = result[token] / r if result[token] > 0 else result[token] * r
+    for token in range(len(result)):
+        count = generated.count(token)
+        result[token] -= params.frequency_penalty * count + params.presence_penalty * (count > 0)
+        result[token] += params.logit_bias.get(token, 0.0)
+    return result
+
+
+PENALTIES: list[dict[str, Any]] = [
+    {"frequency_penalty": 0.7},
+    {"presence_penalty": -1.5},
+    {"repetition_penalty": 1.3},
+    {"repetition_penalty": 0.5, "frequency_penalty": -0.2, "presence_penalty": 2, "logit_bias": {4: -100, 5: 3.5}},
+    {"logit_bias": {60: 100}},
+]
+
+
+@pytest.mark.parametrize("given", PENALTIES)
+def test_logits_follow_the_definition(given: dict[str, Any]) -> None:
+    logits = np.random.default_rng(0).normal(size=(2, V)).astype(np.float32) * 3
+    params, generated = SamplingParams(**given), [5, 9, 5, 5, 30]
+    adjustment = LogitAdjustment.of(params, PROMPT, V)
+    assert adjustment is not None
+    for length in (2, 5):  # token by token, several at a time
+        adjustment.update(generated[:length])
+        adjustment.update(generated[:length])
+    adjustments = Adjustments.of([None, adjustment], [0, len(generated)], 2)
+    assert adjustments is not None
+    adjusted = np.asarray(adjustments.apply(jax.numpy.asarray(logits)))
+    np.testing.assert_array_equal(adjusted[0], logits[0])
+    np.testing.assert_allclose(adjusted[1], reference(logits[1], params, PROMPT, generated), atol=1e-5)
+
+
+def test_neutral_parameters_adjust_nothing() -> None:
+    params = SamplingParams(frequency_penalty=0.0, presence_penalty=0, repetition_penalty=1, logit_bias={})
+    assert LogitAdjustment.of(params, PROMPT, V) is None
+    assert SamplingArrays.of([Sequence("a", PROMPT)], 2).adjustments is None
+
+
+def test_log_probabilities_stay_raw() -> None:
+    logits = np.random.default_rng(1).normal(size=(1, V)).astype(np.float32)
+    params = SamplingParams(temperature=0, logit_bias={7: 100})
+    sequence = Sequence("a", PROMPT, params, adjustment=LogitAdjustment.of(params, PROMPT, V))
+    sampled = jax.jit(sample)(logits, SamplingArrays.of([sequence], 1), np.asarray(True))
+    assert sampled.tokens[0] == 7
+    raw = jax.nn.log_softmax(logits[0])
+    assert float(sampled.logprob[0]) == pytest.approx(float(raw[7]), abs=1e-5)
+    assert int(sampled.top_ids[0, 0]) == int(np.argmax(raw))
+
+
+def test_answers_repeat_less_alone_and_beside_others(engine_of: EngineFactory) -> None:
+    engine = engine_of(expert_memory="100%")
+    plain = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)
+    once = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True, logit_bias={9: -100}, presence_penalty=2)
+    once = SamplingParams(**{**vars(once), "repetition_penalty": 100})
+    expected = engine.generate(PROMPT, plain)[0].token_ids
+    alone = engine.generate(PROMPT, once)[0].token_ids
+    assert len(set(expected)) < 30
+    assert len({*alone, *PROMPT}) > len({*expected, *PROMPT})
+    assert 9 not in alone
+    engine.add_request("plain", PROMPT, plain)
+    engine.add_request("once", PROMPT, once)
+    while engine.has_work():
+        engine.step()
+    assert engine.pop("plain").token_ids == expected
+    assert engine.pop("once").token_ids == alone
+
+
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ({"frequency_penalty": 2.1}, "frequency_penalty"),
+        ({"presence_penalty": float("nan")}, "presence_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"logit_bias": {1: 101}}, "logit_bias"),
+        ({"logit_bias": {-1: 1}}, "logit_bias"),
+        ({"logit_bias": dict.fromkeys(range(2000), 1)}, "logit_bias"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
+    ],
+)
+def test_absurd_values_are_refused(given: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestError) as error:
+        SamplingParams(**given)
+    assert error.value.param == param
+
+
+@pytest.mark.parametrize("given", [{"logit_bias": {61: 1}}, {"stop_token_ids": [60, 61]}])
+def test_tokens_beyond_the_vocabulary_are_refused(engine_of: EngineFactory, given: dict[str, Any]) -> None:
+    (param,) = given
+    with pytest.raises(RequestError, match=f"{param} names token 61; the vocabulary has 61") as error:
+        engine_of(expert_memory="100%").add_request("a", PROMPT, SamplingParams(**given))
+    assert error.value.param == param

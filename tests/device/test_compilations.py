@@ -1,0 +1,101 @@
+"""Nothing compiles after warm-up, with all that an engine does by default: policy, predictor, learning, trade."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from emoe_jax import Engine, SamplingParams
+from emoe_jax.memory import trade
+from emoe_jax.predictor import Predictor, PredictorConfig, Prompts, network
+from emoe_jax.requests.request import RoutingContract
+from emoe_jax.residency import forecaster
+from emoe_jax.tasks import Lengths, Task, TaskProfile
+from tests.compilations import heard_compilations
+from tests.engine.conftest import TINY
+
+LAYERS, EXPERTS, TOP_K = 3, 8, 2
+PAGE = 16 * LAYERS * 2 * 2 * 8 * 4
+TURNS = 24
+CONTRACTS: tuple[tuple[RoutingContract, RoutingContract], ...] = (
+    ("resident", "resident"),
+    ("exact", "exact"),
+    ("exact", "resident"),
+)
+"""Of two requests that run at once."""
+
+
+def favouring(*experts: int) -> np.ndarray:
+    shares = np.full((LAYERS, EXPERTS), 0.05 / EXPERTS)
+    shares[:, experts] += 0.95 / len(experts)
+    return shares
+
+
+ROUTING = {"odd": favouring(1, 3, 5), "even": favouring(0, 2, 4)}
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A task profile and a predictor of the tiny model's shape."""
+    folder = tmp_path_factory.mktemp("known")
+    tasks = {name: Task(routing=shares, output_length=Lengths.of([6])) for name, shares in ROUTING.items()}
+    TaskProfile(LAYERS, EXPERTS, TOP_K, tasks=tasks).save(folder / "tasks.json")
+    config = PredictorConfig(LAYERS, EXPERTS, TOP_K, embedding_dim=TINY["hidden_size"], width=8, heads=2, members=1)
+    counts = np.stack([(100 * shares).astype(np.int32) for shares in ROUTING.values()] * 4)
+    predictor = Predictor(
+        config, Prompts(("odd", "even") * 4, np.eye(8, TINY["hidden_size"], dtype=np.float32), counts, counts)
+    )
+    predictor.weights = network.init(config, predictor.sizes, 0)
+    predictor.save(folder / "predictor")
+    return {"task_profile": folder / "tasks.json", "predictor": folder / "predictor"}
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["plain", "overlapped"])
+def test_the_default_policy_its_predictor_learning_and_a_trade(
+    tiny_checkpoint: Path, known: dict[str, Any], overlap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trade, "DWELL_SECONDS", 0.0)
+    monkeypatch.setattr(forecaster, "LEARNING_SHARE", 1e9)  # it may learn at any time
+    refits = []
+    refit = Predictor.refit
+    monkeypatch.setattr(Predictor, "refit", lambda self: refits.append(self.num_unlearned) or refit(self))
+    few: dict[str, Any] = {"max_model_len": 96, "max_num_seqs": 2, "max_num_batched_tokens": 8}
+    few |= {"expert_memory": "6 slots", "kv_memory": 7 * PAGE, "memory_trade": True}
+    with (
+        heard_compilations() as heard,
+        Engine.load(tiny_checkpoint, **few, **known, overlap=overlap, predict_every=2) as engine,
+    ):
+        planner = engine._foresight._planner
+        assert planner is not None
+        assert planner._invocations is not None
+        planner._invocations.forecaster._refit_every = 3
+        engine.warm_up()
+        assert heard
+        heard.clear()
+        refits.clear()
+        rng = np.random.default_rng(0)
+        for turn in range(TURNS):
+            # Two long answers need more pages than there are, so that slots are traded; a short one gives them back.
+            long = turn % 2 == 0
+            for index in range(1 + long):
+                engine.add_request(
+                    f"{turn}/{index}",
+                    rng.integers(0, 60, size=17 if long else 5).tolist(),
+                    SamplingParams(
+                        max_tokens=70 if long else 3, ignore_eos=True, temperature=float(turn % 3 == 0), seed=turn
+                    ),
+                    task=("odd", "even")[turn // 2 % 2],
+                    routing=CONTRACTS[turn // 4 % 3][index],
+                )
+            while engine.has_work():
+                engine.step()
+            planner._invocations.forecaster.join()
+        state = engine.state()
+        assert heard == []
+    assert state["planner"]["error"] is None
+    assert state["planner"]["predictions"] >= 3
+    assert len(refits) >= 2
+    assert max(refits) >= 3
+    assert state["memory_trade"]["trades"] >= 2
+    assert state["residency"]["loads"]["loads"] > sum(state["residency"]["slots"])
