@@ -30,7 +30,7 @@ from emoe_jax.errors import ConfigError, RequestError
 from emoe_jax.memory.plan import MemoryPlan, allow_pinned_memory, machine_memory, parse_bandwidth, usable_memory
 from emoe_jax.memory.trade import MemoryTrade
 from emoe_jax.memory.workspace import measured_plan
-from emoe_jax.models import load_tokenizer, open_checkpoint
+from emoe_jax.models import load_dense, load_tokenizer, open_checkpoint
 from emoe_jax.models.decoder import Decoder
 from emoe_jax.policies.regret import Regret
 from emoe_jax.requests.grammar import Grammars

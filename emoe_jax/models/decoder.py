@@ -2,10 +2,10 @@
 
 The engine splits the state of a `Decoder` once and jits pure functions that merge it back while tracing, so no NNX
 machinery runs per step. Layers expose the pieces of a step (`attention`, `moe_input`, `moe_output`, `dense`) because
-the `exact` contract stops between a layer's router and its experts; `Decoder.forward` composes them without a cache.
+the `exact` contract stops between a layer's router and its experts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,9 +17,6 @@ from emoe_jax.config import ModelConfig
 from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models.rope import inverse_frequencies, rotate
 from emoe_jax.models.routing import Routing, route
-
-MoEFunction = Callable[[Array, Array, Array, ExpertWeights], Array]
-"""`(rows [R, D], ids [R, k], weights [R, k], experts of the layer) -> [R, D]`."""
 
 AttendFunction = Callable[[Array, Array, Array], tuple[Array, Any]]
 """`(q [B, T, N, H], k, v [B, T, K, H]) -> (attended [B, T, N, H], cache)`; owns masking and the KV cache."""
@@ -189,35 +186,6 @@ class Decoder(nnx.Module):
         """Final norm and head, in float32."""
         table = self.embedding if self.config.tie_embeddings else self.head
         return jnp.einsum("...d,vd->...v", self.norm(x), table[...], preferred_element_type=jnp.float32)
-
-    def forward(
-        self,
-        tokens: Int[Array, "B T"],
-        experts: Sequence[ExpertWeights],
-        moe: MoEFunction,
-        allowed: Sequence[Bool[Array, " E"]] | None = None,
-        valid: Bool[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T V"], list[Routing]]:
-        """One uncached causal forward; `experts`, `allowed` and the routings are per MoE layer, in order."""
-        B, T = tokens.shape
-        positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None, :], (B, T))
-        rows_valid = None if valid is None else valid.reshape(-1)
-        x = self.embed(tokens)
-        routings: list[Routing] = []
-        for index, layer in enumerate(self.layers):
-            x, _ = layer.attention(
-                x, positions, causal_attend(self.config, self.config.sliding_window(index), positions)
-            )
-            if not self.config.is_moe(index):
-                x = layer.dense(x)
-                continue
-            m = len(routings)
-            layer_allowed = None if allowed is None else jnp.broadcast_to(allowed[m][None, :], (B * T, len(allowed[m])))
-            rows, routing = layer.moe_input(x, layer_allowed, rows_valid)
-            out = moe(rows, routing.ids, routing.weights.astype(rows.dtype), experts[m])
-            x = layer.moe_output(x, rows, out)
-            routings.append(routing)
-        return self.logits(x), routings
 
 
 def init_experts(config: ModelConfig, key: Array) -> tuple[ExpertWeights, ...]:

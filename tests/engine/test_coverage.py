@@ -7,8 +7,8 @@ import pytest
 
 from emoe_jax import Engine, SamplingParams
 from emoe_jax.device.runner import Dispatched, Runner
-from emoe_jax.residency import residency as residency_module
 from emoe_jax.requests.request import RoutingContract
+from emoe_jax.residency import residency as residency_module
 from emoe_jax.scheduling.plan import StepPlan
 from tests.engine.conftest import EngineFactory
 

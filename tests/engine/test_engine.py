@@ -14,6 +14,7 @@ from emoe_jax.errors import ConfigError
 from emoe_jax.moe import moe_ffn
 from emoe_jax.requests.request import RoutingContract
 from tests.engine.conftest import TINY, EngineFactory, random_model
+from tests.models.plain import plain_forward
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
 CONTRACTS: tuple[RoutingContract, ...] = ("resident", "exact")
@@ -35,7 +36,7 @@ def test_all_resident_equals_the_plain_model(engine_of: EngineFactory) -> None:
     def moe(rows: jax.Array, ids: jax.Array, weights: jax.Array, layer_experts) -> jax.Array:
         return moe_ffn(rows, ids, weights, identity, layer_experts, model.config, backend="reference")
 
-    plain, _ = model.forward(jnp.asarray([PROMPTS[3]]), experts, moe)
+    plain, _ = plain_forward(model, jnp.asarray([PROMPTS[3]]), experts, moe)
     ours = engine_of(expert_memory="100%").logits(PROMPTS[3])
     np.testing.assert_allclose(ours, plain[0], atol=1e-5)
 

@@ -11,11 +11,11 @@ import pytest
 from emoe_jax import Engine, SamplingParams
 from emoe_jax.device.runner import Runner
 from emoe_jax.engine.engine import mean_row
-from emoe_jax.residency import residency as residency_module
 from emoe_jax.experts.store import ExpertStore
 from emoe_jax.predictor import Predictor, Prompts
 from emoe_jax.predictor.inputs import History
 from emoe_jax.residency import foresight
+from emoe_jax.residency import residency as residency_module
 from emoe_jax.residency.residency import Residency
 from emoe_jax.tasks import Lengths, Task, TaskProfile
 from tests.engine.conftest import EngineFactory

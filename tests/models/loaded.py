@@ -17,6 +17,7 @@ from emoe_jax.models import load_dense, open_checkpoint
 from emoe_jax.models.decoder import Decoder, MoEFunction
 from emoe_jax.models.routing import Routing
 from emoe_jax.moe.reference import reference
+from tests.models.plain import plain_forward
 
 
 @dataclasses.dataclass
@@ -73,7 +74,7 @@ def _reference_moe(config: ModelConfig) -> MoEFunction:
 @functools.partial(jax.jit, static_argnames="graphdef")
 def _forward(graphdef, state, experts, tokens, valid):
     model: Decoder = nnx.merge(graphdef, state)
-    return model.forward(tokens, experts, _reference_moe(model.config), valid=valid)
+    return plain_forward(model, tokens, experts, _reference_moe(model.config), valid=valid)
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from emoe_jax.models import save_checkpoint
 from tests.golden.tiny import CONFIGS, prompts, write_checkpoint
 from tests.models.loaded import load
 

@@ -14,8 +14,8 @@ import jax
 import pytest
 
 from emoe_jax import Engine, RequestError, SamplingParams, StructuredOutputsParams
-from emoe_jax.requests import grammar as grammar_module
 from emoe_jax.models import load_tokenizer
+from emoe_jax.requests import grammar as grammar_module
 from emoe_jax.requests.grammar import EBNF_RULE, MAX_COMPILED, MAX_EBNF_CHARS, Grammars, _grammar
 from emoe_jax.requests.guide import Grammar
 from emoe_jax.requests.structured import MAX_GRAMMAR_CHARS

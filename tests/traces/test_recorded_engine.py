@@ -12,13 +12,14 @@ import pytest
 from flax import nnx
 
 from emoe_jax import ConfigError, Engine, SamplingParams
-from emoe_jax.device.step import Wishes
 from emoe_jax.device import runner as running
+from emoe_jax.device.step import Wishes
 from emoe_jax.models import save_checkpoint
 from emoe_jax.moe import moe_ffn
 from emoe_jax.tasks import TaskProfile
 from emoe_jax.traces import RoutingTrace
 from tests.engine.conftest import TINY, random_model
+from tests.models.plain import plain_forward
 
 RAW = TINY | {"num_hidden_layers": 2}
 GREEDY = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
@@ -50,7 +51,7 @@ def expected_routing(tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
     def moe(rows: jax.Array, ids: jax.Array, weights: jax.Array, layer_experts) -> jax.Array:
         return moe_ffn(rows, ids, weights, jnp.arange(8), layer_experts, model.config, backend="reference")
 
-    _, routings = model.forward(jnp.asarray([tokens]), experts, moe)
+    _, routings = plain_forward(model, jnp.asarray([tokens]), experts, moe)
     ids, probs = ([np.asarray(field) for field in fields] for fields in zip(*[r[3:] for r in routings], strict=True))
     return np.stack(ids, axis=1), np.stack(probs, axis=1)
 
