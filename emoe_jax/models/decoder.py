@@ -18,6 +18,9 @@ from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models.rope import inverse_frequencies, rotate
 from emoe_jax.models.routing import Routing, route
 
+MoEFunction = Callable[[Array, Array, Array, ExpertWeights], Array]
+"""`(rows [R, D], ids [R, k], weights [R, k], experts of the layer) -> [R, D]`."""
+
 AttendFunction = Callable[[Array, Array, Array], tuple[Array, Any]]
 """`(q [B, T, N, H], k, v [B, T, K, H]) -> (attended [B, T, N, H], cache)`; owns masking and the KV cache."""
 

@@ -1,17 +1,14 @@
 """The plain model that everything else is compared with: all experts there, no cache, one layer after the other."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from emoe_jax.attention.uncached import causal_attend
 from emoe_jax.experts.weights import ExpertWeights
-from emoe_jax.models.decoder import Decoder
+from emoe_jax.models.decoder import Decoder, MoEFunction
 from emoe_jax.models.routing import Routing
-
-MoEFunction = Callable[[Array, Array, Array, ExpertWeights], Array]
-"""`(rows [R, D], ids [R, k], weights [R, k], experts of the layer) -> [R, D]`."""
 
 
 def plain_forward(
