@@ -1,10 +1,9 @@
 """Runs step plans on the device: picks executables, keeps the donated cache, reads the tokens back."""
 
-import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Rows
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -356,12 +355,10 @@ class Runner:
         if keep is not None and layer_cache is not None:
             keep(layer_cache)
         counts = np.asarray(routed.wish_counts)
-        # Closed here: an error's traceback would keep the generator, and with it the pins of its slots.
-        with contextlib.closing(self._waves(m, counts, batch.routing)) as waves:
-            for slots in waves:
-                experts = self._residency.slab.weights[m]
-                wave = (*shape[:2], experts.capacity)
-                total = self._call(step.expert_wave, wave, routed, slots, experts, total, config=config)
+        for slots in self._waves(m, counts, batch.routing):
+            experts = self._residency.slab.weights[m]
+            wave = (*shape[:2], experts.capacity)
+            total = self._call(step.expert_wave, wave, routed, slots, experts, total, config=config)
         x = self._call(step.close_moe, (kind, *shape[:2]), leaves, routed, total, skeleton=skeleton)
         return layer_cache, x, counts, wishes
 
@@ -374,7 +371,7 @@ class Runner:
 
     def _waves(
         self, m: int, wish_counts: Int[np.ndarray, " E"], routing: RoutingContract
-    ) -> Generator[Int[np.ndarray, " E"], None, None]:
+    ) -> Iterator[Int[np.ndarray, " E"]]:
         """Slots of the experts that take part, per call of the MoE op: the resident ones, or the wished in waves."""
         if routing == "resident":
             yield self._residency.table.slot_of_expert[m].copy()

@@ -1,4 +1,4 @@
-"""What moves experts into the slab: staged by worker threads, committed by the owner of the step."""
+"""What moves experts into the slab: staged by a worker thread, committed by the owner of the step."""
 
 import contextlib
 import dataclasses
@@ -31,7 +31,7 @@ def staging_bytes(record_bytes: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class LoaderStats:
-    """Totals since the loader was made. `busy_seconds`: time with at least one worker staging. `wait_seconds`: time in
+    """Totals since the loader was made. `busy_seconds`: time with at least one thread staging. `wait_seconds`: time in
     `load_now`, of which `waited_loads` are the experts.
     """
 
@@ -44,7 +44,6 @@ class LoaderStats:
     failures: int = 0
     cancelled: int = 0
     wasted: int = 0
-    deferred: int = 0
     waited_loads: int = 0
     wait_seconds: float = 0.0
 
@@ -55,12 +54,19 @@ class LoaderStats:
 
 
 class ExpertLoader:
-    """`request` -> worker threads stage -> `commit` between steps; `load_now` where someone waits.
+    """`request` -> a worker thread stages -> `commit` between steps; `load_now` where a step waits.
 
     `commit`, `load_now` and `fill` change the slab and its table and belong to the owner of the step alone; the other
     methods may be called from any thread. A failing read is tried `retries` more times, `backoff` seconds later and
-    twice that each further time, and never ends a worker. At most `window` experts (by default as many as 64 MiB hold,
-    4 to 32) are held between store and slab, and as many again while `load_now` runs.
+    twice that each further time, and never ends the worker. At most `window` experts (by default as many as 64 MiB
+    hold, 4 to 32) are held between store and slab, and as many again while `load_now` runs.
+
+    No mark protects a slot that the running step may read. Three facts do:
+    - One thread dispatches steps and changes slots, so nothing changes while the arguments of a step are collected.
+    - A step gets copies of the slot table (`SlotTable.device_table`, a wave's slots) that no later change reaches.
+    - A commit donates the arrays that the step reads. The device therefore runs the commit after the step, and a step
+      that was dispatched before the commit reads the weights from before it.
+    `load_now` also never evicts an expert that it was asked for.
     """
 
     def __init__(
@@ -69,14 +75,11 @@ class ExpertLoader:
         slab: ExpertSlab,
         table: SlotTable,
         *,
-        workers: int = 1,
         bandwidth: float | None = None,
         window: int | None = None,
         retries: int = 2,
         backoff: float = 0.05,
     ):
-        if workers < 1:
-            raise ValueError(f"{workers} worker threads stage nothing; there must be at least 1")
         self._store = store
         self._slab = slab
         self._table = table
@@ -90,11 +93,8 @@ class ExpertLoader:
         self._lost: dict[int, list[int]] = {}  # layer -> experts that a failed commit cost
         self._staging = 0
         self._busy_since = 0.0
-        self._threads = [
-            threading.Thread(target=self._work, name=f"expert-loader-{index}", daemon=True) for index in range(workers)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._worker = threading.Thread(target=self._work, name="expert-loader", daemon=True)
+        self._worker.start()
 
     @property
     def wait_seconds(self) -> float:
@@ -124,11 +124,6 @@ class ExpertLoader:
         self._count(cancelled=int(cancelled))
         return cancelled
 
-    def cancel_all(self) -> int:
-        cancelled = self._queue.cancel_all()
-        self._count(cancelled=cancelled)
-        return cancelled
-
     def in_flight(self) -> Bool[np.ndarray, "M E"]:
         """Experts on their way in, and those they are to replace: not to be asked for again."""
         return self._queue.in_flight(self._table.num_layers, self._table.num_experts)
@@ -138,7 +133,7 @@ class ExpertLoader:
         return self._queue.wait_idle(timeout)
 
     def on_settled(self, call: Callable[[], None]) -> None:
-        """Have `call` called from a worker's thread when something is staged and nothing more can be before a `commit`.
+        """Have the worker call `call` when something is staged and nothing more can be before a `commit`.
         It must be quick and must not call back.
         """
         self._queue.on_settled = call
@@ -148,40 +143,32 @@ class ExpertLoader:
         """Whether a `commit` would find anything staged."""
         return self._queue.has_ready
 
-    def commit(self, limit: int | None = None) -> list[LoadTicket]:
-        """Bring up to `limit` staged experts into slab and table, by priority; never waits. The committed tickets.
+    def commit(self) -> list[LoadTicket]:
+        """Bring all staged experts into slab and table, by priority; never waits. The committed tickets.
 
-        A ticket whose slot is pinned by the running step stays ready for a later commit. One whose expert arrived by
-        other means, or whose place is gone, ends as `STALE`.
+        A ticket whose expert arrived by other means, or whose place is gone, ends as `STALE`.
 
-        Raises what went wrong on the device. Every ticket taken is over then, or stays ready. Slots whose weights were
-        not written are empty, a layer whose arrays are gone has new ones, and `restore` loads what was there.
+        Raises what went wrong on the device. Every ticket taken is over then. Slots whose weights were not written are
+        empty, a layer whose arrays are gone has new ones, and `restore` loads what was there.
         """
         began = time.perf_counter()
-        kept: list[LoadTicket] = []
         taken = self._queue.take_ready()
         with self._writes(taken) as writes:
             for ticket in taken:
-                if limit is not None and len(writes.tickets) >= limit:
-                    kept.append(ticket)
-                elif (slot := self._slot_for(ticket)) is None:
+                slot = self._slot_for(ticket)
+                if slot is None:
                     self._queue.finish(ticket, LoadState.STALE)
                     self._count(wasted=1)
-                elif self._table.is_pinned(ticket.layer, slot):
-                    kept.append(ticket)
-                    self._count(deferred=1)
                 else:
                     writes.add(ticket, slot)
-            self._queue.put_back(kept)
-            kept.clear()
         self._count(commit_seconds=time.perf_counter() - began)
         return writes.tickets
 
     def load_now(self, layer: int, experts: Iterable[int], evictable: Iterable[int] = ()) -> int:
         """Make `experts` of a layer resident before returning; how many had to be loaded.
 
-        They go to empty slots, then to those of `evictable` experts in the order given; wanted and pinned ones are
-        passed over. Raises `CapacityError` (nothing loaded) when that is not enough, and what the store raised when a
+        They go to empty slots, then to those of `evictable` experts in the order given; wanted ones are passed over.
+        Raises `CapacityError` (nothing loaded) when that is not enough, and what the store raised when a
         read keeps failing (experts that came before it are resident, the table is right).
         """
         wanted = sorted(set(map(int, experts)))
@@ -190,12 +177,10 @@ class ExpertLoader:
         missing = [expert for expert in wanted if not self._table.is_resident(layer, expert)]
         if not missing:
             return 0
-        slots = [slot for slot in self._table.empty_slots(layer) if not self._table.is_pinned(layer, slot)]
+        slots = self._table.empty_slots(layer)
         for expert in dict.fromkeys(evictable):
             if expert not in wanted and self._table.is_resident(layer, expert):
-                slot = self._table.slot(layer, expert)
-                if not self._table.is_pinned(layer, slot):
-                    slots.append(slot)
+                slots.append(self._table.slot(layer, expert))
         if len(slots) < len(missing):
             raise CapacityError(
                 f"layer {layer} must load {len(missing)} experts, but only {len(slots)} of its "
@@ -243,10 +228,9 @@ class ExpertLoader:
             self._rebuild_if_lost(layer)
 
     def close(self) -> None:
-        """Cancel what is under way and join the workers."""
+        """Cancel what is under way and join the worker."""
         self._queue.close()
-        for thread in self._threads:
-            thread.join()
+        self._worker.join()
 
     def __enter__(self) -> "ExpertLoader":
         return self
@@ -279,7 +263,7 @@ class ExpertLoader:
         while True:
             while error is None and len(waiting) < ahead and (item := next(remaining, None)) is not None:
                 layer, expert, slot = item
-                # This thread takes the first one, and those that need no reading, before a worker could wake up.
+                # This thread takes the first one, and those that need no reading, before the worker could wake up.
                 wake = bool(waiting) and not self._store.is_in_host_memory(layer, expert)
                 waiting[self._queue.request(layer, expert, np.inf, urgent=True, wake=wake)] = slot
             if not waiting:

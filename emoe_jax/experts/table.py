@@ -1,16 +1,12 @@
 """Which expert is in which slot: the host's truth about the slab."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Int32, Int64
+from jaxtyping import Array, Bool, Int32
 
 EMPTY = -1
-
-
-class SlotInUseError(RuntimeError):
-    """A slot that the running step may read was asked to change."""
 
 
 class SlotTable:
@@ -31,8 +27,6 @@ class SlotTable:
         self._absent = np.asarray(self.capacities, np.int32)[:, None]  # [M, 1]
         self._slot_of_expert = np.repeat(self._absent, num_experts, axis=1)  # [M, E]
         self._expert_of_slot = [np.full(capacity, EMPTY, np.int32) for capacity in self.capacities]
-        self._generation = [np.zeros(capacity, np.int64) for capacity in self.capacities]
-        self._pins = [np.zeros(capacity, np.int32) for capacity in self.capacities]
         self._on_device: Array | None = None
         self._resident_mask: Bool[np.ndarray, "M E"] | None = None
 
@@ -58,10 +52,6 @@ class SlotTable:
         """Expert in each slot of the layer, -1 where empty. A read-only view that follows later changes."""
         return _read_only(self._expert_of_slot[layer])
 
-    def generation(self, layer: int) -> Int64[np.ndarray, " C"]:
-        """How often each slot of the layer was written. A read-only view that follows later changes."""
-        return _read_only(self._generation[layer])
-
     def resident(self, layer: int) -> Int32[np.ndarray, " n"]:
         """Experts in the layer's slots, ascending."""
         experts = self._expert_of_slot[layer]
@@ -79,81 +69,47 @@ class SlotTable:
     def empty_slots(self, layer: int) -> list[int]:
         return np.flatnonzero(self._expert_of_slot[layer] == EMPTY).tolist()
 
-    def pin(self, layer: int, slots: Iterable[int]) -> None:
-        """Protect slots that a step reads from being reassigned. Pins nest: each needs its `unpin`."""
-        for slot in slots:
-            self._check_slot(layer, slot)
-            self._pins[layer][slot] += 1
+    def assign(self, layer: int, slot: int, expert: int) -> int | None:
+        """Record that `slot` now holds `expert`; returns the expert that was there, or None.
 
-    def unpin(self, layer: int, slots: Iterable[int]) -> None:
-        for slot in slots:
-            self._check_slot(layer, slot)
-            if not self._pins[layer][slot]:
-                raise ValueError(f"slot {slot} of layer {layer} is not pinned")
-            self._pins[layer][slot] -= 1
-
-    def is_pinned(self, layer: int, slot: int) -> bool:
-        self._check_slot(layer, slot)
-        return bool(self._pins[layer][slot])
-
-    def check_assign(self, layer: int, slot: int, expert: int) -> None:
-        """Raise what `assign` would raise, and change nothing."""
+        Raises `ValueError` for a resident expert and `IndexError` out of range, and changes nothing then.
+        """
         self._check_slot(layer, slot)
         if self.is_resident(layer, expert):
             raise ValueError(
                 f"expert {expert} of layer {layer} is already in slot {self.slot(layer, expert)}; "
                 f"slot {slot} would hold a duplicate"
             )
-        if self._pins[layer][slot]:
-            raise SlotInUseError(
-                f"slot {slot} of layer {layer} is in use by the running step and cannot take expert {expert}"
-            )
-
-    def assign(self, layer: int, slot: int, expert: int) -> int | None:
-        """Record that `slot` now holds `expert`; returns the expert that was there, or None.
-
-        Raises `SlotInUseError` for a pinned slot, `ValueError` for a resident expert, `IndexError` out of range.
-        """
-        self.check_assign(layer, slot, expert)
         evicted = int(self._expert_of_slot[layer][slot])
         if evicted != EMPTY:
             self._slot_of_expert[layer, evicted] = self.capacities[layer]
         self._expert_of_slot[layer][slot] = expert
         self._slot_of_expert[layer, expert] = slot
-        self._generation[layer][slot] += 1
         self._changed()
         return None if evicted == EMPTY else evicted
 
     def release(self, layer: int, slot: int) -> None:
         """Forget the slot's expert, when its weights can no longer be trusted."""
         self._check_slot(layer, slot)
-        if self._pins[layer][slot]:
-            raise SlotInUseError(f"slot {slot} of layer {layer} is in use by the running step and cannot be released")
         expert = int(self._expert_of_slot[layer][slot])
         if expert != EMPTY:
             self._slot_of_expert[layer, expert] = self.capacities[layer]
             self._expert_of_slot[layer][slot] = EMPTY
-            self._generation[layer][slot] += 1
             self._changed()
 
     def resize(self, layer: int, capacity: int, experts: Sequence[int]) -> None:
         """Give a layer `capacity` slots, the first of which hold these `experts`, in order, and the others none.
 
-        Raises `SlotInUseError` when a slot is pinned, `ValueError` for experts that do not fit or come twice.
+        Raises `ValueError` for experts that do not fit or come twice.
         """
-        if self._pins[layer].any():
-            raise SlotInUseError(f"slots of layer {layer} are in use by the running step and cannot be resized")
         if not 1 <= capacity <= self.num_experts or len(experts) > capacity or len(set(experts)) < len(experts):
             raise ValueError(f"{capacity} slots of layer {layer} for experts {list(experts)} of {self.num_experts}")
-        generation = 1 + int(self._generation[layer].max())
         self.capacities = (*self.capacities[:layer], capacity, *self.capacities[layer + 1 :])
         self._absent[layer] = capacity
         self._slot_of_expert[layer] = capacity
         self._slot_of_expert[layer, list(experts)] = np.arange(len(experts))
         self._expert_of_slot[layer] = np.full(capacity, EMPTY, np.int32)
         self._expert_of_slot[layer][: len(experts)] = experts
-        self._generation[layer] = np.full(capacity, generation, np.int64)
-        self._pins[layer] = np.zeros(capacity, np.int32)
         self._changed()
 
     def device_table(self) -> Int32[Array, "M E"]:

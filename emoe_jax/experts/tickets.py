@@ -173,20 +173,12 @@ class TicketQueue:
         return bool(self._ready)
 
     def take_ready(self) -> list[LoadTicket]:
-        """Everything staged and not urgent, most urgent first. Return each by `finish` or `put_back`."""
+        """Everything staged and not urgent, most urgent first. Return each by `finish`."""
         with self._lock:
             taken = sorted((ticket for ticket in self._ready if not ticket.urgent), key=_order)
             self._ready = [ticket for ticket in self._ready if ticket.urgent]
             self._wake_workers()
             return self._taken(taken)
-
-    def put_back(self, tickets: Iterable[LoadTicket]) -> None:
-        """Keep taken tickets ready for a later commit."""
-        with self._lock:
-            for ticket in tickets:
-                ticket.state = LoadState.READY
-                self._ready.append(ticket)
-                self._moved(ticket)
 
     def finish(self, ticket: LoadTicket, state: LoadState, error: Exception | None = None) -> None:
         with self._lock:
@@ -219,11 +211,6 @@ class TicketQueue:
         """False when it is over already or someone is waiting for it."""
         with self._lock:
             return self._cancel(ticket)
-
-    def cancel_all(self) -> int:
-        """Cancel every active ticket that no one is waiting for; how many."""
-        with self._lock:
-            return sum([self._cancel(ticket) for ticket in list(self._tickets.values())])
 
     def wait_idle(self, timeout: float | None) -> bool:
         """Wait until workers can do nothing more before the next commit; False when `timeout` seconds ran out."""

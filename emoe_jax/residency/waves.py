@@ -27,8 +27,7 @@ class WaveLoader:
     def waves(self, layer: int, wish_counts: Int[np.ndarray, " E"]) -> Iterator[Int[np.ndarray, " E"]]:
         """Yield, per wave, the slot of each of its experts and the capacity `C` for all others.
 
-        The wave's slots are pinned until the next one is asked for. Raises what the store raised when an expert cannot
-        be read. At least one wave, possibly empty, comes.
+        Raises what the store raised when an expert cannot be read. At least one wave, possibly empty, comes.
         """
         capacity = self._table.capacities[layer]
         needed = np.flatnonzero(wish_counts)
@@ -40,9 +39,4 @@ class WaveLoader:
                 self._loader.load_now(layer, wave.tolist(), order)
             slots = np.full(self._table.num_experts, capacity, np.int32)
             slots[wave] = self._table.slot_of_expert[layer, wave]
-            pinned = slots[wave].tolist()
-            self._table.pin(layer, pinned)
-            try:
-                yield slots
-            finally:
-                self._table.unpin(layer, pinned)
+            yield slots

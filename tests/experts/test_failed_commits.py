@@ -12,7 +12,7 @@ from emoe_jax.experts.tickets import LoadState
 from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.residency.residency import Residency
 from tests.experts.fake_reader import LAYOUT, FakeReader
-from tests.experts.test_expert_loader import Rig, rig  # noqa: F401
+from tests.experts.rig import Rig
 from tests.residency.test_residency import CONFIG, LAYERS, plan, rates
 
 COMMIT = slab_module.commit_experts
@@ -37,7 +37,7 @@ def failing(donated: bool, times: int = 1, after: int = 0) -> Callable[..., Expe
 
 @pytest.mark.parametrize("donated", [False, True])
 @pytest.mark.parametrize("after", [0, 1])
-def test_a_failed_commit_ends_its_tickets_and_the_rest_goes_on(rig: Callable[..., Rig], monkeypatch, donated, after):  # noqa: F811
+def test_a_failed_commit_ends_its_tickets_and_the_rest_goes_on(rig: Callable[..., Rig], monkeypatch, donated, after):
     """Two layers and a batch of five, which is cut in two: what fails is the first or the second call."""
     r = rig([6, 6])
     r.load(*[(0, expert) for expert in range(6)])
@@ -63,7 +63,7 @@ def test_a_failed_commit_ends_its_tickets_and_the_rest_goes_on(rig: Callable[...
 
 @pytest.mark.parametrize("donated", [False, True])
 @pytest.mark.parametrize("after", [0, 1, 2])
-def test_a_failed_load_now_leaves_nothing_behind(rig: Callable[..., Rig], monkeypatch, donated, after):  # noqa: F811
+def test_a_failed_load_now_leaves_nothing_behind(rig: Callable[..., Rig], monkeypatch, donated, after):
     """A window of two: some tickets are still staged, or queued, when the commit fails."""
     r = rig([8], window=2)
     r.load((0, 7))
@@ -83,7 +83,7 @@ def test_a_failed_load_now_leaves_nothing_behind(rig: Callable[..., Rig], monkey
     r.check()
 
 
-def test_an_error_while_slots_are_chosen_ends_every_ticket_taken(rig: Callable[..., Rig], monkeypatch):  # noqa: F811
+def test_an_error_while_slots_are_chosen_ends_every_ticket_taken(rig: Callable[..., Rig], monkeypatch):
     r = rig([4])
     tickets = [r.loader.request(0, expert) for expert in range(3)]
     assert r.loader.wait_idle(10)
@@ -101,7 +101,7 @@ def test_an_error_while_slots_are_chosen_ends_every_ticket_taken(rig: Callable[.
     r.check()
 
 
-def test_progress_that_raises_leaves_nothing_behind(rig: Callable[..., Rig]):  # noqa: F811
+def test_progress_that_raises_leaves_nothing_behind(rig: Callable[..., Rig]):
     r = rig([8], window=2)
 
     def stop(done: int, total: int) -> None:

@@ -2,11 +2,14 @@
 
 import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from jaxtyping import Array, Float, Int32
 
 from emoe_jax.errors import CapacityError
 from emoe_jax.experts.loader import ExpertLoader
@@ -14,6 +17,7 @@ from emoe_jax.experts.slab import ExpertSlab
 from emoe_jax.experts.store import ExpertStore
 from emoe_jax.experts.table import EMPTY, SlotTable
 from emoe_jax.experts.tickets import LoadState, LoadTicket
+from emoe_jax.experts.weights import ExpertWeights
 from tests.experts.fake_reader import LAYOUT, FakeReader, expected
 
 CAPACITIES = (3, 2)
@@ -25,24 +29,32 @@ experts = st.integers(0, NUM_EXPERTS - 1)
 choices = st.integers(0, 99)
 
 
+@jax.jit
+def read_slowly(weights: ExpertWeights, slots: Int32[Array, " E"]) -> Float[Array, "E P"]:
+    """The record of each expert of a layer, zeros for an absent one. The loop keeps the device busy first."""
+    delay = jax.lax.fori_loop(0, 2000, lambda _, x: x * 0.5, jnp.ones((64,)))
+    records = jnp.concatenate(
+        [weights.w_in.reshape(weights.capacity, -1), weights.w_out.reshape(weights.capacity, -1)], 1
+    )
+    return records.at[slots].get(mode="fill", fill_value=0) + delay.min()
+
+
 class LoaderMachine(RuleBasedStateMachine):
-    """Requests, slow and failing reads, cancellations, pins, commits and synchronous loads in any order."""
+    """Requests, slow and failing reads, cancellations, running steps, commits and synchronous loads in any order."""
 
     def __init__(self) -> None:
         super().__init__()
         self.reader = FakeReader()
         self.tickets: list[LoadTicket] = []
         self.cancelled: list[LoadTicket] = []
-        self.pinned: dict[tuple[int, int], tuple[int, int]] = {}  # (layer, slot) -> (expert, generation)
+        self.running: list[tuple[list[jax.Array], list[np.ndarray]]] = []  # what steps read, and should read
 
-    @initialize(workers=st.integers(1, 2), window=st.integers(1, 8), cached=st.integers(0, 4), fill=st.booleans())
-    def build(self, workers: int, window: int, cached: int, fill: bool) -> None:
+    @initialize(window=st.integers(1, 8), cached=st.integers(0, 4), fill=st.booleans())
+    def build(self, window: int, cached: int, fill: bool) -> None:
         store = ExpertStore(self.reader, LAYOUT, len(CAPACITIES), NUM_EXPERTS, cached * LAYOUT.nbytes)
         self.slab = ExpertSlab(LAYOUT, CAPACITIES)
         self.table = SlotTable(CAPACITIES, NUM_EXPERTS, sharding=self.slab.sharding)
-        self.loader = ExpertLoader(
-            store, self.slab, self.table, workers=workers, window=window, retries=1, backoff=0.0005
-        )
+        self.loader = ExpertLoader(store, self.slab, self.table, window=window, retries=1, backoff=0.0005)
         if fill:
             self.loader.fill([range(capacity) for capacity in CAPACITIES])
 
@@ -73,11 +85,9 @@ class LoaderMachine(RuleBasedStateMachine):
     def stage(self) -> None:
         assert self.loader.wait_idle(20)
 
-    @rule(limit=st.none() | st.integers(0, 2))
-    def commit(self, limit: int | None) -> None:
-        committed = self.loader.commit(limit)
-        assert limit is None or len(committed) <= limit
-        assert all(ticket.state is LoadState.COMMITTED for ticket in committed)
+    @rule()
+    def commit(self) -> None:
+        assert all(ticket.state is LoadState.COMMITTED for ticket in self.loader.commit())
 
     @rule(which=choices)
     def cancel(self, which: int) -> None:
@@ -87,22 +97,24 @@ class LoaderMachine(RuleBasedStateMachine):
                 self.cancelled.append(ticket)
 
     @rule()
-    def cancel_all(self) -> None:
-        self.loader.cancel_all()
-
-    @rule(layer=layers, slot=choices)
-    def pin(self, layer: int, slot: int) -> None:
-        slot %= CAPACITIES[layer]
-        if (layer, slot) not in self.pinned:
-            self.table.pin(layer, [slot])
-            state = int(self.table.expert_of_slot(layer)[slot]), int(self.table.generation(layer)[slot])
-            self.pinned[layer, slot] = state
+    def dispatch_a_step(self) -> None:
+        """What follows until its end must not reach what the step reads."""
+        table = self.table.device_table()
+        read = [read_slowly(weights, table[layer]) for layer, weights in enumerate(self.slab.weights)]
+        self.running.append((read, [self.records(layer) for layer in range(len(CAPACITIES))]))
 
     @rule()
-    def unpin_all(self) -> None:
-        for layer, slot in self.pinned:
-            self.table.unpin(layer, [slot])
-        self.pinned.clear()
+    def end_the_steps(self) -> None:
+        for read, want in self.running:
+            for layer, records in enumerate(read):
+                np.testing.assert_array_equal(records, want[layer])
+        self.running.clear()
+
+    def records(self, layer: int) -> np.ndarray:
+        """By expert, the record that a step should find, or zeros where the expert is absent."""
+        resident = self.table.resident_mask[layer]
+        zeros = np.zeros(LAYOUT.size, LAYOUT.dtype)
+        return np.stack([expected(layer, e) if resident[e] else zeros for e in range(NUM_EXPERTS)])
 
     @precondition(lambda self: self.reader.gate.is_set())
     @rule(layer=layers, wanted=st.lists(experts, max_size=3), evictable=st.permutations(range(NUM_EXPERTS)))
@@ -137,12 +149,8 @@ class LoaderMachine(RuleBasedStateMachine):
     def what_was_cancelled_stays_cancelled(self) -> None:
         assert all(ticket.state is LoadState.CANCELLED for ticket in self.cancelled)
 
-    @invariant()
-    def pinned_slots_are_untouched(self) -> None:
-        for (layer, slot), state in self.pinned.items():
-            assert state == (self.table.expert_of_slot(layer)[slot], self.table.generation(layer)[slot])
-
     def teardown(self) -> None:
+        self.end_the_steps()
         self.reader.gate.set()
         if hasattr(self, "loader"):
             self.loader.close()

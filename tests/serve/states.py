@@ -31,7 +31,6 @@ def engine_state() -> dict[str, Any]:
                 "failures": 0,
                 "cancelled": 2,
                 "wasted": 1,
-                "deferred": 0,
                 "bandwidth": 70000.0,
                 "link_bandwidth": None,
                 "in_flight": 1,
