@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.weights import ExpertWeights
+from emoe_jax.moe.operands import Operands
 from emoe_jax.moe.registry import BACKENDS, Backend, MoEBackend
 from emoe_jax.moe.triton import supports
 
@@ -47,33 +48,23 @@ def moe_ffn(
         accumulator = jnp.zeros_like(rows)
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"unknown MoE backend {backend!r}; choose auto or one of {', '.join(BACKENDS)}")
-    return _moe_ffn(rows, ids, weights, slot_of_expert, experts, accumulator, config=config, backend=backend)
+    operands = Operands(rows, ids, weights, slot_of_expert, experts, accumulator)
+    return _moe_ffn(operands, config=config, backend=backend)
 
 
 @partial(jax.jit, static_argnames=("config", "backend"))  # traced once for all layers of a model
-def _moe_ffn(
-    rows: Float[Array, "R D"],
-    ids: Int[Array, "R k"],
-    weights: Float[Array, "R k"],
-    slot_of_expert: Int[Array, " E"],
-    experts: ExpertWeights,
-    accumulator: Float[Array, "R D"],
-    *,
-    config: ModelConfig,
-    backend: str,
-) -> Float[Array, "R D"]:
-    lost = jnp.any(jnp.isnan(weights), axis=-1, keepdims=True)
-    accumulator = jnp.where(lost, jnp.nan, accumulator)
+def _moe_ffn(operands: Operands, *, config: ModelConfig, backend: str) -> Float[Array, "R D"]:
+    lost = jnp.any(jnp.isnan(operands.weights), axis=-1, keepdims=True)
+    operands = operands._replace(accumulator=jnp.where(lost, jnp.nan, operands.accumulator))
 
     def run(name: str) -> Callable[..., Array]:
         return partial(BACKENDS[name].run, config=config)
 
-    operands = (rows, ids, weights, slot_of_expert, experts, accumulator)
     if backend != "auto":
-        return run(backend)(*operands)
-    few = ids.size <= _LOOP_ROWS_PER_EXPERT * config.num_experts
+        return run(backend)(operands)
+    few = operands.ids.size <= _LOOP_ROWS_PER_EXPERT * config.num_experts
     return jax.lax.platform_dependent(
-        *operands,
+        operands,
         cpu=run("loop" if few else "blocks"),
         cuda=run("triton" if supports(config) else "blocks"),
         default=run("blocks"),

@@ -16,6 +16,7 @@ from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models.decoder import gate
 from emoe_jax.moe.dispatch import Dispatch, combine, dispatch, largest_divisor, slot_block
 from emoe_jax.moe.loop import vector_products
+from emoe_jax.moe.operands import Operands
 
 _LADDER = (16, 32, 64, 128, 256)
 """Block sizes. Each costs compile time per layer, and the gaps cost padding."""
@@ -26,16 +27,9 @@ _VECTOR_ROWS = 8
 _CHUNK_BYTES = 2 << 20
 
 
-def blocks(
-    rows: Float[Array, "R D"],
-    ids: Int[Array, "R k"],
-    weights: Float[Array, "R k"],
-    slot_of_expert: Int[Array, " E"],
-    experts: ExpertWeights,
-    accumulator: Float[Array, "R D"],
-    config: ModelConfig,
-) -> Float[Array, "R D"]:
+def blocks(operands: Operands, config: ModelConfig) -> Float[Array, "R D"]:
     """How an expert's rows fall into blocks depends on their number only, so waves compute the same products."""
+    rows, ids, weights, slot_of_expert, experts, accumulator = operands
     groups = dispatch(ids, slot_of_expert, experts.capacity)
     sizes = _ladder(rows.shape[0])
 

@@ -1,24 +1,17 @@
 """Gather each assignment's expert, then a batched einsum: the oracle that is easiest to trust after the reference."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from emoe_jax.config import ModelConfig
-from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models.decoder import gate
 from emoe_jax.moe.dispatch import combine, dispatch
+from emoe_jax.moe.operands import Operands
 
 
-def gather(
-    rows: Float[Array, "R D"],
-    ids: Int[Array, "R k"],
-    weights: Float[Array, "R k"],
-    slot_of_expert: Int[Array, " E"],
-    experts: ExpertWeights,
-    accumulator: Float[Array, "R D"],
-    config: ModelConfig,
-) -> Float[Array, "R D"]:
+def gather(operands: Operands, config: ModelConfig) -> Float[Array, "R D"]:
     """Copies one expert per assignment, `R * k` of them: not for large shapes."""
+    rows, ids, weights, slot_of_expert, experts, accumulator = operands
     groups = dispatch(ids, slot_of_expert, experts.capacity)
     slot = jnp.minimum(groups.slot, experts.capacity - 1)  # an absent expert's product is never read
     x = rows[groups.row]

@@ -15,6 +15,7 @@ from emoe_jax.config import ModelConfig
 from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models.decoder import gate
 from emoe_jax.moe.dispatch import Dispatch, dispatch, largest_divisor, round_to, slot_block
+from emoe_jax.moe.operands import Operands
 
 Write = Callable[[Array, Array, Array, Array], Array]
 """`(out, assignment, first feature, product [1, step])` -> `out` with the product written or added."""
@@ -26,16 +27,9 @@ _VECTOR_BYTES = 8 << 10
 """XLA:CPU fuses the slice only below 16 KiB of vector; longer contractions are cut in pieces of at most this."""
 
 
-def loop(
-    rows: Float[Array, "R D"],
-    ids: Int[Array, "R k"],
-    weights: Float[Array, "R k"],
-    slot_of_expert: Int[Array, " E"],
-    experts: ExpertWeights,
-    accumulator: Float[Array, "R D"],
-    config: ModelConfig,
-) -> Float[Array, "R D"]:
+def loop(operands: Operands, config: ModelConfig) -> Float[Array, "R D"]:
     """Time grows with the assignments, not with the slots; a row's product never depends on the other rows."""
+    rows, ids, weights, slot_of_expert, experts, accumulator = operands
     R = rows.shape[0]
     groups = dispatch(ids, slot_of_expert, experts.capacity)
     sorted_weights = weights.reshape(-1).astype(jnp.float32)[groups.order]

@@ -9,21 +9,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from emoe_jax.config import ModelConfig
-from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models.decoder import gate
 from emoe_jax.moe.dispatch import combine, dispatch
+from emoe_jax.moe.operands import Operands
 
 
-def ragged(
-    rows: Float[Array, "R D"],
-    ids: Int[Array, "R k"],
-    weights: Float[Array, "R k"],
-    slot_of_expert: Int[Array, " E"],
-    experts: ExpertWeights,
-    accumulator: Float[Array, "R D"],
-    config: ModelConfig,
-) -> Float[Array, "R D"]:
+def ragged(operands: Operands, config: ModelConfig) -> Float[Array, "R D"]:
     """Groups follow the slots, so an assignment's place, and maybe its last bits, depend on the slab's placement."""
+    rows, ids, weights, slot_of_expert, experts, accumulator = operands
     groups = dispatch(ids, slot_of_expert, experts.capacity)
     by_slot = jnp.argsort(groups.slot, stable=True).astype(jnp.int32)  # absent ones last, outside every group
     slots = jnp.arange(experts.capacity, dtype=jnp.int32)

@@ -2,24 +2,17 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from emoe_jax.config import ModelConfig
-from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models.decoder import gate
 from emoe_jax.moe.dispatch import slots_of
+from emoe_jax.moe.operands import Operands
 
 
-def reference(
-    rows: Float[Array, "R D"],
-    ids: Int[Array, "R k"],
-    weights: Float[Array, "R k"],
-    slot_of_expert: Int[Array, " E"],
-    experts: ExpertWeights,
-    accumulator: Float[Array, "R D"],
-    config: ModelConfig,
-) -> Float[Array, "R D"]:
+def reference(operands: Operands, config: ModelConfig) -> Float[Array, "R D"]:
     """Costs `C` experts per row and `R * C * Fi` numbers: for tests and tiny models."""
+    rows, ids, weights, slot_of_expert, experts, accumulator = operands
     slots = slots_of(ids, slot_of_expert, experts.capacity)
     one_hot = jax.nn.one_hot(slots, experts.capacity, dtype=jnp.float32)  # a slot of C is all zeros
     weight_of_slot = jnp.einsum("Rk,RkC->RC", weights.astype(jnp.float32), one_hot)

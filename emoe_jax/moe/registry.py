@@ -3,31 +3,22 @@
 import dataclasses
 from typing import Protocol
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from emoe_jax.config import ModelConfig
-from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.moe.blocks import blocks
 from emoe_jax.moe.gather import gather
 from emoe_jax.moe.loop import loop
+from emoe_jax.moe.operands import Operands
 from emoe_jax.moe.ragged import ragged
 from emoe_jax.moe.reference import reference
 from emoe_jax.moe.triton import triton
 
 
 class MoEBackend(Protocol):
-    """Adds the weighted products of all assignments with a resident expert to `accumulator`."""
+    """The accumulator plus the weighted products of all assignments with a resident expert, in its dtype."""
 
-    def __call__(
-        self,
-        rows: Float[Array, "R D"],
-        ids: Int[Array, "R k"],
-        weights: Float[Array, "R k"],
-        slot_of_expert: Int[Array, " E"],
-        experts: ExpertWeights,
-        accumulator: Float[Array, "R D"],
-        config: ModelConfig,
-    ) -> Float[Array, "R D"]: ...
+    def __call__(self, operands: Operands, config: ModelConfig) -> Float[Array, "R D"]: ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,9 +13,9 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from emoe_jax.config import ModelConfig
-from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models.decoder import gate
 from emoe_jax.moe.dispatch import Dispatch, combine, dispatch
+from emoe_jax.moe.operands import Operands
 
 _MIN_TILE = 16  # Triton's smallest matrix product
 _MAX_TILE_OUT = 64
@@ -23,16 +23,9 @@ _MAX_TILE_IN = 64
 _BLOCK_SIZES = (16, 32, 64)
 
 
-def triton(
-    rows: Float[Array, "R D"],
-    ids: Int[Array, "R k"],
-    weights: Float[Array, "R k"],
-    slot_of_expert: Int[Array, " E"],
-    experts: ExpertWeights,
-    accumulator: Float[Array, "R D"],
-    config: ModelConfig,
-) -> Float[Array, "R D"]:
+def triton(operands: Operands, config: ModelConfig) -> Float[Array, "R D"]:
     """Raises `NotImplementedError` when the model's or the expert's size is no multiple of 16."""
+    rows, ids, weights, slot_of_expert, experts, accumulator = operands
     if not supports(config):
         sizes = f"{config.hidden_size} and {config.expert_hidden}"
         raise NotImplementedError(f"the triton backend needs sizes divisible by {_MIN_TILE}, got {sizes}")

@@ -16,6 +16,7 @@ from emoe_jax.experts.weights import ExpertLayout, ExpertWeights
 from emoe_jax.models import load_dense, open_checkpoint
 from emoe_jax.models.decoder import Decoder, MoEFunction
 from emoe_jax.models.routing import Routing
+from emoe_jax.moe.operands import Operands
 from emoe_jax.moe.reference import reference
 from tests.models.plain import plain_forward
 
@@ -67,7 +68,7 @@ def load_experts(checkpoint: Checkpoint, dtype: str) -> tuple[ExpertWeights, ...
 def _reference_moe(config: ModelConfig) -> MoEFunction:
     slots = jnp.arange(config.num_experts)
     return lambda rows, ids, weights, experts: reference(
-        rows, ids, weights, slots, experts, jnp.zeros_like(rows), config
+        Operands(rows, ids, weights, slots, experts, jnp.zeros_like(rows)), config
     )
 
 
