@@ -1,12 +1,13 @@
 """Mixtral (8x7B, 8x22B, TinyMixtral): every layer has experts, the top-k probabilities are renormalised."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from emoe_jax.checkpoint.family import DenseTensors, ExpertSource, Family, Part
+from emoe_jax.checkpoint.family import ExpertSource, Family
 from emoe_jax.config import ModelConfig
 from emoe_jax.models.hf_config import HfConfig
-from emoe_jax.models.tensors import attention_tensors, fused_source, outer_tensors, per_expert_source
+from emoe_jax.models.tensors import decoder_tensors, fused_source, per_expert_source
 
 
 def _config(raw: Mapping[str, Any]) -> ModelConfig:
@@ -36,16 +37,6 @@ def _config(raw: Mapping[str, Any]) -> ModelConfig:
     return config
 
 
-def _dense_tensors(config: ModelConfig) -> DenseTensors:
-    tensors = outer_tensors(config)
-    router_shape = (config.num_experts, config.hidden_size)
-    for layer in range(config.num_layers):
-        tensors |= attention_tensors(config, layer)
-        router = f"model.layers.{layer}.block_sparse_moe.gate.weight"
-        tensors[f"layers.{layer}.router.weight"] = (Part(router, router_shape),)
-    return tensors
-
-
 def _expert_sources(config: ModelConfig, layer: int, expert: int) -> tuple[ExpertSource, ...]:
     hub = f"model.layers.{layer}"
     return (
@@ -59,7 +50,7 @@ MIXTRAL = Family(
     model_types=("mixtral",),
     architectures=("MixtralForCausalLM",),
     config=_config,
-    dense_tensors=_dense_tensors,
+    dense_tensors=partial(decoder_tensors, router="block_sparse_moe.gate.weight"),
     expert_sources=_expert_sources,
     aliases={".mlp.gate.weight": ".block_sparse_moe.gate.weight"},  # transformers 5, saved unconverted
 )

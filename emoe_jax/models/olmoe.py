@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from emoe_jax.checkpoint.family import DenseTensors, ExpertSource, Family, Part
+from emoe_jax.checkpoint.family import Family
 from emoe_jax.config import ModelConfig
 from emoe_jax.models.hf_config import HfConfig
-from emoe_jax.models.tensors import attention_tensors, fused_source, outer_tensors, per_expert_source
+from emoe_jax.models.tensors import decoder_tensors, expert_sources
 
 
 def _config(raw: Mapping[str, Any]) -> ModelConfig:
@@ -43,28 +43,11 @@ def _config(raw: Mapping[str, Any]) -> ModelConfig:
     return config
 
 
-def _dense_tensors(config: ModelConfig) -> DenseTensors:
-    tensors = outer_tensors(config)
-    router_shape = (config.num_experts, config.hidden_size)
-    for layer in range(config.num_layers):
-        tensors |= attention_tensors(config, layer)
-        tensors[f"layers.{layer}.router.weight"] = (Part(f"model.layers.{layer}.mlp.gate.weight", router_shape),)
-    return tensors
-
-
-def _expert_sources(config: ModelConfig, layer: int, expert: int) -> tuple[ExpertSource, ...]:
-    hub = f"model.layers.{layer}.mlp.experts"
-    return (
-        per_expert_source(config, f"{hub}.{expert}", ("gate_proj", "up_proj", "down_proj")),
-        fused_source(config, hub, expert),
-    )
-
-
 OLMOE = Family(
     name="olmoe",
     model_types=("olmoe",),
     architectures=("OlmoeForCausalLM",),
     config=_config,
-    dense_tensors=_dense_tensors,
-    expert_sources=_expert_sources,
+    dense_tensors=decoder_tensors,
+    expert_sources=expert_sources,
 )

@@ -6,13 +6,14 @@ its output depend on batch and padding; here that is off unless `router_capacity
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from emoe_jax.checkpoint.family import DenseTensors, ExpertSource, Family, Part
+from emoe_jax.checkpoint.family import ExpertSource, Family, Part
 from emoe_jax.config import ModelConfig, RopeConfig
 from emoe_jax.errors import ConfigError
 from emoe_jax.models.hf_config import HfConfig
-from emoe_jax.models.tensors import attention_tensors, ffn_tensors, outer_tensors, per_expert_source
+from emoe_jax.models.tensors import decoder_tensors, per_expert_source
 
 _BOS = 0  # the pad token's id; its embedding row is trained
 _EOS = 1
@@ -103,21 +104,6 @@ def _eos_ids(hf: HfConfig) -> tuple[int, ...]:
     return (_EOS,) if (bos, eos) == ((1,), (2,)) else eos
 
 
-def _dense_tensors(config: ModelConfig) -> DenseTensors:
-    tensors = outer_tensors(config)
-    D, E, hidden = config.hidden_size, config.num_experts, config.dense_hidden
-    for layer in range(config.num_layers):
-        tensors |= attention_tensors(config, layer)
-        ours, hub = f"layers.{layer}", f"model.layers.{layer}"
-        if not config.is_moe(layer):
-            tensors |= ffn_tensors(config, f"{ours}.mlp", f"{hub}.mlp", hidden)
-            continue
-        tensors[f"{ours}.router.weight"] = (Part(f"{hub}.mlp.gate_weight", (E, D)),)
-        tensors[f"{ours}.extra_norm.weight"] = (Part(f"{hub}.pre_extra_mlp_layernorm.weight", (D,)),)
-        tensors |= ffn_tensors(config, f"{ours}.extra_mlp", f"{hub}.extra_mlp", hidden)
-    return tensors
-
-
 def _expert_sources(config: ModelConfig, layer: int, expert: int) -> tuple[ExpertSource, ...]:
     """The published stacks, stored in-by-out; and a community re-save with one tensor per expert."""
     hub = f"model.layers.{layer}.mlp.experts"
@@ -129,7 +115,7 @@ def _expert_sources(config: ModelConfig, layer: int, expert: int) -> tuple[Exper
         ),
         Part(f"{hub}.wo", (E, F, D), expert, transposed=True),
     )
-    return stacks, per_expert_source(config, f"{hub}.{expert}", ("gate_proj", "up_proj", "down_proj"))
+    return stacks, per_expert_source(config, f"{hub}.{expert}")
 
 
 OPENMOE = Family(
@@ -137,7 +123,7 @@ OPENMOE = Family(
     model_types=(),  # its configs say "llama"
     architectures=("OpenMoeForCausalLM",),
     config=_config,
-    dense_tensors=_dense_tensors,
+    dense_tensors=partial(decoder_tensors, router="mlp.gate_weight"),
     expert_sources=_expert_sources,
     aliases={".mlp.gate.weight": ".mlp.gate_weight"},  # the community re-save
 )

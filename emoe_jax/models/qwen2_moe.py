@@ -7,7 +7,8 @@ from emoe_jax.checkpoint.family import Family
 from emoe_jax.config import ModelConfig
 from emoe_jax.errors import ConfigError
 from emoe_jax.models.hf_config import HfConfig
-from emoe_jax.models.qwen3_moe import qwen_dense_tensors, qwen_expert_sources, sliding_window, sparse_layers
+from emoe_jax.models.qwen3_moe import sliding_window, sparse_layers
+from emoe_jax.models.tensors import decoder_tensors, expert_sources
 
 
 def _config(raw: Mapping[str, Any]) -> ModelConfig:
@@ -59,6 +60,6 @@ QWEN2_MOE = Family(
     model_types=("qwen2_moe",),
     architectures=("Qwen2MoeForCausalLM",),
     config=_config,
-    dense_tensors=qwen_dense_tensors,
-    expert_sources=qwen_expert_sources,
+    dense_tensors=decoder_tensors,
+    expert_sources=expert_sources,
 )

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from emoe_jax.checkpoint.family import DenseTensors, ExpertSource, Family, Part
+from emoe_jax.checkpoint.family import Family
 from emoe_jax.config import ModelConfig
 from emoe_jax.models.hf_config import HfConfig
-from emoe_jax.models.tensors import attention_tensors, ffn_tensors, fused_source, outer_tensors, per_expert_source
+from emoe_jax.models.tensors import decoder_tensors, expert_sources
 
 
 def _config(raw: Mapping[str, Any]) -> ModelConfig:
@@ -56,36 +56,11 @@ def sliding_window(hf: HfConfig) -> int | None:
     return None
 
 
-def qwen_dense_tensors(config: ModelConfig) -> DenseTensors:
-    """Names of both Qwen families; Qwen2's shared expert where the configuration has one."""
-    tensors = outer_tensors(config)
-    D, E = config.hidden_size, config.num_experts
-    for layer in range(config.num_layers):
-        tensors |= attention_tensors(config, layer)
-        ours, hub = f"layers.{layer}", f"model.layers.{layer}.mlp"
-        if not config.is_moe(layer):
-            tensors |= ffn_tensors(config, f"{ours}.mlp", hub, config.dense_hidden)
-            continue
-        tensors[f"{ours}.router.weight"] = (Part(f"{hub}.gate.weight", (E, D)),)
-        if config.shared_expert_hidden:
-            tensors |= ffn_tensors(config, f"{ours}.shared_expert", f"{hub}.shared_expert", config.shared_expert_hidden)
-            tensors[f"{ours}.shared_expert_gate.weight"] = (Part(f"{hub}.shared_expert_gate.weight", (1, D)),)
-    return tensors
-
-
-def qwen_expert_sources(config: ModelConfig, layer: int, expert: int) -> tuple[ExpertSource, ...]:
-    hub = f"model.layers.{layer}.mlp.experts"
-    return (
-        per_expert_source(config, f"{hub}.{expert}", ("gate_proj", "up_proj", "down_proj")),
-        fused_source(config, hub, expert),
-    )
-
-
 QWEN3_MOE = Family(
     name="qwen3_moe",
     model_types=("qwen3_moe",),
     architectures=("Qwen3MoeForCausalLM",),
     config=_config,
-    dense_tensors=qwen_dense_tensors,
-    expert_sources=qwen_expert_sources,
+    dense_tensors=decoder_tensors,
+    expert_sources=expert_sources,
 )

@@ -1,7 +1,37 @@
-"""Tensor names that the checkpoints of several families share."""
+"""Tensor names that the checkpoints of several families share. A family file says only where its own differ."""
 
 from emoe_jax.checkpoint.family import DenseTensors, ExpertSource, Part
 from emoe_jax.config import ModelConfig
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+def decoder_tensors(config: ModelConfig, router: str = "mlp.gate.weight") -> DenseTensors:
+    """All weights but the experts; the configuration says which blocks a layer has. `router` is its name in a layer."""
+    tensors = outer_tensors(config)
+    for layer in range(config.num_layers):
+        tensors |= attention_tensors(config, layer)
+        if config.is_moe(layer):
+            tensors |= moe_tensors(config, layer, router)
+        else:
+            ours, hub = f"layers.{layer}.mlp", f"model.layers.{layer}.mlp"
+            tensors |= ffn_tensors(config, ours, hub, config.dense_hidden)
+    return tensors
+
+
+def moe_tensors(config: ModelConfig, layer: int, router: str) -> DenseTensors:
+    """The router of a MoE layer, and what a row passes besides its experts: Qwen2's shared expert, OpenMoE's FFN."""
+    D, E = config.hidden_size, config.num_experts
+    ours, hub = f"layers.{layer}", f"model.layers.{layer}"
+    tensors: DenseTensors = {f"{ours}.router.weight": (Part(f"{hub}.{router}", (E, D)),)}
+    if config.shared_expert_hidden:
+        shared = f"{hub}.mlp.shared_expert"
+        tensors |= ffn_tensors(config, f"{ours}.shared_expert", shared, config.shared_expert_hidden)
+        tensors[f"{ours}.shared_expert_gate.weight"] = (Part(f"{shared}_gate.weight", (1, D)),)
+    if config.extra_ffn:
+        tensors[f"{ours}.extra_norm.weight"] = (Part(f"{hub}.pre_extra_mlp_layernorm.weight", (D,)),)
+        tensors |= ffn_tensors(config, f"{ours}.extra_mlp", f"{hub}.extra_mlp", config.dense_hidden)
+    return tensors
 
 
 def attention_tensors(config: ModelConfig, layer: int) -> DenseTensors:
@@ -54,7 +84,13 @@ def outer_tensors(config: ModelConfig) -> DenseTensors:
     return tensors
 
 
-def per_expert_source(config: ModelConfig, hub: str, names: tuple[str, str, str]) -> ExpertSource:
+def expert_sources(config: ModelConfig, layer: int, expert: int) -> tuple[ExpertSource, ...]:
+    """OLMoE and Qwen: under `mlp.experts`, one tensor per expert and projection, or the fused stacks."""
+    hub = f"model.layers.{layer}.mlp.experts"
+    return per_expert_source(config, f"{hub}.{expert}"), fused_source(config, hub, expert)
+
+
+def per_expert_source(config: ModelConfig, hub: str, names: tuple[str, str, str] = PROJECTIONS) -> ExpertSource:
     """One tensor per projection of the expert at `hub`; `names` are its gate, up and down projections."""
     D, F = config.hidden_size, config.expert_hidden
     gate, up, down = (f"{hub}.{name}.weight" for name in names)
