@@ -37,7 +37,7 @@ from emoe_jax.predictor.layers import LayerPrior
 from emoe_jax.predictor.prompts import Prompts, frequencies
 from emoe_jax.traces import RoutingTrace
 from train.predictor.answers import learn_answers
-from train.predictor.coverage import coverage
+from train.predictor.coverage import coverage_at
 
 SHARES = (0.25, 0.5)
 PARTS = (
@@ -164,8 +164,8 @@ class Ablation:
         given = layers.predict(asked, frequencies(prompts.counts))
         shares = {f"{share:g}": share for share in SHARES}
         return {
-            "without": {key: coverage(asked, prompts.counts, share) for key, share in shares.items()},
-            "with": {key: coverage(given, prompts.counts, share) for key, share in shares.items()},
+            "without": {key: coverage_at(asked, prompts.counts, share) for key, share in shares.items()},
+            "with": {key: coverage_at(given, prompts.counts, share) for key, share in shares.items()},
         }
 
 

@@ -26,8 +26,8 @@ from emoe_jax.policies.dynamics import Dynamics
 from emoe_jax.predictor import Prompts
 from emoe_jax.predictor.layers import LayerPrior
 from emoe_jax.predictor.regression import fit_ridge
-from emoe_jax.residency.judges import coverage
 from emoe_jax.traces import RoutingTrace
+from emoe_jax.traces.coverage import coverage
 
 SHARES = (0.25, 0.5)
 CERTAINTIES = (0.3, 0.5, 0.7)

@@ -27,6 +27,7 @@ from jaxtyping import Float, Int
 from emoe_jax.policies.learning import co_occurrences
 from emoe_jax.predictor.prompts import frequencies
 from emoe_jax.traces import RoutingTrace
+from emoe_jax.traces.coverage import best_experts
 
 _RANDOM_PAIRS = 2000
 
@@ -92,13 +93,11 @@ def served_by_one(trace: RoutingTrace, shares: Sequence[float], longest: int) ->
     """
     counts, _ = _routed(trace)
     longest = min(longest, len(counts) - 1)
-    order = np.argsort(-counts, axis=2, kind="stable")
-    place = np.argsort(order, axis=2, kind="stable")
     totals = counts.sum((1, 2))
     coverage: dict[str, dict[str, float]] = {}
     for share in shares:
         capacity = max(trace.top_k, int(share * trace.num_experts + 1e-9))
-        chosen = place < capacity
+        chosen = best_experts(counts, [capacity] * trace.num_layers)
         curve = {"0": float((counts * chosen).sum() / totals.sum())}
         hits, wishes = np.zeros(len(counts), np.int64), np.zeros(len(counts), np.int64)
         for p in range(1, longest + 1):

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 
 from emoe_jax.errors import ConfigError
 from emoe_jax.policies.rule import Plan, Rule
+from emoe_jax.traces.coverage import best_experts
 
 
 class Swap(NamedTuple):
@@ -53,8 +54,7 @@ class ResidencyPolicy:
 
     def initial(self, capacities: Sequence[int]) -> list[Int[np.ndarray, " C"]]:
         """Experts to start with per layer, ascending: those of the highest rates, or the first, which ties give."""
-        order = np.argsort(-self._rates, axis=1, kind="stable")
-        return [np.sort(order[layer, :capacity]) for layer, capacity in enumerate(capacities)]
+        return [np.flatnonzero(best) for best in best_experts(self._rates, capacities)]
 
     def plan(
         self,

@@ -16,6 +16,7 @@ from emoe_jax.policies.exchange import exchange
 from emoe_jax.policies.pace import Pace
 from emoe_jax.policies.registry import POLICIES, Knowledge
 from emoe_jax.policies.rule import Plan
+from emoe_jax.traces.coverage import best_experts
 
 RIVALS = ("lru", "lfu", "static-task")
 BELADY = "belady"
@@ -143,8 +144,7 @@ class Regret:
         self._capacities = tuple(capacities)
         if scores is None:
             scores = np.stack([*(rule.scores(state) for rule, state in self._scored()), self._resident[-1]])
-        ranks = np.argsort(np.argsort(-scores, axis=-1, kind="stable"), axis=-1, kind="stable")
-        self._resident = ranks < np.array(capacities)[:, None]
+        self._resident = best_experts(scores, capacities)
         shares = np.array(capacities)[:, None] / self._resident.shape[-1]
         self._margin = (self._margins + self._share_margins * shares)[..., 0]
         for window in (self._recorded, self._judged):

@@ -1,11 +1,9 @@
 """How many of a budget's slots each layer gets: where another slot covers most, and not evenly."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-
 import numpy as np
 from jaxtyping import Float
+
+from emoe_jax.traces.coverage import coverage
 
 WORTHWHILE = 0.002
 """Coverage that an uneven split must gain over an even one; it costs more executables."""
@@ -28,23 +26,12 @@ def split_slots(total: int, shares: Float[np.ndarray, "P M E"], fewest: int) -> 
     gains = _gains(shares)
     free = gains[:, fewest:]
     order = np.argsort(-free, axis=None, kind="stable")[: total - M * fewest]
-    split = fewest + np.bincount(order // max(1, free.shape[1]), minlength=M)
-    even = np.full(M, total // M)
-    even[: total % M] += 1
-    gained = _coverage(split, gains) - _coverage(even, gains)
-    return (split if gained > WORTHWHILE else even).tolist()
-
-
-def expected_coverage(capacities: Sequence[int], shares: Float[np.ndarray, "P M E"]) -> float:
-    """Share of the assignments that find their expert among each layer's best ones."""
-    return _coverage(np.asarray(capacities), _gains(shares))
+    split = (fewest + np.bincount(order // max(1, free.shape[1]), minlength=M)).tolist()
+    even = [total // M + (layer < total % M) for layer in range(M)]
+    gained = float(np.mean(coverage(shares, shares, split) - coverage(shares, shares, even)))
+    return split if gained > WORTHWHILE else even
 
 
 def _gains(shares: Float[np.ndarray, "P M E"]) -> Float[np.ndarray, "M E"]:
     """What a layer's first, second, ... slot covers of all assignments; falls along each row."""
     return -np.sort(-shares, axis=2).mean(0) / shares.shape[1]
-
-
-def _coverage(capacities: np.ndarray, gains: Float[np.ndarray, "M E"]) -> float:
-    within = np.arange(gains.shape[1]) < capacities[:, None]
-    return float((gains * within).sum())

@@ -4,22 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
-
-import numpy as np
-from jaxtyping import Float, Shaped
-
-
-def coverage(
-    wishes: Shaped[np.ndarray, "*G M E"], shares: Float[np.ndarray, "*G M E"], capacities: Sequence[int]
-) -> Float[np.ndarray, "*G"]:
-    """Share of the wishes whose expert a plan by `shares` makes resident: one of the largest of its layer, as many as
-    that has slots. There is at least one wish in each of `G` cases.
-    """
-    order = np.argsort(-shares, axis=-1, kind="stable")
-    first = shares.shape[-1] * np.arange(shares.size // shares.shape[-1]).reshape(*shares.shape[:-1], 1)
-    has_slot = np.arange(shares.shape[-1]) < np.asarray(capacities)[:, None]
-    return (wishes.ravel()[order + first] * has_slot).sum((-2, -1)) / wishes.sum((-2, -1))
 
 
 class Drift:

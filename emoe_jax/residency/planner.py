@@ -17,8 +17,9 @@ from emoe_jax.predictor import Predictor
 from emoe_jax.residency.demand import Demand, Progress, expected_rates, mean_sensitivity
 from emoe_jax.residency.frequencies import TaskFrequencies
 from emoe_jax.residency.invocations import Invocations, PlannedRequest, PredictEvery, checked_every
-from emoe_jax.residency.judges import Drift, Gate, coverage
+from emoe_jax.residency.judges import Drift, Gate
 from emoe_jax.tasks import OTHER, TaskProfile
+from emoe_jax.traces.coverage import coverage
 
 UNKNOWN_OUTPUT_TOKENS = 64.0
 """Expected answer length where no task was profiled."""

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from emoe_jax.tasks.profile import TaskProfile
+from emoe_jax.traces.coverage import best_experts
 
 Task = str | None
 
@@ -22,8 +23,7 @@ class TaskExperts:
         self._unwished: dict[Task, Float[np.ndarray, "M E"]] = {}  # log probability that a token does not choose it
         for name, task in () if profile is None else profile.tasks.items():
             if profile is not None and task.routing is not None:
-                ranks = np.argsort(np.argsort(-task.routing, axis=1, kind="stable"), axis=1)
-                self._hot[name] = ranks < np.array(capacities)[:, None]
+                self._hot[name] = best_experts(task.routing, capacities)
                 self._sensitive[name] = self._hot[name] & (profile.sensitivity(name) > 0)[:, None]
                 self._unwished[name] = _log_unwished(profile.top_k * task.routing)
         self._others: Float[np.ndarray, "M E"] | None = None  # the same of a task that is not known

@@ -10,7 +10,7 @@ from emoe_jax.predictor.inputs import History
 from emoe_jax.predictor.layers import LayerPrior
 from emoe_jax.predictor.prompts import frequencies
 from emoe_jax.predictor.regression import fit_ridge
-from train.predictor.coverage import coverage
+from train.predictor.coverage import coverage_at
 
 M, E, TOP_K, P = 5, 8, 2, 120
 
@@ -41,10 +41,10 @@ def test_earlier_layers_tell_later_ones_whatever_their_experts_are_numbered():
     given = layers.predict(later_prior, frequencies(later))
     np.testing.assert_allclose(given.sum(-1), 1, rtol=1e-5)
     np.testing.assert_allclose(given[:, 0], later_prior[:, 0], atol=1e-3)  # nothing comes before the first layer
-    blind, seen = (coverage(of[:, 1:], later[:, 1:], 0.25) for of in (later_prior, given))
-    best = coverage(frequencies(later)[:, 1:], later[:, 1:], 0.25)
+    blind, seen = (coverage_at(of[:, 1:], later[:, 1:], 0.25) for of in (later_prior, given))
+    best = coverage_at(frequencies(later)[:, 1:], later[:, 1:], 0.25)
     assert seen > blind + 0.8 * (best - blind)
-    assert coverage(left_out[:, 1:], counts[:, 1:], 0.25) > blind + 0.8 * (best - blind)
+    assert coverage_at(left_out[:, 1:], counts[:, 1:], 0.25) > blind + 0.8 * (best - blind)
 
 
 def test_nothing_is_found_where_layers_have_nothing_in_common():
@@ -52,8 +52,8 @@ def test_nothing_is_found_where_layers_have_nothing_in_common():
     layers, left_out = LayerPrior.fit(prior, counts, TOP_K)
     later_prior, later = hidden_mood(1, dealt=True)
     given = layers.predict(later_prior, frequencies(later))
-    assert coverage(given, later, 0.25) < coverage(later_prior, later, 0.25) + 0.03
-    assert coverage(left_out, counts, 0.25) < coverage(prior, counts, 0.25) + 0.03
+    assert coverage_at(given, later, 0.25) < coverage_at(later_prior, later, 0.25) + 0.03
+    assert coverage_at(left_out, counts, 0.25) < coverage_at(prior, counts, 0.25) + 0.03
 
 
 def test_a_layer_is_predicted_from_earlier_ones_only_and_from_as_many_as_are_known():
@@ -71,8 +71,8 @@ def test_a_layer_is_predicted_from_earlier_ones_only_and_from_as_many_as_are_kno
     nothing = layers.predict(prior, shares, known=0)
     np.testing.assert_allclose(nothing, prior, atol=1e-3)
     # The first layer alone tells the last one already.
-    first = coverage(layers.predict(prior, shares, known=1)[:, -1], counts[:, -1], 0.25)
-    assert first > coverage(prior[:, -1], counts[:, -1], 0.25) + 0.1
+    first = coverage_at(layers.predict(prior, shares, known=1)[:, -1], counts[:, -1], 0.25)
+    assert first > coverage_at(prior[:, -1], counts[:, -1], 0.25) + 0.1
 
 
 def test_few_tokens_are_trusted_less():
@@ -110,7 +110,7 @@ def test_a_predictor_answers_layer_by_layer(variant):
     prior = predictor.predict_many(asked, histories, with_first=False)
     routed = frequencies(asked.counts)
     given = predictor.given_layers(asked, prior, histories, routed)
-    assert coverage(given, asked.counts, 0.25) > coverage(prior, asked.counts, 0.25) + 0.1
+    assert coverage_at(given, asked.counts, 0.25) > coverage_at(prior, asked.counts, 0.25) + 0.1
     partly = predictor.given_layers(asked, prior, histories, routed, known=2, tokens=8)
     hidden = dataclasses.replace(asked, counts=np.concatenate([asked.counts[:, :2], asked.counts[:, :1:-1]], axis=1))
     same = predictor.given_layers(asked, prior, histories, frequencies(hidden.counts), known=2, tokens=8)

@@ -8,7 +8,7 @@ from emoe_jax.predictor.prior import KernelPrior, _fit
 from emoe_jax.predictor.prompts import Prompts, frequencies
 from tests.traces.synthetic import make_trace
 from train.predictor import baselines
-from train.predictor.coverage import coverage
+from train.predictor.coverage import coverage_at
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +53,15 @@ def test_the_prior_beats_task_frequency_and_ridge(split):
     np.testing.assert_allclose(predicted.sum(-1), 1, rtol=1e-5)
     others = (baselines.task_frequency(known, asked), baselines.ridge(known, asked, False))
     for residency in (0.25, 0.5):
-        reached = coverage(predicted, asked.counts, residency)
-        assert reached > max(coverage(other, asked.counts, residency) for other in others)
+        reached = coverage_at(predicted, asked.counts, residency)
+        assert reached > max(coverage_at(other, asked.counts, residency) for other in others)
 
 
 def test_first_tokens_help(split):
     known, asked = split
     kernel = PromptKernel(known)
     plain, early = (KernelPrior(kernel, known, first).predict(asked) for first in (False, True))
-    assert coverage(early, asked.counts, 0.25) > coverage(plain, asked.counts, 0.25)
+    assert coverage_at(early, asked.counts, 0.25) > coverage_at(plain, asked.counts, 0.25)
 
 
 def test_predictions_do_not_depend_on_the_routing_they_predict(split):
@@ -86,7 +86,9 @@ def test_without_embeddings_the_task_is_what_is_left():
     known, asked = prompts.take(range(45)), prompts.take(range(45, 60))
     predicted = KernelPrior(PromptKernel(known), known, False).predict(asked)
     by_task = baselines.task_frequency(known, asked)
-    assert coverage(predicted, asked.counts, 0.25) == pytest.approx(coverage(by_task, asked.counts, 0.25), abs=0.01)
+    assert coverage_at(predicted, asked.counts, 0.25) == pytest.approx(
+        coverage_at(by_task, asked.counts, 0.25), abs=0.01
+    )
 
 
 def test_shuffled_labels_fall_to_global_frequency():
@@ -95,5 +97,5 @@ def test_shuffled_labels_fall_to_global_frequency():
     predicted = KernelPrior(PromptKernel(known), known, False).predict(asked)
     by_all = baselines.global_frequency(known, asked)
     for residency in (0.25, 0.5):
-        reached, floor = coverage(predicted, asked.counts, residency), coverage(by_all, asked.counts, residency)
+        reached, floor = coverage_at(predicted, asked.counts, residency), coverage_at(by_all, asked.counts, residency)
         assert abs(reached - floor) < 0.05

@@ -13,7 +13,7 @@ from emoe_jax.predictor.token_prior import TokenPrior
 from emoe_jax.predictor.tokens import MAX_TOKEN, TokenTable, run_keys
 from emoe_jax.traces import RoutingTrace
 from train.predictor import __main__ as command
-from train.predictor.coverage import coverage
+from train.predictor.coverage import coverage_at
 from train.predictor.examples import closed_forms
 
 M, E, TOP_K, WORDS, ANSWER = 3, 16, 2, 40, 3
@@ -63,8 +63,8 @@ def test_tokens_tell_prompts_apart_that_nothing_else_does(by_pairs: bool) -> Non
     for with_first in (False, True):
         read = predictor.by_tokens(asked, prior, with_first)
         np.testing.assert_allclose(read.sum(-1), 1, rtol=1e-5)
-        best = coverage(frequencies(asked.counts), asked.counts, 0.25)
-        blind, seen = (coverage(of, asked.counts, 0.25) for of in (prior, read))
+        best = coverage_at(frequencies(asked.counts), asked.counts, 0.25)
+        blind, seen = (coverage_at(of, asked.counts, 0.25) for of in (prior, read))
         assert seen > blind + (0.6 if by_pairs else 0.8) * (best - blind)
 
 

@@ -4,13 +4,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from emoe_jax.errors import ConfigError
 from emoe_jax.residency.demand import Progress
 from emoe_jax.residency.forecaster import Forecaster
-from emoe_jax.residency.judges import Drift, Gate, coverage
+from emoe_jax.residency.judges import Drift, Gate
 from emoe_jax.residency.planner import ResidencyPlanner
 from emoe_jax.tasks import Task, TaskProfile
 from tests.residency.fake import CAPACITIES, E, FakePredictor, K, M, favouring
@@ -180,18 +178,6 @@ def test_a_predictor_that_is_worse_than_frequency_is_switched_off_and_on_again()
         prompt(predictor.answer)
     assert planner.state()["open"] is True
     planner.close()
-
-
-@given(st.integers(0, 2**31))
-def test_coverage_is_that_of_the_largest_shares(seed: int):
-    rng = np.random.default_rng(seed)
-    wishes, shares = rng.integers(0, 9, (3, M, E)) + 1, rng.random((3, M, E)).round(1)
-    found = coverage(wishes, shares, (3, 5))
-    for of, plan, covered in zip(wishes, shares, found, strict=True):
-        best = [np.argsort(-plan[layer], kind="stable")[:slots] for layer, slots in enumerate((3, 5))]
-        expected = sum(int(of[layer, experts].sum()) for layer, experts in enumerate(best))
-        assert covered == pytest.approx(expected / of.sum())
-    assert coverage(wishes[0], shares[0], (3, 5)) == found[0]
 
 
 def test_drift_asks_early():

@@ -5,36 +5,33 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from emoe_jax.predictor.prompts import frequencies
+from emoe_jax.traces.coverage import best_experts, coverage, covered
 from train.predictor.objective import BUDGETS, slots
 
 
-def resident(predicted: Float[np.ndarray, "P M E"], number: int) -> Bool[np.ndarray, "P M E"]:
-    """The `number` experts of each layer that a prediction puts on the device; ties go to the lower index."""
-    top = np.argsort(-predicted, axis=-1, kind="stable")[..., :number]
-    mask = np.zeros(predicted.shape, bool)
-    np.put_along_axis(mask, top, True, axis=-1)
-    return mask
+def resident(scores: Shaped[np.ndarray, "P M E"], number: int) -> Bool[np.ndarray, "P M E"]:
+    """The best `number` experts of each layer."""
+    return best_experts(scores, [number] * scores.shape[1])
 
 
-def coverage(predicted: Float[np.ndarray, "P M E"], counts: Int[np.ndarray, "P M E"], residency: float) -> float:
+def coverage_at(predicted: Float[np.ndarray, "P M E"], counts: Int[np.ndarray, "P M E"], residency: float) -> float:
     """Share of all expert assignments whose expert is resident: long prompts weigh more, as they do in serving."""
-    return float((counts * resident(predicted, slots(residency, counts.shape[-1]))).sum() / max(1, counts.sum()))
+    return float(covered(counts, predicted, _even(residency, counts)).sum() / max(1, counts.sum()))
 
 
 def coverage_by_prompt(
     predicted: Float[np.ndarray, "P M E"], counts: Int[np.ndarray, "P M E"], residency: float
 ) -> float:
     """The mean of each prompt's coverage."""
-    covered = (counts * resident(predicted, slots(residency, counts.shape[-1]))).sum((1, 2))
-    return float((covered / counts.sum((1, 2))).mean())
+    return float(coverage(counts, predicted, _even(residency, counts)).mean())
 
 
 def coverage_table(predicted: Float[np.ndarray, "P M E"], counts: Int[np.ndarray, "P M E"]) -> dict[str, float]:
     """Coverage by residency; 0 where there is nothing to cover."""
-    return {str(residency): coverage(predicted, counts, residency) for residency in BUDGETS}
+    return {str(residency): coverage_at(predicted, counts, residency) for residency in BUDGETS}
 
 
 def scores(predicted: Float[np.ndarray, "P M E"], counts: Int[np.ndarray, "P M E"], top_k: int) -> dict[str, Any]:
@@ -58,6 +55,11 @@ def scores(predicted: Float[np.ndarray, "P M E"], counts: Int[np.ndarray, "P M E
     result["top_k_accuracy"] = float(both.sum() / np.minimum(used.sum(-1), top_k).sum())
     result["kl"] = divergence(frequencies(counts), predicted)
     return result
+
+
+def _even(residency: float, counts: Int[np.ndarray, "P M E"]) -> list[int]:
+    """Every layer's slots."""
+    return [slots(residency, counts.shape[-1])] * counts.shape[1]
 
 
 def divergence(used: Float[np.ndarray, "P M E"], predicted: Float[np.ndarray, "P M E"]) -> float:

@@ -19,7 +19,7 @@ from emoe_jax.predictor.model import Known
 from emoe_jax.predictor.network import Sizes, Weights
 from train.checkpoints import Checkpoints
 from train.predictor import objective
-from train.predictor.coverage import coverage
+from train.predictor.coverage import coverage_at
 from train.predictor.examples import Examples
 from train.predictor.objective import BUDGETS, Batch, Metrics
 
@@ -131,7 +131,7 @@ def held_out_coverage(predictor: Predictor, weights: Weights, held_out: Examples
         if known is not None and not held_out.follows_layers:
             continue
         predicted = np.asarray(network.distribution(weights, config, sizes, inputs, known))
-        shares.append(np.mean([coverage(predicted, held_out.counts, residency) for residency in BUDGETS]))
+        shares.append(np.mean([coverage_at(predicted, held_out.counts, residency) for residency in BUDGETS]))
     return np.array(shares)
 
 
@@ -192,4 +192,4 @@ def run(
 def prior_coverage(held_out: Examples) -> float:
     """What `held_out_coverage` is on average for the closed forms alone, where training starts."""
     asked = held_out.priors if held_out.follows_layers else held_out.priors[:2]
-    return float(np.mean([coverage(p, held_out.counts, r) for p in asked for r in BUDGETS]))
+    return float(np.mean([coverage_at(p, held_out.counts, r) for p in asked for r in BUDGETS]))
