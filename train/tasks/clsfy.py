@@ -5,6 +5,7 @@ from __future__ import annotations
 from train.tasks import words
 from train.tasks.draw import Draw
 from train.tasks.example import Example, Split
+from train.tasks.lists import read
 
 LABELS = ("positive", "negative", "neutral")
 
@@ -24,129 +25,20 @@ _LAYOUTS = (
     "Tweet: {text}\n{instruction}",
 )
 
-_GOOD = words.split_words("""
-    amazing awesome beautiful brilliant charming cheerful clever comfortable cosy delicious delightful elegant
-    excellent fabulous fantastic fine flawless fresh friendly fun generous gorgeous great helpful impressive
-    incredible inspiring kind lovely magical marvellous outstanding perfect pleasant reliable remarkable smooth
-    spectacular splendid stunning superb terrific thoughtful thrilling touching wonderful
-""")
-_BAD = words.split_words("""
-    annoying appalling awful bad bland boring broken careless cheap clumsy confusing dirty disappointing disgusting
-    dreadful dull faulty frustrating gloomy greedy horrible inferior irritating lazy lousy mediocre messy nasty
-    noisy overpriced painful pathetic pointless poor rotten rude shoddy silly sloppy slow stale stressful terrible
-    ugly unbearable unfair unpleasant useless weak worthless
-""")
-_PLAIN = words.split_words(
-    "average common daily local monthly new ordinary regular second standard third usual weekly yearly"
-)
-_THINGS = words.split_words("""
-    airport album app bakery battery book bus cafe camera cinema coffee concert course dentist dinner episode ending
-    festival film flight food game garden gym hotel interview keyboard landlord laptop lecture library lunch
-    magazine match meal menu museum neighbour novel office park party phone play podcast price printer queue
-    restaurant room sandwich school screen seat series service shop show song soup speech staff station story taxi
-    teacher team theatre ticket tour train trip update video view waiter weather website weekend workshop
-""")
-
-_PRAISE = (
-    "I love the {t}",
-    "the {t} made my day",
-    "I would go back to the {t} any time",
-    "the {t} exceeded all hopes",
-    "so happy with the {t}",
-    "cannot get enough of the {t}",
-    "thank you for the {t}",
-    "the {t} is a dream",
-    "hooray for the {t}",
-    "the {t} was worth every penny",
-)
-_BLAME = (
-    "I hate the {t}",
-    "the {t} ruined my day",
-    "I will never go back to the {t}",
-    "the {t} was a waste of money",
-    "so angry about the {t}",
-    "fed up with the {t}",
-    "I want a refund for the {t}",
-    "the {t} is a nightmare",
-    "shame on the {t}",
-    "the {t} made me cry",
-)
-_REPORT = (
-    "the {t} opens at {n}",
-    "I am at the {t} now",
-    "the {t} is on {d}",
-    "the {t} moved to {p}",
-    "we will see the {t} on {d}",
-    "there is a {t} in {p}",
-    "the {t} lasts {n} minutes",
-    "the {t} starts on {d}",
-    "my sister is at the {t}",
-    "the {t} is next to the station",
-)
-_JUDGE_GOOD = (
-    "the {t} was {g}",
-    "what a {g} {t}",
-    "such a {g} {t}",
-    "the {t} is really {g}",
-    "the {t} is not {b} at all",
-    "nothing {b} about the {t}",
-    "the {t} in {p} was {g}",
-    "my {t} is {g} and {g2}",
-    "the {t} was never {b}",
-)
-_JUDGE_BAD = (
-    "the {t} was {b}",
-    "what a {b} {t}",
-    "such a {b} {t}",
-    "the {t} is really {b}",
-    "the {t} is not {g} at all",
-    "nothing {g} about the {t}",
-    "the {t} in {p} was {b}",
-    "my {t} is {b} and {b2}",
-    "the {t} was never {g}",
-)
-_JUDGE_PLAIN = (
-    "the {t} is a {o} one",
-    "it is the {o} {t}",
-    "this is our {o} {t} in {p}",
-    "the {o} {t} is on {d}",
-    "we took the {o} {t}",
-    "they have a {o} {t}",
-)
-
-_MARKET_GOOD = (
-    "{c} shares jump {n} percent",
-    "{c} posts record profit",
-    "{c} beats forecasts with strong sales",
-    "{c} raises its outlook",
-    "profit at {c} soars",
-    "{c} wins a large order from {p}",
-    "investors cheer {c}",
-    "sales of {x} at {c} surge",
-    "{c} grows faster than its rivals",
-)
-_MARKET_BAD = (
-    "{c} shares plunge {n} percent",
-    "{c} posts heavy loss",
-    "{c} misses forecasts with weak sales",
-    "{c} cuts its outlook",
-    "profit at {c} collapses",
-    "{c} loses a large order from {p}",
-    "investors flee {c}",
-    "sales of {x} at {c} slump",
-    "{c} warns of bankruptcy",
-)
-_MARKET_PLAIN = (
-    "{c} shares unchanged",
-    "{c} will publish its results on {d}",
-    "{c} moves its office to {p}",
-    "{c} holds its annual meeting on {d}",
-    "{c} has {n} offices",
-    "the shares of {c} are traded in {p}",
-    "{c} names the date of its report",
-    "{c} makes {x}",
-    "{c} to hold a call on {d}",
-)
+_LISTS = read("clsfy")
+_GOOD: tuple[str, ...] = _LISTS["good"]
+_BAD: tuple[str, ...] = _LISTS["bad"]
+_PLAIN: tuple[str, ...] = _LISTS["plain"]
+_THINGS: tuple[str, ...] = _LISTS["things"]
+_PRAISE: tuple[str, ...] = _LISTS["praise"]
+_BLAME: tuple[str, ...] = _LISTS["blame"]
+_REPORT: tuple[str, ...] = _LISTS["report"]
+_JUDGE_GOOD: tuple[str, ...] = _LISTS["judge good"]
+_JUDGE_BAD: tuple[str, ...] = _LISTS["judge bad"]
+_JUDGE_PLAIN: tuple[str, ...] = _LISTS["judge plain"]
+_MARKET_GOOD: tuple[str, ...] = _LISTS["market good"]
+_MARKET_BAD: tuple[str, ...] = _LISTS["market bad"]
+_MARKET_PLAIN: tuple[str, ...] = _LISTS["market plain"]
 
 _OPENERS = (
     "",

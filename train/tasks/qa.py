@@ -8,6 +8,7 @@ from collections.abc import Callable
 from train.tasks import words
 from train.tasks.draw import Draw
 from train.tasks.example import Example, Split
+from train.tasks.lists import read
 
 _FEWEST_FACTS, _MOST_FACTS = 3, 5
 _VERBS = ("Answer", "Reply to", "Give the answer to", "Work out the answer to", "Find the answer to", "Respond to")
@@ -50,159 +51,27 @@ class Relation:
     questions: tuple[str, ...]
 
 
-def _from(nouns: tuple[str, ...]) -> Callable[[Draw], str]:
-    return lambda draw: draw.noun(nouns)
+def _vehicle(draw: Draw) -> str:
+    return f"{draw.one(words.COLOURS)} {draw.one(words.VEHICLES)}"
 
 
-PERSON = (
-    Relation(
-        _from(words.CITIES),
-        (
-            "{s} lives in {v}",
-            "{s} has a home in {v}",
-            "{s} settled in {v}",
-            "the home of {s} is in {v}",
-        ),
-        (
-            "where does {s} live?",
-            "in which city does {s} live?",
-            "what city is the home of {s} in?",
-            "which city is {s} living in?",
-        ),
-    ),
-    Relation(
-        _from(words.PROFESSIONS),
-        (
-            "{s} works as a {v}",
-            "{s} earns money as a {v}",
-            "the job of {s} is {v}",
-            "{s} is employed as a {v}",
-            "by trade {s} is a {v}",
-        ),
-        (
-            "what is the job of {s}?",
-            "what does {s} work as?",
-            "what is {s} by trade?",
-            "which profession does {s} have?",
-        ),
-    ),
-    Relation(
-        _from(words.FOODS),
-        (
-            "{s} loves to eat {v}",
-            "the favourite food of {s} is {v}",
-            "{s} eats {v} every day",
-            "for lunch {s} always has {v}",
-        ),
-        (
-            "what does {s} love to eat?",
-            "what is the favourite food of {s}?",
-            "which food does {s} like?",
-            "what does {s} eat?",
-        ),
-    ),
-    Relation(
-        _from(words.ANIMALS),
-        ("{s} owns a {v}", "{s} has a {v} as a pet", "the pet of {s} is a {v}", "at home {s} keeps a {v}"),
-        (
-            "which animal does {s} own?",
-            "what pet does {s} have?",
-            "what animal does {s} keep?",
-            "what is the pet of {s}?",
-        ),
-    ),
-    Relation(
-        _from(words.INSTRUMENTS),
-        ("{s} plays the {v}", "{s} practises the {v} daily", "in the band {s} plays the {v}", "{s} is good at the {v}"),
-        ("which instrument does {s} play?", "what does {s} play in the band?", "what instrument does {s} practise?"),
-    ),
-    Relation(
-        _from(words.LANGUAGES),
-        ("{s} speaks {v}", "{s} is learning {v}", "the mother tongue of {s} is {v}", "{s} talks to friends in {v}"),
-        (
-            "which language does {s} speak?",
-            "what is the language of {s}?",
-            "what does {s} speak?",
-            "which language does {s} know?",
-        ),
-    ),
-    Relation(
-        _from(words.SUBJECTS),
-        ("{s} studies {v}", "{s} has a degree in {v}", "at university {s} took {v}", "the field of {s} is {v}"),
-        (
-            "what does {s} study?",
-            "which subject does {s} study?",
-            "what is the field of {s}?",
-            "what is the degree of {s} in?",
-        ),
-    ),
-    Relation(
-        _from(words.SPORTS),
-        ("{s} is a fan of {v}", "on weekends {s} does {v}", "the sport of {s} is {v}", "{s} spends the weekend on {v}"),
-        (
-            "which sport does {s} do?",
-            "what is the sport of {s}?",
-            "what is {s} a fan of?",
-            "what does {s} do on weekends?",
-        ),
-    ),
-    Relation(
-        lambda draw: f"{draw.one(words.COLOURS)} {draw.one(words.VEHICLES)}",
-        ("{s} drives a {v}", "{s} goes to work in a {v}", "{s} bought a {v}", "{s} travels by {v}"),
-        (
-            "what does {s} drive?",
-            "which vehicle does {s} have?",
-            "what does {s} travel by?",
-            "how does {s} go to work?",
-        ),
-    ),
-    Relation(
-        _from(words.MONTHS),
-        ("{s} was born in {v}", "the birthday of {s} is in {v}", "{s} has a birthday in {v}"),
-        ("when was {s} born?", "in which month is the birthday of {s}?", "which month was {s} born in?"),
-    ),
-)
-COMPANY = (
-    Relation(
-        _from(words.CITIES),
-        (
-            "{s} is based in {v}",
-            "{s} has its office in {v}",
-            "the headquarters of {s} are in {v}",
-        ),
-        (
-            "where is {s} based?",
-            "in which city is {s} based?",
-            "where are the headquarters of {s}?",
-            "which city is home to {s}?",
-        ),
-    ),
-    Relation(
-        lambda draw: draw.person(),
-        ("{s} is led by {v}", "the head of {s} is {v}", "the chief of {s} is {v}", "{s} has as its head {v}"),
-        ("who leads {s}?", "who is the head of {s}?", "who runs {s}?", "who is the chief of {s}?"),
-    ),
-    Relation(
-        _from(words.PRODUCTS),
-        ("{s} makes {v}", "{s} sells {v}", "{s} is known for its {v}", "the main product of {s} is {v}"),
-        ("what does {s} make?", "what does {s} sell?", "what is the main product of {s}?", "what is {s} known for?"),
-    ),
-    Relation(
-        lambda draw: str(draw.rng.randint(1850, 2020)),
-        ("{s} was founded in {v}", "{s} started in {v}", "the year {s} began is {v}", "{s} opened its doors in {v}"),
-        (
-            "when was {s} founded?",
-            "in which year did {s} start?",
-            "when did {s} begin?",
-            "what year was {s} founded in?",
-        ),
-    ),
-    Relation(
-        _from(words.WEEKDAYS),
-        ("{s} holds its meeting on {v}", "the staff of {s} meet on {v}", "{s} is closed on {v}"),
-        ("on which day does {s} hold its meeting?", "which day do the staff of {s} meet on?", "when is {s} closed?"),
-    ),
-)
+def _year(draw: Draw) -> str:
+    return str(draw.rng.randint(1850, 2020))
+
+
+_MADE: dict[str, Callable[[Draw], str]] = {"vehicle": _vehicle, "person": Draw.person, "year": _year}
+"""Values that are put together; all others are nouns of a list of `train.tasks.words`."""
+
+
+def _value(name: str) -> Callable[[Draw], str]:
+    return _MADE[name] if name in _MADE else lambda draw: draw.noun(words.named[name])
+
+
+def _relations(bearer: str) -> tuple[Relation, ...]:
+    return tuple(Relation(**each | {"value": _value(each["value"])}) for each in read("qa")[bearer])
+
+
+PERSON, COMPANY = _relations("person"), _relations("company")
 
 
 def _sentence(text: str) -> str:

@@ -1,8 +1,14 @@
-"""What a field of made-up knowledge consists of."""
+"""Five made-up fields of knowledge, each with names, words and wordings of its own (for `train.tasks.facts`).
+
+`{s}` is the thing asked about and `{v}` the value. Of a relation's questions some are held out, for each fact others.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
+
+from train.tasks.lists import read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,3 +30,11 @@ class Field:
     heads: tuple[str, ...]
     tails: tuple[str, ...]
     relations: tuple[Relation, ...]
+
+
+def _field(raw: dict[str, Any]) -> Field:
+    parts: dict[str, Any] = {"relations": tuple(Relation(**relation) for relation in raw["relations"])}
+    return Field(**raw | parts)
+
+
+FIELDS = tuple(map(_field, read("fields")))
