@@ -12,11 +12,11 @@ from emoe_jax.requests.request import RequestOutput
 from serve.answers import AssistantMessage, ChatChoice, ChatChunk, ChatChunkChoice, ChatDelta, ChatResponse
 from serve.body import JsonRoute
 from serve.failures import check_answered
+from serve.generation import Progress
 from serve.logprobs import TokenPlaces, chat_logprobs
 from serve.schema import ChatRequest, SloHeaders
 from serve.service import Service, emoe_of, until_disconnect, usage_of
 from serve.stream import OR_STREAM, EventStream
-from serve.worker import Progress
 
 
 def chat_routes(service: Service) -> APIRouter:

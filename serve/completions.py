@@ -13,11 +13,11 @@ from emoe_jax.requests.request import RequestOutput, TokenLogprob
 from serve.answers import CompletionChoice, CompletionLogprobs, CompletionResponse
 from serve.body import JsonRoute
 from serve.failures import check_answered
+from serve.generation import Progress
 from serve.logprobs import TokenPlaces, characters, completion_logprobs
 from serve.schema import DEFAULT_COMPLETION_TOKENS, CompletionRequest, SloHeaders
 from serve.service import Service, emoe_of, until_disconnect, usage_of
 from serve.stream import OR_STREAM, EventStream
-from serve.worker import Progress
 
 
 def completion_routes(service: Service) -> APIRouter:

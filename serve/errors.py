@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from emoe_jax.errors import CheckpointError, RequestError, SloUnattainable
-from serve.worker import EngineFailure, QueueFull, Unavailable
+from serve.refusals import EngineFailure, QueueFull, Unavailable
 
 log = logging.getLogger("serve")
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from emoe_jax.requests.request import RequestOutput
-from serve.worker import EngineFailure
+from serve.refusals import EngineFailure
 
 
 def early_end(error: str) -> EngineFailure:

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from serve.worker import QueueFull
+from serve.refusals import QueueFull
 
 Result = TypeVar("Result")
 

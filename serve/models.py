@@ -14,11 +14,11 @@ from serve.answers import (
 )
 from serve.body import JsonRoute
 from serve.metrics import CONTENT_TYPE
+from serve.refusals import Unavailable
 from serve.schema import DetokenizeRequest, TokenizeRequest
 from serve.service import Service, until_disconnect
 from serve.snapshots import Snapshots
 from serve.state import EngineState
-from serve.worker import Unavailable
 
 TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 

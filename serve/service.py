@@ -14,9 +14,10 @@ from emoe_jax.requests.request import RequestOutput, SamplingParams
 from emoe_jax.tasks.profile import OTHER
 from serve.answers import EmoeAnswer, PromptTokensDetails, Usage
 from serve.errors import ApiError
+from serve.generation import Generation, Submission
 from serve.schema import EmoeRequest, SloHeaders
 from serve.text import TextCodec
-from serve.worker import EngineWorker, Generation, Submission
+from serve.worker import EngineWorker
 
 Result = TypeVar("Result")
 

@@ -12,7 +12,8 @@ import pydantic_core
 from serve.engine_metrics import engine_families
 from serve.metrics import RequestMetrics, exposition
 from serve.process_metrics import process_metrics
-from serve.worker import EngineWorker, ServedEngine, Unavailable
+from serve.refusals import Unavailable
+from serve.worker import EngineWorker, ServedEngine
 
 REFRESH_SECONDS = 0.25
 """The greatest age of what a caller gets, a step's duration aside."""

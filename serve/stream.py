@@ -12,9 +12,9 @@ from emoe_jax.requests.request import RequestOutput
 from serve.answers import EmoeAnswer, Usage
 from serve.errors import ErrorResponse, describe
 from serve.failures import early_end
+from serve.generation import Generation, Progress
 from serve.schema import StreamOptions
 from serve.service import emoe_of, usage_of
-from serve.worker import Generation, Progress
 
 log = logging.getLogger("serve")
 

@@ -13,11 +13,13 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from emoe_jax.errors import CheckpointError, RequestError
 from emoe_jax.requests.request import SLO, Delta, RequestOutput, RoutingContract, SamplingParams
+from serve.generation import Generation, Progress, Submission
+from serve.refusals import EngineFailure, QueueFull, Unavailable
 from serve.stats import RequestStats
 
 log = logging.getLogger("serve")
@@ -25,9 +27,6 @@ log = logging.getLogger("serve")
 UNHEALTHY_AFTER_FAILED_STEPS = 3
 TROUBLE_SECONDS = 60.0
 """How long failed steps count: a server that gets no requests for being unhealthy could never show that it works."""
-MAX_BATCH = 64
-"""Deltas handed out at a time: who has not read for long shall not hold up others when all is sent."""
-
 ADMISSION_SECONDS = 0.005
 """Between two steps, for requests that have come; those with many prompts are taken in over several steps."""
 
@@ -61,108 +60,6 @@ class ServedEngine(Protocol):
         ...
 
     def state(self) -> dict[str, Any]: ...
-
-
-class QueueFull(Exception):
-    """Too many requests are waiting; try again later."""
-
-
-class Unavailable(Exception):
-    """The server is shutting down or the engine's thread has ended."""
-
-
-class EngineFailure(Exception):
-    """The engine raised while computing; the message is fit for a client, the cause is in the log."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Submission:
-    """One prompt for the engine."""
-
-    prompt: list[int]
-    params: SamplingParams
-    task: str | None = None
-    routing: RoutingContract | None = None
-    slo: SLO | None = None
-    cache_salt: str | None = None
-    grammar: object = None
-    """What was compiled for `params`; kept until the engine has found it, which would compile it anew otherwise."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Progress:
-    """A delta of the prompt at `position`; `output` is set on the delta that finishes that prompt."""
-
-    position: int
-    delta: Delta
-    output: RequestOutput | None
-
-
-class Generation:
-    """What one HTTP request has running in the engine: one or more prompts. Lives on the event loop."""
-
-    def __init__(self, worker: "EngineWorker", request_ids: list[str], sequences: int, stats: RequestStats):
-        self._worker = worker
-        self.request_ids = request_ids
-        self.stats = stats
-        self.unfinished = sequences
-        self._events: asyncio.Queue[Progress | Exception] = asyncio.Queue()
-        self._taken = asyncio.Event()
-        self._refusal: Exception | None = None
-
-    async def accepted(self) -> None:
-        """Wait until the engine took every prompt; the first may have tokens by then. Raises `RequestError` when the
-        engine refused one.
-        """
-        await self._taken.wait()
-        if self._refusal is not None:
-            raise self._refusal
-
-    async def batches(self, patience: float | None = None) -> AsyncIterator[list[Progress]]:
-        """Deltas in the order the engine made them, as many as have come in: a client that reads slowly gets them in
-        fewer pieces; none at all when nothing has come for `patience` seconds. Raises when the engine failed or the
-        server stopped.
-        """
-        remaining = len(self.request_ids)
-        while remaining:
-            try:
-                async with asyncio.timeout(patience):
-                    events = [await self._events.get()]
-            except TimeoutError:
-                yield []
-                continue
-            while not self._events.empty() and len(events) < MAX_BATCH:
-                events.append(self._events.get_nowait())
-            batch = [event for event in events if isinstance(event, Progress)]
-            remaining -= sum(event.output is not None for event in batch)
-            if batch:
-                yield batch
-            for event in events:
-                if isinstance(event, Exception):
-                    raise event
-
-    async def outputs(self) -> list[RequestOutput]:
-        """All finished prompts, in the order they were submitted."""
-        outputs: dict[int, RequestOutput] = {}
-        async for batch in self.batches():
-            outputs.update((event.position, event.output) for event in batch if event.output is not None)
-        return [outputs[position] for position in sorted(outputs)]
-
-    def abort(self) -> None:
-        """Free what is left in the engine; nothing happens when all is finished."""
-        self._worker.abort(self)
-
-    def deliver(self, event: Progress | Exception | None) -> None:
-        if isinstance(event, Progress):
-            self.stats.add(event.position, event.delta, event.output)
-        elif isinstance(event, EngineFailure | Unavailable):
-            self.stats.end("error")
-        if isinstance(event, Exception) and not self._taken.is_set():
-            self._refusal = event
-        if event is None or self._refusal is not None:
-            self._taken.set()
-        else:
-            self._events.put_nowait(event)
 
 
 @dataclasses.dataclass(slots=True)
@@ -254,7 +151,7 @@ class EngineWorker:
         """Queue all prompts or none. Raises `QueueFull` or `Unavailable`."""
         sequences = sum(item.params.n for item in submissions)
         self.check_room(sequences)
-        generation = Generation(self, [f"r{next(self._numbers)}" for _ in submissions], sequences, stats)
+        generation = Generation([f"r{next(self._numbers)}" for _ in submissions], sequences, stats, self.abort)
         stats.submitted([len(item.prompt) for item in submissions], [item.params for item in submissions])
         self._live.add(generation)
         self.changes += 1

@@ -18,12 +18,14 @@ from benchmarks.serving.workload import Job
 from emoe_jax import Engine, SamplingParams
 from emoe_jax.errors import RequestError
 from emoe_jax.requests.request import RoutingContract
+from serve.generation import Submission
 from serve.metrics import RequestMetrics
 from serve.options import parse_options
+from serve.refusals import EngineFailure
 from serve.start import keep_compilations
 from serve.start import load as load_engine
 from serve.stats import RequestStats
-from serve.worker import EngineFailure, EngineWorker, Submission
+from serve.worker import EngineWorker
 
 
 class EngineClient:

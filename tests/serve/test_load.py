@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 
-from serve.worker import Generation
+from serve.generation import Generation
 from tests.serve.conftest import StartServer
 from tests.serve.fake import FakeEngine, FakeTokenizer
 from tests.serve.resident import TOLERANCE, needs_proc, resident_bytes

@@ -12,10 +12,11 @@ import pytest
 
 import serve.snapshots
 from emoe_jax import SamplingParams
+from serve.generation import Submission
 from serve.metrics import RequestMetrics
 from serve.snapshots import LEAST_PAUSE, REFRESH_SECONDS, Snapshots
 from serve.stats import RequestStats
-from serve.worker import EngineWorker, Submission
+from serve.worker import EngineWorker
 from tests.serve.conftest import StartServer
 from tests.serve.fake import FakeEngine, FakeTokenizer
 from tests.serve.states import engine_state
