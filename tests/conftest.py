@@ -7,6 +7,10 @@ from collections.abc import Iterator
 import jax
 import pytest
 
+from tests.engines import engine_of, tiny_checkpoint
+
+__all__ = ["engine_of", "tiny_checkpoint"]
+
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:

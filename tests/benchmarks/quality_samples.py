@@ -12,7 +12,7 @@ from benchmarks.quality.scores import METRICS, RESAMPLES, Row
 from benchmarks.quality.served import Cell
 from emoe_jax.models import save_checkpoint
 from serve.options import DEMO_MODEL
-from tests.engine.conftest import TINY, random_model
+from tests.engines import TINY, random_model
 
 
 def write_model(directory: Path) -> Path:

@@ -12,7 +12,7 @@ from benchmarks.memory.needs import Load, Needs, measure, pages_on
 from emoe_jax.errors import CapacityError
 from emoe_jax.memory.plan import MemoryPlan, dense_parameters
 from emoe_jax.models import config_from_hf
-from tests.engine.conftest import TINY
+from tests.engines import TINY
 
 CONFIG = config_from_hf(TINY)
 # D 32, F 24, L 3, N 4, K 2, H 8, E 8, V 61; 4 bytes per number.

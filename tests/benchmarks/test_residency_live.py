@@ -11,7 +11,7 @@ import pytest
 from benchmarks.residency import __main__ as command
 from benchmarks.residency import live
 from emoe_jax.errors import EmoeError
-from tests.engine.conftest import TINY
+from tests.engines import TINY
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from emoe_jax.checkpoint.safetensors import SafetensorsFile, are_finite
 from emoe_jax.errors import CheckpointError
 from emoe_jax.experts.weights import ExpertLayout
 from emoe_jax.models import open_checkpoint
-from tests.engine.conftest import tiny_checkpoint  # noqa: F401
 
 RNG = np.random.default_rng(2)
 TENSORS = {
@@ -127,7 +126,7 @@ def copied(source: Path, target: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_weights_that_are_not_finite_are_refused(tiny_checkpoint: Path, tmp_path: Path, dtype: str) -> None:  # noqa: F811
+def test_weights_that_are_not_finite_are_refused(tiny_checkpoint: Path, tmp_path: Path, dtype: str) -> None:
     """Overwritten with the same size, and the time of the last write put back: only the weights themselves tell."""
     directory, shard = copied(tiny_checkpoint, tmp_path / "copy")
     checkpoint = open_checkpoint(directory)
@@ -143,7 +142,7 @@ def test_weights_that_are_not_finite_are_refused(tiny_checkpoint: Path, tmp_path
 
 
 @pytest.mark.parametrize("damage", ["shrink", "overwrite"])
-def test_the_engine_outlives_a_file_that_changes(tiny_checkpoint: Path, tmp_path: Path, damage: str) -> None:  # noqa: F811
+def test_the_engine_outlives_a_file_that_changes(tiny_checkpoint: Path, tmp_path: Path, damage: str) -> None:
     """`exact` needs what cannot be read; `resident` goes on with what is there, and so does `exact` once it can be."""
     directory, shard = copied(tiny_checkpoint, tmp_path / "copy")
     greedy = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)

@@ -11,7 +11,7 @@ from emoe_jax.device.adjustments import Adjustments
 from emoe_jax.device.sampler import SamplingArrays, sample
 from emoe_jax.requests.adjustment import LogitAdjustment
 from emoe_jax.requests.sequence import Sequence
-from tests.engine.conftest import EngineFactory
+from tests.engines import EngineFactory
 
 V = 61
 PROMPT = [3, 17, 5]

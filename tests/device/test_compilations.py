@@ -13,7 +13,7 @@ from emoe_jax.requests.request import RoutingContract
 from emoe_jax.residency import forecaster
 from emoe_jax.tasks import Lengths, Task, TaskProfile
 from tests.compilations import heard_compilations
-from tests.engine.conftest import TINY
+from tests.engines import TINY
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
 PAGE = 16 * LAYERS * 2 * 2 * 8 * 4

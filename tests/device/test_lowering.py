@@ -15,7 +15,7 @@ from emoe_jax.device.kv_cache import new_cache
 from emoe_jax.experts.weights import ExpertLayout
 from emoe_jax.models import config_from_hf
 from emoe_jax.models.decoder import Decoder
-from tests.engine.conftest import TINY
+from tests.engines import TINY
 from tests.lowering import export_for_cuda
 
 # Sizes that a GPU kernel can tile, so that lowering takes the path that a GPU would.

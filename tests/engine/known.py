@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from emoe_jax.predictor import Predictor, PredictorConfig, Prompts, network
-from tests.engine.conftest import TINY
+from tests.engines import TINY
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
 

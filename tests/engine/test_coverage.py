@@ -10,7 +10,7 @@ from emoe_jax.device.runner import Dispatched, Runner
 from emoe_jax.requests.request import RoutingContract
 from emoe_jax.residency import residency as residency_module
 from emoe_jax.scheduling.plan import StepPlan
-from tests.engine.conftest import EngineFactory
+from tests.engines import EngineFactory
 
 RNG = np.random.default_rng(3)
 PROMPTS = [RNG.integers(0, 60, size=length).tolist() for length in (5, 19, 2, 33)]

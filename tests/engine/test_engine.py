@@ -13,7 +13,7 @@ from emoe_jax.device.runner import Runner
 from emoe_jax.errors import ConfigError
 from emoe_jax.moe import moe_ffn
 from emoe_jax.requests.request import RoutingContract
-from tests.engine.conftest import TINY, EngineFactory, random_model
+from tests.engines import TINY, EngineFactory, random_model
 from tests.models.plain import plain_forward
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)

@@ -10,7 +10,7 @@ from emoe_jax import Engine, SamplingParams
 from emoe_jax.device import step
 from emoe_jax.device.runner import Runner
 from emoe_jax.requests.request import RoutingContract
-from tests.engine.conftest import EngineFactory
+from tests.engines import EngineFactory
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
 RNG = np.random.default_rng(5)

@@ -9,7 +9,7 @@ import pytest
 
 from emoe_jax import Engine, SamplingParams
 from emoe_jax.errors import RequestError
-from tests.engine.conftest import EngineFactory
+from tests.engines import EngineFactory
 
 TEXTS = [[7, 3, 3, 60, 12, 9, 41], [5, 60, 0, 2, 8, 8, 9], [1, 2, 30, 31, 32, 33, 34, 35, 36, 37]]  # 60 ends texts
 

@@ -8,7 +8,7 @@ import pytest
 
 from emoe_jax import Engine, SamplingParams
 from serve.worker import EngineWorker
-from tests.engine.conftest import EngineFactory
+from tests.engines import EngineFactory
 
 
 def wanted(engine: Engine) -> list[int]:

@@ -9,7 +9,7 @@ from emoe_jax import RequestError, SamplingParams
 from emoe_jax.engine.engine import ROWS_AT_ONCE, mean_row
 from emoe_jax.engine.intake import MAX_CLASSIFIED_TOKENS
 from emoe_jax.requests.adjustment import LogitAdjustment
-from tests.engine.conftest import EngineFactory
+from tests.engines import EngineFactory
 
 PROMPT = [5, 9, 17, 3]
 

@@ -14,7 +14,7 @@ from emoe_jax.device.batch import UNCACHED_ROWS, Shape
 from emoe_jax.engine.quality import Quality
 from emoe_jax.models import save_checkpoint
 from tests.device.test_lowering import Pieces
-from tests.engine.conftest import TINY, random_model
+from tests.engines import TINY, random_model
 from tests.models.loaded import load
 
 RAW: dict[str, Any] = TINY | {"max_position_embeddings": 2048, "num_hidden_layers": 2}

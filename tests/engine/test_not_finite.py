@@ -15,7 +15,7 @@ from emoe_jax.models import save_checkpoint
 from emoe_jax.models.decoder import Decoder
 from emoe_jax.requests.request import RequestOutput
 from emoe_jax.traces import RoutingTrace
-from tests.engine.conftest import TINY, random_model
+from tests.engines import TINY, random_model
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 SAMPLED = SamplingParams(max_tokens=12, temperature=1.0, top_p=0.9, seed=3, ignore_eos=True)

@@ -15,7 +15,7 @@ from emoe_jax.models import save_checkpoint
 from emoe_jax.requests.request import RoutingContract
 from emoe_jax.scheduling.plan import StepPlan
 from emoe_jax.traces import RoutingTrace
-from tests.engine.conftest import TINY, EngineFactory, random_model
+from tests.engines import TINY, EngineFactory, random_model
 from tests.golden.tiny import OPENMOE, write_checkpoint
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)

@@ -7,7 +7,7 @@ import pytest
 
 from emoe_jax import RequestOutput, SamplingParams
 from emoe_jax.requests.request import RoutingContract
-from tests.engine.conftest import EngineFactory
+from tests.engines import EngineFactory
 
 PROMPT = np.random.default_rng(3).integers(0, 60, size=40).tolist()
 PARAMS = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True, prompt_logprobs=2)

@@ -12,7 +12,7 @@ from emoe_jax.predictor.layers import LayerPrior
 from emoe_jax.predictor.token_prior import TokenPrior
 from emoe_jax.predictor.tokens import TokenTable
 from emoe_jax.traces import RoutingTrace
-from tests.engine.conftest import TINY
+from tests.engines import TINY
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
 PARAMS = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)

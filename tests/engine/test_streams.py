@@ -10,7 +10,7 @@ import pytest
 from emoe_jax import Engine, SamplingParams
 from emoe_jax.device.runner import Runner
 from emoe_jax.requests.request import Delta
-from tests.engine.conftest import EngineFactory
+from tests.engines import EngineFactory
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 RNG = np.random.default_rng(11)

@@ -12,7 +12,7 @@ from emoe_jax.experts.store import ExpertStore
 from emoe_jax.requests.sequence import Sequence
 from emoe_jax.residency.admission import ExpertLoading
 from emoe_jax.scheduling.slo import SloPolicy
-from tests.engine.conftest import EngineFactory
+from tests.engines import EngineFactory
 
 SLOW = 0.02
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)

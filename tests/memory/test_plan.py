@@ -24,7 +24,7 @@ from emoe_jax.memory.plan import (
 from emoe_jax.memory.splits import MemorySplit, Sizes, changes, lean_split, peak_bytes
 from emoe_jax.models import config_from_hf
 from emoe_jax.scheduling.pages import pages_for
-from tests.engine.conftest import TINY
+from tests.engines import TINY
 
 CONFIG = config_from_hf(TINY)
 EXPERT = 3 * 32 * 24 * 4

@@ -16,7 +16,7 @@ from emoe_jax.experts.store import ExpertStore, aligned_record
 from emoe_jax.memory import trade
 from emoe_jax.memory.trade import Pressure
 from emoe_jax.models import open_checkpoint
-from tests.engine.conftest import EngineFactory
+from tests.engines import EngineFactory
 
 PAGE = 16 * 3 * 2 * 2 * 8 * 4
 EXPERT = 3 * 32 * 24 * 4

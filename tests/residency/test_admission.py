@@ -11,7 +11,7 @@ from emoe_jax.requests.request import RoutingContract
 from emoe_jax.requests.sequence import Sequence
 from emoe_jax.residency.admission import ExpertLoading
 from emoe_jax.tasks import TaskProfile
-from tests.engine.conftest import EngineFactory
+from tests.engines import EngineFactory
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
 PROMPTS = [[5, 9, 31, 7], [1, 2], [40, 3, 8, 8, 8, 11]]

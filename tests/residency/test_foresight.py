@@ -17,7 +17,7 @@ from emoe_jax.predictor import Predictor, PredictorConfig, Prompts, network
 from emoe_jax.requests.sequence import Sequence
 from emoe_jax.residency.accounts import MOST_TASKS, TaskAccounts
 from emoe_jax.tasks import Lengths, Task, TaskProfile
-from tests.engine.conftest import TINY
+from tests.engines import TINY
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
 PARAMS = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)

@@ -12,7 +12,7 @@ from emoe_jax.errors import ConfigError
 from emoe_jax.models import config_from_hf
 from emoe_jax.requests.request import SLO
 from emoe_jax.tasks import Lengths, TaskProfile
-from tests.engine.conftest import TINY
+from tests.engines import TINY
 
 CONFIG = config_from_hf(TINY)  # 3 MoE layers of 8 experts, top-2
 

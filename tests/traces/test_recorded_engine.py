@@ -18,7 +18,7 @@ from emoe_jax.models import save_checkpoint
 from emoe_jax.moe import moe_ffn
 from emoe_jax.tasks import TaskProfile
 from emoe_jax.traces import RoutingTrace
-from tests.engine.conftest import TINY, random_model
+from tests.engines import TINY, random_model
 from tests.models.plain import plain_forward
 
 RAW = TINY | {"num_hidden_layers": 2}
