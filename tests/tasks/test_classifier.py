@@ -1,17 +1,18 @@
 """Telling tasks by keywords: learned from training prompts, judged on test prompts and on unrelated texts."""
 
+import itertools
+
 import pytest
 
 from emoe_jax.errors import ConfigError
 from emoe_jax.tasks import OTHER, TaskClassifier, TaskProfile
 from emoe_jax.tasks.classifier import END_CHARS
-from tests.effort import lines_run
+from tests.effort import calls_made
 from train.classifier import UNRELATED
 from train.keywords import demo_prompts, with_demo_keywords, with_keywords
 from train.tasks import TASKS
 
 EMPTY = TaskProfile(num_layers=1, num_experts=8, top_k=2)
-LINES_PER_WORD = 8  # 7.3 when this was written
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +40,15 @@ def test_instructions_are_found_at_both_ends_of_long_texts(classifier: TaskClass
     assert classifier.classify(f"{filler}\n{instruction}.") == "sum"
 
 
-def test_a_word_costs_few_lines(classifier: TaskClassifier) -> None:
-    """However many keywords there are; `train.classifier` says how many milliseconds 2,000 tokens take."""
-    text = "\n".join(demo_prompts("sum", "test", 0, 60))[:10_000]
-    assert lines_run(lambda: classifier.classify(text)) < LINES_PER_WORD * len(text.split())
+def test_a_word_costs_the_same_however_many_keywords_there_are() -> None:
+    """`train.classifier` says how many milliseconds 2,000 tokens take."""
+    words = [f"word{number}" for number in range(2_000)]
+    keywords = {f"{first} {second}": 1.0 for first, second in itertools.pairwise(words)}
+    text = " ".join(words[:20] * 50)
+    few = TaskClassifier(EMPTY.with_task("a", keywords=dict(itertools.islice(keywords.items(), 25))))
+    many = TaskClassifier(EMPTY.with_task("a", keywords=keywords))
+    assert few.scores(text) == many.scores(text) == {"a": 19.0}
+    assert calls_made(lambda: many.classify(text)) == calls_made(lambda: few.classify(text))
 
 
 def test_scores_add_up_each_keyword_once() -> None:
