@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Rows
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -12,19 +12,17 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from emoe_jax.attention.paged import LayerKV
 from emoe_jax.config import ModelConfig
 from emoe_jax.device import step
-from emoe_jax.device.batch import Batch, Buckets, Shape, batches_of, empty_batch, uncached_batches
+from emoe_jax.device.batch import Batch, Buckets, Shape, batches_of, empty_batch
 from emoe_jax.device.compiling import MemoryShapes, compile_adjusted_choice
 from emoe_jax.device.executables import Executables
 from emoe_jax.device.kv_cache import KVCache, move_pages, resize_pages
+from emoe_jax.device.layered import LayeredForward
 from emoe_jax.device.readback import keep_prompt_logprobs, not_finite, sampled_token
 from emoe_jax.device.recording import counts_by_sequence, record_wishes, without_probs
 from emoe_jax.device.sampler import TokenLogprobs
-from emoe_jax.errors import RequestError
 from emoe_jax.models.decoder import Decoder
-from emoe_jax.models.routing import Substituted
 from emoe_jax.policies.policy import Chunk
 from emoe_jax.requests.request import RoutingContract
 from emoe_jax.requests.sequence import Sequence
@@ -85,11 +83,7 @@ class Runner:
         self._kept = jax.device_put(np.zeros(buckets.sequences[-1], np.int32), sharding)
         self._skeleton, leaves = step.Skeleton.split(model)
         self._leaves = jax.device_put(leaves, sharding)
-        layers = [step.Skeleton.split(layer) for layer in model.layers]
-        self._layers = [(skeleton, jax.device_put(leaves, sharding)) for skeleton, leaves in layers]
-        kinds = [(skeleton, self.config.sliding_window(index)) for index, (skeleton, _) in enumerate(layers)]
-        # Layers of one kind share an executable; the number of the first such layer stands for the kind.
-        self._kinds = [kinds.index(kind) for kind in kinds]
+        self._layered = LayeredForward(model, self._leaves, residency, self.executables)
 
     def dispatch(self, plan: StepPlan) -> Dispatched:
         """Start computing a plan, whose sequences may wait for tokens of the plan before.
@@ -198,29 +192,7 @@ class Runner:
         Layer by layer, and within a layer at most `UNCACHED_ROWS` tokens at a time. Beside what a step of so many
         tokens takes, the device holds the keys and values of one layer; scores exist for one block of keys.
         """
-        length = len(token_ids)
-        if not 0 < length <= self.config.max_position:
-            raise RequestError(f"{length} tokens given; expected 1 to {self.config.max_position}", param="token_ids")
-        batches = uncached_batches(token_ids, routing)
-        alone = len(batches) == 1  # then nothing is attended to but the batch itself
-        states: list[Any] = []
-        for batch in batches:
-            tokens, shape = batch.inputs.tokens, batch.shape[:2]
-            x = self._call(step.embed, shape, self._leaves, tokens, self._kept, skeleton=self._skeleton)
-            states.append(x if alone else np.asarray(x))  # the device holds one batch at a time
-        pages = None if alone else self._blank_pages(batches[0].shape.pages + 1)
-        for index in range(len(self._layers)):
-            for number, batch in enumerate(batches):
-                x = jax.device_put(states[number], self._residency.slab.sharding)
-                pages, x, *_ = self._layer(index, batch, x, pages)
-                states[number] = x if alone else np.asarray(x)
-        logits = np.empty((length, self.config.vocab_size), np.float32)
-        for batch, x in zip(batches, states, strict=True):
-            x = jax.device_put(x, self._residency.slab.sharding)
-            rows = self._call(step.all_logits, batch.shape[:2], self._leaves, x, skeleton=self._skeleton)
-            start, count = batch.inputs.starts[0], batch.inputs.lengths[0]
-            logits[start : start + count] = np.asarray(rows)[0, :count]
-        return logits
+        return self._layered.logits(token_ids, routing, self._cache[0], self._kept)
 
     def warm_up(self, progress: Progress | None = None) -> None:
         """Compile every shape that `run` can meet: whole forwards on a pool of threads, the rest beside it."""
@@ -256,13 +228,15 @@ class Runner:
         `kept` are the tokens of the steps before; those of the batches before it in the same step are not among them.
         """
         if batch.routing == "exact" and not self._residency.is_full:
-            outputs = self._run_exact(batch, kept)
+            outputs = self._layered.run(batch, self._cache, kept)
         else:
             arguments = self._resident_arguments(batch, kept)
-            cache, outputs = self._call(step.resident_step, (batch.shape, self._shapes), *arguments, **self._statics)
+            cache, outputs = self.executables.call(
+                step.resident_step, (batch.shape, self._shapes), *arguments, **self._statics
+            )
             self._cache = list(cache)
         adjusted = batch.sampling.adjustments is not None
-        sampled, self._kept = self._call(
+        sampled, self._kept = self.executables.call(
             step.choose_tokens,
             (batch.shape.sequences, adjusted),
             outputs.logits,
@@ -288,96 +262,6 @@ class Runner:
                 places[row] = self._places[piece.sequence] = len(self._places)
         return places
 
-    def _run_exact(self, batch: Batch, kept: Int[Array, " S"]) -> step.StepOutputs:
-        x, wish_counts, wishes = self._layer_by_layer(batch, kept)
-        logits, finite = self._call(
-            step.last_logits, batch.shape[:2], self._leaves, x, batch.inputs.lengths, skeleton=self._skeleton
-        )
-        nothing = Substituted(*np.zeros((2, batch.shape.sequences)))  # pyright: ignore[reportArgumentType]
-        return step.StepOutputs(x, logits, np.stack(wish_counts), nothing, finite, wishes)
-
-    def _layer_by_layer(
-        self, batch: Batch, kept: Int[Array, " S"]
-    ) -> tuple[Float[Array, "B T D"], list[Int[np.ndarray, " E"]], list[step.Wishes]]:
-        """A forward that stops at every router: the `exact` contract.
-
-        Returns the last hidden states, the wish counts and (still on the device) the wishes per MoE layer.
-        """
-        x = self._call(step.embed, batch.shape[:2], self._leaves, batch.inputs.tokens, kept, skeleton=self._skeleton)
-        wish_counts: list[np.ndarray] = []
-        wishes: list[step.Wishes] = []
-        for index in range(len(self._layers)):
-            keep = functools.partial(self._cache.__setitem__, index)
-            _, x, counts, layer_wishes = self._layer(index, batch, x, self._cache[index], keep)
-            if layer_wishes is not None:
-                wish_counts.append(counts)
-                wishes.append(layer_wishes)
-        return x, wish_counts, wishes
-
-    def _layer(
-        self,
-        index: int,
-        batch: Batch,
-        x: Float[Array, "B T D"],
-        layer_cache: LayerKV | None,
-        keep: Callable[[LayerKV], None] | None = None,
-    ) -> tuple[LayerKV | None, Float[Array, "B T D"], Int[np.ndarray, " E"], step.Wishes | None]:
-        """One layer that stops at its router. Donates `layer_cache`; without one, sequences attend to themselves only.
-
-        Returns the cache, the hidden states, the wish counts and the wishes (None of a layer without experts). `keep`
-        gets the cache before anything can fail: the old arrays are gone by then.
-        """
-        config, shape, inputs = self.config, batch.shape, batch.inputs
-        skeleton, leaves = self._layers[index]
-        kind, window = self._kinds[index], config.sliding_window(index)
-        pages = 0 if layer_cache is None else layer_cache.k.shape[0]
-        statics = {"skeleton": skeleton, "config": config, "window": window}
-        if not config.is_moe(index):
-            layer_cache, x = self._call(
-                step.dense_layer, (kind, *shape, pages), leaves, x, layer_cache, inputs, **statics
-            )
-            if keep is not None and layer_cache is not None:
-                keep(layer_cache)
-            return layer_cache, x, np.zeros(0, np.int32), None
-        m = config.moe_layers.index(index)
-        restricted = batch.routing == "resident"
-        layer_cache, routed, total, wishes = self._call(
-            step.attend_and_route,
-            (kind, *shape, pages, restricted),
-            leaves,
-            x,
-            layer_cache,
-            inputs,
-            self._residency.table.resident_mask[m],
-            restricted=restricted,
-            **statics,
-        )
-        if keep is not None and layer_cache is not None:
-            keep(layer_cache)
-        counts = np.asarray(routed.wish_counts)
-        for slots in self._waves(m, counts, batch.routing):
-            experts = self._residency.slab.weights[m]
-            wave = (*shape[:2], experts.capacity)
-            total = self._call(step.expert_wave, wave, routed, slots, experts, total, config=config)
-        x = self._call(step.close_moe, (kind, *shape[:2]), leaves, routed, total, skeleton=skeleton)
-        return layer_cache, x, counts, wishes
-
-    def _blank_pages(self, count: int) -> LayerKV:
-        """Pages of one layer for an uncached forward, in the cache's dtype."""
-        shape, dtype = (count, *self._cache[0].k.shape[1:]), self._cache[0].k.dtype
-        zeros = np.zeros(shape, dtype)
-        sharding = self._residency.slab.sharding
-        return LayerKV(jax.device_put(zeros, sharding), jax.device_put(zeros.copy(), sharding))
-
-    def _waves(
-        self, m: int, wish_counts: Int[np.ndarray, " E"], routing: RoutingContract
-    ) -> Iterator[Int[np.ndarray, " E"]]:
-        """Slots of the experts that take part, per call of the MoE op: the resident ones, or the wished in waves."""
-        if routing == "resident":
-            yield self._residency.table.slot_of_expert[m].copy()
-        else:
-            yield from self._residency.waves.waves(m, wish_counts)
-
     def _resident_arguments(self, batch: Batch, kept: Int[Array, " S"]) -> tuple[Any, ...]:
         residency = self._residency
         return (
@@ -394,7 +278,7 @@ class Runner:
         targets = batch.prompt_targets()
         if targets is None:
             return None
-        return self._call(
+        return self.executables.call(
             step.prompt_logprobs, batch.shape.tokens, self._leaves, hidden, targets, skeleton=self._skeleton
         )
 
@@ -418,9 +302,6 @@ class Runner:
         hidden = jax.eval_shape(embed, self._leaves, targets[None], self._kept)
         hidden = jax.ShapeDtypeStruct(hidden.shape, hidden.dtype, sharding=self._residency.slab.sharding)
         self.executables.compile(step.prompt_logprobs, T, self._leaves, hidden, targets, skeleton=self._skeleton)
-
-    def _call(self, function: Callable[..., Any], key: Any, *args: Any, **statics: Any) -> Any:
-        return self.executables.call(function, key, *args, **statics)
 
 
 def _is_readable(arrays: Any) -> bool:

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from emoe_jax import Engine, SamplingParams
+from emoe_jax.attention.paged import LayerKV
 from emoe_jax.device import step
+from emoe_jax.device.executables import Executables
 from emoe_jax.device.runner import Runner
 from emoe_jax.requests.request import RoutingContract
 from tests.engines import EngineFactory
@@ -81,19 +83,21 @@ def test_a_failing_call_that_takes_the_kv_cache_along_costs_its_batch_only(
     """The donated arrays are gone when the call raises. Others are computed again, and no lost page is reused."""
     engine = engine_of(expert_memory="5 slots", overlap=overlap, routing=routing, prefix_caching=True)
     expected = [engine.generate(prompt, GREEDY)[0].token_ids for prompt in PROMPTS]
-    original, calls = Runner._call, 0
+    original, calls = Executables.call, 0
 
-    def fail_once(runner: Runner, called: Any, key: Any, *args: Any, **statics: Any) -> Any:
+    def fail_once(executables: Executables, called: Any, key: Any, *args: Any, **statics: Any) -> Any:
         nonlocal calls
         if called is getattr(step, function):
             calls += 1
             if calls == fatal:
-                for array in jax.tree.leaves(runner._cache):
-                    array.delete()
+                for part in jax.tree.leaves(args, is_leaf=lambda part: isinstance(part, LayerKV)):
+                    if isinstance(part, LayerKV):
+                        part.k.delete()
+                        part.v.delete()
                 raise RuntimeError("the device is gone")
-        return original(runner, called, key, *args, **statics)
+        return original(executables, called, key, *args, **statics)
 
-    monkeypatch.setattr(Runner, "_call", fail_once)
+    monkeypatch.setattr(Executables, "call", fail_once)
     for index, prompt in enumerate(PROMPTS):
         engine.add_request(str(index), prompt, GREEDY)
     failures = count_failures(engine)
