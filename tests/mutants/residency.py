@@ -84,7 +84,7 @@ RESIDENCY = (
         "sensitivity: exchanges",
         "layers in which no expert matters load experts",
         _POLICY,
-        " & (self._sensitivity > 0)",
+        "        is_due &= self._sensitivity > 0\n",
         "",
         ("tests/residency/test_foresight.py::test_a_task_that_needs_no_expert_in_particular_loads_none",),
     ),
