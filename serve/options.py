@@ -17,7 +17,7 @@ from emoe_jax.memory.budget import parse_expert_memory
 from emoe_jax.memory.plan import parse_bandwidth, parse_bytes
 from emoe_jax.policies import POLICIES
 from emoe_jax.requests.request import RoutingContract
-from emoe_jax.scheduling.registry import POLICIES as SCHEDULING_POLICIES
+from emoe_jax.scheduling.registry import SCHEDULING_POLICIES
 from emoe_jax.scheduling.registry import VARIANTS as SCHEDULING_VARIANTS
 from serve.logs import LogFormat
 from serve.paths import hides_own_path

@@ -9,7 +9,7 @@ from emoe_jax.requests.sequence import Sequence
 from emoe_jax.scheduling.cost import StepCost
 from emoe_jax.scheduling.pages import PagePool
 from emoe_jax.scheduling.plan import SampledToken, StepPlan, StepResult
-from emoe_jax.scheduling.registry import POLICIES, make_admission_policy
+from emoe_jax.scheduling.registry import SCHEDULING_POLICIES, make_admission_policy
 from emoe_jax.scheduling.scheduler import Scheduler
 
 PLACES, STEP_TOKENS, MODEL_LEN, CHUNK, PAGES = 64, 512, 512, 128, 4096
@@ -19,7 +19,7 @@ SLOS = (SLO(), SLO(ttft_ms=2000), SLO(latency_ms=60_000), SLO(ttft_ms=60_000, la
 
 def scheduler_overhead(requests: int = 10_000) -> dict[str, float]:
     """Seconds that scheduling so many requests takes, all of them waiting at once, by policy."""
-    return {f"{policy}_seconds_for_{requests}_requests": _seconds(policy, requests) for policy in POLICIES}
+    return {f"{policy}_seconds_for_{requests}_requests": _seconds(policy, requests) for policy in SCHEDULING_POLICIES}
 
 
 def schedule_all(policy: str, requests: int, measured: Callable[[Callable[[], object]], None]) -> Scheduler:

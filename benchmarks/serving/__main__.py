@@ -24,7 +24,7 @@ from benchmarks.serving.simulated import machine_of, poisson_workload, run_simul
 from benchmarks.serving.tables import plot_runs, print_intervals, print_ratios, print_runs
 from benchmarks.serving.workload import demo_samples
 from emoe_jax.errors import ConfigError, EmoeError, one_line
-from emoe_jax.scheduling.registry import PARTS, POLICIES, VARIANTS, without
+from emoe_jax.scheduling.registry import PARTS, SCHEDULING_POLICIES, VARIANTS, without
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -150,8 +150,15 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    choices = [*POLICIES, *VARIANTS]
-    add("--policy", nargs="+", choices=choices, default=["fcfs", "slo"], metavar="NAME", help=" or ".join(POLICIES))
+    choices = [*SCHEDULING_POLICIES, *VARIANTS]
+    add(
+        "--policy",
+        nargs="+",
+        choices=choices,
+        default=["fcfs", "slo"],
+        metavar="NAME",
+        help=" or ".join(SCHEDULING_POLICIES),
+    )
     add("--without", nargs="+", choices=PARTS, default=[], metavar="PART", help="also slo less one of its parts")
     add("--residency", nargs="+", metavar="SHARE", help="resident experts, for example 100%% 40%%: a setting each")
     add("--routing", nargs="+", choices=("resident", "exact"), metavar="CONTRACT", help="of all requests, likewise")

@@ -46,7 +46,6 @@ def admission_policy(name: str, profile: TaskProfile | None, residency: Resident
         prefill_chunk=limits.prefill_chunk,
         profile=profile,
         loading_seconds=loading.seconds,
-        affinity=loading.experts.affinity,
     )
 
 

@@ -54,7 +54,7 @@ class PagePool:
     def num_used(self) -> int:
         return self.num_usable - self.num_free
 
-    def pages_for(self, num_tokens: int) -> int:
+    def needed(self, num_tokens: int) -> int:
         """Pages that hold `num_tokens` tokens."""
         return -(-num_tokens // self.page_size)
 

@@ -23,8 +23,8 @@ class AdmissionPolicy(Protocol):
         """Those that wait; those that came first, first."""
         ...
 
-    def next_up(self, running: Collection[Sequence], places: int, now: float) -> list[Sequence]:
-        """Those that would start next beside those `running`, in order, if so many `places` were free."""
+    def next_up(self, places: int, now: float) -> list[Sequence]:
+        """Those that would start next, in order, if so many `places` were free."""
         ...
 
     def add(self, sequence: Sequence, running: Collection[Sequence]) -> None:
@@ -76,7 +76,7 @@ class FcfsPolicy:
     def waiting(self) -> tuple[Sequence, ...]:
         return tuple(self._queue)
 
-    def next_up(self, running: Collection[Sequence], places: int, now: float) -> list[Sequence]:
+    def next_up(self, places: int, now: float) -> list[Sequence]:
         return list(itertools.islice(self._queue, places))
 
     def add(self, sequence: Sequence, running: Collection[Sequence]) -> None:

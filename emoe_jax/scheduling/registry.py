@@ -7,11 +7,11 @@ from emoe_jax.scheduling.cost import CostModel
 from emoe_jax.scheduling.estimates import Estimates
 from emoe_jax.scheduling.lengths import OutputLengths
 from emoe_jax.scheduling.policy import AdmissionPolicy, FcfsPolicy
-from emoe_jax.scheduling.slo import MAX_WAIT, Affinity, LoadingSeconds, SloPolicy, loads_nothing, shares_nothing
+from emoe_jax.scheduling.slo import MAX_WAIT, LoadingSeconds, SloPolicy, loads_nothing
 from emoe_jax.tasks.profile import TaskProfile
 
-POLICIES = ("slo", "fcfs")
-PARTS = ("c", "G", "dE", "affinity", "aging", "guard")
+SCHEDULING_POLICIES = ("slo", "fcfs")
+PARTS = ("c", "G", "dE", "aging", "guard")
 """What `slo` goes by: see `docs/scheduling.md`."""
 _WITHOUT = "slo-without-"
 
@@ -27,8 +27,8 @@ VARIANTS = tuple(map(without, PARTS))
 
 def check_policy(name: str) -> None:
     """Raise `ConfigError` when there is no policy of that name."""
-    if name not in POLICIES + VARIANTS:
-        raise ConfigError(f"scheduling policy is {name!r}; expected one of {', '.join(POLICIES)}")
+    if name not in SCHEDULING_POLICIES + VARIANTS:
+        raise ConfigError(f"scheduling policy is {name!r}; expected one of {', '.join(SCHEDULING_POLICIES)}")
 
 
 def make_admission_policy(
@@ -39,9 +39,8 @@ def make_admission_policy(
     prefill_chunk: int,
     profile: TaskProfile | None = None,
     loading_seconds: LoadingSeconds = loads_nothing,
-    affinity: Affinity = shares_nothing,
 ) -> AdmissionPolicy:
-    """One of `POLICIES` or `VARIANTS`. Raises `ConfigError` for another name."""
+    """One of `SCHEDULING_POLICIES` or `VARIANTS`. Raises `ConfigError` for another name."""
     check_policy(name)
     if name == "fcfs":
         return FcfsPolicy()
@@ -53,5 +52,4 @@ def make_admission_policy(
         guarded=part != "guard",
         max_wait=math.inf if part == "aging" else MAX_WAIT,
         loading_seconds=loads_nothing if part == "dE" else loading_seconds,
-        affinity=shares_nothing if part == "affinity" else affinity,
     )

@@ -63,10 +63,10 @@ class Scheduler:
                 f"max_num_batched_tokens ({max_num_batched_tokens}) is below max_num_seqs ({max_num_seqs}); "
                 "a step must have room for one token of every running sequence"
             )
-        if pool.num_usable < pool.pages_for(max_model_len):
+        if pool.num_usable < pool.needed(max_model_len):
             raise CapacityError(
                 f"the KV cache has {pool.num_usable} pages of {pool.page_size} tokens; one sequence of "
-                f"max_model_len {max_model_len} needs {pool.pages_for(max_model_len)}"
+                f"max_model_len {max_model_len} needs {pool.needed(max_model_len)}"
             )
         self.pool = pool
         self.max_num_seqs = max_num_seqs
@@ -110,7 +110,7 @@ class Scheduler:
 
     def line(self, now: float, count: int) -> list[Sequence]:
         """The first `count` of those that wait, in the order in which they will probably start."""
-        return self.policy.next_up(self._running, count, now)
+        return self.policy.next_up(count, now)
 
     def use_policy(self, policy: AdmissionPolicy) -> None:
         """Admit by another policy from now on. Raises `ValueError` when sequences wait in the old one's queue."""
@@ -305,13 +305,13 @@ class Scheduler:
         # Pages are taken chunk by chunk, but promised whole: what running prompts still need, and one page of growth
         # for every running sequence. Without the promise an admission would soon be preempted again.
         promised = len(self._running) + sum(
-            max(0, pool.pages_for(sequence.num_tokens) - len(sequence.pages)) for sequence in self._running
+            max(0, pool.needed(sequence.num_tokens) - len(sequence.pages)) for sequence in self._running
         )
         places = self.max_num_seqs - len(self._running)
         for sequence in self.policy.candidates(self._running, tuple(prefills), now):
             total = sequence.num_tokens
             cached = self.prefix_cache.find(sequence)
-            missing = pool.pages_for(total) - len(cached)
+            missing = pool.needed(total) - len(cached)
             if self.prefix_cache.is_pending(sequence, cached):
                 # Set aside until those pages are there. Its place, and pages of its own, are kept for it.
                 promised += 1 + missing
@@ -326,7 +326,7 @@ class Scheduler:
             self.prefix_cache.take(sequence, cached)
             start = sequence.num_computed
             length = min(total - start, chunk, budget)
-            pages = pool.pages_for(start + length) - len(cached)
+            pages = pool.needed(start + length) - len(cached)
             sequence.pages += pool.allocate(pages)
             sequence.status = SequenceStatus.RUNNING
             if sequence.started_at is None:

@@ -15,7 +15,6 @@ Where the paper leaves a choice, or its rule would idle the machine:
 import heapq
 import itertools
 import math
-from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterator
 from typing import Any
 
@@ -32,21 +31,12 @@ PREFILL_STEPS = 2
 """A step computes prompts for as long as so many empty steps take, and one more for each waiting sequence."""
 CROWDED = 0.5
 """When more wait than this share of the places, throughput counts: admissions may make running sequences late."""
-AFFINITY_WEIGHT = 0.25
-"""How much shorter a sequence counts when all its task's experts are also those of the tasks that run."""
 
-Task = str | None
 LoadingSeconds = Callable[[Sequence], float]
 """`dE` of eMoE eq. 3: how long running sequences wait for the experts of an admitted one."""
-Affinity = Callable[[Task, Task], float]
-"""Share of the first task's hot experts that are also the second's, 0 to 1."""
 
 
 def loads_nothing(sequence: Sequence) -> float:
-    return 0.0
-
-
-def shares_nothing(task: Task, other: Task) -> float:
     return 0.0
 
 
@@ -65,7 +55,6 @@ class SloPolicy:
         guarded: bool = True,
         max_wait: float = MAX_WAIT,
         loading_seconds: LoadingSeconds = loads_nothing,
-        affinity: Affinity = shares_nothing,
     ):
         """`guarded` False: no start waits for the deadlines of running sequences (eq. 3)."""
         if not max_wait > 0:
@@ -75,7 +64,6 @@ class SloPolicy:
         self._guarded = guarded
         self._estimates = estimates
         self._loading_seconds = loading_seconds
-        self._affinity = affinity
         self._queue = WaitingQueue()
         self._unattainable = 0
 
@@ -86,13 +74,13 @@ class SloPolicy:
     def waiting(self) -> tuple[Sequence, ...]:
         return tuple(self._queue)
 
-    def next_up(self, running: Collection[Sequence], places: int, now: float) -> list[Sequence]:
+    def next_up(self, places: int, now: float) -> list[Sequence]:
         if not places or not len(self._queue):
             return []
         oldest, since = self._queue.oldest()
         likely = itertools.chain(
             [oldest] if self._is_aged(since, now) else [],
-            self._choices(Counter(sequence.task for sequence in running), now),
+            self._choices(now),
         )
         return list(dict.fromkeys(itertools.islice(likely, places + 2)))[:places]  # the first two may come again
 
@@ -118,7 +106,7 @@ class SloPolicy:
         budget = cost.step * (PREFILL_STEPS + len(queue))
         if spent and spent >= budget:
             return
-        tasks = Counter(sequence.task for sequence in running)
+        any_runs = bool(running)
         crowded = len(queue) > CROWDED * estimates.max_num_seqs
         guard = None if crowded or not self._guarded else _Guard(estimates, running, now)
         set_aside: set[Sequence] = set()
@@ -130,8 +118,8 @@ class SloPolicy:
                 self._defer_late(now)
                 allowed = (
                     choice
-                    for choice in self._choices(tasks, now, per_task=1, but=set_aside)
-                    if guard is None or not tasks or guard.allows(choice, self._loading_seconds(choice))
+                    for choice in self._choices(now, per_task=1, but=set_aside)
+                    if guard is None or not any_runs or guard.allows(choice, self._loading_seconds(choice))
                 )
                 sequence = next(allowed, None)
                 if sequence is None:
@@ -143,7 +131,7 @@ class SloPolicy:
             spent += estimates.prefill(sequence)  # without the pages that it took over
             if guard is not None:
                 guard.admit(sequence)
-            tasks[sequence.task] += 1
+            any_runs = True
 
     def observe(self, plan: StepPlan, seconds: float, waited: float = 0.0) -> None:
         self._estimates.observe(plan, seconds, waited)
@@ -163,9 +151,7 @@ class SloPolicy:
             "output_tokens": estimates.lengths.state(),
         }
 
-    def _choices(
-        self, tasks: Counter[Task], now: float, per_task: int | None = None, but: Container[Sequence] = ()
-    ) -> Iterator[Sequence]:
+    def _choices(self, now: float, per_task: int | None = None, but: Container[Sequence] = ()) -> Iterator[Sequence]:
         """The sequences to start, best first: the one that must start, those of the least work (at most `per_task` of
         each task), those that are late anyway. All `but` some.
         """
@@ -173,9 +159,8 @@ class SloPolicy:
         if urgent is not None and urgent not in but and latest_start < now + self._estimates.pace:
             yield urgent
         by_task = [
-            _discounted(itertools.islice((entry for entry in ranked if entry[1] not in but), per_task), discount)
-            for task, ranked in self._queue.by_work()
-            for discount in [self._discount(task, tasks)]
+            _ordered(itertools.islice((entry for entry in ranked if entry[1] not in but), per_task))
+            for _, ranked in self._queue.by_work()
         ]
         for _, _, sequence in heapq.merge(*by_task):
             yield sequence
@@ -183,14 +168,6 @@ class SloPolicy:
 
     def _is_aged(self, since: float, now: float) -> bool:
         return now - since >= AGED * self.max_wait
-
-    def _discount(self, task: Task, tasks: Counter[Task]) -> float:
-        """What the work of a task counts, beside running tasks that share experts with it."""
-        count = tasks.total()
-        if not count:
-            return 1.0
-        shared = sum(self._affinity(task, other) * times for other, times in tasks.items())
-        return 1 - AFFINITY_WEIGHT * shared / count
 
     def _defer_late(self, now: float) -> None:
         """Give up deadlines that cannot be kept any more."""
@@ -222,8 +199,8 @@ class SloPolicy:
             raise SloUnattainable(f"{name} of {deadline} cannot be kept: {event} is expected after {expected} ms")
 
 
-def _discounted(ranked: Iterator[tuple[float, Sequence]], discount: float) -> Iterator[tuple[float, int, Sequence]]:
-    return ((work * discount, sequence.order, sequence) for work, sequence in ranked)
+def _ordered(ranked: Iterator[tuple[float, Sequence]]) -> Iterator[tuple[float, int, Sequence]]:
+    return ((work, sequence.order, sequence) for work, sequence in ranked)
 
 
 def _round_up(number: float) -> str:

@@ -8,19 +8,19 @@ from jaxtyping import Bool, Float
 from emoe_jax.tasks.profile import TaskProfile
 from emoe_jax.traces.coverage import best_experts
 
-Task = str | None
+TaskName = str | None
 
 
 class TaskExperts:
     """The hot experts of each task: in layer `m` the `capacities[m]` most frequent ones of its profile.
 
-    A task without a measured routing has none, and shares none.
+    A task without a measured routing has none.
     """
 
     def __init__(self, profile: TaskProfile | None, capacities: Sequence[int]):
-        self._hot: dict[Task, Bool[np.ndarray, "M E"]] = {}
-        self._sensitive: dict[Task, Bool[np.ndarray, "M E"]] = {}  # the hot ones of layers that are not insensitive
-        self._unwished: dict[Task, Float[np.ndarray, "M E"]] = {}  # log probability that a token does not choose it
+        self._hot: dict[TaskName, Bool[np.ndarray, "M E"]] = {}
+        self._sensitive: dict[TaskName, Bool[np.ndarray, "M E"]] = {}  # the hot ones of layers that are not insensitive
+        self._unwished: dict[TaskName, Float[np.ndarray, "M E"]] = {}  # log probability that a token does not choose it
         for name, task in () if profile is None else profile.tasks.items():
             if profile is not None and task.routing is not None:
                 self._hot[name] = best_experts(task.routing, capacities)
@@ -29,22 +29,13 @@ class TaskExperts:
         self._others: Float[np.ndarray, "M E"] | None = None  # the same of a task that is not known
         if profile is not None and self._hot:
             self._others = _log_unwished(profile.top_k * profile.frequency(None))
-        self._affinity = {
-            (one, other): float((ours & theirs).sum() / ours.sum())
-            for one, ours in self._hot.items()
-            for other, theirs in self._hot.items()
-        }
 
-    def affinity(self, one: Task, other: Task) -> float:
-        """Share of the first task's hot experts that are also the second's, 0 to 1."""
-        return self._affinity.get((one, other), 0.0)
-
-    def missing(self, task: Task, resident: Bool[np.ndarray, "M E"], sensitive: bool = False) -> int:
+    def missing(self, task: TaskName, resident: Bool[np.ndarray, "M E"], sensitive: bool = False) -> int:
         """How many of its hot experts are not resident; `sensitive`: in layers where it matters which serve it."""
         hot = (self._sensitive if sensitive else self._hot).get(task)
         return 0 if hot is None else int((hot & ~resident).sum())
 
-    def wanted(self, task: Task, tokens: int, resident: Bool[np.ndarray, "M E"]) -> float:
+    def wanted(self, task: TaskName, tokens: int, resident: Bool[np.ndarray, "M E"]) -> float:
         """How many absent experts so many tokens are expected to choose, all layers together.
 
         Worked example, one layer: 2 tokens that each choose an absent expert with probability 0.5 choose it with

@@ -15,7 +15,7 @@ from benchmarks.serving.simulate import capacity, simulate
 from benchmarks.serving.simulated import make_policy
 from benchmarks.serving.workload import Job, Sample, demo_samples, drawn, replayed, task_slos
 from emoe_jax.requests.request import SLO
-from emoe_jax.scheduling.registry import POLICIES
+from emoe_jax.scheduling.registry import SCHEDULING_POLICIES
 from tests.benchmarks.serving_samples import SAMPLES
 
 KEYS = {"policy", "rate_fraction", "slo_attainment", "mean_latency_s", "p99_ttft_s", "goodput_rps", "throughput_tok_s"}
@@ -26,7 +26,7 @@ def jobs_at(rate: float, count: int, seed: int = 0) -> list[Job]:
     return drawn(poisson(rate, count, seed), SAMPLES, task_slos(SAMPLES, DEMO.cost, 5.0), seed)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", SCHEDULING_POLICIES)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rate", [0.5, 500.0])
 def test_every_request_is_answered_in_full_and_once(policy: str, device: str, rate: float):
@@ -44,7 +44,7 @@ def test_every_request_is_answered_in_full_and_once(policy: str, device: str, ra
     assert len(steps) <= sum(job.sample.output_tokens for job in jobs)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", SCHEDULING_POLICIES)
 def test_a_seed_says_it_all(policy: str):
     runs = [simulate(jobs_at(20.0, 80), DEMO, make_policy(policy, DEMO), seed) for seed in (3, 3, 4)]
     assert runs[0] == runs[1]

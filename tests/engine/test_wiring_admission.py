@@ -83,14 +83,6 @@ def test_a_request_whose_experts_take_long_to_come_waits_for_a_deadline(
     assert running(engine) == ["tight", "loads"]
 
 
-def test_a_request_that_shares_experts_with_those_that_run_goes_first(engine: Engine) -> None:
-    start(engine, "one", "two", tokens=(60, 60), task="odd")
-    engine.add_request("other experts", [1, 2, 3], answer_of(20), task="even")
-    engine.add_request("same experts", [1, 2, 3], answer_of(22), task="odd")
-    line = engine._scheduler.line(time.monotonic(), 2)
-    assert [sequence.request_id for sequence in line] == ["same experts", "other experts"]
-
-
 def test_answers_are_expected_to_be_as_long_as_those_of_their_task(engine: Engine) -> None:
     """G, from the profile at first, then from the answers that were given."""
     engine.add_request("odd", [1, 2, 3], SamplingParams(max_tokens=50), task="odd")

@@ -1,10 +1,9 @@
-"""Mutants of admission: eq. 3's dE, c and G, experts that tasks share, waiting for long."""
+"""Mutants of admission: eq. 3's dE, c and G, waiting for long."""
 
 from tests.mutants.mutant import Mutant
 
 _WIRING = "tests/engine/test_wiring_admission.py"
 _LOADING = f"{_WIRING}::test_a_request_whose_experts_take_long_to_come_waits_for_a_deadline"
-_AFFINITY = f"{_WIRING}::test_a_request_that_shares_experts_with_those_that_run_goes_first"
 _STEPS = f"{_WIRING}::test_the_scheduler_learns_what_steps_take"
 _LENGTHS = f"{_WIRING}::test_answers_are_expected_to_be_as_long_as_those_of_their_task"
 _AGED = f"{_WIRING}::test_a_sequence_that_has_waited_for_long_goes_first"
@@ -101,22 +100,6 @@ ADMISSION = (
         "return remaining_tokens(sequence.expected_tokens, len(sequence.generated))",
         "return remaining_tokens(sequence.expected_tokens, 0)",
         ("tests/scheduling/test_remaining.py::test_a_deadline_that_can_be_kept_in_the_end_is_protected_to_the_end",),
-    ),
-    Mutant(
-        "affinity: engine",
-        "the scheduler does not know which tasks share experts",
-        _ADMISSION,
-        "        affinity=loading.experts.affinity,\n",
-        "",
-        (_AFFINITY,),
-    ),
-    Mutant(
-        "affinity: scheduler",
-        "work counts the same whatever experts the running tasks use",
-        _SLO,
-        "return 1 - AFFINITY_WEIGHT * shared / count",
-        "return 1.0",
-        (_AFFINITY,),
     ),
     Mutant(
         "aging",

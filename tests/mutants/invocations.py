@@ -29,7 +29,7 @@ INVOCATIONS = (
         "line in order of start",
         "the line is that of arrival, not that in which the policy will start sequences",
         "emoe_jax/scheduling/scheduler.py",
-        "self.policy.next_up(self._running, count, now)",
+        "self.policy.next_up(count, now)",
         "list(self.policy.waiting)",
         (f"{_ENGINE}::test_p_counts_prompts_as_they_are_admitted",),
     ),

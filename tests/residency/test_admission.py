@@ -73,7 +73,7 @@ def test_policies_take_turns_and_keep_what_they_learned(engine_of: EngineFactory
     engine.generate([1, 2, 3], greedy)
     learned = engine.state()["scheduler"]["cost"]["observed"]
     assert learned > 0
-    for name in ("slo-without-affinity", "fcfs"):
+    for name in ("slo-without-aging", "fcfs"):
         engine.use_scheduling_policy(name)
         assert engine.state()["scheduler"]["policy"] == name
         engine.generate([1, 2, 3], greedy)

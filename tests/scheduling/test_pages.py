@@ -10,7 +10,7 @@ from emoe_jax.scheduling.pages import TRASH_PAGE, PagePool
 
 def test_pages_cover_tokens():
     pool = PagePool(num_pages=8, page_size=16)
-    assert [pool.pages_for(tokens) for tokens in (0, 1, 16, 17, 32, 33)] == [0, 1, 1, 2, 2, 3]
+    assert [pool.needed(tokens) for tokens in (0, 1, 16, 17, 32, 33)] == [0, 1, 1, 2, 2, 3]
     assert (pool.num_usable, pool.num_free, pool.num_used) == (7, 7, 0)
 
 

@@ -18,7 +18,7 @@ LENGTHS = {"brief": 4, "wordy": 40}
 
 
 def scheduler_of(name: str, places: int = 2) -> Scheduler:
-    """`wordy` shares its experts with itself alone; the experts of `away` take 5 s to load."""
+    """The experts of `away` take 5 s to load."""
     profile = TaskProfile(1, 4, 2)
     for task, tokens in LENGTHS.items():
         profile = profile.with_task(task, output_length=Lengths.of([tokens]))
@@ -29,7 +29,6 @@ def scheduler_of(name: str, places: int = 2) -> Scheduler:
         prefill_chunk=256,
         profile=profile,
         loading_seconds=lambda sequence: 5.0 if sequence.task == "away" else 0.0,
-        affinity=lambda one, other: float(one == other),
     )
     return Scheduler(PagePool(401, 16), places, 256, 1000, 256, policy=policy)
 
@@ -92,18 +91,6 @@ def test_only_without_de_or_the_guard_the_running_ones_pay_for_loads(name: str, 
     scheduler.add(sequence_of("next", task))
     waits = part is not None and name not in (without(part), without("guard"))
     assert starts(scheduler, 0.01) == ([] if waits else ["next"])
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_only_without_affinity_running_tasks_do_not_draw_their_like(name: str):
-    scheduler = scheduler_of(name)
-    scheduler.add(sequence_of("running", "wordy"))
-    assert starts(scheduler, 0.0) == ["running"]
-    # As much work, but for a token more of the task that runs. `ignore_eos` says how long answers are.
-    for task, tokens in (("brief", 30), ("wordy", 31)):
-        params = SamplingParams(max_tokens=tokens, ignore_eos=True)
-        scheduler.add(Sequence(task, [3] * 10, params, task=task))
-    assert starts(scheduler, 0.01) == (["brief"] if name == without("affinity") else ["wordy"])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -164,18 +164,6 @@ def test_an_admission_waits_for_what_its_experts_would_take_to_load():
     assert machine.started == ["running", "same experts", "other experts"]
 
 
-def test_tasks_that_share_experts_are_batched():
-    machine = Machine(max_num_seqs=2, affinity=lambda one, other: float(one == other))
-    machine.add("running", tokens=30, task="a")
-    machine.add("ends", tokens=2, task="c")
-    machine.step()
-    machine.step()
-    machine.add("b", tokens=10, task="b")
-    machine.add("a", tokens=11, task="a")
-    machine.run()
-    assert machine.started == ["ends", "running", "a", "b"]
-
-
 def test_deadlines_that_cannot_be_kept_are_flagged_and_served_last():
     machine = Machine(max_num_seqs=1)
     machine.add("running", tokens=30)

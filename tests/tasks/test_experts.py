@@ -22,11 +22,6 @@ def test_hot_experts_are_the_most_frequent_ones(experts: TaskExperts):
     assert experts.missing("b", ~resident) == 2
 
 
-def test_affinity_is_the_share_of_hot_experts_in_common(experts: TaskExperts):
-    assert experts.affinity("a", "a") == 1
-    assert experts.affinity("a", "b") == experts.affinity("b", "a") == pytest.approx(1 / 3)
-
-
 @pytest.mark.parametrize("tokens", [1, 5, 30])
 def test_absent_experts_that_tokens_will_want(tokens: int):
     """Against draws of tokens that choose two of six experts each, about independently of each other."""
@@ -49,8 +44,8 @@ def test_experts_of_insensitive_layers_are_missing_only_where_that_matters():
     assert experts.missing("a", nothing, sensitive=True) == 1
 
 
-def test_unknown_tasks_need_and_share_nothing(experts: TaskExperts):
+def test_unknown_tasks_need_nothing(experts: TaskExperts):
     resident = np.zeros((2, 4), bool)
     for task in ("c", "new", None):
-        assert experts.missing(task, resident) == experts.affinity(task, "a") == experts.affinity("a", task) == 0
+        assert experts.missing(task, resident) == 0
     assert TaskExperts(None, [2, 1]).missing("a", resident) == TaskExperts(None, [2, 1]).wanted("a", 9, resident) == 0
