@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from emoe_jax.policies import POLICIES, Knowledge
+from emoe_jax.policies import POLICIES, PolicyWeights
 from emoe_jax.policies.caching import random_rates
 from emoe_jax.policies.dynamics import Dynamics
 from emoe_jax.policies.learning import learn_transitions
@@ -27,7 +27,7 @@ Report = Callable[[str], None]
 class Learned(NamedTuple):
     """All that is taken from the training trace."""
 
-    knowledge: Knowledge
+    knowledge: PolicyWeights
     prompts: Prompts
     predictor: Predictor
     left_out: Float[np.ndarray, "P M E"]
@@ -54,7 +54,7 @@ def learn_from(
     if dynamics is None:
         latest = trace.select(range(trace.num_prompts - len(left_out), trace.num_prompts))
         dynamics = learn_answers(latest, left_out, report=report)
-    knowledge = Knowledge(dynamics, learn_transitions(trace), activation_matrices(trace.counts()))
+    knowledge = PolicyWeights(dynamics, learn_transitions(trace), activation_matrices(trace.counts()))
     return Learned(knowledge, prompts, predictor or learned, left_out)
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from benchmarks.residency.stream import Plans, Stream
 from emoe_jax.policies.belady import next_use
-from emoe_jax.policies.rule import Plan, Rule
+from emoe_jax.policies.rule import ExpectedWishes, Rule
 
 CHUNK_TOKENS = 1024
 
@@ -82,8 +82,8 @@ def _replay(
 
     def follow(state: Any, step: dict[str, Array]) -> tuple[Any, Any]:
         assert rule is not None
-        plan = Plan(*(array[step["plan"]] for array in plans))
-        before = jax.lax.cond(step["is_new"], rule.plan, lambda state, _: state, state, plan)
+        expected = ExpectedWishes(*(array[step["plan"]] for array in plans))
+        before = jax.lax.cond(step["is_new"], rule.plan, lambda state, _: state, state, expected)
         after = rule.observe(before, _counts(step["experts"], num_experts))
         return after, after if within_step else before
 

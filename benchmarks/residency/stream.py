@@ -12,7 +12,7 @@ from emoe_jax.traces import RoutingTrace
 
 
 class Plans(NamedTuple):
-    """`V` plans one after the other (see `emoe_jax.policies.rule.Plan`)."""
+    """`V` plans one after the other (see `emoe_jax.policies.rule.ExpectedWishes`)."""
 
     rates: Float[np.ndarray, "V M E"]
     joined: Float[np.ndarray, "V M E"]

@@ -105,7 +105,7 @@ class SimulatedExperts:
         expected = None if self._planner is None else self._planner.plan_for(progress_of(plan, scheduler))
         wishes = self._wishes(plan)
         if expected is not None:
-            self._policy.plan(*expected)
+            self._policy.plan(expected)
             self._follow(now, self.table.num_experts)
         missed = self._load_now(wishes) if self.routing == "exact" else 0
         self._policy.observe(wishes)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from emoe_jax.policies.rule import Matrix, Plan, Rule, namespace
+from emoe_jax.policies.rule import ExpectedWishes, Matrix, Rule, namespace
 
 _LONG_AGO = 1e6  # steps; single precision counts well beyond it
 
@@ -20,8 +20,8 @@ class Fixed(Rule[FixedState]):
     def start(self, rates: Float[Any, "M E"]) -> FixedState:
         return FixedState(rates)
 
-    def plan(self, state: FixedState, plan: Plan) -> FixedState:
-        return FixedState(plan.rates)
+    def plan(self, state: FixedState, expected: ExpectedWishes) -> FixedState:
+        return FixedState(expected.rates)
 
     def observe(self, state: FixedState, counts: Shaped[Any, "M E"], steps: int = 1) -> FixedState:
         return state

@@ -13,9 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from emoe_jax.policies.dynamics import HALF_LIVES, LATENT_HALF_LIVES, Dynamics
 from emoe_jax.policies.refresh import Refresh, RefreshState
-from emoe_jax.policies.registry import Knowledge
+from emoe_jax.policies.registry import PolicyWeights
 from emoe_jax.policies.rivals import activation_matrices
-from emoe_jax.policies.rule import Plan
+from emoe_jax.policies.rule import ExpectedWishes
 from emoe_jax.traces import RoutingTrace
 
 # Chosen on the third quarter of the gpt-oss-20b trace, trained on its first half.
@@ -59,11 +59,13 @@ class Seen(NamedTuple):
     chosen: Int[np.ndarray, "n M k"]
 
 
-def learn(trace: RoutingTrace, start: Float[np.ndarray, "P M E"], seed: int = 0) -> Knowledge:
+def learn(trace: RoutingTrace, start: Float[np.ndarray, "P M E"], seed: int = 0) -> PolicyWeights:
     """Everything there is to know, but for the network. `start` is what a predictor that has not seen the prompt says
     of it (`KernelPrior.left_out`): one that has seen it would be trusted too much.
     """
-    return Knowledge(learn_dynamics(trace, start, seed), learn_transitions(trace), activation_matrices(trace.counts()))
+    return PolicyWeights(
+        learn_dynamics(trace, start, seed), learn_transitions(trace), activation_matrices(trace.counts())
+    )
 
 
 def learn_transitions(trace: RoutingTrace) -> Float[np.ndarray, "M-1 E E"]:
@@ -229,7 +231,7 @@ def _run(
 
     def follow(state: RefreshState, step: _Step) -> tuple[RefreshState, RefreshState]:
         rates, is_first = planned[step.prompt], step.rank == 0
-        state = rule.plan(state, Plan(rates, jnp.where(is_first, rates, 0), jnp.where(is_first, 0.0, 1.0)))
+        state = rule.plan(state, ExpectedWishes(rates, jnp.where(is_first, rates, 0), jnp.where(is_first, 0.0, 1.0)))
         counts = (step.experts[..., None] == jnp.arange(rates.shape[-1])).sum(1)
         return rule.observe(state, counts), state
 

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from emoe_jax.errors import ConfigError
-from emoe_jax.policies.rule import Plan, Rule
+from emoe_jax.policies.rule import ExpectedWishes, Rule
 from emoe_jax.traces.coverage import best_experts
 
 
@@ -38,7 +38,7 @@ class ResidencyPolicy:
         num_experts: int,
         rates: Float[np.ndarray, "M E"] | None = None,
     ):
-        """`rates` (see `Plan`), where known, decide what is resident before anything was observed."""
+        """`rates` (see `ExpectedWishes`), where known, decide what is resident before anything was observed."""
         self.num_layers = num_layers
         self.num_experts = num_experts
         self._shape = (num_layers, num_experts)
@@ -56,24 +56,17 @@ class ResidencyPolicy:
         """Experts to start with per layer, ascending: those of the highest rates, or the first, which ties give."""
         return [np.flatnonzero(best) for best in best_experts(self._rates, capacities)]
 
-    def plan(
-        self,
-        rates: Float[np.ndarray, "M E"],
-        joined: Float[np.ndarray, "M E"] | None = None,
-        kept: float = 1.0,
-        sensitivity: Float[np.ndarray, " M"] | None = None,
-    ) -> None:
-        """Requests started or ended, or are predicted anew; the first three are as in `Plan`.
+    def plan(self, expected: ExpectedWishes) -> None:
+        """Requests started or ended, or are predicted anew.
 
-        `sensitivity` is how much a wrong expert harms in each layer, 0 to 1, averaged over running requests (`s` of
-        eMoE eq. 2): gains of a layer count by it, and where it is 0 nothing is exchanged.
+        Gains of a layer count by its `sensitivity`. Nothing is exchanged in a layer where that is 0.
         """
-        joined = np.zeros(self._shape, np.float32) if joined is None else self._checked(joined)
+        rates, joined = self._checked(expected.rates), self._checked(expected.joined)
         self._take_in()
-        self._state = self._rule.plan(self._state, Plan(self._checked(rates), joined, float(kept)))
+        self._state = self._rule.plan(self._state, ExpectedWishes(rates, joined, float(expected.continuing)))
         self._scores = None
-        if sensitivity is not None:
-            self._sensitivity = np.asarray(sensitivity, np.float32)
+        if expected.sensitivity is not None:
+            self._sensitivity = np.asarray(expected.sensitivity, np.float32)
 
     def observe(self, counts: Int[np.ndarray, "M E"], chunks: Sequence[Chunk] = ()) -> None:
         """Wishes of one step, resident or not: how many tokens wanted each expert, but for those of `chunks`, each of

@@ -7,7 +7,7 @@ from jaxtyping import Float, Shaped
 
 from emoe_jax.policies.answer import log_own, network_share, num_requests, wishes
 from emoe_jax.policies.dynamics import Dynamics
-from emoe_jax.policies.rule import Matrix, Plan, Rule, namespace
+from emoe_jax.policies.rule import ExpectedWishes, Matrix, Rule, namespace
 
 BASE_MARGIN, SHARE_MARGIN = 0.02, 0.13
 """Wishes per step that a swap must gain: the first, and the second times the share of experts that are resident. Where
@@ -47,9 +47,10 @@ class Refresh(Rule[RefreshState]):
         recent = xp.broadcast_to(rates, (len(dynamics.half_lives), *rates.shape))
         return RefreshState(rates, recent, xp.zeros(latent, np.float32))
 
-    def plan(self, state: RefreshState, plan: Plan) -> RefreshState:
-        kept = np.float32(plan.kept) if isinstance(plan.kept, float) else plan.kept
-        return RefreshState(plan.rates, kept * state.recent + plan.joined, kept * state.latent)
+    def plan(self, state: RefreshState, expected: ExpectedWishes) -> RefreshState:
+        share = expected.continuing
+        share = np.float32(share) if isinstance(share, float) else share
+        return RefreshState(expected.rates, share * state.recent + expected.joined, share * state.latent)
 
     def observe(self, state: RefreshState, counts: Shaped[Any, "M E"], steps: int = 1) -> RefreshState:
         """Requests that wish for nothing, since their prompts are read (`read`), stay as they are."""

@@ -23,12 +23,12 @@ _COMMAND = "`python -m train.predictor --traces FILE --out DIR`"
 PAPER_PREDICT_EVERY = 40
 """eMoE's p."""
 
-Forecast = Literal["prompt", "task", "global", "none"]
+PlannedBy = Literal["prompt", "task", "global", "none"]
 """What a policy plans with: the predictor's word on each prompt, its task's mean routing, that of all, nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Knowledge:
+class PolicyWeights:
     """What policies have learned from traces; what is None is not known."""
 
     dynamics: Dynamics | None = None
@@ -37,19 +37,19 @@ class Knowledge:
 
 
 class PolicyKind(NamedTuple):
-    forecast: Forecast
-    rule: Callable[[int, int, Knowledge], Rule[Any]]  # of the numbers of MoE layers and experts
+    forecast: PlannedBy
+    rule: Callable[[int, int, PolicyWeights], Rule[Any]]  # of the numbers of MoE layers and experts
     follows_requests: bool = False  # whether it has to be told of the requests that start and end
     predict_every: int | None = None  # prompts that share a prediction where the user does not say; None: automatic
     one_forecast: bool = False  # whether a prediction serves all next prompts, and not only those of its task
     exchanges: bool = True  # whether it ever loads other experts than those that it starts with
 
 
-def _refresh(num_layers: int, num_experts: int, known: Knowledge) -> Rule[Any]:
+def _refresh(num_layers: int, num_experts: int, known: PolicyWeights) -> Rule[Any]:
     return Refresh(known.dynamics or Dynamics.untrained(num_layers, num_experts))
 
 
-def _next_layer(num_layers: int, num_experts: int, known: Knowledge) -> Rule[Any]:
+def _next_layer(num_layers: int, num_experts: int, known: PolicyWeights) -> Rule[Any]:
     if known.transitions is None:
         raise ConfigError(
             f"policy 'next-layer-router' needs a table of transitions, which is learned from a trace: {_COMMAND} "
@@ -58,7 +58,7 @@ def _next_layer(num_layers: int, num_experts: int, known: Knowledge) -> Rule[Any
     return NextLayerRouter(known.transitions)
 
 
-def _activation(num_layers: int, num_experts: int, known: Knowledge) -> Rule[Any]:
+def _activation(num_layers: int, num_experts: int, known: PolicyWeights) -> Rule[Any]:
     if known.matrices is None:
         raise ConfigError(
             "policy 'activation-matrix' needs recorded activations, which are learned from a trace: they come with a "
@@ -91,16 +91,16 @@ def make_policy(
     num_layers: int,
     num_experts: int,
     rates: Float[np.ndarray, "M E"] | None = None,
-    knowledge: Knowledge | None = None,
+    knowledge: PolicyWeights | None = None,
     seed: int = 0,
 ) -> ResidencyPolicy:
-    """A policy for an engine. `rates` are what to start with (see `Plan`); `random` draws its own by `seed`.
+    """A policy for an engine. `rates` are what to start with (see `ExpectedWishes`); `random` draws its own by `seed`.
 
     Raises `ConfigError` with the names there are, and where the policy needs what is not known.
     """
     if name not in POLICIES:
         raise ConfigError(f"unknown residency policy {name!r}; expected one of {', '.join(sorted(POLICIES))}")
-    rule = POLICIES[name].rule(num_layers, num_experts, knowledge or Knowledge())
+    rule = POLICIES[name].rule(num_layers, num_experts, knowledge or PolicyWeights())
     if name == "random":
         rates = random_rates(num_layers, num_experts, seed)
     return ResidencyPolicy(rule, num_layers, num_experts, rates)

@@ -14,8 +14,8 @@ from jaxtyping import Bool, Float, Int
 from emoe_jax.policies.belady import next_use
 from emoe_jax.policies.exchange import exchange
 from emoe_jax.policies.pace import Pace
-from emoe_jax.policies.registry import POLICIES, Knowledge
-from emoe_jax.policies.rule import Plan
+from emoe_jax.policies.registry import POLICIES, PolicyWeights
+from emoe_jax.policies.rule import ExpectedWishes
 from emoe_jax.traces.coverage import best_experts
 
 RIVALS = ("lru", "lfu", "static-task")
@@ -113,7 +113,7 @@ class Regret:
         """
         M, self._top_k, self._frequency = len(capacities), top_k, frequency
         names = [name for name in RIVALS if frequency is not None or POLICIES[name].forecast != "task"]
-        rules = [POLICIES[name].rule(M, num_experts, Knowledge()) for name in names]
+        rules = [POLICIES[name].rule(M, num_experts, PolicyWeights()) for name in names]
         rates = np.zeros((M, num_experts), np.float32) if rates is None else np.asarray(rates, np.float32)
         self._rules = rules
         self._states = [rule.start(rates) for rule in rules]
@@ -242,8 +242,8 @@ class Regret:
         rates = np.zeros(self._resident.shape[1:], np.float32)
         for task, count in Counter(tasks).items():
             rates += np.float32(self._top_k * count) * self._frequency(task).astype(np.float32)
-        plan = Plan(rates, rates, 0.0)
-        self._states = [rule.plan(state, plan) for rule, state in self._scored()]
+        expected = ExpectedWishes(rates, rates, 0.0)
+        self._states = [rule.plan(state, expected) for rule, state in self._scored()]
         self._tasks = tasks
 
     def _close_window(self) -> None:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
-from emoe_jax.policies.rule import Matrix, Plan, Rule, namespace
+from emoe_jax.policies.rule import ExpectedWishes, Matrix, Rule, namespace
 
 
 class NextLayerState(NamedTuple):
@@ -28,8 +28,8 @@ class NextLayerRouter(Rule[NextLayerState]):
     def start(self, rates: Float[Any, "M E"]) -> NextLayerState:
         return NextLayerState(rates, rates)
 
-    def plan(self, state: NextLayerState, plan: Plan) -> NextLayerState:
-        return NextLayerState(plan.rates, state.last)
+    def plan(self, state: NextLayerState, expected: ExpectedWishes) -> NextLayerState:
+        return NextLayerState(expected.rates, state.last)
 
     def observe(self, state: NextLayerState, counts: Shaped[Any, "M E"], steps: int = 1) -> NextLayerState:
         return NextLayerState(state.rates, counts.astype(np.float32))
@@ -77,8 +77,10 @@ class ActivationMatrix(Rule[ActivationState]):
     def start(self, rates: Float[Any, "M E"]) -> ActivationState:
         return ActivationState(rates, rates * self.planned_tokens)
 
-    def plan(self, state: ActivationState, plan: Plan) -> ActivationState:
-        return ActivationState(plan.rates, plan.kept * state.counts + self.planned_tokens * plan.joined)
+    def plan(self, state: ActivationState, expected: ExpectedWishes) -> ActivationState:
+        return ActivationState(
+            expected.rates, expected.continuing * state.counts + self.planned_tokens * expected.joined
+        )
 
     def observe(self, state: ActivationState, counts: Shaped[Any, "M E"], steps: int = 1) -> ActivationState:
         return ActivationState(state.rates, state.counts + counts)

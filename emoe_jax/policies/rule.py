@@ -17,17 +17,22 @@ State = TypeVar("State", bound=tuple[Any, ...])
 """A named tuple of arrays."""
 
 
-class Plan(NamedTuple):
+class ExpectedWishes(NamedTuple):
     """What the running requests are expected to wish for, told whenever that changes.
 
-    Requests wish independently, so each array is a sum over requests: top-k times the request's predicted share of
-    each expert. A request that has just started is in `joined` too. `kept` is the share of the requests running
-    before that go on; what was observed is theirs in that part.
+    Requests wish independently, so `rates` and `joined` are sums over requests: top-k times the request's predicted
+    share of each expert.
     """
 
-    rates: Float[Any, "M E"]  # expected wishes per step
-    joined: Float[Any, "M E"]  # of that, by requests that start now
-    kept: Float[Any, ""] | float
+    rates: Float[Any, "M E"]
+    """Expected wishes per step."""
+    joined: Float[Any, "M E"]
+    """Those of them by requests that start now."""
+    continuing: Float[Any, ""] | float
+    """The share of the requests running before that go on. What was observed is theirs in that part."""
+    sensitivity: Float[Any, " M"] | None = None
+    """How much a wrong expert harms in each layer, 0 to 1, averaged over running requests (`s` of eMoE eq. 2). None is
+    1 everywhere."""
 
 
 class Rule(abc.ABC, Generic[State]):
@@ -43,9 +48,9 @@ class Rule(abc.ABC, Generic[State]):
 
     @abc.abstractmethod
     def start(self, rates: Float[Any, "M E"]) -> State:
-        """The state before anything was observed. `rates` are as in `Plan`; zeros where nothing is known."""
+        """The state before anything was observed. `rates` are as in `ExpectedWishes`; zeros where nothing is known."""
 
-    def plan(self, state: State, plan: Plan) -> State:
+    def plan(self, state: State, expected: ExpectedWishes) -> State:
         """Requests started or ended, or are predicted anew."""
         return state
 

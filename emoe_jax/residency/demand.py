@@ -12,7 +12,7 @@ from jaxtyping import Float
 from emoe_jax.scheduling.lengths import remaining_tokens
 
 
-class Progress(NamedTuple):
+class RequestProgress(NamedTuple):
     """Tokens of a request's prompt that are computed, or will be when the step at hand is done; and of its answer."""
 
     input_tokens: int = 0
@@ -31,7 +31,7 @@ class Demand:
     shares: Float[np.ndarray, "M E"]
     """Predicted share of each expert; each layer sums to 1."""
 
-    def tokens_left(self, progress: Progress) -> float:
+    def tokens_left(self, progress: RequestProgress) -> float:
         """`W_j + W_o`, less what needs no experts any more; an answer longer than expected goes on as in eq. 3."""
         left = remaining_tokens(self.output_tokens, progress.output_tokens)
         return max(0, self.input_tokens - progress.input_tokens) + left

@@ -13,7 +13,7 @@ from emoe_jax.policies.pace import Pace
 from emoe_jax.policies.regret import Regret
 from emoe_jax.requests.sequence import Sequence
 from emoe_jax.residency.accounts import TaskAccounts
-from emoe_jax.residency.demand import Progress
+from emoe_jax.residency.demand import RequestProgress
 from emoe_jax.residency.planner import ResidencyPlanner
 from emoe_jax.residency.residency import Residency, StepWishes
 from emoe_jax.scheduling.plan import StepPlan
@@ -82,7 +82,7 @@ class Foresight:
                 with self._planning.timed():
                     expected = self._planner.plan_for(at_hand)
                     if expected is not None:
-                        self._residency.plan(*expected)
+                        self._residency.plan(expected)
 
     def settle(self, plan: StepPlan, seconds: float) -> None:
         """Wait for what was planned, where nobody's next token and no `exact` step waits with it: up to `seconds`, the
@@ -161,16 +161,18 @@ def _may_wait(plan: StepPlan) -> bool:
     return not plan.decodes and any(sequence.routing == "resident" for sequence in plan.sequences)
 
 
-def progress_of(plan: StepPlan, scheduler: Scheduler) -> dict[str, Progress]:
+def progress_of(plan: StepPlan, scheduler: Scheduler) -> dict[str, RequestProgress]:
     """Of the requests that run: where they are once `plan` is done.
 
     Requests that wait are left out. They have more tokens ahead of them than the running ones, so by eq. 2 a plan for
     both would take the experts away from answers that are about to end.
     """
-    at_hand: dict[str, Progress] = {}
+    at_hand: dict[str, RequestProgress] = {}
     computed = {chunk.sequence: chunk.start + chunk.length for chunk in plan.prefills}
     samples = {*plan.decodes, *(chunk.sequence for chunk in plan.prefills if chunk.is_last)}
     for sequence in scheduler.running:
-        progress = Progress(computed.get(sequence, sequence.num_computed), sequence.num_sampled + (sequence in samples))
+        progress = RequestProgress(
+            computed.get(sequence, sequence.num_computed), sequence.num_sampled + (sequence in samples)
+        )
         at_hand.setdefault(sequence.request_id, progress)
     return at_hand

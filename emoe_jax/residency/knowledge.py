@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from emoe_jax.config import ModelConfig
-from emoe_jax.policies import POLICIES, Knowledge
+from emoe_jax.policies import POLICIES, PolicyWeights
 from emoe_jax.policies.dynamics import DYNAMICS_FILE, Dynamics
 from emoe_jax.policies.regret import Regret
 from emoe_jax.policies.rivals import activation_matrices
@@ -59,10 +59,10 @@ class RoutingKnowledge:
                 transitions = load_transitions(path, num_layers, num_experts, config.top_k)
         return cls(profile, loaded, dynamics, transitions)
 
-    def for_policies(self) -> Knowledge:
+    def for_policies(self) -> PolicyWeights:
         """What policies learn from traces."""
         matrices = None if self.predictor is None else activation_matrices(self.predictor.trained.counts)
-        return Knowledge(self.dynamics, self.transitions, matrices)
+        return PolicyWeights(self.dynamics, self.transitions, matrices)
 
     def rates(self, config: ModelConfig) -> np.ndarray | None:
         """What one request of no known task is expected to wish for per step, `[M, E]`; None without a profile."""

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from emoe_jax.policies.rule import ExpectedWishes
 from emoe_jax.predictor import Predictor
-from emoe_jax.residency.demand import Demand, Progress, expected_rates, mean_sensitivity
+from emoe_jax.residency.demand import Demand, RequestProgress, expected_rates, mean_sensitivity
 from emoe_jax.residency.frequencies import TaskFrequencies
 from emoe_jax.residency.invocations import Invocations, PlannedRequest, PredictEvery, checked_every
 from emoe_jax.residency.judges import Drift, Gate
@@ -29,15 +30,6 @@ URGENT = 0.25
 
 JUDGED_TOGETHER = 8
 """Prompts whose coverage is looked at in one go, which costs little more than one."""
-
-
-class Plan(NamedTuple):
-    """Arguments of `Residency.plan`."""
-
-    rates: Float[np.ndarray, "M E"]
-    joined: Float[np.ndarray, "M E"]
-    kept: float
-    sensitivity: Float[np.ndarray, " M"]
 
 
 class Rivals(NamedTuple):
@@ -167,9 +159,10 @@ class ResidencyPlanner:
         either = tasks.keys() | self._planned_tasks.keys()
         return sum(abs(tasks[task] / now - self._planned_tasks[task] / before) for task in either) >= 2 * URGENT
 
-    def plan_for(self, at_hand: Mapping[str, Progress]) -> Plan | None:
-        """The plan for these requests, by what they have still to do; None while they are those that it was made for,
-        or where none of them is known.
+    def plan_for(self, at_hand: Mapping[str, RequestProgress]) -> ExpectedWishes | None:
+        """What these requests are expected to wish for, by what they have still to do.
+
+        None while they are the requests of the last call, or where none of them is known.
         """
         self._take_forecasts()
         wanted = tuple(request_id for request_id in at_hand if request_id in self._requests)
@@ -184,10 +177,10 @@ class ResidencyPlanner:
         joined = np.zeros_like(rates)
         if is_new.any():
             joined = expected_rates(list(itertools.compress(demands, is_new)), tokens[is_new], self._top_k)
-        kept = len(before.intersection(wanted)) / len(before) if before else 0.0
+        continuing = len(before.intersection(wanted)) / len(before) if before else 0.0
         self._planned, self._planned_tasks, self._stale = wanted, self._tasks(wanted), False
         self._drift.promise(self._promised(rates))
-        return Plan(rates, joined, kept, mean_sensitivity(demands, tokens))
+        return ExpectedWishes(rates, joined, continuing, mean_sensitivity(demands, tokens))
 
     def state(self) -> dict[str, Any]:
         """Prediction as JSON-able values."""

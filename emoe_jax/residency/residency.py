@@ -16,9 +16,10 @@ from emoe_jax.experts.store import ExpertReader, ExpertStore
 from emoe_jax.experts.table import SlotTable
 from emoe_jax.experts.tickets import LoadState, LoadTicket
 from emoe_jax.experts.weights import ExpertLayout
-from emoe_jax.policies import Knowledge, make_policy
+from emoe_jax.policies import PolicyWeights, make_policy
 from emoe_jax.policies.pace import Pace
 from emoe_jax.policies.policy import Chunk
+from emoe_jax.policies.rule import ExpectedWishes
 from emoe_jax.residency.waves import WaveLoader
 
 log = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class Residency:
         policy: str,
         *,
         rates: Float[np.ndarray, "M E"] | None = None,
-        knowledge: Knowledge | None = None,
+        knowledge: PolicyWeights | None = None,
         link_bandwidth: float | None = None,
         host_bytes: int = 0,
         memory_kind: str | None = None,
@@ -172,16 +173,10 @@ class Residency:
         """After a step has failed: layers whose weights are gone get others, and their experts before the next step."""
         self._loader.mend()
 
-    def plan(
-        self,
-        rates: Float[np.ndarray, "M E"],
-        joined: Float[np.ndarray, "M E"],
-        kept: float,
-        sensitivity: Float[np.ndarray, " M"],
-    ) -> None:
-        """Tell the policy what the running requests are expected to wish for, as `ResidencyPolicy.plan` has it, and
-        ask for whatever it now prefers; loads that have become pointless are given up."""
-        self._policy.plan(rates, joined, kept, sensitivity)
+    def plan(self, expected: ExpectedWishes) -> None:
+        """Tell the policy what the running requests are expected to wish for, and ask for whatever it now prefers.
+        Loads that have become pointless are given up."""
+        self._policy.plan(expected)
         self._follow_policy(self._config.num_experts)
 
     def settle(self, seconds: float) -> None:

@@ -20,7 +20,9 @@ from train.predictor import answers
 
 @pytest.fixture(autouse=True)
 def short_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "AnswerPlan", lambda: dataclasses.replace(PLAN, steps=40, evaluate_every=20))
+    monkeypatch.setattr(
+        answers, "AnswerHyperparameters", lambda: dataclasses.replace(PLAN, steps=40, evaluate_every=20)
+    )
 
 
 def rows_of(file: Path) -> dict[str, dict]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from emoe_jax import Engine, SamplingParams
+from emoe_jax.policies.rule import ExpectedWishes
 from serve.worker import EngineWorker
 from tests.engines import EngineFactory
 
@@ -19,7 +20,7 @@ def wanted(engine: Engine) -> list[int]:
     experts = np.flatnonzero(~mask[0])[:3]
     rates[0] = 0
     rates[0, experts] = 1
-    residency.plan(rates, rates, 0.0, np.ones(len(rates), np.float32))
+    residency.plan(ExpectedWishes(rates, rates, 0.0))
     return experts.tolist()
 
 

@@ -201,7 +201,7 @@ PREDICTION = (
         "what a request has done weighs as if it were still to do",
         _FORESIGHT,
         "        at_hand.setdefault(sequence.request_id, progress)\n",
-        "        at_hand.setdefault(sequence.request_id, Progress())\n",
+        "        at_hand.setdefault(sequence.request_id, RequestProgress())\n",
         (_PLAN,),
     ),
     Mutant(
@@ -240,8 +240,8 @@ PREDICTION = (
         "sensitivity: plan",
         "the policy is not told how sensitive the requests at hand are",
         _PLANNER,
-        "return Plan(rates, joined, kept, mean_sensitivity(demands, tokens))",
-        "return Plan(rates, joined, kept, np.ones(len(rates), np.float32))",
+        "return ExpectedWishes(rates, joined, continuing, mean_sensitivity(demands, tokens))",
+        "return ExpectedWishes(rates, joined, continuing, np.ones(len(rates), np.float32))",
         (_PLAN,),
     ),
     Mutant(

@@ -5,8 +5,9 @@ from hypothesis import strategies as st
 
 from emoe_jax.errors import ConfigError
 from emoe_jax.experts.table import SlotTable
-from emoe_jax.policies import POLICIES, Knowledge, ResidencyPolicy, Swap, make_policy
+from emoe_jax.policies import POLICIES, PolicyWeights, ResidencyPolicy, Swap, make_policy
 from emoe_jax.policies.policy import Chunk
+from emoe_jax.policies.rule import ExpectedWishes
 from tests.effort import calls_made
 
 
@@ -22,7 +23,7 @@ def apply(table: SlotTable, swap: Swap) -> None:
     table.assign(swap.layer, table.slot(swap.layer, swap.evict), swap.load)
 
 
-KNOWLEDGE = Knowledge(transitions=np.full((1, 4, 4), 0.25), matrices=np.full((2, 2, 4), 0.25))
+KNOWLEDGE = PolicyWeights(transitions=np.full((1, 4, 4), 0.25), matrices=np.full((2, 2, 4), 0.25))
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES.keys() - {"random"}))
@@ -115,7 +116,7 @@ def test_a_chunk_of_a_prompt_counts_like_its_tokens_one_by_one(name: str):
     scores = []
     for at_once in (True, False):
         policy = make_policy(name, 2, 4)
-        policy.plan(wanted, wanted, 0.0)
+        policy.plan(ExpectedWishes(wanted, wanted, 0.0))
         if at_once:
             policy.observe(np.zeros((2, 4), int), [Chunk(7 * token, 7)])
         else:
@@ -133,7 +134,7 @@ def test_a_chunk_speaks_for_one_request_of_several(requests: int):
     others = (requests - 1) * np.array([[1.0, 1.0, 0, 0]], np.float32)
     one = np.array([[0, 0, 1.0, 1.0]], np.float32)
     policy = make_policy("emoe", 1, 4)
-    policy.plan(others + one, others + one, 0.0)
+    policy.plan(ExpectedWishes(others + one, others + one, 0.0))
     policy.observe(others.astype(int), [Chunk(np.array([[0, 0, 100, 100]]), 100)])
     scores = policy.scores()[0]
     np.testing.assert_allclose(scores.sum(), 2 * requests, rtol=1e-3)
@@ -157,7 +158,7 @@ def test_a_step_loops_over_nothing():
 
 def test_a_swap_must_gain_more_where_more_experts_are_resident():
     """Of the same scores, a layer with few slots swaps what a layer with many leaves alone."""
-    rule = POLICIES["emoe"].rule(1, 8, Knowledge())
+    rule = POLICIES["emoe"].rule(1, 8, PolicyWeights())
     first, last = rule.margin + rule.share_margin / 8, rule.margin + rule.share_margin * 7 / 8
     assert 0 < first < last
     scores = np.array([[1.0] * 7 + [1.0 + (first + last) / 2]], np.float32)
@@ -177,7 +178,8 @@ def test_swaps_are_the_best_exchange_again_and_again(seed: int, limit: int):
     policy = make_policy("emoe", 3, 6, rng.random((3, 6)))
     table = filled_table(policy, [2, 3, 4])
     busy = rng.random((3, 6)) < 0.2
-    policy.plan(rng.random((3, 6)).round(1), sensitivity=rng.integers(0, 2, 3) * rng.random(3))
+    rates = rng.random((3, 6)).round(1)
+    policy.plan(ExpectedWishes(rates, 0 * rates, 1.0, rng.integers(0, 2, 3) * rng.random(3)))
     scores, sensitivity = policy.scores().copy(), policy._sensitivity
     expected = []
     for layer in np.flatnonzero(sensitivity).tolist():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from benchmarks.residency.replay import replay
 from benchmarks.residency.stream import Stream, make_plans, make_stream
-from emoe_jax.policies import POLICIES, Knowledge
+from emoe_jax.policies import POLICIES, PolicyWeights
 from emoe_jax.policies import regret as regret_module
 from emoe_jax.policies.belady import NEVER, next_use
 from emoe_jax.policies.exchange import exchange
@@ -65,7 +65,7 @@ def test_counters_are_those_of_replay(capacities: tuple[int, ...], concurrency: 
     assert tally(regret, ENGINE) == ((counts * resident).sum(), np.count_nonzero(counts * resident))
     assert state["policies"][ENGINE]["loads"] == 3 * (whole - 1)
     for name in RIVALS:
-        totals = replay(stream, E, [capacities], POLICIES[name].rule(M, E, Knowledge()), plans, E)
+        totals = replay(stream, E, [capacities], POLICIES[name].rule(M, E, PolicyWeights()), plans, E)
         expected = {
             "wishes": int(totals.hits[0]),
             "lookups": int(state["lookups"] - totals.misses[0]),

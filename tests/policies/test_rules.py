@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emoe_jax.errors import ConfigError
-from emoe_jax.policies import POLICIES, Knowledge
+from emoe_jax.policies import POLICIES, PolicyWeights
 from emoe_jax.policies.answer import AnswerNetwork
 from emoe_jax.policies.dynamics import Dynamics
 from emoe_jax.policies.refresh import Refresh
-from emoe_jax.policies.rule import Plan, Rule
+from emoe_jax.policies.rule import ExpectedWishes, Rule
 
 M, E, TOP_K = 3, 6, 2
 
@@ -33,8 +33,8 @@ def random_dynamics(rng: np.random.Generator, with_network: bool = True) -> Dyna
     )
 
 
-def knowledge(rng: np.random.Generator) -> Knowledge:
-    return Knowledge(
+def knowledge(rng: np.random.Generator) -> PolicyWeights:
+    return PolicyWeights(
         random_dynamics(rng),
         rng.random((M - 1, E, E)).astype(np.float32),
         rng.dirichlet(np.ones(E), (4, M)).astype(np.float32),
@@ -57,7 +57,7 @@ def follow(rule: Rule[Any], rng: np.random.Generator, convert: Any) -> list[Any]
     states = [state]
     for step in range(6):
         if step % 3 == 2:
-            state = rule.plan(state, Plan(convert(rates(rng)), convert(rates(rng)), 0.5))
+            state = rule.plan(state, ExpectedWishes(convert(rates(rng)), convert(rates(rng)), 0.5))
         state = rule.observe(state, convert(wishes(rng, 1 + step)))
         states.append(state)
     return states
@@ -78,7 +78,7 @@ def test_numpy_and_jax_agree_and_states_stack(name: str):
 @pytest.mark.parametrize("name", ["next-layer-router", "activation-matrix"])
 def test_what_must_be_learned_is_asked_for(name: str):
     with pytest.raises(ConfigError, match=f"policy '{name}' needs .* learned from a trace"):
-        POLICIES[name].rule(M, E, Knowledge())
+        POLICIES[name].rule(M, E, PolicyWeights())
 
 
 @settings(max_examples=25, deadline=None)
@@ -101,7 +101,7 @@ def test_a_new_request_begins_with_its_plan_and_forgets_the_one_before():
     rule = Refresh(random_dynamics(rng))
     state = rule.observe(rule.start(rates(rng)), wishes(rng))
     fresh = rates(rng)
-    scores = rule.scores(rule.plan(state, Plan(fresh, fresh, 0.0)))
+    scores = rule.scores(rule.plan(state, ExpectedWishes(fresh, fresh, 0.0)))
     np.testing.assert_allclose(scores, rule.scores(rule.start(fresh)), rtol=1e-5)
 
 

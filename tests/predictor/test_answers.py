@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 from emoe_jax.policies.dynamics import Dynamics
 from emoe_jax.policies.learning import learn_dynamics, non_negative, seen
 from emoe_jax.policies.refresh import Refresh
-from emoe_jax.policies.rule import Plan
+from emoe_jax.policies.rule import ExpectedWishes
 from emoe_jax.predictor.prompts import frequencies
 from emoe_jax.traces import RoutingTrace
-from train.predictor.answers import AnswerPlan, forecast, judge, learn_answers, with_network
+from train.predictor.answers import AnswerHyperparameters, forecast, judge, learn_answers, with_network
 
 M, E, TOP_K, PROMPTS, TOKENS = 3, 8, 2, 32, 120
-PLAN = AnswerPlan(steps=400, rows=128, hidden=16, peak_rate=1e-2, input_dropout=0.1, hidden_dropout=0.1, average=0.9)
+PLAN = AnswerHyperparameters(
+    steps=400, rows=128, hidden=16, peak_rate=1e-2, input_dropout=0.1, hidden_dropout=0.1, average=0.9
+)
 
 
 def phases(seed: int, shuffled: bool = False) -> RoutingTrace:
@@ -102,7 +104,7 @@ def test_what_is_judged_is_what_the_policy_says(learned: Dynamics):
     rule = Refresh(learned)
     state = rule.start(np.zeros((M, E), np.float32))
     rates = (TOP_K * start[tokens.prompt[0]]).astype(np.float32)
-    state = rule.plan(state, Plan(rates, rates, 0.0))
+    state = rule.plan(state, ExpectedWishes(rates, rates, 0.0))
     first = trace.experts[trace.sample == tokens.prompt[0]]
     found = []
     for token in range(120):
@@ -165,7 +167,7 @@ def test_a_plan_that_is_wrong_is_left_behind():
     assert (dynamics.weights >= 0).all()
     rule = Refresh(dynamics)
     wrong = (TOP_K * shares[0]).astype(np.float32)
-    state = rule.plan(rule.start(wrong), Plan(wrong, wrong, 0.0))
+    state = rule.plan(rule.start(wrong), ExpectedWishes(wrong, wrong, 0.0))
     for _ in range(60):
         counts = np.stack(
             [np.bincount(rng.choice(E, TOP_K, replace=False, p=shares[1, 0]), minlength=E) for _ in range(M)]

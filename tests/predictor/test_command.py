@@ -13,7 +13,7 @@ from emoe_jax.predictor import Predictor, PredictorConfig, Prompts, network
 from tests.traces.synthetic import make_trace
 from train.predictor import __main__ as command
 from train.predictor import coverage, evaluate, examples, trainer
-from train.predictor.trainer import Checkpoints, Plan, Progress
+from train.predictor.trainer import Checkpoints, Hyperparameters, StepReport
 
 SMALL = ["--steps", "30", "--width", "8", "--members", "1", "--rate", "0.01"]
 
@@ -141,7 +141,7 @@ def test_bad_input_is_one_line_and_leaves_the_directory_alone(workplace, tmp_pat
 def test_training_that_diverges_stops_and_keeps_earlier_checkpoints(workplace, tmp_path, monkeypatch, capsys):
     """Half of a run is made, then the targets become NaN, as they would from a broken kernel."""
     argv = ["--traces", str(workplace / "train.npz"), "--out", str(tmp_path / "out"), *SMALL]
-    monkeypatch.setattr(command, "Plan", functools.partial(Plan, checkpoint_every=5))
+    monkeypatch.setattr(command, "Hyperparameters", functools.partial(Hyperparameters, checkpoint_every=5))
     batch = examples.Examples.batch
     calls = iter(range(100))
 
@@ -162,8 +162,8 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
     config = PredictorConfig(3, 8, 2, embedding_dim=5, width=8, heads=2, blocks=1, members=1, first_tokens=4)
     split = examples.Split.draw(prompts, 0.2, 0)
     predictor, train, held_out = examples.prepare(prompts, split, config)
-    plan = Plan(8, rows=8, evaluate_every=2, checkpoint_every=3)
-    seen: list[Progress] = []
+    plan = Hyperparameters(8, rows=8, evaluate_every=2, checkpoint_every=3)
+    seen: list[StepReport] = []
     whole = trainer.run(predictor, train, held_out, plan, None, seen.append)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     trainer.run(predictor, train, held_out, plan, checkpoints, seen.append, stop_after=5)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emoe_jax.residency.capacities import split_slots
-from emoe_jax.residency.demand import Demand, Progress, expected_rates, expected_tokens, mean_sensitivity
+from emoe_jax.residency.demand import Demand, RequestProgress, expected_rates, expected_tokens, mean_sensitivity
 from emoe_jax.traces.coverage import coverage
 
 M, E = 3, 5
@@ -22,7 +22,7 @@ def shares_of(*first: float) -> np.ndarray:
 
 def tokens(requests: list[Demand]) -> np.ndarray:
     """`W_j + W_o` of requests that have not begun."""
-    return np.array([request.tokens_left(Progress()) for request in requests])
+    return np.array([request.tokens_left(RequestProgress()) for request in requests])
 
 
 def test_equation_2_by_hand():
@@ -37,9 +37,9 @@ def test_equation_2_by_hand():
 def test_what_is_computed_needs_no_experts_any_more():
     request = Demand(10, 4.0, np.ones(M), shares_of(0.75))
     states = [(0, 0), (6, 0), (10, 1), (10, 3), (10, 4), (10, 9)]
-    assert [request.tokens_left(Progress(*state)) for state in states] == [14, 8, 3, 1, 1, 1]
+    assert [request.tokens_left(RequestProgress(*state)) for state in states] == [14, 8, 3, 1, 1, 1]
     long = dataclasses.replace(request, output_tokens=100.0)
-    assert [long.tokens_left(Progress(10, generated)) for generated in (99, 100, 103, 105)] == [1, 5, 2, 5]
+    assert [long.tokens_left(RequestProgress(10, generated)) for generated in (99, 100, 103, 105)] == [1, 5, 2, 5]
 
 
 def test_rates_are_top_k_per_request_in_the_proportions_of_equation_2():

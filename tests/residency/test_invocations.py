@@ -8,7 +8,7 @@ import pytest
 
 from emoe_jax.residency import invocations
 from emoe_jax.residency.cadence import MOST_PROMPTS, Cadence
-from emoe_jax.residency.demand import Progress
+from emoe_jax.residency.demand import RequestProgress
 from emoe_jax.residency.planner import ResidencyPlanner
 from emoe_jax.tasks import Task, TaskProfile
 from tests.residency.fake import CAPACITIES, E, FakePredictor, K, M, favouring
@@ -87,7 +87,7 @@ def test_prompts_that_wait_use_the_prediction_that_came_meanwhile():
         planner.begin(name, "7", 10, 16, None)
     planner.admit("ab")
     settle(planner)
-    plan: Any = planner.plan_for({"b": Progress()})
+    plan: Any = planner.plan_for({"b": RequestProgress()})
     assert plan.rates[0].argsort()[-4:].min() >= 4
     planner.close()
 
@@ -166,7 +166,7 @@ def test_what_a_failed_predictor_did_not_answer_is_learned_from_all_the_same():
     predictor.gate.set()
     state = settle(planner)
     assert (state["error"], state["predictions"]) == ("ValueError: broken", 0)
-    plan: Any = planner.plan_for({"0": Progress()})
+    plan: Any = planner.plan_for({"0": RequestProgress()})
     assert plan.rates[0].argsort()[-4:].min() >= 4
     planner.close()
 
@@ -177,7 +177,7 @@ def test_one_forecast_serves_prompts_of_all_tasks_whatever_it_is_worth():
     for number, name in enumerate(burst(planner, 41)):
         planner.admit([name])
         settle(planner)
-        plan: Any = planner.plan_for({name: Progress()})
+        plan: Any = planner.plan_for({name: RequestProgress()})
         assert plan.rates[0].argsort()[-4:].min() >= 4
         for _ in range(200):
             planner.observe(100, 10)
@@ -257,7 +257,7 @@ def test_a_prompt_keeps_its_own_prediction_when_another_of_its_task_is_predicted
         planner.admit([name])
         settle(planner)
     for name in "ab":
-        plans[name] = planner.plan_for({name: Progress()})
+        plans[name] = planner.plan_for({name: RequestProgress()})
     np.testing.assert_allclose(plans["a"].rates, K * HIGH, rtol=1e-5)
     np.testing.assert_allclose(plans["b"].rates, K * LOW, rtol=1e-5)
     planner.close()

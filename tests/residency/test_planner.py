@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from emoe_jax.errors import ConfigError
-from emoe_jax.residency.demand import Progress
+from emoe_jax.residency.demand import RequestProgress
 from emoe_jax.residency.forecaster import Forecaster
 from emoe_jax.residency.judges import Drift, Gate
 from emoe_jax.residency.planner import ResidencyPlanner
@@ -59,7 +59,7 @@ def settled_plan(planner: ResidencyPlanner, *names: str) -> Any:
 
 def plan_for(planner: ResidencyPlanner, *names: str) -> Any:
     """The plan for requests that have not begun."""
-    return planner.plan_for(dict.fromkeys(names, Progress()))
+    return planner.plan_for(dict.fromkeys(names, RequestProgress()))
 
 
 def wanted(plan: Any) -> list[int]:
@@ -77,7 +77,7 @@ def test_what_a_request_has_done_weighs_no_more():
     planner = planner_of()
     begin(planner, "a")  # 10 tokens of prompt, 16 to come
     begin(planner, "b", "sum")
-    plan: Any = planner.plan_for({"a": Progress(10, 15), "b": Progress()})
+    plan: Any = planner.plan_for({"a": RequestProgress(10, 15), "b": RequestProgress()})
     np.testing.assert_allclose(plan.rates, 2 * K * (1 * QA + 26 * SUM) / 27, rtol=1e-5)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from emoe_jax.errors import ConfigError
+from emoe_jax.policies.rule import ExpectedWishes
 from emoe_jax.residency import residency as residency_module
 from emoe_jax.residency.residency import Residency
 from tests.experts.fake_reader import LAYOUT, FakeReader
@@ -48,7 +49,7 @@ def rates(*experts: int) -> np.ndarray:
 
 
 def plan(residency: Residency, wanted: np.ndarray, sensitivity: float = 1.0) -> None:
-    residency.plan(wanted, wanted, 0.0, np.full(LAYERS, sensitivity, np.float32))
+    residency.plan(ExpectedWishes(wanted, wanted, 0.0, np.full(LAYERS, sensitivity, np.float32)))
 
 
 def settle(residency: Residency) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from train.demo import __main__ as demo
-from train.demo.trainer import Plan
+from train.demo.trainer import Hyperparameters
 from train.tasks import texts
 
 
@@ -38,7 +38,7 @@ def test_a_run_of_another_plan_is_not_overwritten(tmp_path, capsys):
 
 def test_a_run_on_other_texts_is_not_resumed(tmp_path, capsys, monkeypatch):
     """Another version of Python has another standard library: what a run has seen so far would not fit the rest."""
-    plan = Plan(7)
+    plan = Hyperparameters(7)
     demo._claim(tmp_path, plan)
     demo._claim(tmp_path, plan)
     monkeypatch.setattr(texts, "fingerprint", lambda: "01234567")
@@ -48,6 +48,6 @@ def test_a_run_on_other_texts_is_not_resumed(tmp_path, capsys, monkeypatch):
 
 
 def test_expert_dropout_and_concentration_are_off_by_default():
-    plan = Plan(7)
+    plan = Hyperparameters(7)
     assert (plan.expert_dropout, plan.concentration) == (0.0, 0.0)
     assert demo.arguments([]).expert_dropout == 0.0

@@ -18,7 +18,7 @@ from train.demo.attention import attend_packed, causal_within_documents
 from train.demo.batches import Encoder, Recipe
 from train.demo.mixture import GROUPS
 from train.demo.moe import dropped, moe_buffers
-from train.demo.trainer import Checkpoints, Plan
+from train.demo.trainer import Checkpoints, Hyperparameters
 from train.progress import History, read_history
 from train.tasks import texts
 
@@ -33,7 +33,7 @@ TINY = {
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
 }
-PLAN = Plan(
+PLAN = Hyperparameters(
     steps=12, rows=4, length=96, long_every=5, loss_positions=128, peak_rate=2e-2, warmup_steps=2, checkpoint_every=5
 )
 

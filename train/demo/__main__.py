@@ -17,7 +17,7 @@ from emoe_jax.errors import EmoeError
 from train.demo import evaluate, export, report, shape, tokenizer
 from train.demo.batches import Encoder
 from train.demo.objective import Metrics
-from train.demo.trainer import Checkpoints, Plan, run
+from train.demo.trainer import Checkpoints, Hyperparameters, run
 from train.progress import History, progress_bar, read_history
 from train.ranges import check_ranges
 from train.tasks import texts
@@ -37,18 +37,18 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps; they fix the learning rate schedule")
     parser.add_argument("--seed", type=int, default=0, help="of the data, the initial weights and the test examples")
-    parser.add_argument("--rows", type=int, default=Plan.rows, help="sequences per step, a multiple of 4")
-    parser.add_argument("--length", type=int, default=Plan.length, help="tokens per sequence, at most 256")
+    parser.add_argument("--rows", type=int, default=Hyperparameters.rows, help="sequences per step, a multiple of 4")
+    parser.add_argument("--length", type=int, default=Hyperparameters.length, help="tokens per sequence, at most 256")
     parser.add_argument(
         "--expert-dropout",
         type=float,
-        default=Plan.expert_dropout,
+        default=Hyperparameters.expert_dropout,
         help="share of rows that get by with part of the experts (the shipped model: 0)",
     )
     parser.add_argument(
         "--concentration",
         type=float,
-        default=Plan.concentration,
+        default=Hyperparameters.concentration,
         help="weight of the loss that draws a kind of text to few experts (the shipped model: 0)",
     )
     parser.add_argument("--json", type=Path, help="write the numbers here")
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _train(options: argparse.Namespace, console: Console) -> None:
-    plan = Plan(
+    plan = Hyperparameters(
         options.steps,
         options.seed,
         options.rows,
@@ -133,7 +133,7 @@ def _train(options: argparse.Namespace, console: Console) -> None:
     console.print(f"wrote {options.out} ({_megabytes(options.out):.1f} MB)")
 
 
-def _claim(work: Path, plan: Plan) -> None:
+def _claim(work: Path, plan: Hyperparameters) -> None:
     """Mark the directory as this plan's on these texts; refuse one that holds a run of another plan or other texts."""
     work.mkdir(parents=True, exist_ok=True)
     (work / ".gitignore").write_text("*\n")
@@ -147,7 +147,7 @@ def _claim(work: Path, plan: Plan) -> None:
     path.write_text(described)
 
 
-def _tokenizer(work: Path, plan: Plan, console: Console) -> Tokenizer:
+def _tokenizer(work: Path, plan: Hyperparameters, console: Console) -> Tokenizer:
     """The run's tokenizer, trained once."""
     path = work / "tokenizer.json"
     if not path.exists():

@@ -22,7 +22,7 @@ from train.demo.objective import Metrics, Parameters
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Hyperparameters:
     """Everything that decides the outcome of a run. A step takes `rows` sequences of `length` tokens; every
     `long_every`-th takes fewer sequences, four times as long, of which each is one document."""
 
@@ -57,7 +57,7 @@ _PLATEAU = 0.55  # share of the steps until which the rate stays highest
 _LOW = 0.02  # of the highest rate: where it ends
 
 
-def learning_rate(plan: Plan) -> optax.Schedule:
+def learning_rate(plan: Hyperparameters) -> optax.Schedule:
     """A rise, a plateau and a straight line down."""
     rise = min(plan.warmup_steps, max(1, plan.steps // 4))
     hold = max(rise, int(_PLATEAU * plan.steps))
@@ -69,7 +69,7 @@ def learning_rate(plan: Plan) -> optax.Schedule:
     return optax.join_schedules(parts, [rise, hold])
 
 
-def optimizer(plan: Plan) -> optax.GradientTransformation:
+def optimizer(plan: Hyperparameters) -> optax.GradientTransformation:
     def decayed(parameters: Parameters) -> Parameters:
         dense = {name: leaf.ndim > 1 and name != "embedding" for name, leaf in parameters.dense.items()}
         return Parameters(dense, jax.tree.map(lambda _: True, parameters.experts))  # pyright: ignore[reportArgumentType]
@@ -80,13 +80,15 @@ def optimizer(plan: Plan) -> optax.GradientTransformation:
     )
 
 
-def start(config: ModelConfig, plan: Plan) -> TrainState:
+def start(config: ModelConfig, plan: Hyperparameters) -> TrainState:
     parameters = objective.init(config, plan.seed)
     return TrainState(jnp.int32(0), parameters, optimizer(plan).init(parameters))  # pyright: ignore[reportArgumentType]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "plan"), donate_argnames="state")
-def train_step(state: TrainState, batch: Batch, config: ModelConfig, plan: Plan) -> tuple[TrainState, Metrics]:
+def train_step(
+    state: TrainState, batch: Batch, config: ModelConfig, plan: Hyperparameters
+) -> tuple[TrainState, Metrics]:
     """One update. Donates `state`."""
     (_, metrics), gradients = jax.value_and_grad(objective.loss, has_aux=True)(
         state.parameters, batch, config, plan.expert_dropout > 0, plan.concentration
@@ -100,7 +102,7 @@ def train_step(state: TrainState, batch: Batch, config: ModelConfig, plan: Plan)
 
 def run(
     config: ModelConfig,
-    plan: Plan,
+    plan: Hyperparameters,
     tokenizer: Tokenizer,
     checkpoints: Checkpoints | None,
     report: Callable[[int, Metrics], None],

@@ -26,7 +26,7 @@ from emoe_jax.predictor.prompts import shuffled_order
 from emoe_jax.traces import RoutingTrace
 from train.predictor import evaluate, examples, options, report, trainer
 from train.predictor.answers import learn_answers
-from train.predictor.trainer import Checkpoints, Plan, Progress
+from train.predictor.trainer import Checkpoints, Hyperparameters, StepReport
 from train.progress import History, progress_bar, read_history
 
 _LOG_EVERY = 25
@@ -74,7 +74,7 @@ def train(given: argparse.Namespace, console: Console) -> dict[str, Any]:
     if given.shuffle_labels:
         prompts = prompts.shuffled(given.seed)
     split = examples.Split.draw(prompts, given.held_out, given.seed)
-    plan = Plan(
+    plan = Hyperparameters(
         options.steps(given, len(split.train)),
         given.seed,
         peak_rate=given.rate,
@@ -129,7 +129,7 @@ def _run(
     predictor: Predictor,
     training: examples.Examples,
     held_out: examples.Examples,
-    plan: Plan,
+    plan: Hyperparameters,
     out: Path,
     before: float,
     console: Console,
@@ -142,7 +142,7 @@ def _run(
         task = bar.add_task("compiling", total=plan.steps, completed=first)
         text = ""
 
-        def show(progress: Progress) -> None:
+        def show(progress: StepReport) -> None:
             nonlocal text
             history.add(progress._asdict())
             if progress.coverage is not None:
@@ -165,7 +165,7 @@ def _kept(config: PredictorConfig, state: trainer.TrainState) -> tuple[Predictor
     return dataclasses.replace(config, members=0), {name: leaf[:0] for name, leaf in state.best.items()}
 
 
-def claim(out: Path, config: PredictorConfig, plan: Plan, prompts: Prompts) -> None:
+def claim(out: Path, config: PredictorConfig, plan: Hyperparameters, prompts: Prompts) -> None:
     """Mark the directory as this run's; refuse one that holds a predictor of another model, trace or plan."""
     if (out / CONFIG).exists():
         held = PredictorConfig.load(out / CONFIG)

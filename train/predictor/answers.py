@@ -23,7 +23,7 @@ Report = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class AnswerPlan:
+class AnswerHyperparameters:
     """Chosen on the first and on the third quarter of the gpt-oss-20b trace, trained on the rest of its first three."""
 
     steps: int = 400
@@ -41,17 +41,19 @@ class AnswerPlan:
 def learn_answers(
     trace: RoutingTrace,
     start: Float[np.ndarray, "P M E"],
-    plan: AnswerPlan | None = None,
+    plan: AnswerHyperparameters | None = None,
     seed: int = 0,
     report: Report = lambda line: None,
 ) -> Dynamics:
     """Dynamics with their network, or without one where it does not help on prompts that it was not trained on."""
     dynamics = learn_dynamics(trace, start, seed)
-    return with_network(dynamics, seen(trace, start, dynamics, seed), trace, plan or AnswerPlan(), seed, report)
+    return with_network(
+        dynamics, seen(trace, start, dynamics, seed), trace, plan or AnswerHyperparameters(), seed, report
+    )
 
 
 def with_network(
-    dynamics: Dynamics, tokens: Seen, trace: RoutingTrace, plan: AnswerPlan, seed: int, report: Report
+    dynamics: Dynamics, tokens: Seen, trace: RoutingTrace, plan: AnswerHyperparameters, seed: int, report: Report
 ) -> Dynamics:
     """The step of least cross entropy on held-out prompts is taken; no network where none beats the linear forecast."""
     rng = np.random.default_rng(seed)
@@ -87,7 +89,7 @@ def _unscaled(network: AnswerNetwork, scale: float) -> AnswerNetwork:
     return network._replace(linear=network.linear * np.float32(scale), up=network.up * np.float32(scale))
 
 
-def _start(dynamics: Dynamics, tokens: Seen, plan: AnswerPlan, seed: int) -> AnswerNetwork:
+def _start(dynamics: Dynamics, tokens: Seen, plan: AnswerHyperparameters, seed: int) -> AnswerNetwork:
     latent, size = tokens.latent.shape[1], tokens.own.shape[1]
     up = np.random.default_rng(seed).normal(0, latent**-0.5, (latent, plan.hidden))
     arrays = (np.ones(size), np.zeros(size), np.zeros((latent, size)), up, np.zeros(plan.hidden))
@@ -95,7 +97,7 @@ def _start(dynamics: Dynamics, tokens: Seen, plan: AnswerPlan, seed: int) -> Ans
 
 
 @functools.cache
-def _optimizer(plan: AnswerPlan) -> optax.GradientTransformation:
+def _optimizer(plan: AnswerHyperparameters) -> optax.GradientTransformation:
     warmup = max(1, plan.steps // 10)
     rate = optax.warmup_cosine_decay_schedule(0.0, plan.peak_rate, warmup, max(plan.steps, warmup + 1), 1e-5)
     return optax.adamw(rate, b2=0.99, weight_decay=plan.weight_decay, mask=lambda net: jax.tree.map(_is_matrix, net))
@@ -114,7 +116,7 @@ def _step(
     scale: float,
     key: PRNGKeyArray,
     step: int,
-    plan: AnswerPlan,
+    plan: AnswerHyperparameters,
     shape: tuple[int, int],
     top_k: int,
 ) -> Any:

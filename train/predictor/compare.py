@@ -27,7 +27,7 @@ from train.predictor import baselines, examples, report, trainer
 from train.predictor.coverage import scores
 from train.predictor.evaluate import Shares, time_predictions
 from train.predictor.examples import Examples, Opinions, Split
-from train.predictor.trainer import Plan
+from train.predictor.trainer import Hyperparameters
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -39,7 +39,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=150, help="optimizer steps of every row")
     add("--members", type=int, default=1, help="networks averaged")
     add("--seed", type=int, default=0, help="of weights, batches and the held-out prompts")
-    add("--held-out", type=float, default=Plan.held_out, help="share of prompts to judge by")
+    add("--held-out", type=float, default=Hyperparameters.held_out, help="share of prompts to judge by")
     add("--without-prior", action="store_true", help="networks start from global frequency and learn all by themselves")
     add("--shuffle-labels", action="store_true", help="control: deal the training prompts' routing to others")
     add("--json", type=Path, help="write the numbers here")
@@ -93,7 +93,7 @@ def compare(trace: RoutingTrace, options: argparse.Namespace, console: Console) 
         "global frequency": scores(baselines.global_frequency(trained, held_out), held_out.counts, config.top_k),
     }
     histories = [History.of(prompts.counts)[row] for row in split.held_out]
-    plan = Plan(options.steps, options.seed, held_out=options.held_out, shuffled=options.shuffle_labels)
+    plan = Hyperparameters(options.steps, options.seed, held_out=options.held_out, shuffled=options.shuffle_labels)
     for variant in options.variant:
         for arch in options.arch:
             console.print(f"{arch}, {variant}: {options.steps} steps")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from emoe_jax.predictor.config import ARCHITECTURES, VARIANTS, PredictorConfig
-from train.predictor.trainer import Plan
+from train.predictor.trainer import Hyperparameters
 from train.ranges import check_ranges
 
 STEPS = 300
@@ -39,8 +39,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--width", type=int, default=PredictorConfig.width, help="of the networks")
     parser.add_argument("--members", type=int, default=PredictorConfig.members, help="networks averaged")
-    parser.add_argument("--rate", type=float, default=Plan.peak_rate, help="peak learning rate")
-    parser.add_argument("--held-out", type=float, default=Plan.held_out, help="share of prompts to choose the best by")
+    parser.add_argument("--rate", type=float, default=Hyperparameters.peak_rate, help="peak learning rate")
+    parser.add_argument(
+        "--held-out", type=float, default=Hyperparameters.held_out, help="share of prompts to choose the best by"
+    )
     parser.add_argument("--shuffle-labels", action="store_true", help="control: deal routing to other prompts")
     parser.add_argument("--no-updates", action="store_true", help="evaluate without learning from the trace's prompts")
     options = parser.parse_args(argv)
@@ -64,7 +66,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def steps(options: argparse.Namespace, num_prompts: int) -> int:
-    """Optimizer steps, of which one sees `Plan.rows` prompts."""
+    """Optimizer steps, of which one sees `Hyperparameters.rows` prompts."""
     if options.epochs is None:
         return options.steps or STEPS
-    return options.epochs * -(-num_prompts // Plan.rows)
+    return options.epochs * -(-num_prompts // Hyperparameters.rows)

@@ -29,7 +29,7 @@ class DivergedError(EmoeError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Hyperparameters:
     """Everything that decides the outcome of a run, besides the trace and the predictor's configuration."""
 
     steps: int
@@ -60,7 +60,7 @@ class TrainState(NamedTuple):
     best_step: jax.Array
 
 
-class Progress(NamedTuple):
+class StepReport(NamedTuple):
     """What is reported of a step: `coverage` of the held-out prompts, mean over the budgets, where it was measured."""
 
     step: int
@@ -72,7 +72,7 @@ class Progress(NamedTuple):
     best_step: int
 
 
-def optimizer(plan: Plan) -> optax.GradientTransformation:
+def optimizer(plan: Hyperparameters) -> optax.GradientTransformation:
     warmup = max(1, plan.steps // 20)
     rate = optax.warmup_cosine_decay_schedule(
         plan.peak_rate / warmup, plan.peak_rate, warmup, max(plan.steps, warmup + 1), plan.peak_rate * 0.02
@@ -87,7 +87,7 @@ def optimizer(plan: Plan) -> optax.GradientTransformation:
     )
 
 
-def start(config: PredictorConfig, sizes: Sizes, plan: Plan) -> TrainState:
+def start(config: PredictorConfig, sizes: Sizes, plan: Hyperparameters) -> TrainState:
     weights = network.init(config, sizes, plan.seed)
     moments = jax.vmap(optimizer(plan).init)(weights)
     copy = functools.partial(jax.tree.map, jnp.copy)
@@ -96,7 +96,7 @@ def start(config: PredictorConfig, sizes: Sizes, plan: Plan) -> TrainState:
 
 @functools.partial(jax.jit, static_argnames=("config", "sizes", "plan"), donate_argnames="state")
 def train_step(
-    state: TrainState, batch: Batch, config: PredictorConfig, sizes: Sizes, plan: Plan
+    state: TrainState, batch: Batch, config: PredictorConfig, sizes: Sizes, plan: Hyperparameters
 ) -> tuple[TrainState, Metrics]:
     """One update of every member, each with its own dropout. Donates `state`."""
     # Dropout draws many numbers: "rbg" keys compile in half the time that the default ones take.
@@ -139,9 +139,9 @@ def run(
     predictor: Predictor,
     train: Examples,
     held_out: Examples,
-    plan: Plan,
+    plan: Hyperparameters,
     checkpoints: Checkpoints | None,
-    report: Callable[[Progress], None],
+    report: Callable[[StepReport], None],
     stop_after: int | None = None,
 ) -> TrainState:
     """Train up to `plan.steps`, from the newest checkpoint if there is one.
@@ -174,7 +174,7 @@ def run(
                 best = jax.tree.map(jnp.copy, state.averaged)
                 state = state._replace(best=best, best_coverage=jnp.float32(measured), best_step=jnp.int32(step + 1))
         report(
-            Progress(
+            StepReport(
                 step=step + 1,
                 loss=float(metrics.loss),
                 cross_entropy=float(metrics.cross_entropy),
