@@ -104,7 +104,7 @@ def test_the_plan_follows_who_runs():
     begin(planner, "a")
     begin(planner, "b", "sum")
     first: Any = plan_for(planner, "a")
-    assert (first.kept, plan_for(planner, "a")) == (0.0, None)
+    assert (first.continuing, plan_for(planner, "a")) == (0.0, None)
     both: Any = plan_for(planner, "a", "b")
     assert both.kept == 1.0
     np.testing.assert_allclose(both.joined, K * SUM, rtol=1e-5)
