@@ -24,6 +24,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from emoe_jax.amounts import parse_expert_memory
 from emoe_jax.checkpoint import Checkpoint
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.loader import ExpertLoader
@@ -31,7 +32,7 @@ from emoe_jax.experts.slab import ExpertSlab
 from emoe_jax.experts.store import ExpertStore, aligned_record
 from emoe_jax.experts.table import SlotTable
 from emoe_jax.experts.weights import ExpertLayout
-from emoe_jax.memory.budget import capacities, parse_expert_memory
+from emoe_jax.memory.budget import capacities
 from emoe_jax.models import config_from_hf, family_of, load_dense, open_checkpoint
 from emoe_jax.policies import make_policy
 

@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from emoe_jax.engine.engine import Engine
+    from emoe_jax.engine_config import EngineConfig
     from emoe_jax.errors import CapacityError, CheckpointError, ConfigError, EmoeError, RequestError
     from emoe_jax.requests.request import SLO, Completion, Delta, RequestOutput, SamplingParams, TokenLogprob
     from emoe_jax.requests.structured import StructuredOutputsParams
 
 _HOMES = {
     "emoe_jax.engine.engine": ("Engine",),
+    "emoe_jax.engine_config": ("EngineConfig",),
     "emoe_jax.errors": ("CapacityError", "CheckpointError", "ConfigError", "EmoeError", "RequestError"),
     "emoe_jax.requests.request": ("SLO", "Completion", "Delta", "RequestOutput", "SamplingParams", "TokenLogprob"),
     "emoe_jax.requests.structured": ("StructuredOutputsParams",),
@@ -26,6 +28,7 @@ __all__ = [
     "Delta",
     "EmoeError",
     "Engine",
+    "EngineConfig",
     "RequestError",
     "RequestOutput",
     "SamplingParams",

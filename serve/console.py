@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from emoe_jax.memory.budget import format_bytes
+from emoe_jax.amounts import format_bytes
 
 ProgressCallback = Callable[[str, int, int], None]
 

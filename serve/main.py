@@ -4,14 +4,16 @@ import sys
 from collections.abc import Sequence
 
 from serve.interrupt import exit_on_signal
+from serve.options import parse_options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs until a signal; the exit status, 2 for a mistake that one line on stderr has named."""
     with exit_on_signal() as stop_watching:
+        options = parse_options(sys.argv[1:] if arguments is None else arguments)
         from serve.start import run  # takes seconds, in which Ctrl-C shall work too
 
-        return run(sys.argv[1:] if arguments is None else arguments, on_loaded=stop_watching)
+        return run(options, on_loaded=stop_watching)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from emoe_jax.errors import ConfigError
 from emoe_jax.traces.parts import parts_of
 
 
-def check_trace_file(name: str) -> None:
+def check_trace_file(name: str | Path) -> None:
     """Raise `ConfigError` when `name` is no `.npz`, exists (unless its recording was cut off), or cannot be written."""
     path = Path(name)
     if path.suffix != ".npz":

@@ -1,11 +1,11 @@
-"""From the command line to a server that answers, and to its end."""
+"""From options to a server that answers, and to its end."""
 
 import asyncio
 import gc
 import os
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from serve.console import loading_progress, start_up_table
 from serve.hosts import hosts_for
 from serve.lobby import open_lobby
 from serve.logs import configure_logging
-from serve.options import Options, as_flags, parse_options
+from serve.options import ServerOptions, as_flags
 from serve.recording import check_trace_file
 from serve.server import Server, bind, url_of
 from serve.service import Service
@@ -31,9 +31,8 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
 
-def run(arguments: Sequence[str], on_loaded: Callable[[], None]) -> int:
+def run(options: ServerOptions, on_loaded: Callable[[], None]) -> int:
     """Load and serve until a signal; `on_loaded` is called between the two. Returns the exit status."""
-    options = parse_options(arguments)
     configure_logging(options.log_format)
     keep_compilations()
     try:
@@ -60,45 +59,19 @@ def keep_compilations() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def load(options: Options) -> Engine:
+def load(options: ServerOptions) -> Engine:
     if options.record_traces is not None:
         check_trace_file(options.record_traces)
     console = Console(stderr=True)
     console.print(f"loading: {options.model}", markup=False, highlight=False, soft_wrap=True)
     with loading_progress(console) as report:
-        engine = Engine.load(
-            options.model,
-            expert_memory=options.expert_memory,
-            routing=options.routing,
-            dtype=options.dtype,
-            max_model_len=options.max_model_len,
-            max_num_seqs=options.max_num_seqs,
-            max_num_batched_tokens=options.max_num_batched_tokens,
-            scheduling_policy=options.scheduling_policy,
-            policy=options.policy,
-            host_memory=options.host_memory,
-            device_memory=options.device_memory,
-            memory_trade=options.memory_trade,
-            prefix_caching=options.prefix_caching,
-            overlap=options.overlap,
-            task_profile=None if options.task_profile == "none" else options.task_profile,
-            predictor=None if options.predictor == "none" else options.predictor,
-            predict_every=options.predict_every,
-            link_bandwidth=options.link_bandwidth,
-            load_wait_ms=options.load_wait_ms,
-            record_traces=options.record_traces,
-            record_prompt_tokens=options.record_prompt_tokens,
-            chat_template=options.chat_template,
-            generation_config=options.generation_config,
-            seed=options.seed,
-            progress=report,
-        )
+        engine = Engine.load(options.model, options, progress=report)
         report("compile", 0, 1)
         engine.warm_up(progress=report)
     return engine
 
 
-def serve(options: Options, engine: Engine, listener: socket.socket, provider: "TracerProvider | None") -> None:
+def serve(options: ServerOptions, engine: Engine, listener: socket.socket, provider: "TracerProvider | None") -> None:
     """Print what is served, serve until a signal, close the engine."""
     url = url_of(listener)
     names = tuple(options.served_model_name or [engine.model_name])

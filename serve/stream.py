@@ -13,6 +13,7 @@ from serve.answers import EmoeAnswer, Usage
 from serve.errors import ErrorResponse, describe
 from serve.failures import early_end
 from serve.generation import Generation, Progress
+from serve.options import KEEP_ALIVE_SECONDS
 from serve.schema import StreamOptions
 from serve.service import emoe_of, usage_of
 
@@ -21,8 +22,6 @@ log = logging.getLogger("serve")
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 """A comment, which clients ignore."""
-KEEP_ALIVE_SECONDS = 15.0
-"""Proxies cut what is silent for longer: nginx after 60 s, many load balancers after 30 s."""
 LINE_ENDS = str.maketrans({end: f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"})
 """What ends a line for some readers of events, as JSON writes it in ASCII; other line ends are escaped already."""
 
@@ -90,7 +89,7 @@ class EventStream(StreamingResponse):
 
 
 async def _events(
-    generation: Generation, writer: ChunkWriter[Any], options: StreamOptions, keep_alive: float
+    generation: Generation, writer: ChunkWriter[Any], options: StreamOptions, keep_alive: float = KEEP_ALIVE_SECONDS
 ) -> AsyncIterator[bytes]:
     include_usage = bool(options.include_usage)
     prompt_tokens, completion_tokens = generation.stats.prompt_tokens, 0

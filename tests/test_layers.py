@@ -11,7 +11,8 @@ import pytest
 
 LIBRARY = Path(__file__).parents[1] / "emoe_jax"
 LAYERS = (
-    *("errors", "config", "requests", "traces", "predictor", "tasks", "policies", "experts", "scheduling"),
+    *("errors", "amounts", "options", "config", "requests", "engine_config"),
+    *("traces", "predictor", "tasks", "policies", "experts", "scheduling"),
     *("checkpoint", "models", "moe", "attention", "residency", "device", "memory", "engine"),
 )
 """From the lowest to the highest."""

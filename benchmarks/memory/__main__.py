@@ -17,9 +17,10 @@ from rich.console import Console
 from benchmarks.memory import report
 from benchmarks.memory.geometries import GEOMETRIES, read_config
 from benchmarks.memory.needs import Load, measure
+from emoe_jax.amounts import parse_bytes
 from emoe_jax.config import ModelConfig
 from emoe_jax.errors import EmoeError, one_line
-from emoe_jax.memory.plan import DTYPES, parse_bytes, resolve_dtype
+from emoe_jax.memory.plan import DTYPES, resolve_dtype
 from emoe_jax.models import config_from_hf
 
 

@@ -18,8 +18,8 @@ from benchmarks.residency.live_report import plot_live, print_live
 from benchmarks.residency.report import plot_grid, print_grid
 from benchmarks.residency.split import read_traces
 from benchmarks.results import write_json
+from emoe_jax.amounts import parse_bandwidth, parse_bytes
 from emoe_jax.errors import ConfigError, EmoeError, one_line, require
-from emoe_jax.memory.plan import parse_bandwidth, parse_bytes
 from emoe_jax.policies import POLICIES
 from serve.start import keep_compilations
 

@@ -9,11 +9,12 @@ from jaxtyping import Int
 
 from benchmarks.serving.devices import ExpertTimes
 from benchmarks.serving.settings import ALL, Setting
+from emoe_jax.amounts import parse_expert_memory
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.loader import LoaderStats
 from emoe_jax.experts.table import SlotTable
 from emoe_jax.experts.weights import ExpertLayout
-from emoe_jax.memory.budget import capacities, parse_expert_memory
+from emoe_jax.memory.budget import capacities
 from emoe_jax.models import config_from_directory
 from emoe_jax.policies import Swap, make_policy
 from emoe_jax.requests.request import RoutingContract

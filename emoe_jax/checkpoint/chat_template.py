@@ -11,6 +11,7 @@ from jinja2 import nodes
 from emoe_jax.checkpoint.template_environment import TemplateEnvironment
 from emoe_jax.checkpoint.template_text import TemplateText
 from emoe_jax.errors import RequestError
+from emoe_jax.requests.request import RESERVED_VARIABLES
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -18,9 +19,6 @@ MAX_DEPTH = 64
 
 STAND_INS = {"developer": "system", "tool": "user"}
 """Roles that templates need not know, and the roles that their messages have then."""
-
-RESERVED = ("messages", "chat_template", "tokenize", "continue_final_message")
-"""What `chat_template_kwargs` cannot set."""
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names under which templates look for what an assistant thought. The first is the usual one."""
@@ -66,7 +64,7 @@ class ChatTemplate:
         Raises `RequestError` for contradictions, and whatever the template raises.
         """
         given: dict[str, Any] = _plain(kwargs or {})
-        for name in RESERVED:
+        for name in RESERVED_VARIABLES:
             if name in given:
                 raise RequestError(f"chat_template_kwargs cannot set {name}", param="chat_template_kwargs")
         if continue_final_message and (add_generation_prompt or given.get("add_generation_prompt")):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from emoe_jax.checkpoint.files import read_json
-from emoe_jax.errors import CheckpointError, ConfigError, RequestError
+from emoe_jax.errors import CheckpointError, RequestError
 from emoe_jax.requests.request import SamplingParams
 
 GENERATION_CONFIG = "generation_config.json"
@@ -28,8 +28,6 @@ def sampling_defaults(directory: Path, generation_config: str = "auto") -> dict[
 
     Raises `CheckpointError` for a value that no request could ask for.
     """
-    if generation_config not in ("auto", "none"):
-        raise ConfigError(f"generation_config is {generation_config!r}; expected 'auto' or 'none'")
     path = directory / GENERATION_CONFIG
     if generation_config == "none" or not path.exists():
         return {}

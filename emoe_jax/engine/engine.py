@@ -9,30 +9,19 @@ from collections.abc import Sequence as Rows
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from flax import nnx
 from jaxtyping import Float
 
-from emoe_jax.checkpoint import Tokenizer
 from emoe_jax.config import ModelConfig
-from emoe_jax.device.batch import Buckets
-from emoe_jax.device.executables import Executables
-from emoe_jax.device.kv_cache import new_cache
-from emoe_jax.device.runner import Dispatched, Runner
+from emoe_jax.device.runner import Dispatched
 from emoe_jax.engine.answer import Answer
-from emoe_jax.engine.defaults import model_name, sampling_defaults
 from emoe_jax.engine.deliveries import Deliveries
 from emoe_jax.engine.intake import Intake, Prompt
-from emoe_jax.engine.opening import open_residency
+from emoe_jax.engine.loading import EngineParts, Progress, load_parts
 from emoe_jax.engine.quality import Quality
+from emoe_jax.engine_config import EngineConfig
 from emoe_jax.errors import ConfigError, RequestError
-from emoe_jax.memory.plan import MemoryPlan, allow_pinned_memory, machine_memory, parse_bandwidth, usable_memory
 from emoe_jax.memory.trade import MemoryTrade
-from emoe_jax.memory.workspace import measured_plan
-from emoe_jax.models import load_dense, load_tokenizer, open_checkpoint
-from emoe_jax.models.decoder import Decoder
-from emoe_jax.policies.regret import Regret
 from emoe_jax.requests.grammar import Grammars
 from emoe_jax.requests.guide import settle
 from emoe_jax.requests.request import (
@@ -47,14 +36,7 @@ from emoe_jax.requests.request import (
 from emoe_jax.requests.sequence import Sequence, SequenceStatus
 from emoe_jax.residency.admission import admission_policy
 from emoe_jax.residency.foresight import Foresight
-from emoe_jax.residency.invocations import PredictEvery, checked_every
-from emoe_jax.residency.knowledge import RoutingKnowledge
-from emoe_jax.residency.planner import ResidencyPlanner
-from emoe_jax.residency.residency import Residency
-from emoe_jax.scheduling.pages import PAGE_SIZE, PagePool
 from emoe_jax.scheduling.plan import StepPlan, StepResult
-from emoe_jax.scheduling.registry import check_policy
-from emoe_jax.scheduling.scheduler import Scheduler
 from emoe_jax.tasks import TaskProfile
 from emoe_jax.traces.recorder import TraceRecorder
 
@@ -63,9 +45,6 @@ log = logging.getLogger(__name__)
 NOT_FINITE = "the model computed numbers that are not finite"
 
 ROWS_AT_ONCE = 4096
-
-Progress = Callable[[str, int, int], None]
-"""Called with `(stage, done, total)`."""
 
 
 class Engine:
@@ -79,44 +58,34 @@ class Engine:
             print(engine.generate("Summarize: ...", SamplingParams(max_tokens=64))[0].text)
     """
 
-    def __init__(
-        self,
-        model_name: str,
-        tokenizer: Tokenizer | None,
-        runner: Runner,
-        scheduler: Scheduler,
-        residency: Residency,
-        planner: ResidencyPlanner | None,
-        regret: Regret,
-        memory: MemoryPlan,
-        routing: RoutingContract,
-        load_wait: float,
-        overlap: bool,
-        seed: int,
-    ):
-        self.model_name = model_name
-        self.sampling_defaults: dict[str, Any] = {}
+    def __init__(self, parts: EngineParts):
+        """The parts are the engine's from now on; `close` closes them."""
+        runner, scheduler, residency = parts.runner, parts.scheduler, parts.residency
+        self.options = parts.options
+        """As they were given, with what depends on the device filled in."""
+        self.model_name = parts.model_name
+        self.sampling_defaults = parts.sampling_defaults
         """Fields of `SamplingParams` for requests that leave them open, as the checkpoint says."""
-        self.tokenizer = tokenizer
-        self.routing: RoutingContract = routing
+        self.tokenizer = parts.tokenizer
+        self.routing: RoutingContract = parts.options.routing
         self.config: ModelConfig = runner.config
-        self.memory = memory
-        self.grammars = Grammars(tokenizer, self.config.vocab_size, self.config.eos_token_ids)
-        self._intake = Intake(self.config, tokenizer, self.grammars, seed)
+        self.memory = parts.memory
+        self.grammars = Grammars(self.tokenizer, self.config.vocab_size, self.config.eos_token_ids)
+        self._intake = Intake(self.config, self.tokenizer, self.grammars, parts.options.seed)
         self._runner = runner
         self._scheduler = scheduler
         self._scheduling_policies = {scheduler.policy.name: scheduler.policy}
         self._residency = residency
-        self._foresight = Foresight(residency, planner, regret, self.config.top_k)
-        self._trade = MemoryTrade(memory, residency, scheduler, runner, self._foresight.slots_changed)
+        self._foresight = Foresight(residency, parts.planner, parts.regret, self.config.top_k)
+        self._trade = MemoryTrade(self.memory, residency, scheduler, runner, self._foresight.slots_changed)
         self._in_flight: deque[Dispatched] = deque()  # oldest first, at most two
         self._waited_before: deque[float] = deque()  # seconds that steps had waited when each was planned
         self._waited_at_collect = 0.0
         self._over: tuple[float, float] | None = None  # when the oldest step was, if known, and the waits until then
-        self._overlap = overlap
+        self._overlap = parts.options.overlap
         self._collected_at = 0.0
         self._step_seconds = 0.0
-        self._load_wait = load_wait
+        self._load_wait = parts.options.load_wait_ms / 1e3
         self._answers: dict[str, Answer] = {}
         self._deliveries = Deliveries()
         self._suspect = False  # whether a step has failed since weights were last looked after
@@ -124,144 +93,41 @@ class Engine:
         self._next_id = 0
         self._steps = 0
         self._not_finite = 0
+        self.use_task_profile(parts.profile)
 
     @classmethod
     def load(
         cls,
         path: str | Path,
+        config: EngineConfig | None = None,
         *,
-        expert_memory: str | int = "40%",
-        routing: RoutingContract = "resident",
-        dtype: str = "auto",
-        max_model_len: int | None = None,
-        max_num_seqs: int = 16,
-        max_num_batched_tokens: int = 512,
-        scheduling_policy: str = "slo",
-        policy: str = "emoe",
-        host_memory: str | int = "auto",
-        kv_memory: str | int | None = None,
-        device_memory: str | int | None = None,
-        memory_trade: bool = False,
-        prefix_caching: bool = True,
-        router_capacity_factor: float | None = None,
-        task_profile: str | Path | None = "auto",
-        predictor: str | Path | None = "auto",
-        predict_every: PredictEvery = "auto",
-        link_bandwidth: str | float | None = None,
-        load_wait_ms: float = 50.0,
-        overlap: bool = True,
-        chat_template: str | Path | None = None,
-        generation_config: str = "auto",
-        record_traces: str | Path | None = None,
-        record_prompt_tokens: bool = False,
-        seed: int = 0,
         progress: Progress | None = None,
+        **keywords: Any,
     ) -> "Engine":
-        """Open a checkpoint directory (or hub id) and make `expert_memory` of its experts resident.
+        """Open a checkpoint directory (or hub id) and make as many of its experts resident as fit or are asked for.
 
-        `expert_memory` is a share ("40%"), bytes ("6GiB") or slots per layer ("8 slots"). `dtype="auto"` is the
-        checkpoint's on an accelerator and float32 on CPU, where half-precision matrix products are slow. `host_memory`
-        is what experts off the device may take in bytes ("2GiB"), by default all of them in at most half of the
-        machine's memory. `kv_memory` is bytes too, as is `device_memory`, of which everything on the device takes its
-        part: by default what is free of it. With `memory_trade`, experts make room for the KV cache while
-        requests lack pages, once `warm_up` has compiled for both. With `prefix_caching` the tokens that prompts
-        begin with are not computed while the KV cache still has them. `policy` says which experts are kept
-        (`emoe_jax.policies`). `task_profile` and `predictor` are a file and a directory, by default the
-        checkpoint's own `task_profile.json` and `predictor` if it has them; the predictor is asked about one of
-        `predict_every` prompts, "auto" being as many as pay (40 with the policy `emoe-paper`). Background loads keep
-        below `link_bandwidth` bytes/s ("2GiB"); while nothing else runs, a prompt waits up to `load_wait_ms` for its
-        prediction and for the experts that are planned for it. With `overlap`
-        the host prepares a step while the device computes the one before. `chat_template` is a file to use
-        instead of the checkpoint's chat template, or the name of one of several. `generation_config="none"` leaves
-        out the sampling defaults of `generation_config.json`, which hold where no `SamplingParams` are given.
-        `record_traces` is where to record routing from the start, `record_prompt_tokens` whether the trace also
-        holds the prompts' token ids. Raises `CheckpointError`,
-        `ConfigError` or `CapacityError` with one line that names what is wrong; nothing stays allocated then.
+        Options are an `EngineConfig`, which describes each of them, or its fields as keywords:
+
+            Engine.load(path, expert_memory="40%", routing="exact")
+            Engine.load(path, EngineConfig(expert_memory="40%", routing="exact"))
+
+        `progress` is called with a stage ("weights", "experts"), what of it is done, and what there is to do. Raises
+        `CheckpointError`, `ConfigError` or `CapacityError` with one line that names what is wrong; nothing stays
+        allocated then.
         """
-        if routing not in ("resident", "exact"):
-            raise ConfigError(f"routing is {routing!r}; expected 'resident' or 'exact'")
-        check_policy(scheduling_policy)
-        bandwidth = parse_bandwidth(link_bandwidth)
-        checked_every(predict_every)
-        checkpoint = open_checkpoint(path, router_capacity_factor=router_capacity_factor)
-        config = checkpoint.config
-        for name, count in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
-            if count < 1:
-                raise ConfigError(f"{name} is {count}; expected at least 1")
-        if not 0 <= load_wait_ms <= 60_000:
-            raise ConfigError(f"load_wait_ms is {load_wait_ms}; expected 0 to 60000")
-        allow_pinned_memory()
-        plan = functools.partial(
-            MemoryPlan.of,
-            config,
-            platform=jax.devices()[0].platform,
-            device_bytes=usable_memory(device_memory),
-            dtype=dtype,
-            expert_memory=expert_memory,
-            host_memory=host_memory,
-            machine_bytes=machine_memory(),
-            kv_memory=kv_memory,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            may_trade=memory_trade,
-        )
-        plan(step_bytes=0)  # refuses what can never fit before seconds go into the predictor
-        defaults = sampling_defaults(checkpoint.directory, generation_config)
-        tokenizer = load_tokenizer(checkpoint.directory, chat_template)
-        known = RoutingKnowledge.load(checkpoint.directory, config, task_profile, predictor)
-        plan = functools.partial(plan, spread=functools.partial(known.split, config=config))
-
-        def report(stage: str) -> Callable[[int, int], None] | None:
-            return None if progress is None else functools.partial(progress, stage)
-
-        def load_model(dtype: str) -> Decoder:
-            return nnx.merge(*load_dense(checkpoint, dtype, report("weights")))
-
-        executables = Executables()
-        memory, model = measured_plan(plan, load_model, max_num_seqs, max_num_batched_tokens, executables)
-        prefill_chunk = min(max_num_batched_tokens, memory.max_model_len)
-        scheduler = Scheduler(
-            PagePool(memory.num_pages, PAGE_SIZE),
-            max_num_seqs,
-            max_num_batched_tokens,
-            memory.max_model_len,
-            prefill_chunk,
-            config.eos_token_ids,
-            # Where routers drop tokens over capacity, what a token gets depends on the rows it was computed with.
-            prefix_caching=prefix_caching and config.router_capacity_factor is None,
-        )
-        model = model or load_model(memory.dtype)
-        residency = open_residency(checkpoint, memory, policy, known, bandwidth, seed)
-        planner = None
+        if config is None:
+            config = EngineConfig.of(**keywords)
+        elif not isinstance(config, EngineConfig):
+            raise ConfigError(f"config is {type(config).__name__}; expected an EngineConfig")
+        elif keywords:
+            raise ConfigError(f"{next(iter(keywords))} is given beside an EngineConfig; put it there")
+        parts = load_parts(path, config, progress)
         try:
-            planner = known.planner(policy, config, memory.capacities, predict_every)
-            scheduler.use_policy(admission_policy(scheduling_policy, known.profile, residency, scheduler))
-            residency.fill(report("experts"))
-            cache = new_cache(config, memory.num_pages, memory.dtype)
-            buckets = Buckets.of(max_num_seqs, prefill_chunk, memory.max_model_len)
-            runner = Runner(model, residency, cache, buckets, executables)
-            engine = cls(
-                model_name(path),
-                tokenizer,
-                runner,
-                scheduler,
-                residency,
-                planner,
-                known.regret(config, memory.capacities),
-                memory,
-                routing,
-                load_wait_ms / 1e3,
-                overlap,
-                seed,
-            )
-            engine.sampling_defaults = defaults
-            engine.use_task_profile(known.profile)
-            if record_traces is not None:
-                engine.record_traces(record_traces, record_prompt_tokens)
+            engine = cls(parts)
+            if config.record_traces is not None:
+                engine.record_traces(config.record_traces, config.record_prompt_tokens)
         except BaseException:
-            residency.close()
-            if planner is not None:
-                planner.close()
+            parts.close()
             raise
         return engine
 

@@ -1,53 +1,13 @@
 """How many expert slots a memory budget buys."""
 
-import dataclasses
 import math
-import re
 from fractions import Fraction
 from typing import Literal
 
+from emoe_jax.amounts import ExpertBudget, format_bytes
 from emoe_jax.config import ModelConfig
 from emoe_jax.errors import CapacityError, ConfigError
 from emoe_jax.experts.weights import ExpertLayout
-
-_UNITS = {
-    "": 1, "B": 1,
-    "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
-}  # fmt: skip
-_PATTERN = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*(%|slots?|[kmgt]i?b|b)?", re.IGNORECASE)
-
-
-@dataclasses.dataclass(frozen=True)
-class ExpertBudget:
-    """A share of all experts (0 to 1), bytes of device memory, or slots per layer."""
-
-    kind: Literal["share", "bytes", "slots"]
-    amount: Fraction
-
-    def __str__(self) -> str:
-        if self.kind == "share":
-            return f"{float(self.amount * 100):g}%"
-        if self.kind == "bytes":
-            return format_bytes(int(self.amount))
-        return f"{int(self.amount)} slots"
-
-
-def parse_expert_memory(text: str, name: str = "expert memory") -> ExpertBudget:
-    """`"40%"`, `"6GiB"`, `"512MB"`, `"8 slots"` or `"8"` (slots per layer). Raises `ConfigError` for anything else."""
-    match = _PATTERN.fullmatch(text.strip())
-    if match is None:
-        raise ConfigError(f"{name} {text!r} is not an amount; expected for example 40%, 6GiB or 8 slots")
-    number, unit = Fraction(match[1]), (match[2] or "slots").upper()
-    if unit == "%":
-        if number > 100:
-            raise ConfigError(f"expert memory {text!r} is more than all experts; at most 100%")
-        return ExpertBudget("share", number / 100)
-    if unit in ("SLOT", "SLOTS"):
-        if number.denominator != 1:
-            raise ConfigError(f"expert memory {text!r} is not a whole number of slots")
-        return ExpertBudget("slots", number)
-    return ExpertBudget("bytes", number * _UNITS[unit])
 
 
 def capacities(
@@ -86,16 +46,6 @@ def capacities(
         )
     each, more = divmod(slots, num_layers)
     return [each + (layer < more) for layer in range(num_layers)]
-
-
-def format_bytes(count: int) -> str:
-    """`1536` -> `1.5 KiB`."""
-    value = float(count)
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.4g} {unit}"
-        value /= 1024
-    return f"{value:.4g} TiB"
 
 
 def _per_layer(slots: int, num_layers: int) -> str:

@@ -5,17 +5,20 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from emoe_jax.amounts import format_bytes, parse_bytes, parse_expert_memory
 from emoe_jax.config import ModelConfig
 from emoe_jax.device.kv_cache import page_bytes
+from emoe_jax.engine_config import Dtype
 from emoe_jax.errors import CapacityError, ConfigError
 from emoe_jax.experts.loader import staging_bytes
 from emoe_jax.experts.weights import ExpertLayout
-from emoe_jax.memory.budget import capacities, format_bytes, parse_expert_memory
+from emoe_jax.memory.budget import capacities
 from emoe_jax.memory.splits import MemorySplit, Sizes, trade_bytes, trading
 from emoe_jax.models.decoder import Decoder
 from emoe_jax.scheduling.pages import PAGE_SIZE, pages_for
@@ -31,7 +34,7 @@ HOST_SHARE = 0.5
 
 _PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = get_args(Dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,30 +252,3 @@ def dense_parameters(config: ModelConfig) -> int:
     """Numbers in all weights but the experts'."""
     state = nnx.state(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
-
-
-def parse_bandwidth(amount: str | float | None, name: str = "link_bandwidth") -> float | None:
-    """Bytes per second: a number, or text such as `2GiB`; None is no limit. Raises `ConfigError`."""
-    if amount is None:
-        return None
-    bandwidth = float(parse_bytes(name, amount) if isinstance(amount, str) else amount)
-    if not bandwidth > 0:
-        raise ConfigError(f"{name} is {amount!r}; expected more than 0 bytes per second")
-    return bandwidth
-
-
-def parse_bytes(name: str, amount: str | int) -> int:
-    """An integer of bytes, or text such as `2GiB`; nothing needs no unit."""
-    if amount == "0":
-        return 0
-    if isinstance(amount, int):
-        if amount < 0:
-            raise ConfigError(f"{name} is {amount}; expected a positive number of bytes")
-        return amount
-    try:
-        budget = parse_expert_memory(amount, name)
-    except ConfigError:
-        budget = None
-    if budget is None or budget.kind != "bytes":
-        raise ConfigError(f"{name} {amount!r} is not an amount of bytes; expected for example 2GiB")
-    return int(budget.amount)

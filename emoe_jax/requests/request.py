@@ -17,6 +17,8 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 MAX_CACHE_SALT = 256
 """Characters of a request's `cache_salt`."""
+RESERVED_VARIABLES = ("messages", "chat_template", "tokenize", "continue_final_message")
+"""Variables of a chat template that `chat_template_kwargs` cannot set."""
 MAX_LOGIT_BIAS = 1024
 """Tokens of one request that `logit_bias` may name."""
 

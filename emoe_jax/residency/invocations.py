@@ -6,29 +6,19 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from emoe_jax.errors import ConfigError
+from emoe_jax.engine_config import PredictEvery
 from emoe_jax.predictor import Predictor
 from emoe_jax.residency.cadence import Cadence
 from emoe_jax.residency.demand import Demand
 from emoe_jax.residency.forecaster import Finished, Forecaster, Question
 
-PredictEvery = int | Literal["auto"]
-"""Prompts that share a prediction; "auto" is chosen by cost and gain (`Cadence`)."""
-
 MOST_PENDING = 1024
 """Questions without an answer. Further prompts are not asked about, and counted as missed."""
-
-
-def checked_every(every: PredictEvery) -> PredictEvery:
-    """Raises `ConfigError` for what is neither "auto" nor at least 1."""
-    if every == "auto" or (isinstance(every, int) and not isinstance(every, bool) and every >= 1):
-        return every
-    raise ConfigError(f"predict_every is {every!r}; expected 'auto' or a prediction every 1 or more prompts")
 
 
 @dataclasses.dataclass(eq=False)

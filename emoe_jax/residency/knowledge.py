@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from emoe_jax.config import ModelConfig
+from emoe_jax.engine_config import PredictEvery
 from emoe_jax.policies import POLICIES, PolicyWeights
 from emoe_jax.policies.dynamics import DYNAMICS_FILE, Dynamics
 from emoe_jax.policies.regret import Regret
@@ -14,7 +15,6 @@ from emoe_jax.policies.rivals import activation_matrices
 from emoe_jax.policies.transitions import TRANSITIONS_FILE, load_transitions
 from emoe_jax.predictor import Predictor
 from emoe_jax.residency.capacities import split_slots
-from emoe_jax.residency.invocations import PredictEvery
 from emoe_jax.residency.planner import ResidencyPlanner
 from emoe_jax.tasks import TaskProfile
 

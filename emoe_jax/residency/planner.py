@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from emoe_jax.engine_config import PredictEvery
 from emoe_jax.policies.rule import ExpectedWishes
 from emoe_jax.predictor import Predictor
 from emoe_jax.residency.demand import Demand, RequestProgress, expected_rates, mean_sensitivity
 from emoe_jax.residency.frequencies import TaskFrequencies
-from emoe_jax.residency.invocations import Invocations, PlannedRequest, PredictEvery, checked_every
+from emoe_jax.residency.invocations import Invocations, PlannedRequest
 from emoe_jax.residency.judges import Drift, Gate
 from emoe_jax.tasks import OTHER, TaskProfile
 from emoe_jax.traces.coverage import coverage
@@ -64,15 +65,11 @@ class ResidencyPlanner:
         one_forecast: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ):
-        """Without `learns`, tasks keep their profiled frequencies for ever. `clock` (seconds) measures predictions.
-
-        Raises `ConfigError` for a `predict_every` that is neither "auto" nor at least 1.
-        """
+        """Without `learns`, tasks keep their profiled frequencies for ever. `clock` (seconds) measures predictions."""
         self._profile, self._top_k, self._capacities = profile, profile.top_k, tuple(capacities)
         self._learns, self._one_forecast = learns, one_forecast
         self._frequencies = TaskFrequencies(profile)
-        every = checked_every(predict_every)
-        self._invocations = None if predictor is None else Invocations(predictor, every, clock)
+        self._invocations = None if predictor is None else Invocations(predictor, predict_every, clock)
         self.reads_tokens = isinstance(predictor, Predictor) and predictor.reads_tokens
         """Whether the predictor wants prompts' tokens."""
         self._gate, self._drift = Gate(), Drift()

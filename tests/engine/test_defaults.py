@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from emoe_jax import Engine, SamplingParams
+from emoe_jax import Engine, EngineConfig, SamplingParams
 from emoe_jax.engine.defaults import model_name, sampling_defaults
 from emoe_jax.errors import CheckpointError, ConfigError
 from tests.serve.checkpoint import write_tiny_checkpoint
@@ -40,8 +40,10 @@ def test_values_that_nobody_could_ask_for_are_told(tmp_path, name, value):
 
 
 def test_two_modes(tmp_path):
-    with pytest.raises(ConfigError, match="generation_config is 'vllm'; expected 'auto' or 'none'"):
-        sampling_defaults(tmp_path, "vllm")
+    assert sampling_defaults(written(tmp_path, temperature=0.5), "auto") == {"temperature": 0.5}
+    assert sampling_defaults(tmp_path, "none") == {}
+    with pytest.raises(ConfigError, match="generation_config is 'vllm'; expected one of auto, none"):
+        EngineConfig(generation_config="vllm")  # pyright: ignore[reportArgumentType]
 
 
 def test_an_engine_uses_them_where_no_parameters_are_given(tmp_path):

@@ -2,10 +2,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from emoe_jax.amounts import format_bytes, parse_expert_memory
 from emoe_jax.config import ModelConfig
 from emoe_jax.errors import CapacityError, ConfigError
 from emoe_jax.experts.weights import ExpertLayout
-from emoe_jax.memory.budget import capacities, format_bytes, parse_expert_memory
+from emoe_jax.memory.budget import capacities
 
 CONFIG = ModelConfig(
     family="mixtral",

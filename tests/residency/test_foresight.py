@@ -227,7 +227,7 @@ def test_a_damaged_table_is_refused_and_a_missing_one_asked_for(
         ({"predict_every": 0}, "predict_every"),
         ({"link_bandwidth": 0.0}, "link_bandwidth is 0.0"),
         ({"link_bandwidth": "fast"}, "link_bandwidth"),
-        ({"policy": "belady"}, "unknown residency policy"),
+        ({"policy": "belady"}, "policy is 'belady'; expected one of activation-matrix, emoe"),
         ({"policy": "next-layer-router"}, "learned from a trace"),
         ({"policy": "activation-matrix"}, "learned from a trace"),
         ({"predictor": "/nowhere"}, "nowhere"),

@@ -1,0 +1,173 @@
+"""From a checkpoint and an `EngineConfig` to the parts of an engine."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from emoe_jax.amounts import parse_bandwidth
+from emoe_jax.checkpoint import Checkpoint, Tokenizer
+from emoe_jax.device.batch import Buckets
+from emoe_jax.device.executables import Executables
+from emoe_jax.device.kv_cache import new_cache
+from emoe_jax.device.runner import Runner
+from emoe_jax.engine.defaults import model_name, sampling_defaults
+from emoe_jax.engine_config import EngineConfig
+from emoe_jax.experts.weights import ExpertLayout
+from emoe_jax.memory.plan import MemoryPlan, allow_pinned_memory, machine_memory, usable_memory
+from emoe_jax.memory.workspace import measured_plan
+from emoe_jax.models import load_tokenizer, open_checkpoint
+from emoe_jax.models.decoder import Decoder
+from emoe_jax.models.loading import load_dense
+from emoe_jax.policies.regret import Regret
+from emoe_jax.residency.admission import admission_policy
+from emoe_jax.residency.knowledge import RoutingKnowledge
+from emoe_jax.residency.planner import ResidencyPlanner
+from emoe_jax.residency.residency import Residency
+from emoe_jax.scheduling.pages import PAGE_SIZE, PagePool
+from emoe_jax.scheduling.scheduler import Scheduler
+from emoe_jax.tasks import TaskProfile
+
+Progress = Callable[[str, int, int], None]
+"""Called with `(stage, done, total)`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineParts:
+    """What `Engine` is made of. Whoever has them closes them."""
+
+    options: EngineConfig
+    model_name: str
+    tokenizer: Tokenizer | None
+    sampling_defaults: dict[str, Any]
+    memory: MemoryPlan
+    profile: TaskProfile | None
+    runner: Runner
+    scheduler: Scheduler
+    residency: Residency
+    planner: ResidencyPlanner | None
+    regret: Regret
+
+    def close(self) -> None:
+        """Stop the threads of loader and planner."""
+        self.residency.close()
+        if self.planner is not None:
+            self.planner.close()
+
+
+def load_parts(path: str | Path, options: EngineConfig, progress: Progress | None = None) -> EngineParts:
+    """Open a checkpoint directory (or hub id) and make as many of its experts resident as the options ask for.
+
+    Raises `CheckpointError`, `ConfigError` or `CapacityError`; nothing stays allocated then.
+    """
+    checkpoint = open_checkpoint(path, router_capacity_factor=options.router_capacity_factor)
+    config = checkpoint.config
+    plan = _planned(checkpoint, options)
+    plan(step_bytes=0)  # refuses what can never fit before seconds go into the predictor
+    defaults = sampling_defaults(checkpoint.directory, options.generation_config)
+    tokenizer = load_tokenizer(checkpoint.directory, options.chat_template)
+    known = RoutingKnowledge.load(checkpoint.directory, config, options.task_profile, options.predictor)
+    plan = functools.partial(plan, spread=functools.partial(known.split, config=config))
+
+    def report(stage: str) -> Callable[[int, int], None] | None:
+        return None if progress is None else functools.partial(progress, stage)
+
+    def load_model(dtype: str) -> Decoder:
+        return nnx.merge(*load_dense(checkpoint, dtype, report("weights")))
+
+    executables = Executables()
+    sizes = (options.max_num_seqs, options.max_num_batched_tokens)
+    memory, model = measured_plan(plan, load_model, *sizes, executables)
+    prefill_chunk = min(options.max_num_batched_tokens, memory.max_model_len)
+    scheduler = Scheduler(
+        PagePool(memory.num_pages, PAGE_SIZE),
+        *sizes,
+        memory.max_model_len,
+        prefill_chunk,
+        config.eos_token_ids,
+        # Where routers drop tokens over capacity, what a token gets depends on the rows it was computed with.
+        prefix_caching=options.prefix_caching and config.router_capacity_factor is None,
+    )
+    model = model or load_model(memory.dtype)
+    residency = _empty_residency(checkpoint, memory, options, known)
+    planner = None
+    try:
+        planner = known.planner(options.policy, config, memory.capacities, options.predict_every)
+        scheduler.use_policy(admission_policy(options.scheduling_policy, known.profile, residency, scheduler))
+        residency.fill(report("experts"))
+        cache = new_cache(config, memory.num_pages, memory.dtype)
+        buckets = Buckets.of(options.max_num_seqs, prefill_chunk, memory.max_model_len)
+        return EngineParts(
+            options=options,
+            model_name=model_name(path),
+            tokenizer=tokenizer,
+            sampling_defaults=defaults,
+            memory=memory,
+            profile=known.profile,
+            runner=Runner(model, residency, cache, buckets, executables),
+            scheduler=scheduler,
+            residency=residency,
+            planner=planner,
+            regret=known.regret(config, memory.capacities),
+        )
+    except BaseException:
+        residency.close()
+        if planner is not None:
+            planner.close()
+        raise
+
+
+def _planned(checkpoint: Checkpoint, options: EngineConfig) -> Callable[..., MemoryPlan]:
+    """The memory plan of these options, less what is known of steps and layers."""
+    allow_pinned_memory()
+    return functools.partial(
+        MemoryPlan.of,
+        checkpoint.config,
+        platform=jax.devices()[0].platform,
+        device_bytes=usable_memory(options.device_memory),
+        dtype=options.dtype,
+        expert_memory=options.expert_memory,
+        host_memory=options.host_memory,
+        machine_bytes=machine_memory(),
+        kv_memory=options.kv_memory,
+        max_model_len=options.max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        may_trade=options.memory_trade,
+    )
+
+
+def _empty_residency(
+    checkpoint: Checkpoint, memory: MemoryPlan, options: EngineConfig, known: RoutingKnowledge
+) -> Residency:
+    """Slab, store and loader of a checkpoint, still empty. Raises `ConfigError` for a policy that cannot be had."""
+    config = checkpoint.config
+    layout = ExpertLayout.of(config, memory.dtype)
+    return Residency(
+        config,
+        layout,
+        memory.capacities,
+        _CheckpointReader(checkpoint, layout),
+        options.policy,
+        rates=known.rates(config),
+        knowledge=known.for_policies(),
+        link_bandwidth=parse_bandwidth(options.link_bandwidth),
+        host_bytes=memory.host_bytes,
+        memory_kind=None if jax.devices()[0].platform == "cpu" else "pinned_host",
+        seed=options.seed,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _CheckpointReader:
+    """A checkpoint as the expert store's source."""
+
+    checkpoint: Checkpoint
+    layout: ExpertLayout
+
+    def read(self, layer: int, expert: int, record: np.ndarray) -> None:
+        self.checkpoint.read_expert(layer, expert, record, self.layout)

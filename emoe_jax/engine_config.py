@@ -1,0 +1,168 @@
+"""`EngineConfig`: every option of the engine, once. No JAX here."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from emoe_jax.amounts import parse_bandwidth, parse_bytes, parse_expert_memory
+from emoe_jax.errors import ConfigError
+from emoe_jax.options import Options, option
+from emoe_jax.requests.request import RoutingContract
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+PredictEvery = int | Literal["auto"]
+"""Prompts that share a prediction; "auto" is chosen by cost and gain (`Cadence`)."""
+
+PolicyName = Literal[
+    "activation-matrix", "emoe", "emoe-no-refresh", "emoe-paper", "lfu", "lru", "next-layer-router", "random", "static",
+    "static-global", "static-task",
+]  # fmt: skip
+"""The residency policies of `emoe_jax.policies`."""
+
+PartLeftOut = Literal["slo-without-c", "slo-without-G", "slo-without-dE", "slo-without-aging", "slo-without-guard"]
+"""`slo` less one of its parts, to measure what the part is worth."""
+
+SchedulingPolicyName = Literal["slo", "fcfs"] | PartLeftOut
+"""The admission policies of `emoe_jax.scheduling`."""
+
+
+def _expert_memory(value: Any, name: str) -> Any:
+    if not parse_expert_memory(str(value), name).amount:
+        raise ConfigError(f"{str(value)!r} is nothing; the model needs at least its top-k experts per layer")
+    return value
+
+
+def _bytes(value: Any, name: str) -> Any:
+    parse_bytes(name, value)
+    return value
+
+
+def _bandwidth(value: Any, name: str) -> Any:
+    parse_bandwidth(value, name)
+    return value
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig(Options):
+    """How an engine is set up: the keywords of `Engine.load`, the engine's flags and keys of the configuration file.
+
+    Raises `ConfigError`, one line that names the option, the value and what would be right.
+    """
+
+    expert_memory: str | int = option(
+        "40%",
+        "memory for experts on the device: a share such as 40%, bytes such as 6GiB, or '8 slots' in each layer",
+        noun="a share, bytes or slots",
+        metavar="SIZE",
+        check=_expert_memory,
+    )
+    routing: RoutingContract = option("resident", "routing contract of requests that name none")
+    dtype: Dtype = option(
+        "auto",
+        "dtype of weights and slab; auto is the checkpoint's on an accelerator, and float32 on a CPU, where "
+        "half-precision matrix products are slow",
+    )
+    max_model_len: int | None = option(
+        None, "tokens that prompt and answer may have together", low=1, metavar="TOKENS", default_text="the model's own"
+    )
+    max_num_seqs: int = option(16, "sequences computed together", low=1, high=4096, metavar="N")
+    max_num_batched_tokens: int = option(512, "tokens computed in one step", low=1, high=2**20, metavar="TOKENS")
+    scheduling_policy: SchedulingPolicyName = option(
+        "slo",
+        "which sequence starts next: by deadlines and expected work, or first come first served; slo-without-PART is "
+        "for measuring what a part of slo is worth",
+        hidden=get_args(PartLeftOut),
+    )
+    policy: PolicyName = option("emoe", "residency policy: it decides which experts are kept on the device")
+    host_memory: str | int | Literal["auto"] = option(
+        "auto",
+        "host memory that may keep experts off the device, for example 90GiB, or 0",
+        metavar="SIZE",
+        default_text="auto: all of them, in at most half of the machine's memory",
+        noun="an amount of bytes",
+        check=_bytes,
+    )
+    kv_memory: str | int | None = option(
+        None,
+        "device memory for the KV cache, for example 8GiB",
+        metavar="SIZE",
+        default_text="room for --max-num-seqs full sequences, if that fits",
+        noun="an amount of bytes",
+        check=_bytes,
+    )
+    device_memory: str | int | None = option(
+        None,
+        "device memory for weights, experts, KV cache and workspace together",
+        metavar="SIZE",
+        default_text="what is free of it; on a CPU, the memory of the machine or container",
+        noun="an amount of bytes",
+        check=_bytes,
+    )
+    memory_trade: bool = option(
+        False, "whether experts make room for the KV cache while requests lack it; compiles for both at the start"
+    )
+    prefix_caching: bool = option(True, "whether prompts reuse what the KV cache has of their first tokens")
+    router_capacity_factor: float | None = option(
+        None,
+        "routers drop the tokens beyond this factor times an expert's even share of a step's tokens",
+        low=0,
+        open_low=True,
+        metavar="FACTOR",
+        default_text="no token is dropped",
+    )
+    task_profile: str | Path | Literal["auto"] | None = option(
+        "auto",
+        "file that tells tasks by keywords; auto is the model's own task_profile.json; or none",
+        metavar="FILE",
+        noun="a file",
+    )
+    predictor: str | Path | Literal["auto"] | None = option(
+        "auto",
+        "directory of the predictor, which tells which experts a prompt will use; auto is the model's own; or none",
+        metavar="DIR",
+        noun="a directory",
+    )
+    predict_every: PredictEvery = option(
+        "auto",
+        "prompts that share a prediction, counted as they are admitted: 1 is a prediction for every prompt; auto is "
+        "the number that pays, by measured cost and gain, and 40 with the policy emoe-paper",
+        low=1,
+        metavar="P",
+    )
+    link_bandwidth: str | float | None = option(
+        None,
+        "bytes per second that background loads may take, for example 2GiB",
+        metavar="SIZE",
+        default_text="no limit",
+        noun="bytes per second",
+        check=_bandwidth,
+    )
+    load_wait_ms: float = option(
+        50.0,
+        "milliseconds that a prompt waits for its prediction and its planned experts while nothing else runs",
+        low=0,
+        high=60_000,
+        metavar="MS",
+    )
+    overlap: bool = option(True, "whether the host prepares a step while the device computes the one before")
+    chat_template: str | Path | None = option(
+        None,
+        "chat template to use instead of the model's own: a file, or the name of one of several that the model has",
+        metavar="FILE",
+        noun="a file or a name",
+        default_text="the model's own",
+    )
+    generation_config: Literal["auto", "none"] = option(
+        "auto", "sampling defaults of requests: those of the model's generation_config.json, or none of them"
+    )
+    record_traces: str | Path | None = option(
+        None,
+        "file in which the routing of all requests is recorded",
+        metavar="FILE.npz",
+        noun="a file",
+        default_text="no recording",
+    )
+    record_prompt_tokens: bool = option(
+        False, "whether a recorded trace also holds the prompts' token ids, which the predictor learns to read"
+    )
+    seed: int = option(0, "seed of requests that name none", low=0, high=2**63 - 1, metavar="N")
