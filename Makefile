@@ -5,7 +5,7 @@ VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: serve test mutants setup-all lint format clean
+.PHONY: serve test mutants setup-all lint format docs clean
 
 serve: $(VENV)/.base  ## Serve the bundled demo model on http://127.0.0.1:8000 (more flags: make serve ARGS="--port 9000")
 	$(BIN)/python -m serve.main $(ARGS)
@@ -26,6 +26,9 @@ lint: $(VENV)/.dev  ## Formatting, linting and types
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.docs  ## The documentation site, into site/; a broken link or a missing page fails
+	$(BIN)/mkdocs build --strict $(ARGS)
 
 $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)

@@ -1,7 +1,8 @@
 """`python -m benchmarks.quality`: what answers and texts lose when not all experts are resident.
 
 Accuracy as the eMoE paper defines it (how alike an answer is to that of the fully resident model), exact match with the
-true answer, and perplexity with one token per step, as a server decodes. docs/quality.md has the definitions.
+true answer, and perplexity with one token per step, as a server decodes. The definitions are in
+docs/explanation/quality.md.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ from emoe_jax.policies.rule import ExpectedWishes, Matrix, Rule, namespace
 
 BASE_MARGIN, SHARE_MARGIN = 0.02, 0.13
 """Wishes per step that a swap must gain: the first, and the second times the share of experts that are resident. Where
-few are, there is more to gain by a swap than by keeping the link free. docs/residency.md says how they were chosen."""
+few are, there is more to gain by a swap than by keeping the link free. They were chosen by replay:
+docs/explanation/residency.md."""
 
 
 class RefreshState(NamedTuple):

@@ -17,7 +17,7 @@ def split_slots(total: int, shares: Float[np.ndarray, "P M E"], fewest: int) -> 
     so giving slot after slot to where it gains most is optimal. Returns the even split unless another is `WORTHWHILE`.
 
     A layer's sensitivity has no say. Where routers use their experts evenly, the most sensitive layers would get nearly
-    all slots, and answers suffer more from the layers that are left with few (docs/quality.md).
+    all slots, and answers suffer more from the layers that are left with few (docs/explanation/quality.md).
     Raises `ValueError` when `total` is out of these bounds.
     """
     _, M, E = shares.shape

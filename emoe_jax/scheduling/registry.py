@@ -12,7 +12,7 @@ from emoe_jax.tasks.profile import TaskProfile
 
 SCHEDULING_POLICIES = ("slo", "fcfs")
 PARTS = ("c", "G", "dE", "aging", "guard")
-"""What `slo` goes by: see `docs/scheduling.md`."""
+"""What `slo` goes by: see `docs/explanation/scheduling.md`."""
 _WITHOUT = "slo-without-"
 
 
