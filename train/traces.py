@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from emoe_jax import EmoeError, Engine, SamplingParams
-from emoe_jax.errors import ConfigError
+from emoe_jax.errors import ConfigError, one_line
 from emoe_jax.requests.request import RequestOutput
 from emoe_jax.tasks import Lengths, TaskProfile
 from emoe_jax.traces import RoutingTrace
@@ -85,8 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print(f"{options.recover}: {recover(options.recover)} tokens")
             return 0
         numbers = record(options, console)
-    except (EmoeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (EmoeError, ImportError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     print_table(numbers, console)
     if options.json is not None:

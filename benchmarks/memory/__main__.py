@@ -19,7 +19,7 @@ from benchmarks.memory.geometries import GEOMETRIES, read_config
 from benchmarks.memory.needs import Load, measure
 from emoe_jax.amounts import parse_bytes
 from emoe_jax.config import ModelConfig
-from emoe_jax.errors import EmoeError, one_line
+from emoe_jax.errors import EmoeError, one_line, require
 from emoe_jax.memory.plan import DTYPES, resolve_dtype
 from emoe_jax.models import config_from_hf
 
@@ -28,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parse(argv)
     console = Console(width=None if sys.stdout.isatty() else 160)
     try:
+        if given.plots is not None:
+            require("matplotlib")
         if given.geometry is not None:
             name, config = given.geometry, config_from_hf(GEOMETRIES[given.geometry])
         else:

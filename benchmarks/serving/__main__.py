@@ -23,7 +23,7 @@ from benchmarks.serving.settings import Setting, settings_of
 from benchmarks.serving.simulated import machine_of, poisson_workload, run_simulated, trace_workload
 from benchmarks.serving.tables import plot_runs, print_intervals, print_ratios, print_runs
 from benchmarks.serving.workload import demo_samples
-from emoe_jax.errors import ConfigError, EmoeError, one_line
+from emoe_jax.errors import ConfigError, EmoeError, one_line, require
 from emoe_jax.scheduling.registry import PARTS, SCHEDULING_POLICIES, VARIANTS, without
 
 
@@ -33,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = settings_of(options.residency, options.routing)
         if options.plot and (len(settings) > 1 or options.seeds > 1):
             raise ConfigError("--plot draws one setting and one seed")
+        if options.plot:
+            require("matplotlib")
         title, report = _simulated(options, settings) if options.simulate else _live(options, settings)
         if options.seeds > 1 or len(settings) > 1:
             report |= {"intervals": over_seeds(report["runs"]), "differences": differences(report["runs"])}

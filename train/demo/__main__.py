@@ -13,7 +13,7 @@ from typing import NoReturn
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from emoe_jax.errors import EmoeError
+from emoe_jax.errors import EmoeError, one_line, require
 from train.demo import evaluate, export, report, shape, tokenizer
 from train.demo.batches import Encoder
 from train.demo.objective import Metrics
@@ -89,13 +89,14 @@ def main(argv: list[str] | None = None) -> None:
             parameters, config, Encoder(bpe), options.seed, options.eval_examples, options.eval_generated
         )
     except (EmoeError, ImportError, OSError) as error:
-        _fail(str(error))
+        _fail(one_line(error))
     report.print_table(numbers, console)
     if options.json:
         report.write_json(numbers, options.json)
 
 
 def _train(options: argparse.Namespace, console: Console) -> None:
+    require("matplotlib")
     plan = Hyperparameters(
         options.steps,
         options.seed,

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(given: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Train up to the end, write the predictor to `--out`, and return its numbers on the held-out prompts."""
-    require("matplotlib")
+    plots = _wants_plots(given.plots, console)
     out: Path = given.out
     trace = RoutingTrace.load(given.traces)
     config = PredictorConfig(
@@ -110,7 +110,8 @@ def train(given: argparse.Namespace, console: Console) -> dict[str, Any]:
     finished.save(out)
     dynamics.save(out / DYNAMICS_FILE)
     save_transitions(out / TRANSITIONS_FILE, learn_transitions(trace))
-    report.plot(read_history(out / "history.jsonl"), before, out / "curves.png")
+    if plots:
+        report.plot(read_history(out / "history.jsonl"), before, out / "curves.png")
     numbers |= {
         "best_step": int(state.best_step),
         "held_out_gain_over_prior": improved,
@@ -123,6 +124,23 @@ def train(given: argparse.Namespace, console: Console) -> dict[str, Any]:
         found = "no networks, which did not cover more than closed forms alone"
     console.print(f"wrote {out}: {found}")
     return numbers
+
+
+def _wants_plots(asked: bool | None, console: Console) -> bool:
+    """Whether curves are drawn: as asked, else where matplotlib is installed, and the run says where it is not.
+
+    Raises `ModuleNotFoundError` before any work where curves are asked for and cannot be drawn.
+    """
+    if asked is False:
+        return False
+    try:
+        require("matplotlib")
+    except ModuleNotFoundError as missing:
+        if asked:
+            raise
+        console.print(f"no curves.png: {one_line(missing)}", markup=False)
+        return False
+    return True
 
 
 def _run(

@@ -22,6 +22,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     does.add_argument("--out", type=Path, help="train; a killed run with the same options resumes from here")
     does.add_argument("--evaluate", type=Path, metavar="DIR", help="judge the predictor in DIR, train nothing")
     parser.add_argument("--json", type=Path, help="write the numbers here")
+    parser.add_argument(
+        "--plots",
+        action=argparse.BooleanOptionalAction,
+        help="draw curves.png into --out; needs matplotlib (default: where that is installed)",
+    )
     parser.add_argument("--variant", choices=VARIANTS, default=PredictorConfig.variant)
     parser.add_argument("--arch", choices=ARCHITECTURES, default=PredictorConfig.arch)
     length = parser.add_mutually_exclusive_group()

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from emoe_jax import EmoeError
 from emoe_jax.checkpoint import Tokenizer
-from emoe_jax.errors import ConfigError, one_line
+from emoe_jax.errors import ConfigError, one_line, require
 from emoe_jax.models import load_tokenizer
 from emoe_jax.tasks import TaskProfile
 from train import prompts as labelled
@@ -93,6 +93,7 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         if file is not None and not file.parent.is_dir():
             raise ConfigError(f"{file}: the folder {file.parent} does not exist")
     if options.plots is not None:
+        require("matplotlib")
         options.plots.mkdir(parents=True, exist_ok=True)
     prompts = _prompts(options)
     model = RandomisedModel(options.model, options.seed, options.batch)
