@@ -1,6 +1,7 @@
 """eMoE-JAX: Mixture-of-Experts inference from a fixed-capacity expert slab."""
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -9,6 +10,9 @@ if TYPE_CHECKING:
     from emoe_jax.errors import CapacityError, CheckpointError, ConfigError, EmoeError, RequestError
     from emoe_jax.requests.request import SLO, Completion, Delta, RequestOutput, SamplingParams, TokenLogprob
     from emoe_jax.requests.structured import StructuredOutputsParams
+
+    __version__: str
+    """Of the installed package; `pyproject.toml` has it."""
 
 _HOMES = {
     "emoe_jax.engine.engine": ("Engine",),
@@ -39,6 +43,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for: layers without JAX are imported without it."""
+    if name == "__version__":
+        return importlib.metadata.version("emoe-jax")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)

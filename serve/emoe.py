@@ -1,0 +1,33 @@
+"""`emoe`: the console script. Each command is a `python -m` too."""
+
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {"serve": "serve a model over an OpenAI-compatible HTTP API (python -m serve.main)"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command that the first argument names; the exit status, 2 for a mistake named in one line on stderr."""
+    command, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
+    if command in ("-h", "--help"):
+        print("usage: emoe COMMAND ...\n")
+        for name, purpose in COMMANDS.items():
+            print(f"  {name:<10} {purpose}")
+        print(f"  {'--version':<10} print the version\n\n`emoe COMMAND --help` lists a command's flags.")
+        return 0
+    if command == "--version":
+        import emoe_jax
+
+        print(f"emoe-jax {emoe_jax.__version__}")
+        return 0
+    if command == "serve":
+        from serve.main import main as serve  # takes a moment, which --version need not
+
+        return serve(rest)
+    problem = f"there is no command {command[:40]!r}" if command else "no command was given"
+    print(f"error: {problem}; expected one of {', '.join(COMMANDS)}, or --version, or --help", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
