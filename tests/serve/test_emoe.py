@@ -1,0 +1,59 @@
+"""The console script `emoe`, and what the package says of itself."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import emoe_jax
+from serve import emoe
+from serve import main as server
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_the_script_is_installed_under_its_name() -> None:
+    module, _, function = PROJECT["project"]["scripts"]["emoe"].partition(":")
+    assert (module, getattr(emoe, function)) == ("serve.emoe", emoe.main)
+
+
+def test_serve_gets_the_rest_of_the_line_and_gives_the_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    monkeypatch.setattr(server, "main", lambda arguments: given.append(list(arguments)) or 7)
+    assert emoe.main(["serve", "--port", "9000", "--model", "serve"]) == 7
+    assert given == [["--port", "9000", "--model", "serve"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [([], "no command was given"), (["srve"], "'srve'"), (["--port", "1"], "'--port'"), (["bench", "x"], "'bench'")],
+)
+def test_an_unknown_command_is_one_line_that_lists_the_commands(
+    arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert emoe.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert problem in err
+    assert all(command in err for command in emoe.COMMANDS)
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert emoe.main(["--help"]) == 0
+    assert all(f"  {command} " in capsys.readouterr().out for command in emoe.COMMANDS)
+
+
+def test_the_version_is_that_of_the_project_and_loads_no_jax() -> None:
+    assert emoe_jax.__version__ == PROJECT["project"]["version"]
+    code = "import sys; from serve.emoe import main; main(['--version']); sys.exit('jax' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (ran.returncode, ran.stdout) == (0, f"emoe-jax {PROJECT['project']['version']}\n")
+
+
+def test_type_checkers_are_told_of_the_annotations() -> None:
+    assert (ROOT / "emoe_jax" / "py.typed").is_file()
+    assert "py.typed" in PROJECT["tool"]["setuptools"]["package-data"]["emoe_jax"]
