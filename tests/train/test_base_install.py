@@ -101,7 +101,7 @@ def test_a_plot_that_is_asked_for_names_the_missing_package_before_any_work(trac
     assert len(ran.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("kind", ["prose", "french", "dialogue"])
+@pytest.mark.parametrize("kind", ["french"])
 def test_a_missing_data_set_is_named(kind: str, tmp_path: Path) -> None:
     ran = without_extras("train.traces", "--tasks", kind, "--per-task", "1", "--out", str(tmp_path / "trace.npz"))
     assert ran.returncode == 2
