@@ -69,3 +69,15 @@ def engine_of(tiny_checkpoint: Path) -> Iterator[EngineFactory]:
     yield make
     for engine in engines.values():
         engine.close()
+
+
+def settle(engine: Engine) -> None:
+    """Have every load that was asked for committed."""
+    engine._residency.settle(10)
+    assert engine.state()["residency"]["loading"] == []
+
+
+def answered(engine: Engine) -> dict[str, Any]:
+    """The planner's state once the predictor has answered every question."""
+    engine._foresight.join()
+    return engine.state()["planner"]

@@ -61,7 +61,7 @@ class Forecaster:
         refit_every: int = REFIT_EVERY,
         clock: Callable[[], float] = time.perf_counter,
     ):
-        """`clock` (seconds) measures calls of the predictor."""
+        """`clock` (seconds) measures calls of the predictor, and says when it may learn again."""
         self.error: str | None = None
         self.seconds = 0.0
         """What the thread has spent so far, predicting and learning."""
@@ -76,7 +76,7 @@ class Forecaster:
         self._finished: list[Finished] = []
         self._answers: deque[Forecast] = deque()
         self._working = False
-        self._learn_after = time.monotonic() + 1 / LEARNING_SHARE
+        self._learn_after = clock() + 1 / LEARNING_SHARE
 
     def warm_up(self) -> None:
         """Compile what predictions run; waits for it."""
@@ -173,10 +173,10 @@ class Forecaster:
 
     def _learn(self) -> None:
         """Refit the prior, rarely. Questions that were not in this batch wait for it."""
-        if self._predictor.num_unlearned < self._refit_every or time.monotonic() < self._learn_after:
+        if self._predictor.num_unlearned < self._refit_every or self._clock() < self._learn_after:
             return
-        began = time.monotonic()
+        began = self._clock()
         self._predictor.refit()
-        ended = time.monotonic()
+        ended = self._clock()
         self._learn_after = ended + (ended - began) / LEARNING_SHARE
         self.seconds += ended - began

@@ -120,6 +120,11 @@ class ResidencyPlanner:
         if self._invocations is not None and self._counts:
             self._invocations.wait(self._known(request_ids), seconds)
 
+    def join(self) -> None:
+        """Wait until the predictor has answered every question."""
+        if self._invocations is not None:
+            self._invocations.forecaster.join()
+
     def end(self, request_id: str, counts: Int[np.ndarray, "M E"] | None) -> None:
         """A request ended, its tokens having wished for experts so often. Unknown ids are fine."""
         request = self._requests.pop(request_id, None)

@@ -72,9 +72,11 @@ class Residency:
         host_bytes: int = 0,
         memory_kind: str | None = None,
         seed: int = 0,
+        clock: Callable[[], float] = time.monotonic,
     ):
         """`rates` say what is resident before anything was observed; `link_bandwidth` is in bytes/s (None: no limit).
-        The policy `random` draws by `seed`.
+        The policy `random` draws by `seed`. `clock` (seconds) says when the policy is looked at, and when an
+        expert that could not be read is tried again.
 
         Raises `ConfigError` for an unknown policy or a bandwidth that is not positive.
         """
@@ -98,14 +100,15 @@ class Residency:
         self._wishes: Int[np.ndarray, "M E"] = np.zeros(shape, np.int64)
         self._wishes_resident = 0
         self._covered = Covered(0, 0, 0)  # since the last look at what the policy prefers
-        self._following = Pace(FOLLOWING_SHARE)
+        self._clock = clock
+        self._following = Pace(FOLLOWING_SHARE, clock)
         self._link_bandwidth = link_bandwidth
         self._tickets: list[LoadTicket] = []  # asked for by the policy and not over
         self._unproven: Bool[np.ndarray, "M E"] = np.zeros(shape, bool)  # loaded, and not wished for since
         self._doubtful = np.zeros_like(
             self._unproven
         )  # evicted unproven; a step in flight may still have wished for it
-        self._unreadable_until = np.zeros(shape)  # seconds on the monotonic clock
+        self._unreadable_until = np.full(shape, -np.inf)  # seconds on the clock
         self._useful = self._useless = 0
         self._settled_seconds = 0.0
         self._last_error: str | None = None
@@ -261,7 +264,7 @@ class Residency:
         self._sort_out_tickets()
         busy = self._loader.in_flight()
         if self._last_error is not None:
-            busy |= self._unreadable_until > time.monotonic()
+            busy |= self._unreadable_until > self._clock()
         for swap in self._policy.swaps(self.table.resident_mask, limit_per_layer, busy):
             self._tickets.append(self._loader.request(swap.layer, swap.load, swap.gain, evict=swap.evict))
 
@@ -272,7 +275,7 @@ class Residency:
         scores, active = self._policy.scores(), []
         for ticket in self._tickets:
             if ticket.state is LoadState.FAILED:
-                self._unreadable_until[ticket.layer, ticket.expert] = time.monotonic() + SECONDS_BEFORE_RETRY
+                self._unreadable_until[ticket.layer, ticket.expert] = self._clock() + SECONDS_BEFORE_RETRY
                 self._last_error = f"expert {ticket.expert} of MoE layer {ticket.layer}: {ticket.error}"
             elif ticket.is_active:
                 layer = scores[ticket.layer]

@@ -10,7 +10,7 @@ from emoe_jax.device.runner import Dispatched, Runner
 from emoe_jax.requests.request import RoutingContract
 from emoe_jax.residency import residency as residency_module
 from emoe_jax.scheduling.plan import StepPlan
-from tests.engines import EngineFactory
+from tests.engines import EngineFactory, settle
 
 RNG = np.random.default_rng(3)
 PROMPTS = [RNG.integers(0, 60, size=length).tolist() for length in (5, 19, 2, 33)]
@@ -25,9 +25,9 @@ class Ledger:
         dispatch, collect = Runner.dispatch, Runner.collect
 
         def noting_dispatch(runner: Runner, plan: StepPlan) -> Dispatched:
-            table = engine._residency.table
-            experts = [np.isin(np.arange(table.num_experts), table.resident(m)) for m in range(table.num_layers)]
-            self._masks[plan] = np.stack(experts)
+            state = engine.state()["residency"]
+            experts = np.arange(state["num_experts"])
+            self._masks[plan] = np.stack([np.isin(experts, layer) for layer in state["experts"]])
             return dispatch(runner, plan)
 
         def noting_collect(runner: Runner, dispatched: Dispatched) -> Any:
@@ -38,6 +38,13 @@ class Ledger:
 
         monkeypatch.setattr(Runner, "dispatch", noting_dispatch)
         monkeypatch.setattr(Runner, "collect", noting_collect)
+
+
+def wishes_of(engine: Engine) -> tuple[int, int]:
+    """All wishes so far, and those for resident experts."""
+    state = engine.state()["residency"]
+    wishes = int(np.sum(state["wishes"]))
+    return wishes, round(wishes * (state["coverage"] or 0.0))
 
 
 @pytest.mark.parametrize("routing", ["resident", "exact"])
@@ -53,17 +60,16 @@ def test_wishes_are_held_against_the_residents_at_dispatch(
     """One sequence at a time, so that a step is one batch. LRU exchanges experts all the time."""
     monkeypatch.setattr(residency_module, "FOLLOWING_SHARE", 1e9)  # a look at every step
     engine = engine_of(expert_memory=f"{slots} slots", policy="lru", overlap=overlap, max_num_seqs=1)
-    residency = engine._residency
-    before, before_resident = int(residency._wishes.sum()), residency._wishes_resident
-    loads = residency.loads.loads
+    before, before_resident = wishes_of(engine)
+    loads = engine.state()["residency"]["loads"]["loads"]
     ledger = Ledger(engine, monkeypatch)
     params = SamplingParams(max_tokens=30, temperature=1, seed=7, ignore_eos=True)
     for prompt in PROMPTS:
         for _ in engine.stream(prompt, params, routing=routing):
-            residency._loader.wait_idle(5)  # whatever was asked for comes with the next commit
-    assert residency.loads.loads > loads
-    assert int(residency._wishes.sum()) - before == ledger.wishes
-    assert residency._wishes_resident - before_resident == ledger.resident
+            settle(engine)  # what was asked for is there before the next step
+    assert engine.state()["residency"]["loads"]["loads"] > loads
+    wishes, resident = wishes_of(engine)
+    assert (wishes - before, resident - before_resident) == (ledger.wishes, ledger.resident)
     assert ledger.resident < 0.95 * ledger.wishes  # also under `exact`, whose waves load all that is missing
 
 

@@ -34,17 +34,18 @@ def engine(engine_of: EngineFactory) -> Engine:
 
 def test_the_state_of_an_idle_engine_shows_what_was_staged(engine: Engine) -> None:
     experts = wanted(engine)
-    assert engine._residency._loader.wait_idle(10)
-    residency = engine.state()["residency"]
-    assert residency["experts"][0] == experts
-    assert residency["loading"] == []
+    deadline = time.monotonic() + 20
+    while engine.state()["residency"]["loading"] and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert engine.state()["residency"]["experts"][0] == experts
 
 
 def test_a_step_without_work_commits(engine: Engine) -> None:
     experts = wanted(engine)
-    assert engine._residency._loader.wait_idle(10)
-    assert not engine.has_work()
-    assert engine.step() == []
+    deadline = time.monotonic() + 20
+    while engine._residency.table.resident(0).tolist() != experts and time.monotonic() < deadline:
+        assert not engine.has_work()
+        assert engine.step() == []
     assert engine._residency.table.resident(0).tolist() == experts
 
 
@@ -56,8 +57,11 @@ def test_a_sleeping_worker_is_woken_by_loads(engine: Engine, staged_before: bool
         worker = EngineWorker(engine, 8)
         experts = []
         if staged_before:
+            residency, deadline = engine._residency, time.monotonic() + 20
+            staged = residency.loads.staged_bytes + 3 * residency.expert_bytes
             experts = wanted(engine)
-            assert engine._residency._loader.wait_idle(10)
+            while residency.loads.staged_bytes < staged and time.monotonic() < deadline:
+                time.sleep(0.001)
         worker.start()
         try:
             if not staged_before:

@@ -16,6 +16,7 @@ from emoe_jax.predictor import Predictor
 from emoe_jax.residency.foresight import LOOK_AHEAD
 from emoe_jax.scheduling.slo import SloPolicy
 from tests.engine.known import EXPERTS, LAYERS, write_predictor
+from tests.engines import answered
 
 PARAMS = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
 
@@ -37,13 +38,6 @@ def engine_of(tiny_checkpoint: Path, predictor_folder: Path, request: pytest.Fix
         return engine
 
     return load
-
-
-def planned(engine: Engine) -> dict[str, Any]:
-    """The planner's state once every question is answered."""
-    planner: Any = engine._foresight._planner
-    planner._invocations.forecaster.join()
-    return engine.state()["planner"]
 
 
 def drain(engine: Engine) -> None:
@@ -83,7 +77,7 @@ def test_a_burst_of_prompts_has_one_prediction_in_p(
     engine = engine_of(**options)
     engine.generate([[number % 50, 1, 4] for number in range(160)], PARAMS)
     assert engine.state()["planner"]["predictions"] == predictions  # without waiting for the last answers
-    state = planned(engine)
+    state = answered(engine)
     assert (state["predictions"], state["error"], state["missed"]) == (predictions, None, 0)
     assert 0 < state["computing_seconds_per_prompt"] < 60
     assert predictions / 16 <= state["invocations"] <= predictions + state["early_predictions"]
@@ -104,7 +98,7 @@ def test_under_the_papers_policy_a_forecast_serves_prompts_of_other_tasks(engine
     for policy, serves in (("emoe-paper", True), ("emoe-no-refresh", False)):
         engine = engine_of(policy=policy, predict_every=40)
         engine.generate([1, 2, 3], PARAMS, task="odd")
-        planned(engine)
+        answered(engine)
         engine.add_request("other", [1, 2, 3], PARAMS, task="even")
         engine.step()
         planner: Any = engine._foresight._planner
@@ -141,7 +135,7 @@ def test_completions_of_one_prompt_and_preempted_ones_are_asked_about_once(engin
     long = SamplingParams(max_tokens=60, temperature=1, seed=3, ignore_eos=True, n=2)
     engine.generate([[1, 2, 3], [4, 5, 6], [7, 8, 9]], long)
     assert engine.state()["scheduler"]["preemptions"] > 0
-    assert planned(engine)["predictions"] == 3
+    assert answered(engine)["predictions"] == 3
 
 
 def test_prompts_that_were_aborted_before_they_started_are_not_asked_about(engine_of: Callable[..., Engine]) -> None:
@@ -154,7 +148,7 @@ def test_prompts_that_were_aborted_before_they_started_are_not_asked_about(engin
     for number in range(50, 60):  # beyond those in line
         engine.abort(str(number))
     drain(engine)
-    assert planned(engine)["predictions"] == 30
+    assert answered(engine)["predictions"] == 30
 
 
 def test_p_counts_prompts_as_they_are_admitted(engine_of: Callable[..., Engine], asked: list[str]) -> None:
@@ -166,7 +160,7 @@ def test_p_counts_prompts_as_they_are_admitted(engine_of: Callable[..., Engine],
     line = [sequence.request_id for sequence in engine._scheduler.line(time.monotonic(), 2)]
     assert line == ["short", "long"]
     drain(engine)
-    planned(engine)
+    answered(engine)
     assert asked == ["first", "long"]
 
 
@@ -179,7 +173,7 @@ def test_an_idle_engine_waits_for_the_prediction_of_a_prompt_and_a_busy_one_does
     if not idle:
         engine.add_request("before", [1, 2, 3], SamplingParams(max_tokens=50, ignore_eos=True))
         engine.step()
-        planned(engine)
+        answered(engine)
     predict = Predictor.predict_next
     monkeypatch.setattr(Predictor, "predict_next", lambda *given: (time.sleep(0.3), predict(*given))[1])
     told: list[float] = []

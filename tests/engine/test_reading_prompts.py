@@ -12,7 +12,7 @@ from emoe_jax.predictor.layers import LayerPrior
 from emoe_jax.predictor.token_prior import TokenPrior
 from emoe_jax.predictor.tokens import TokenTable
 from emoe_jax.traces import RoutingTrace
-from tests.engines import TINY
+from tests.engines import TINY, answered
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
 PARAMS = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
@@ -60,8 +60,7 @@ def test_the_predictor_sees_the_tokens_of_every_prompt(
     ) as engine:
         for prompt in PROMPTS:
             engine.generate([prompt], PARAMS, task="odd")
-        foresight: Any = engine._foresight
-        foresight._planner._invocations.forecaster.join()
+        answered(engine)
     if reads:
         told = [[list(ids) for ids in asked] for tokens, _ in seen for asked in tokens]
         assert told == [[prompt] for prompt in PROMPTS]

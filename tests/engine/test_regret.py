@@ -9,6 +9,7 @@ import pytest
 from emoe_jax import Engine, SamplingParams
 from emoe_jax.policies import regret as regret_module
 from tests.engine.test_coverage import Ledger
+from tests.engines import settle
 from tests.residency.test_foresight import PROFILE
 
 WINDOW = 4
@@ -32,10 +33,10 @@ def test_the_engine_is_judged_by_what_was_resident_when_wishes_arose(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ledger = Ledger(engine, monkeypatch)
-    loads = engine._residency.loads.loads
+    loads = engine.state()["residency"]["loads"]["loads"]
     for _ in range(4):
         engine.generate([3, 1, 4, 1, 5], SamplingParams(max_tokens=WINDOW, temperature=0, ignore_eos=True), task="odd")
-        assert engine._residency._loader.wait_idle(10)
+        settle(engine)
     state = engine.state()
     regret, residents = state["regret"], state["regret"]["policies"]["engine"]
     assert (regret["steps"], regret["steps_left_out"], state["steps"]) == (4 * WINDOW, 0, 4 * WINDOW)

@@ -108,14 +108,14 @@ def test_popped_requests_leave_nothing_for_the_next_step(engine: Engine) -> None
 
 def test_an_id_in_use_is_no_obstacle(engine: Engine) -> None:
     expected = alone(engine, PROMPTS[0])
-    for number in range(engine._next_id + 1, engine._next_id + 3):
-        engine.add_request(f"engine-{number}", PROMPTS[1], GREEDY)
-    taken = f"engine-{engine._next_id + 1}"
+    name, _, last = engine.generate(PROMPTS[0], GREEDY)[0].request_id.rpartition("-")
+    taken = [f"{name}-{int(last) + ahead}" for ahead in (1, 2)]
+    for request_id in taken:
+        engine.add_request(request_id, PROMPTS[1], GREEDY)
     assert alone(engine, PROMPTS[0]) == expected
     while engine.has_work():
         engine.step()
-    assert engine.pop(taken).completions[0].finish_reason == "length"
-    engine.pop(f"engine-{int(taken.split('-')[1]) + 1}")
+    assert [engine.pop(request_id).completions[0].finish_reason for request_id in taken] == ["length", "length"]
 
 
 @pytest.fixture

@@ -11,11 +11,20 @@ from emoe_jax.errors import SloUnattainable
 from emoe_jax.experts.store import ExpertStore
 from emoe_jax.requests.sequence import Sequence
 from emoe_jax.residency.admission import ExpertLoading
+from emoe_jax.residency.residency import Residency
 from emoe_jax.scheduling.slo import SloPolicy
 from tests.engines import EngineFactory
 
 SLOW = 0.02
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+
+
+def more_waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds in this list count as waited for loads, besides those that were."""
+    waits: list[float] = []
+    really = Residency.waited_seconds
+    monkeypatch.setattr(Residency, "waited_seconds", property(lambda each: really.__get__(each) + sum(waits)))
+    return waits
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -72,11 +81,12 @@ def test_an_exact_step_is_booked_with_its_own_time(
         if len(dispatched) == slow_step:
             slow.append(plan)
             if kind == "load":
-                engine._residency._settled_seconds += 1.0
+                waits.append(1.0)
             time.sleep(1.0)
         return dispatch(runner, plan)
 
     dispatched: list[Any] = []
+    waits = more_waits(monkeypatch)
     monkeypatch.setattr(Runner, "dispatch", slowly)
     engine.generate([1, 2, 3], GREEDY, routing="exact")
     times = [waited if kind == "load" else seconds for _, seconds, waited in told]
@@ -95,8 +105,9 @@ def test_a_prompt_that_waits_for_its_plan_computes_no_longer(
 
     def settle(plan: Any, seconds: float) -> None:
         time.sleep(0.3)
-        engine._residency._settled_seconds += 0.3
+        waits.append(0.3)
 
+    waits = more_waits(monkeypatch)
     monkeypatch.setattr(engine._foresight, "settle", settle)
     engine.generate([1, 2, 3], GREEDY)
     assert sum(waited for _, waited in told) == pytest.approx(0.3)

@@ -19,7 +19,7 @@ from emoe_jax.residency import residency as residency_module
 from emoe_jax.residency.residency import Residency
 from emoe_jax.tasks import Lengths, Task, TaskProfile
 from tests.engine.known import EXPERTS, LAYERS, TOP_K, favouring, write_predictor
-from tests.engines import EngineFactory
+from tests.engines import EngineFactory, answered, settle
 
 ODD, EVEN = favouring(1, 3, 5), favouring(0, 2, 4)
 PARAMS = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
@@ -46,20 +46,13 @@ def profiled(folder: Path, **tasks: Task) -> Path:
 
 
 def residents(engine: Engine) -> list[list[int]]:
-    assert engine._residency._loader.wait_idle(10)
+    settle(engine)
     return engine.state()["residency"]["experts"]
 
 
 def drain(engine: Engine) -> None:
     while engine.has_work():
         engine.step()
-
-
-def predicted(engine: Engine) -> dict[str, Any]:
-    """The planner's state once every question is answered."""
-    planner: Any = engine._foresight._planner
-    planner._invocations.forecaster.join()
-    return engine.state()["planner"]
 
 
 def wishes(engine: Engine) -> np.ndarray:
@@ -87,17 +80,23 @@ def test_a_prediction_goes_by_the_prompts_that_ran_before(
     folder = write_predictor(tmp_path / "predictor", ["odd", "even"] * 4, [ODD, EVEN] * 4, opinionated=True)
     engine = load(predictor=folder, policy="emoe-no-refresh", predict_every=1)
     answers: list[np.ndarray] = []
-    predict = Predictor.predict_next
+    learned: list[np.ndarray | None] = []
+    predict, observe = Predictor.predict_next, Predictor.observe
 
     def noting(self: Predictor, prompts: Any, rows: int) -> Any:
         answers.append(predict(self, prompts, rows))
         return answers[-1]
 
+    def learning(self: Predictor, task: str, counts: Any, embedding: Any = None) -> None:
+        learned.append(embedding)
+        observe(self, task, counts, embedding)
+
     monkeypatch.setattr(Predictor, "predict_next", noting)
+    monkeypatch.setattr(Predictor, "observe", learning)
     engine.generate([1, 2, 3], PARAMS, task="odd")
     counts = wishes(engine)
     engine.generate([4, 5, 6], PARAMS, task="even")
-    predicted(engine)
+    answered(engine)
     table = engine._runner.embedding_table()
     nothing = np.zeros((1, LAYERS, EXPERTS), np.int32)
     asked = Prompts(("even",), mean_row(table, [4, 5, 6])[None], nothing, nothing)
@@ -106,9 +105,7 @@ def test_a_prediction_goes_by_the_prompts_that_ran_before(
     expected, without = (fresh.predict_many(asked, [history], False)[0] for history in (start.after(counts), start))
     np.testing.assert_allclose(answers[-1][0], expected, atol=1e-4)
     assert np.abs(without - expected).max() > 0.01
-    planner: Any = engine._foresight._planner
-    learned = planner._invocations.forecaster._predictor
-    np.testing.assert_allclose(learned._observed[0].embedding[0], mean_row(table, [1, 2, 3]), rtol=1e-5)
+    np.testing.assert_allclose(learned[0], mean_row(table, [1, 2, 3]), rtol=1e-5)
 
 
 def test_residents_follow_the_wishes_of_an_answer(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,8 +114,8 @@ def test_residents_follow_the_wishes_of_an_answer(load: Load, monkeypatch: pytes
     engine = load(policy="emoe", predictor=None, task_profile=None)
     loads: list[int] = []
     for _ in engine.stream([1, 2, 3], LONG):
-        assert engine._residency._loader.wait_idle(10)
-        loads.append(engine._residency.loads.loads)
+        settle(engine)
+        loads.append(engine.state()["residency"]["loads"]["loads"])
     assert loads[-1] > loads[30] > LAYERS * 3  # those of the start
 
 
@@ -128,9 +125,9 @@ def test_low_coverage_asks_early(load: Load, tmp_path: Path) -> None:
     profile = profiled(tmp_path, odd=Task(routing=ODD), even=Task(routing=EVEN))
     engine = load(predictor=predictor, task_profile=profile, policy="emoe-no-refresh", predict_every=1000)
     for number in range(3):
-        assert predicted(engine)["early_predictions"] == 0
+        assert answered(engine)["early_predictions"] == 0
         engine.generate([1, 2, number], LONG, task="even" if number else "odd")
-    assert predicted(engine)["early_predictions"] == 1
+    assert answered(engine)["early_predictions"] == 1
 
 
 def test_predictions_that_are_worse_than_frequency_do_not_count(
@@ -147,7 +144,7 @@ def test_predictions_that_are_worse_than_frequency_do_not_count(
     assert residents(engine) == np.sort(least).tolist()
     for _ in range(24):
         engine.generate([1, 2, 3], PARAMS, task="odd")
-        predicted(engine)
+        answered(engine)
     state = engine.state()["planner"]
     assert state["open"] is False
     assert state["coverage_predicted"] < state["coverage_frequency"]
@@ -204,7 +201,7 @@ def test_requests_of_other_tasks_are_planned_for_at_once(
         engine.add_request(name, [1, 2, 3], LONG, task="even")
     for _ in range(3):
         engine.step()
-        assert engine._residency._loader.wait_idle(10)
+        settle(engine)
     engine.step()
     assert engine._in_flight
     assert all({0, 2} < set(layer) for layer in engine.state()["residency"]["experts"])
@@ -221,7 +218,7 @@ def test_an_idle_engine_waits_for_the_experts_of_a_prompt(
     dispatch, read = Runner.dispatch, ExpertStore.read
 
     def noting(self: Runner, plan: Any) -> Any:
-        found.append([engine._residency.table.resident(layer).tolist() for layer in range(LAYERS)])
+        found.append(engine.state()["residency"]["experts"])
         return dispatch(self, plan)
 
     monkeypatch.setattr(Runner, "dispatch", noting)

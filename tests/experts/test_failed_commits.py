@@ -10,10 +10,10 @@ import pytest
 from emoe_jax.experts import slab as slab_module
 from emoe_jax.experts.tickets import LoadState
 from emoe_jax.experts.weights import ExpertWeights
-from emoe_jax.residency.residency import Residency
+from emoe_jax.residency.residency import SECONDS_BEFORE_RETRY, Residency
 from tests.experts.fake_reader import LAYOUT, FakeReader
 from tests.experts.rig import Rig
-from tests.residency.test_residency import CONFIG, LAYERS, plan, rates
+from tests.residency.test_residency import CONFIG, LAYERS, Clock, plan, rates
 
 COMMIT = slab_module.commit_experts
 
@@ -118,20 +118,20 @@ def test_progress_that_raises_leaves_nothing_behind(rig: Callable[..., Rig]):
 @pytest.mark.parametrize("donated", [False, True])
 def test_residency_goes_on_with_the_experts_it_had(monkeypatch, donated):
     """All slots of a layer were about to change: the layer may not be left without experts."""
-    with Residency(CONFIG, LAYOUT, [4] * LAYERS, FakeReader(), "emoe", rates=rates(0, 1, 2, 3)) as residency:
+    clock = Clock()
+    first = {"rates": rates(0, 1, 2, 3), "clock": clock}
+    with Residency(CONFIG, LAYOUT, [4] * LAYERS, FakeReader(), "emoe", **first) as residency:
         residency.fill()
         plan(residency, rates(4, 5, 6, 7))
-        assert residency._loader.wait_idle(10)
         monkeypatch.setattr(slab_module, "commit_experts", failing(donated))
-        residency.commit()  # says so in log and state, and raises nothing
+        residency.settle(10)  # says so in log and state, and raises nothing
         layers = [residency.table.resident(layer).tolist() for layer in range(LAYERS)]
         assert [0, 1, 2, 3] in layers
         assert all(len(layer) == 4 for layer in layers)
         state = residency.state()
         assert "the device is gone" in state["loads"]["last_error"]
         assert state["loads"]["failures"] > 0
-        residency._sort_out_tickets()
-        residency._unreadable_until[:] = 0
+        clock.now += SECONDS_BEFORE_RETRY
         plan(residency, rates(4, 5, 6, 7))
         residency.settle(10)
         assert residency.table.resident(0).tolist() == residency.table.resident(1).tolist() == [4, 5, 6, 7]

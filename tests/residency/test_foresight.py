@@ -17,7 +17,7 @@ from emoe_jax.predictor import Predictor, PredictorConfig, Prompts, network
 from emoe_jax.requests.sequence import Sequence
 from emoe_jax.residency.accounts import MOST_TASKS, TaskAccounts
 from emoe_jax.tasks import Lengths, Task, TaskProfile
-from tests.engines import TINY
+from tests.engines import TINY, settle
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
 PARAMS = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
@@ -54,7 +54,7 @@ def serve(engine: Engine, task: str) -> list[list[int]]:
     """Answer prompts of a task until their loads are in; the residents of each layer."""
     for _ in range(3):
         engine.generate([3, 1, 4, 1, 5], PARAMS, task=task)
-        assert engine._residency._loader.wait_idle(10)
+        settle(engine)
     return [layer.tolist() if hasattr(layer, "tolist") else layer for layer in engine.state()["residency"]["experts"]]
 
 

@@ -31,8 +31,7 @@ def burst(planner: ResidencyPlanner, count: int, first: int = 0) -> list[str]:
 
 
 def settle(planner: ResidencyPlanner) -> dict[str, Any]:
-    assert planner._invocations is not None
-    planner._invocations.forecaster.join()
+    planner.join()
     return planner.state()
 
 

@@ -1,5 +1,4 @@
 import contextlib
-import time
 from typing import Any
 
 import numpy as np
@@ -7,7 +6,7 @@ import pytest
 
 from emoe_jax.errors import ConfigError
 from emoe_jax.residency.demand import RequestProgress
-from emoe_jax.residency.forecaster import Forecaster
+from emoe_jax.residency.forecaster import LEARNING_SHARE, Forecaster
 from emoe_jax.residency.judges import Drift, Gate
 from emoe_jax.residency.planner import ResidencyPlanner
 from emoe_jax.tasks import Task, TaskProfile
@@ -25,19 +24,30 @@ PROFILE = TaskProfile(M, E, K, tasks={"qa": Task(routing=QA), "sum": Task(routin
 def test_learning_takes_a_small_share_of_the_time(monkeypatch):
     predictor, refits = FakePredictor(QA), []
     predictor.num_unlearned = 1000
-    monkeypatch.setattr(FakePredictor, "refit", lambda _: (time.sleep(0.02), refits.append(1)), raising=False)
+
+    def refit(predictor: FakePredictor) -> None:
+        predictor.now += 0.02
+        refits.append(1)
+
+    monkeypatch.setattr(FakePredictor, "refit", refit, raising=False)
 
     def ask(forecaster: Forecaster, times: int) -> None:
         for _ in range(times):
             forecaster.warm_up()
 
     learner: Any = predictor
-    with contextlib.closing(Forecaster(learner)) as forecaster:
-        ask(forecaster, 3)  # within the first second or so
-        assert refits == []
-        forecaster._learn_after = 0.0
+    with contextlib.closing(Forecaster(learner, clock=predictor.clock)) as forecaster:
         ask(forecaster, 3)
-        assert refits == [1]  # the next may come after two seconds
+        assert refits == []
+        predictor.now += 1 / LEARNING_SHARE
+        ask(forecaster, 3)
+        assert refits == [1]
+        predictor.now += 0.9 * 0.02 / LEARNING_SHARE
+        ask(forecaster, 3)
+        assert refits == [1]
+        predictor.now += 0.2 * 0.02 / LEARNING_SHARE
+        ask(forecaster, 3)
+        assert refits == [1, 1]
 
 
 def planner_of(predictor: Any = None, **options: Any) -> ResidencyPlanner:
@@ -52,8 +62,7 @@ def begin(planner: ResidencyPlanner, name: str, task: str | None = "qa") -> None
 
 def settled_plan(planner: ResidencyPlanner, *names: str) -> Any:
     """The plan once all that was asked is answered."""
-    assert planner._invocations is not None
-    planner._invocations.forecaster.join()
+    planner.join()
     return plan_for(planner, *names)
 
 

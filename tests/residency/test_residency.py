@@ -16,6 +16,15 @@ LAYERS, EXPERTS = 2, 8
 CONFIG = model_config(num_hidden_layers=LAYERS, num_local_experts=EXPERTS)
 
 
+class Clock:
+    """Stands still until it is set."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 @pytest.fixture
 def made() -> Iterator[Callable[..., tuple[Residency, FakeReader]]]:
     made = []
@@ -53,9 +62,8 @@ def plan(residency: Residency, wanted: np.ndarray, sensitivity: float = 1.0) -> 
 
 
 def settle(residency: Residency) -> None:
-    for _ in range(20):
-        assert residency._loader.wait_idle(10)
-        residency.commit()
+    residency.settle(10)
+    assert residency.state()["loading"] == []
 
 
 def test_starts_with_the_experts_of_the_highest_rates(made):
@@ -92,12 +100,13 @@ def test_layers_that_are_not_sensitive_load_nothing(made):
 
 def test_the_policy_is_looked_at_every_few_steps_and_has_missed_none(made, monkeypatch):
     monkeypatch.setattr(residency_module, "FOLLOWING_SHARE", 1e-9)
-    residency, _ = made("lru", rates=rates(0, 1, 2, 3))
+    clock = Clock()
+    residency, _ = made("lru", rates=rates(0, 1, 2, 3), clock=clock)
     assert residency.observe(wishes(e0=1)) == (1, 1, 1)  # the first look; another is not due for long
     assert residency.observe(wishes(e5=1)) is None
     assert residency.observe(wishes(e0=1, e1=1, e2=1)) is None
     assert residency.state()["loading"] == []
-    residency._following._next = 0
+    clock.now += 1e9
     assert residency.observe(wishes(e0=1, e1=1, e2=1)) == (3, 7, 6)
     settle(residency)
     assert residency.table.resident(0).tolist() == [0, 1, 2, 5]
@@ -164,8 +173,9 @@ def test_state_tells_what_is_loading_and_what_was_wished_for(made):
     assert state["coverage"] == 3 / 4
 
 
-def test_an_expert_that_cannot_be_read_is_left_alone_and_named(made, monkeypatch):
-    residency, reader = made(rates=rates(0, 1, 2, 3))
+def test_an_expert_that_cannot_be_read_is_left_alone_and_named(made):
+    clock = Clock()
+    residency, reader = made(rates=rates(0, 1, 2, 3), clock=clock)
     reader.fail(0, 4, times=100)
     deadline = time.monotonic() + 20
     while residency.state()["loads"]["last_error"] is None:
@@ -180,8 +190,7 @@ def test_an_expert_that_cannot_be_read_is_left_alone_and_named(made, monkeypatch
     assert reader.reads.count((0, 4)) == tried
     assert residency.table.resident(1).tolist() == [1, 2, 3, 4]  # the other layer was served
     reader.fail(0, 4, times=0)
-    monkeypatch.setattr(residency_module, "SECONDS_BEFORE_RETRY", 0.0)
-    residency._unreadable_until[:] = 0
+    clock.now += residency_module.SECONDS_BEFORE_RETRY
     plan(residency, rates(4, 1, 2, 3))
     settle(residency)
     assert residency.table.resident(0).tolist() == [1, 2, 3, 4]
