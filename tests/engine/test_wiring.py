@@ -18,8 +18,8 @@ from emoe_jax.residency import foresight
 from emoe_jax.residency import residency as residency_module
 from emoe_jax.residency.residency import Residency
 from emoe_jax.tasks import Lengths, Task, TaskProfile
-from tests.engine.known import EXPERTS, LAYERS, TOP_K, favouring, write_predictor
 from tests.engines import EngineFactory, answered, settle
+from tests.residency.known import EXPERTS, LAYERS, TOP_K, favouring, write_predictor
 
 ODD, EVEN = favouring(1, 3, 5), favouring(0, 2, 4)
 PARAMS = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)

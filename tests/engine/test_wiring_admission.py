@@ -14,8 +14,8 @@ from emoe_jax.experts.loader import LoaderStats
 from emoe_jax.requests.request import RoutingContract
 from emoe_jax.residency.residency import Residency
 from emoe_jax.tasks import Lengths, Task, TaskProfile
-from tests.engine.known import EXPERTS, LAYERS, TOP_K, favouring
 from tests.engines import settle
+from tests.residency.known import EXPERTS, LAYERS, TOP_K, favouring
 
 ODD, EVEN = favouring(1, 3, 5), favouring(0, 2, 4)
 PROFILE = TaskProfile(

@@ -2,7 +2,7 @@
 
 from tests.mutants.mutant import Mutant
 
-_ENGINE = "tests/engine/test_periodic.py"
+_ENGINE = "tests/residency/test_periodic.py"
 _PLANNER = "tests/residency/test_invocations.py"
 _BURST = f"{_ENGINE}::test_a_burst_of_prompts_has_one_prediction_in_p[options1-4]"
 _IDLE = f"{_ENGINE}::test_an_idle_engine_waits_for_the_prediction_of_a_prompt_and_a_busy_one_does_not[True]"

@@ -5,7 +5,7 @@ from tests.mutants.mutant import Mutant
 _WIRING = "tests/engine/test_wiring.py"
 _EMBEDDING = f"{_WIRING}::test_residents_are_those_predicted_by_the_prompts_embedding"
 _HISTORY = f"{_WIRING}::test_a_prediction_goes_by_the_prompts_that_ran_before"
-_TOKENS = "tests/engine/test_reading_prompts.py::test_the_predictor_sees_the_tokens_of_every_prompt[True]"
+_TOKENS = "tests/residency/test_reading_prompts.py::test_the_predictor_sees_the_tokens_of_every_prompt[True]"
 _DRIFT = f"{_WIRING}::test_low_coverage_asks_early"
 _GATE = f"{_WIRING}::test_predictions_that_are_worse_than_frequency_do_not_count"
 _PLAN = f"{_WIRING}::test_a_plan_is_equation_2_of_the_requests_at_hand"

@@ -4,7 +4,7 @@ from tests.mutants.mutant import Mutant
 
 _WIRING = "tests/engine/test_wiring.py"
 _REFRESH = f"{_WIRING}::test_residents_follow_the_wishes_of_an_answer"
-_DYNAMICS = "tests/engine/test_periodic.py::test_the_engine_follows_learned_dynamics_of_every_request_at_hand"
+_DYNAMICS = "tests/residency/test_periodic.py::test_the_engine_follows_learned_dynamics_of_every_request_at_hand"
 _LINK = f"{_WIRING}::test_background_loads_keep_below_the_links_bandwidth"
 _HOST = f"{_WIRING}::test_experts_are_read_from_files_once_where_the_host_has_room"
 _LAYERS = "tests/residency/test_foresight.py::test_layers_that_spread_get_more_slots"

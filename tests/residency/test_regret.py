@@ -8,8 +8,8 @@ import pytest
 
 from emoe_jax import Engine, SamplingParams
 from emoe_jax.policies import regret as regret_module
-from tests.engine.test_coverage import Ledger
 from tests.engines import settle
+from tests.residency.test_coverage import Ledger
 from tests.residency.test_foresight import PROFILE
 
 WINDOW = 4

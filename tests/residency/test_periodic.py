@@ -15,8 +15,8 @@ from emoe_jax.policies.dynamics import DYNAMICS_FILE, Dynamics
 from emoe_jax.predictor import Predictor
 from emoe_jax.residency.foresight import LOOK_AHEAD
 from emoe_jax.scheduling.slo import SloPolicy
-from tests.engine.known import EXPERTS, LAYERS, write_predictor
 from tests.engines import answered
+from tests.residency.known import EXPERTS, LAYERS, write_predictor
 
 PARAMS = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
 
