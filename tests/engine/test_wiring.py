@@ -80,7 +80,7 @@ def test_a_prediction_goes_by_the_prompts_that_ran_before(
     folder = write_predictor(tmp_path / "predictor", ["odd", "even"] * 4, [ODD, EVEN] * 4, opinionated=True)
     engine = load(predictor=folder, policy="emoe-no-refresh", predict_every=1)
     answers: list[np.ndarray] = []
-    learned: list[np.ndarray | None] = []
+    learned: list[Any] = []
     predict, observe = Predictor.predict_next, Predictor.observe
 
     def noting(self: Predictor, prompts: Any, rows: int) -> Any:
