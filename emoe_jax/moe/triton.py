@@ -38,9 +38,9 @@ def triton(operands: Operands, config: ModelConfig) -> Float[Array, "R D"]:
         product = partial(_grouped_product, start, size, slot, block=block, interpret=interpret)
         return product(gate(product(x, w_in), config).astype(x.dtype), w_out)
 
-    operands = (start, size, groups.slot[start], x, experts.w_in, experts.w_out)
+    inputs = (start, size, groups.slot[start], x, experts.w_in, experts.w_out)
     products = jax.lax.platform_dependent(
-        *operands, cpu=partial(run, interpret=True), default=partial(run, interpret=False)
+        *inputs, cpu=partial(run, interpret=True), default=partial(run, interpret=False)
     )
     return combine(products, groups, weights, accumulator)
 

@@ -115,11 +115,11 @@ def test_the_plan_follows_who_runs():
     first: Any = plan_for(planner, "a")
     assert (first.continuing, plan_for(planner, "a")) == (0.0, None)
     both: Any = plan_for(planner, "a", "b")
-    assert both.kept == 1.0
+    assert both.continuing == 1.0
     np.testing.assert_allclose(both.joined, K * SUM, rtol=1e-5)
     planner.end("a", None)
     last: Any = plan_for(planner, "b")
-    assert last.kept == 0.5
+    assert last.continuing == 0.5
     assert not last.joined.any()
     assert wanted(last) == [4, 5, 6, 7]
 
