@@ -12,7 +12,7 @@ from emoe_jax.requests.request import RequestOutput
 from serve.answers import AssistantMessage, ChatChoice, ChatChunk, ChatChunkChoice, ChatDelta, ChatResponse
 from serve.body import JsonRoute
 from serve.failures import check_answered
-from serve.generation import Progress
+from serve.generation import Update
 from serve.logprobs import TokenPlaces, chat_logprobs
 from serve.schema import ChatRequest, SloHeaders
 from serve.service import Service, emoe_of, until_disconnect, usage_of
@@ -88,7 +88,7 @@ class ChatWriter:
             prompt_token_ids=self.prompt if self.request.return_token_ids else None,
         )
 
-    def chunks(self, progress: Progress) -> list[ChatChunk]:
+    def chunks(self, progress: Update) -> list[ChatChunk]:
         delta = progress.delta
         result = []
         if delta.index not in self.begun:

@@ -13,7 +13,7 @@ from emoe_jax.requests.request import RequestOutput, TokenLogprob
 from serve.answers import CompletionChoice, CompletionLogprobs, CompletionResponse
 from serve.body import JsonRoute
 from serve.failures import check_answered
-from serve.generation import Progress
+from serve.generation import Update
 from serve.logprobs import TokenPlaces, characters, completion_logprobs
 from serve.schema import DEFAULT_COMPLETION_TOKENS, CompletionRequest, SloHeaders
 from serve.service import Service, emoe_of, until_disconnect, usage_of
@@ -113,7 +113,7 @@ class CompletionWriter:
         answer.emoe = emoe_of(outputs)
         return answer
 
-    def chunks(self, progress: Progress) -> list[CompletionResponse]:
+    def chunks(self, progress: Update) -> list[CompletionResponse]:
         delta = progress.delta
         index = self._choice(progress.position, delta.index)
         first = index not in self.begun

@@ -27,7 +27,7 @@ class Submission:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Progress:
+class Update:
     """A delta of the prompt at `position`; `output` is set on the delta that finishes that prompt."""
 
     position: int
@@ -46,7 +46,7 @@ class Generation:
         self.request_ids = request_ids
         self.stats = stats
         self.unfinished = sequences
-        self._events: asyncio.Queue[Progress | Exception] = asyncio.Queue()
+        self._events: asyncio.Queue[Update | Exception] = asyncio.Queue()
         self._taken = asyncio.Event()
         self._refusal: Exception | None = None
 
@@ -58,7 +58,7 @@ class Generation:
         if self._refusal is not None:
             raise self._refusal
 
-    async def batches(self, patience: float | None = None) -> AsyncIterator[list[Progress]]:
+    async def batches(self, patience: float | None = None) -> AsyncIterator[list[Update]]:
         """Deltas in the order the engine made them, as many as have come in: a client that reads slowly gets them in
         fewer pieces; none at all when nothing has come for `patience` seconds. Raises when the engine failed or the
         server stopped.
@@ -73,7 +73,7 @@ class Generation:
                 continue
             while not self._events.empty() and len(events) < MAX_BATCH:
                 events.append(self._events.get_nowait())
-            batch = [event for event in events if isinstance(event, Progress)]
+            batch = [event for event in events if isinstance(event, Update)]
             remaining -= sum(event.output is not None for event in batch)
             if batch:
                 yield batch
@@ -92,8 +92,8 @@ class Generation:
         """Free what is left in the engine; nothing happens when all is finished."""
         self._abort(self)
 
-    def deliver(self, event: Progress | Exception | None) -> None:
-        if isinstance(event, Progress):
+    def deliver(self, event: Update | Exception | None) -> None:
+        if isinstance(event, Update):
             self.stats.add(event.position, event.delta, event.output)
         elif isinstance(event, EngineFailure | Unavailable):
             self.stats.end("error")

@@ -12,7 +12,7 @@ from emoe_jax.requests.request import RequestOutput
 from serve.answers import EmoeAnswer, Usage
 from serve.errors import ErrorResponse, describe
 from serve.failures import early_end
-from serve.generation import Generation, Progress
+from serve.generation import Generation, Update
 from serve.options import KEEP_ALIVE_SECONDS
 from serve.schema import StreamOptions
 from serve.service import emoe_of, usage_of
@@ -49,7 +49,7 @@ ChunkType = TypeVar("ChunkType", bound=Chunk)
 class ChunkWriter(Protocol[ChunkType]):
     """Turns progress into the chunks of one endpoint."""
 
-    def chunks(self, progress: Progress) -> list[ChunkType]:
+    def chunks(self, progress: Update) -> list[ChunkType]:
         """What to send for one delta; nothing when it carries no visible text. A finishing delta gives at least one."""
         ...
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 from emoe_jax.errors import CheckpointError, RequestError
 from emoe_jax.requests.request import SLO, Delta, RequestOutput, RoutingContract, SamplingParams
-from serve.generation import Generation, Progress, Submission
+from serve.generation import Generation, Submission, Update
 from serve.refusals import EngineFailure, QueueFull, Unavailable
 from serve.stats import RequestStats
 
@@ -97,7 +97,7 @@ class EngineWorker:
         # owned by the engine's thread
         self._running: dict[str, _Running] = {}
         self._admissions: deque[_Admission] = deque()
-        self._outbox: list[tuple[Generation, Progress | Exception | None]] = []
+        self._outbox: list[tuple[Generation, Update | Exception | None]] = []
         # owned by the event loop
         self._loop: asyncio.AbstractEventLoop | None = None
         self._live: set[Generation] = set()
@@ -226,14 +226,14 @@ class EngineWorker:
         for future in list(self._calls):
             future.cancel()
 
-    def _deliver(self, batch: list[tuple[Generation, Progress | Exception | None]]) -> None:
+    def _deliver(self, batch: list[tuple[Generation, Update | Exception | None]]) -> None:
         for generation, event in batch:
             if generation not in self._live:
                 continue
             generation.deliver(event)
-            if not isinstance(event, Progress) or event.output is not None:
+            if not isinstance(event, Update) or event.output is not None:
                 self.changes += 1
-            if isinstance(event, Progress) and event.delta.finish_reason is not None:
+            if isinstance(event, Update) and event.delta.finish_reason is not None:
                 generation.unfinished -= 1
             if isinstance(event, Exception) or not generation.unfinished:
                 self._live.discard(generation)
@@ -346,7 +346,7 @@ class EngineWorker:
         if not running.unfinished:
             output = self._engine.pop(delta.request_id)
             del self._running[delta.request_id]
-        self._outbox.append((running.generation, Progress(running.position, delta, output)))
+        self._outbox.append((running.generation, Update(running.position, delta, output)))
 
     def _failure(self, error: Exception) -> EngineFailure:
         log.error("the engine failed", exc_info=error)

@@ -1,6 +1,5 @@
 """A checkpoint on disk: its configuration, its weights by the decoder's names, its experts one at a time."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,10 @@ from emoe_jax.checkpoint.safetensors import WEIGHT_DTYPES, SafetensorsFile, are_
 from emoe_jax.config import ModelConfig
 from emoe_jax.errors import CheckpointError
 from emoe_jax.experts.weights import ExpertLayout
+from emoe_jax.progress import Progress
 
 # Tensors that some tools save although they follow from the configuration.
 _DERIVED_SUFFIXES = (".rotary_emb.inv_freq",)
-
-Progress = Callable[[int, int], None]
-"""Called with `(bytes read, bytes to read)`."""
 
 
 class Checkpoint:

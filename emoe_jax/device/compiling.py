@@ -28,6 +28,6 @@ def compile_adjusted_choice(
     """The sampler for a batch in which a row has penalties, biases or a grammar."""
     logits = jax.ShapeDtypeStruct((B, V), jnp.float32, sharding=sharding)
     sampling = dataclasses.replace(SamplingArrays.of([], B), adjustments=Adjustments.none(B, V))
-    kept = jax.ShapeDtypeStruct(buckets.sequences[-1:], np.int32, sharding=sharding)
+    last_tokens = jax.ShapeDtypeStruct(buckets.sequences[-1:], np.int32, sharding=sharding)
     places = np.zeros(B, np.int32)
-    executables.compile(step.choose_tokens, (B, True), logits, sampling, np.asarray(False), kept, places)
+    executables.compile(step.choose_tokens, (B, True), logits, sampling, np.asarray(False), last_tokens, places)

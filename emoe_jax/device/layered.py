@@ -39,7 +39,7 @@ class LayeredForward:
         self._kinds = [kinds.index(kind) for kind in kinds]  # the number of the first layer of a kind stands for it
 
     def logits(
-        self, token_ids: Rows[int], routing: RoutingContract, like: LayerKV, kept: Int[Array, " S"]
+        self, token_ids: Rows[int], routing: RoutingContract, like: LayerKV, last_tokens: Int[Array, " S"]
     ) -> Float[np.ndarray, "T V"]:
         """Float32 logits of one forward without a KV cache, as `Runner.logits` describes it.
 
@@ -53,7 +53,7 @@ class LayeredForward:
         states: list[Any] = []
         for batch in batches:
             tokens, shape = batch.inputs.tokens, batch.shape[:2]
-            x = self._executables.call(step.embed, shape, self._leaves, tokens, kept, skeleton=self._skeleton)
+            x = self._executables.call(step.embed, shape, self._leaves, tokens, last_tokens, skeleton=self._skeleton)
             states.append(x if alone else np.asarray(x))  # the device holds one batch at a time
         pages = None if alone else self._blank_pages(batches[0].shape.pages + 1, like)
         for index in range(len(self._layers)):
@@ -69,12 +69,12 @@ class LayeredForward:
             logits[start : start + count] = np.asarray(rows)[0, :count]
         return logits
 
-    def run(self, batch: Batch, cache: list[LayerKV], kept: Int[Array, " S"]) -> step.StepOutputs:
+    def run(self, batch: Batch, cache: list[LayerKV], last_tokens: Int[Array, " S"]) -> step.StepOutputs:
         """One batch of a step. Donates the arrays of `cache`, and puts the new ones in their place as it goes.
 
-        `kept` are the tokens of the steps before. Raises what the expert store raises; `cache` stays usable.
+        `last_tokens` are the tokens of the steps before. Raises what the expert store raises; `cache` stays usable.
         """
-        x, wish_counts, wishes = self._hidden(batch, cache, kept)
+        x, wish_counts, wishes = self._hidden(batch, cache, last_tokens)
         logits, finite = self._executables.call(
             step.last_logits, batch.shape[:2], self._leaves, x, batch.inputs.lengths, skeleton=self._skeleton
         )
@@ -82,11 +82,11 @@ class LayeredForward:
         return step.StepOutputs(x, logits, np.stack(wish_counts), nothing, finite, wishes)
 
     def _hidden(
-        self, batch: Batch, cache: list[LayerKV], kept: Int[Array, " S"]
+        self, batch: Batch, cache: list[LayerKV], last_tokens: Int[Array, " S"]
     ) -> tuple[Float[Array, "B T D"], list[Int[np.ndarray, " E"]], list[step.Wishes]]:
         """The last hidden states, the wish counts and (still on the device) the wishes per MoE layer."""
         x = self._executables.call(
-            step.embed, batch.shape[:2], self._leaves, batch.inputs.tokens, kept, skeleton=self._skeleton
+            step.embed, batch.shape[:2], self._leaves, batch.inputs.tokens, last_tokens, skeleton=self._skeleton
         )
         wish_counts: list[np.ndarray] = []
         wishes: list[step.Wishes] = []

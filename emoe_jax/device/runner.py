@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from emoe_jax.device.recording import counts_by_sequence, record_wishes, without
 from emoe_jax.device.sampler import TokenLogprobs
 from emoe_jax.models.decoder import Decoder
 from emoe_jax.policies.policy import Chunk
+from emoe_jax.progress import Progress
 from emoe_jax.requests.request import RoutingContract
 from emoe_jax.requests.sequence import Sequence
 from emoe_jax.residency.residency import Residency, StepWishes
@@ -32,9 +33,6 @@ from emoe_jax.traces.recorder import TraceRecorder
 
 PAGES_MOVED = 32
 """KV pages that are copied in one call."""
-
-Progress = Callable[[int, int], None]
-"""Called with `(done, total)`."""
 
 
 class Dispatched(NamedTuple):
@@ -74,13 +72,13 @@ class Runner:
         self.buckets = buckets
         self.executables = executables or Executables()
         self.recorder: TraceRecorder | None = None
-        self._places: dict[Sequence, int] = {}  # of the tokens that the newest plan samples, in `_kept`
+        self._places: dict[Sequence, int] = {}  # of the tokens that the newest plan samples, in `_last_tokens`
         self._embedding_table: np.ndarray | None = None
         self._residency = residency
         sharding = residency.slab.sharding
         self._cache = list(jax.device_put(cache, sharding))
         self._shapes = self._memory_shapes()
-        self._kept = jax.device_put(np.zeros(buckets.sequences[-1], np.int32), sharding)
+        self._last_tokens = jax.device_put(np.zeros(buckets.sequences[-1], np.int32), sharding)
         self._skeleton, leaves = step.Skeleton.split(model)
         self._leaves = jax.device_put(leaves, sharding)
         self._layered = LayeredForward(model, self._leaves, residency, self.executables)
@@ -91,14 +89,14 @@ class Runner:
         Raises what the expert store raises under the `exact` contract; the cache stays usable.
         """
         batches = batches_of(plan, self.buckets)
-        places, kept = self._places, self._kept
+        places, last_tokens = self._places, self._last_tokens
         self._places = {}
         for batch in batches:
             batch.await_tokens(places)
         outputs, residents = [], []
         for batch in batches:
             residents.append(self._residency.table.resident_mask)
-            outputs.append(self._run_batch(batch, kept))
+            outputs.append(self._run_batch(batch, last_tokens))
         return Dispatched(plan, batches, outputs, residents)
 
     def waits_within(self, plan: StepPlan) -> bool:
@@ -151,8 +149,10 @@ class Runner:
         A call that fails may have deleted the KV cache that was donated to it, or return arrays that raise when they
         are read. Returns whether the KV cache is blank now, so that what its pages held must be computed again.
         """
-        if not _is_readable(self._kept):
-            self._kept = jax.device_put(np.zeros(self._kept.shape, self._kept.dtype), self._residency.slab.sharding)
+        if not _is_readable(self._last_tokens):
+            self._last_tokens = jax.device_put(
+                np.zeros(self._last_tokens.shape, self._last_tokens.dtype), self._residency.slab.sharding
+            )
         lost = [index for index, layer_cache in enumerate(self._cache) if not _is_readable(layer_cache)]
         for index in lost:
             shapes = self._cache[index]
@@ -192,7 +192,7 @@ class Runner:
         Layer by layer, and within a layer at most `UNCACHED_ROWS` tokens at a time. Beside what a step of so many
         tokens takes, the device holds the keys and values of one layer; scores exist for one block of keys.
         """
-        return self._layered.logits(token_ids, routing, self._cache[0], self._kept)
+        return self._layered.logits(token_ids, routing, self._cache[0], self._last_tokens)
 
     def warm_up(self, progress: Progress | None = None) -> None:
         """Compile every shape that `run` can meet: whole forwards on a pool of threads, the rest beside it."""
@@ -208,7 +208,7 @@ class Runner:
             total, done = len(shapes) + len(forwards), 0
             for shape in shapes:
                 if not self._residency.is_full:
-                    jax.block_until_ready(self._run_batch(empty_batch(shape, "exact"), self._kept))
+                    jax.block_until_ready(self._run_batch(empty_batch(shape, "exact"), self._last_tokens))
                 done += 1
                 if progress is not None:
                     progress(done, total)
@@ -218,31 +218,31 @@ class Runner:
                 if progress is not None:
                     progress(done, total)
         for shape in shapes:
-            jax.block_until_ready(self._run_batch(empty_batch(shape, "resident"), self._kept))
+            jax.block_until_ready(self._run_batch(empty_batch(shape, "resident"), self._last_tokens))
         self.move_pages({0: 0})
 
-    def _run_batch(self, batch: Batch, kept: Int[Array, " S"]) -> tuple[Any, ...]:
+    def _run_batch(self, batch: Batch, last_tokens: Int[Array, " S"]) -> tuple[Any, ...]:
         """Dispatch one batch: its tokens, log probabilities of prompts, wish counts, substituted choices, which of its
         sequences are finite, and wishes, still on the device.
 
-        `kept` are the tokens of the steps before; those of the batches before it in the same step are not among them.
+        `last_tokens` are those of the steps before. Tokens of earlier batches of the same step are not among them.
         """
         if batch.routing == "exact" and not self._residency.is_full:
-            outputs = self._layered.run(batch, self._cache, kept)
+            outputs = self._layered.run(batch, self._cache, last_tokens)
         else:
-            arguments = self._resident_arguments(batch, kept)
+            arguments = self._resident_arguments(batch, last_tokens)
             cache, outputs = self.executables.call(
                 step.resident_step, (batch.shape, self._shapes), *arguments, **self._statics
             )
             self._cache = list(cache)
         adjusted = batch.sampling.adjustments is not None
-        sampled, self._kept = self.executables.call(
+        sampled, self._last_tokens = self.executables.call(
             step.choose_tokens,
             (batch.shape.sequences, adjusted),
             outputs.logits,
             batch.sampling,
             batch.want_logprobs,
-            self._kept,
+            self._last_tokens,
             self._places_for(batch),
         )
         return (
@@ -256,13 +256,13 @@ class Runner:
 
     def _places_for(self, batch: Batch) -> Int[np.ndarray, " B"]:
         """Where the tokens that a batch samples are kept for the plan that follows."""
-        places = np.full(batch.shape.sequences, self._kept.shape[0], np.int32)
+        places = np.full(batch.shape.sequences, self._last_tokens.shape[0], np.int32)
         for row, piece in enumerate(batch.pieces):
             if piece.samples:
                 places[row] = self._places[piece.sequence] = len(self._places)
         return places
 
-    def _resident_arguments(self, batch: Batch, kept: Int[Array, " S"]) -> tuple[Any, ...]:
+    def _resident_arguments(self, batch: Batch, last_tokens: Int[Array, " S"]) -> tuple[Any, ...]:
         residency = self._residency
         return (
             self._leaves,
@@ -270,7 +270,7 @@ class Runner:
             residency.table.device_table(),
             tuple(self._cache),
             batch.inputs,
-            kept,
+            last_tokens,
         )
 
     def _prompt_logprobs(self, batch: Batch, hidden: Float[Array, "B T D"]) -> TokenLogprobs | None:
@@ -292,14 +292,14 @@ class Runner:
     def _compile_resident(self, shape: Shape) -> None:
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
-            self._resident_arguments(empty_batch(shape, "resident"), self._kept),
+            self._resident_arguments(empty_batch(shape, "resident"), self._last_tokens),
         )
         self.executables.compile(step.resident_step, (shape, self._shapes), *shapes, **self._statics)
 
     def _compile_prompt_logprobs(self, T: int) -> None:
         targets = np.zeros(T, np.int32)
         embed = functools.partial(step.embed, skeleton=self._skeleton)
-        hidden = jax.eval_shape(embed, self._leaves, targets[None], self._kept)
+        hidden = jax.eval_shape(embed, self._leaves, targets[None], self._last_tokens)
         hidden = jax.ShapeDtypeStruct(hidden.shape, hidden.dtype, sharding=self._residency.slab.sharding)
         self.executables.compile(step.prompt_logprobs, T, self._leaves, hidden, targets, skeleton=self._skeleton)
 

@@ -56,7 +56,7 @@ class Skeleton:
 class StepInputs:
     """A padded batch: `lengths` new tokens of each sequence, the first at position `starts`. Built on the host.
 
-    A token of `-1 - p` is the one at place `p` of those that the steps before have kept.
+    A token of `-1 - p` is the one at place `p` of the `last_tokens` that earlier steps sampled.
     """
 
     tokens: Int[Array | np.ndarray, "B T"]
@@ -113,9 +113,9 @@ class Routed(NamedTuple):
     wish_counts: Int[Array, " E"]
 
 
-def _with_kept(tokens: Int[Array | np.ndarray, "B T"], kept: Int[Array, " S"]) -> Int[Array, "B T"]:
+def _with_last_tokens(tokens: Int[Array | np.ndarray, "B T"], last_tokens: Int[Array, " S"]) -> Int[Array, "B T"]:
     tokens = jnp.asarray(tokens)
-    return jnp.where(tokens < 0, kept.at[-1 - tokens].get(mode="clip"), tokens)
+    return jnp.where(tokens < 0, last_tokens.at[-1 - tokens].get(mode="clip"), tokens)
 
 
 def _wish_counts(routing: Routing, valid: Bool[Array, " R"], num_experts: int) -> Int[Array, " E"]:
@@ -147,7 +147,7 @@ def resident_step(
     slots: Int[Array, "M E"],
     cache: KVCache,
     inputs: StepInputs,
-    kept: Int[Array, " S"],
+    last_tokens: Int[Array, " S"],
     *,
     skeleton: Skeleton,
     config: ModelConfig,
@@ -157,7 +157,7 @@ def resident_step(
     view = inputs.view()
     B, T = inputs.tokens.shape
     valid = view.valid.reshape(-1)
-    x = model.embed(_with_kept(inputs.tokens, kept))
+    x = model.embed(_with_last_tokens(inputs.tokens, last_tokens))
     new_cache: list[LayerKV] = []
     counts: list[Array] = []
     wishes: list[Wishes] = []
@@ -190,9 +190,13 @@ def resident_step(
 
 @partial(jax.jit, static_argnames=("skeleton",))
 def embed(
-    leaves: tuple[Array, ...], tokens: Int[Array | np.ndarray, "B T"], kept: Int[Array, " S"], *, skeleton: Skeleton
+    leaves: tuple[Array, ...],
+    tokens: Int[Array | np.ndarray, "B T"],
+    last_tokens: Int[Array, " S"],
+    *,
+    skeleton: Skeleton,
 ) -> Float[Array, "B T D"]:
-    return skeleton.join(leaves).embed(_with_kept(tokens, kept))
+    return skeleton.join(leaves).embed(_with_last_tokens(tokens, last_tokens))
 
 
 @partial(jax.jit, static_argnames=("skeleton", "config", "window", "restricted"), donate_argnames=("cache",))
@@ -303,9 +307,9 @@ def choose_tokens(
     logits: Float[Array, "B V"],
     sampling: SamplingArrays,
     want_logprobs: Bool[Array | np.ndarray, ""],
-    kept: Int[Array, " S"],
+    last_tokens: Int[Array, " S"],
     places: Int[Array | np.ndarray, " B"],
 ) -> tuple[Sampled, Int[Array, " S"]]:
-    """The next tokens, and `kept` with them at `places`; `S` is no place."""
+    """The next tokens, and `last_tokens` with them at `places`; `S` is no place."""
     sampled = sample(logits, sampling, jnp.asarray(want_logprobs))
-    return sampled, kept.at[places].set(sampled.tokens, mode="drop")
+    return sampled, last_tokens.at[places].set(sampled.tokens, mode="drop")

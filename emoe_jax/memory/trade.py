@@ -5,10 +5,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from emoe_jax.device.runner import Progress, Runner
+from emoe_jax.device.runner import Runner
 from emoe_jax.errors import ConfigError
 from emoe_jax.memory.plan import MemoryPlan
 from emoe_jax.memory.splits import MemorySplit, changes
+from emoe_jax.progress import Progress
 from emoe_jax.residency.residency import Residency
 from emoe_jax.scheduling.scheduler import Scheduler
 

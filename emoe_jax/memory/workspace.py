@@ -55,13 +55,13 @@ def step_workspace(model: Decoder, plan: MemoryPlan, buckets: Buckets, executabl
     table = jax.ShapeDtypeStruct((len(config.moe_layers), config.num_experts), np.int32)
     experts = tuple(jax.eval_shape(lambda c=capacity: layout.empty_weights(c)) for capacity in plan.capacities)
     cache = jax.eval_shape(lambda: new_cache(config, plan.num_pages, dtype))
-    kept = jax.ShapeDtypeStruct(buckets.sequences[-1:], np.int32)
-    leaves, experts, table, cache, kept = jax.tree.map(on_device, (leaves, experts, table, cache, kept))
+    last_tokens = jax.ShapeDtypeStruct(buckets.sequences[-1:], np.int32)
+    leaves, experts, table, cache, last_tokens = jax.tree.map(on_device, (leaves, experts, table, cache, last_tokens))
     shapes = MemoryShapes(plan.capacities, (plan.num_pages,) * config.num_layers)
 
     def compile_step(shape: Shape) -> None:
         inputs = empty_batch(shape, "resident").inputs
-        arguments = (leaves, experts, table, cache, inputs, kept)
+        arguments = (leaves, experts, table, cache, inputs, last_tokens)
         executables.compile(step.resident_step, (shape, shapes), *arguments, skeleton=skeleton, config=config)
 
     largest = {buckets.fit(buckets.sequences[-1], 1), buckets.fit(1, buckets.chunk_tokens[-1])}

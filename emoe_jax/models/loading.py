@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from emoe_jax.checkpoint.checkpoint import Checkpoint, Progress
+from emoe_jax.checkpoint.checkpoint import Checkpoint
 from emoe_jax.checkpoint.files import CONFIG, locate, read_json
 from emoe_jax.checkpoint.save import Layout, write_checkpoint
 from emoe_jax.checkpoint.tokenizer import Tokenizer
@@ -18,6 +18,7 @@ from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models.decoder import Decoder
 from emoe_jax.models.families import family_of
 from emoe_jax.models.hf_keys import without_bookkeeping
+from emoe_jax.progress import Progress
 
 
 def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:

@@ -44,16 +44,16 @@ class Pieces:
         choices: Any = jax.ShapeDtypeStruct((B * T, config.top_k), jnp.int32)
         weights: Any = jax.ShapeDtypeStruct((B * T, config.top_k), jnp.float32)
         counts: Any = jax.ShapeDtypeStruct((config.num_experts,), jnp.int32)
-        self.kept: Any = jax.ShapeDtypeStruct((16,), jnp.int32)
+        self.last_tokens: Any = jax.ShapeDtypeStruct((16,), jnp.int32)
         self.routed = step.Routed(self.x, self.rows, choices, weights, counts)
 
     def resident_step(self) -> Call:
         experts = (self.experts,) * len(self.config.moe_layers)
-        arguments = (self.leaves, experts, self.slots, self.cache, self.batch.inputs, self.kept)
+        arguments = (self.leaves, experts, self.slots, self.cache, self.batch.inputs, self.last_tokens)
         return step.resident_step, arguments, {"skeleton": self.skeleton, "config": self.config}
 
     def embed(self) -> Call:
-        return step.embed, (self.leaves, self.batch.inputs.tokens, self.kept), {"skeleton": self.skeleton}
+        return step.embed, (self.leaves, self.batch.inputs.tokens, self.last_tokens), {"skeleton": self.skeleton}
 
     def attend_and_route(self) -> Call:
         statics = {"skeleton": self.layer_skeleton, "config": self.config, "window": None, "restricted": False}
@@ -81,7 +81,7 @@ class Pieces:
 
     def choose_tokens(self) -> Call:
         places = np.zeros(self.batch.shape.sequences, np.int32)
-        arguments = (self.logits, self.batch.sampling, self.batch.want_logprobs, self.kept, places)
+        arguments = (self.logits, self.batch.sampling, self.batch.want_logprobs, self.last_tokens, places)
         return step.choose_tokens, arguments, {}
 
 
