@@ -7,8 +7,8 @@ ARGS ?=
 
 .PHONY: serve test mutants setup-all lint format docs clean
 
-serve: $(VENV)/.base  ## Serve the bundled demo model on http://127.0.0.1:8000 (more flags: make serve ARGS="--port 9000")
-	$(BIN)/python -m serve.main $(ARGS)
+serve: $(VENV)/.base  ## Serve the demo model with 40 % of its experts resident on http://127.0.0.1:8000 (more flags: make serve ARGS="--port 9000")
+	$(BIN)/python -m serve.main --expert-memory 40% $(ARGS)
 
 test: $(VENV)/.test  ## The test suite, without a GPU; names what it skips
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)

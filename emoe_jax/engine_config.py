@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 from emoe_jax.amounts import parse_bandwidth, parse_bytes, parse_expert_memory
 from emoe_jax.errors import ConfigError
@@ -24,6 +24,17 @@ PartLeftOut = Literal["slo-without-c", "slo-without-G", "slo-without-dE", "slo-w
 
 SchedulingPolicyName = Literal["slo", "fcfs"] | PartLeftOut
 """The admission policies of `emoe_jax.scheduling`."""
+
+
+class StepSize(NamedTuple):
+    """Sequences and tokens of a step, at most."""
+
+    sequences: int
+    tokens: int
+
+
+CPU_STEP = StepSize(16, 512)
+ACCELERATOR_STEP = StepSize(256, 8192)
 
 
 def _expert_memory(value: Any, name: str) -> Any:
@@ -49,9 +60,10 @@ class EngineConfig(Options):
     Raises `ConfigError`, one line that names the option, the value and what would be right.
     """
 
-    expert_memory: str | int = option(
-        "40%",
-        "memory for experts on the device: a share such as 40%, bytes such as 6GiB, or '8 slots' in each layer",
+    expert_memory: str | int | Literal["auto"] = option(
+        "auto",
+        "memory for experts on the device: a share such as 40%, bytes such as 6GiB, or '8 slots' in each layer; auto "
+        "is as many as fit",
         noun="a share, bytes or slots",
         metavar="SIZE",
         check=_expert_memory,
@@ -65,8 +77,22 @@ class EngineConfig(Options):
     max_model_len: int | None = option(
         None, "tokens that prompt and answer may have together", low=1, metavar="TOKENS", default_text="the model's own"
     )
-    max_num_seqs: int = option(16, "sequences computed together", low=1, high=4096, metavar="N")
-    max_num_batched_tokens: int = option(512, "tokens computed in one step", low=1, high=2**20, metavar="TOKENS")
+    max_num_seqs: int | Literal["auto"] = option(
+        "auto",
+        f"sequences computed together; auto is {CPU_STEP.sequences} on a CPU, where each of them makes a step slower, "
+        f"and {ACCELERATOR_STEP.sequences} on an accelerator, which reads its weights once for all of them",
+        low=1,
+        high=4096,
+        metavar="N",
+    )
+    max_num_batched_tokens: int | Literal["auto"] = option(
+        "auto",
+        f"tokens computed in one step; auto is {CPU_STEP.tokens} on a CPU, where a prompt's tokens hold up sequences "
+        f"that decode beside it, and {ACCELERATOR_STEP.tokens} on an accelerator, which few tokens leave idle",
+        low=1,
+        high=2**20,
+        metavar="TOKENS",
+    )
     scheduling_policy: SchedulingPolicyName = option(
         "slo",
         "which sequence starts next: by deadlines and expected work, or first come first served; slo-without-PART is "
@@ -166,3 +192,16 @@ class EngineConfig(Options):
         False, "whether a recorded trace also holds the prompts' token ids, which the predictor learns to read"
     )
     seed: int = option(0, "seed of requests that name none", low=0, high=2**63 - 1, metavar="N")
+
+    def step_size(self, platform: str) -> StepSize:
+        """Sequences and tokens of a step on a platform of JAX. `auto` tokens do not go by the sequences that are given,
+        and `auto` sequences are no more than the tokens that are given."""
+        usual = CPU_STEP if platform == "cpu" else ACCELERATOR_STEP
+        tokens = usual.tokens if self.max_num_batched_tokens == "auto" else self.max_num_batched_tokens
+        sequences = min(usual.sequences, tokens) if self.max_num_seqs == "auto" else self.max_num_seqs
+        return StepSize(sequences, tokens)
+
+    def resolved(self, platform: str) -> Self:
+        """With the size of a step on this platform in place of `auto`."""
+        size = self.step_size(platform)
+        return dataclasses.replace(self, max_num_seqs=size.sequences, max_num_batched_tokens=size.tokens)

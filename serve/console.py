@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from emoe_jax.amounts import format_bytes
+from emoe_jax.engine_config import StepSize
 
 ProgressCallback = Callable[[str, int, int], None]
 
@@ -71,6 +72,7 @@ def start_up_table(
     has_chat_template: bool,
     tasks: Sequence[str] | None,
     url: str,
+    step: StepSize | None = None,
     sampling: Mapping[str, object] | None = None,
 ) -> Table:
     """`memory` in bytes by purpose; `resident` experts on the device, one number per MoE layer."""
@@ -91,6 +93,8 @@ def start_up_table(
     share = sum(resident) / (num_experts * len(resident))
     table.add_row("experts resident", f"{per_layer} of {num_experts} in each of {len(resident)} layers ({share:.0%})")
     table.add_row("routing", routing)
+    if step is not None:
+        table.add_row("a step computes", f"up to {step.sequences} sequences and {step.tokens} tokens")
     if tasks is not None:
         table.add_row("tasks", escape(", ".join(tasks)))
     if sampling:

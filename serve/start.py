@@ -76,6 +76,7 @@ def serve(options: ServerOptions, engine: Engine, listener: socket.socket, provi
     url = url_of(listener)
     names = tuple(options.served_model_name or [engine.model_name])
     tasks = None if engine.task_profile is None else tuple(engine.task_profile.tasks)
+    step = engine.options.step_size(jax.default_backend())
     table = start_up_table(
         model=names[0],
         family=engine.config.family,
@@ -87,11 +88,12 @@ def serve(options: ServerOptions, engine: Engine, listener: socket.socket, provi
         has_tokenizer=engine.tokenizer is not None,
         has_chat_template=engine.tokenizer is not None and engine.tokenizer.has_chat_template,
         tasks=tasks,
+        step=step,
         sampling=engine.sampling_defaults,
         url=url,
     )
     Console().print(table)
-    worker = EngineWorker(engine, options.max_num_seqs + options.max_num_queued_reqs)
+    worker = EngineWorker(engine, step.sequences + options.max_num_queued_reqs)
     text = TextCodec(
         engine.tokenizer,
         engine.config.vocab_size,

@@ -62,6 +62,27 @@ def test_a_wrong_keyword_is_named_before_anything_is_read(keywords: dict[str, An
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("given", "platform", "size"),
+    [
+        ({}, "cpu", (16, 512)),
+        ({}, "gpu", (256, 8192)),
+        ({}, "tpu", (256, 8192)),
+        ({"max_num_seqs": 4}, "gpu", (4, 8192)),
+        ({"max_num_batched_tokens": 64}, "gpu", (64, 64)),
+        ({"max_num_batched_tokens": 7}, "cpu", (7, 7)),
+        ({"max_num_seqs": 2000}, "cpu", (2000, 512)),  # refused by the scheduler, which names both
+        ({"max_num_seqs": "auto", "max_num_batched_tokens": "auto"}, "cpu", (16, 512)),
+    ],
+)
+def test_the_size_of_a_step_goes_by_the_platform(given: Any, platform: str, size: tuple[int, int]) -> None:
+    config = EngineConfig(**given)
+    assert config.step_size(platform) == size
+    resolved = config.resolved(platform)
+    assert (resolved.max_num_seqs, resolved.max_num_batched_tokens) == size
+    assert resolved.step_size("another") == size
+
+
 def test_options_are_given_in_one_way() -> None:
     with pytest.raises(ConfigError, match="max_num_seqs is given beside an EngineConfig"):
         Engine.load("/nonexistent", EngineConfig(), max_num_seqs=4)

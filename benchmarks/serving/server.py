@@ -18,8 +18,8 @@ from emoe_jax.errors import EmoeError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODULE = "serve.main"
-FIXED = ("--no-prefix-caching",)
-"""What is measured computes a prompt each time it is drawn."""
+FIXED = ("--no-prefix-caching", "--expert-memory", "40%")
+"""What is measured computes a prompt each time it is drawn, and has experts to load. Later flags win."""
 READY_SECONDS = 900.0
 """A first start compiles every shape that a step can have."""
 STOP_SECONDS = 15.0

@@ -39,7 +39,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclasses.dataclass(frozen=True)
 class EngineParts:
-    """What `Engine` is made of. Whoever has them closes them."""
+    """What `Engine` is made of. The owner of the parts closes them."""
 
     options: EngineConfig
     model_name: str
@@ -65,9 +65,11 @@ def load_parts(path: str | Path, options: EngineConfig, progress: Progress | Non
 
     Raises `CheckpointError`, `ConfigError` or `CapacityError`; nothing stays allocated then.
     """
+    platform = jax.devices()[0].platform
+    options, size = options.resolved(platform), options.step_size(platform)
     checkpoint = open_checkpoint(path, router_capacity_factor=options.router_capacity_factor)
     config = checkpoint.config
-    plan = _planned(checkpoint, options)
+    plan = _planned(checkpoint, options, size.sequences)
     plan(step_bytes=0)  # refuses what can never fit before seconds go into the predictor
     defaults = sampling_defaults(checkpoint.directory, options.generation_config)
     tokenizer = load_tokenizer(checkpoint.directory, options.chat_template)
@@ -81,12 +83,11 @@ def load_parts(path: str | Path, options: EngineConfig, progress: Progress | Non
         return nnx.merge(*load_dense(checkpoint, dtype, report("weights")))
 
     executables = Executables()
-    sizes = (options.max_num_seqs, options.max_num_batched_tokens)
-    memory, model = measured_plan(plan, load_model, *sizes, executables)
-    prefill_chunk = min(options.max_num_batched_tokens, memory.max_model_len)
+    memory, model = measured_plan(plan, load_model, *size, executables)
+    prefill_chunk = min(size.tokens, memory.max_model_len)
     scheduler = Scheduler(
         PagePool(memory.num_pages, PAGE_SIZE),
-        *sizes,
+        *size,
         memory.max_model_len,
         prefill_chunk,
         config.eos_token_ids,
@@ -101,7 +102,7 @@ def load_parts(path: str | Path, options: EngineConfig, progress: Progress | Non
         scheduler.use_policy(admission_policy(options.scheduling_policy, known.profile, residency, scheduler))
         residency.fill(report("experts"))
         cache = new_cache(config, memory.num_pages, memory.dtype)
-        buckets = Buckets.of(options.max_num_seqs, prefill_chunk, memory.max_model_len)
+        buckets = Buckets.of(size.sequences, prefill_chunk, memory.max_model_len)
         return EngineParts(
             options=options,
             model_name=model_name(path),
@@ -122,7 +123,7 @@ def load_parts(path: str | Path, options: EngineConfig, progress: Progress | Non
         raise
 
 
-def _planned(checkpoint: Checkpoint, options: EngineConfig) -> Callable[..., MemoryPlan]:
+def _planned(checkpoint: Checkpoint, options: EngineConfig, max_num_seqs: int) -> Callable[..., MemoryPlan]:
     """The memory plan of these options, less what is known of steps and layers."""
     allow_pinned_memory()
     return functools.partial(
@@ -136,7 +137,7 @@ def _planned(checkpoint: Checkpoint, options: EngineConfig) -> Callable[..., Mem
         machine_bytes=machine_memory(),
         kv_memory=options.kv_memory,
         max_model_len=options.max_model_len,
-        max_num_seqs=options.max_num_seqs,
+        max_num_seqs=max_num_seqs,
         may_trade=options.memory_trade,
     )
 

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import get_args
 
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from emoe_jax.amounts import format_bytes, parse_bytes, parse_expert_memory
+from emoe_jax.amounts import ExpertBudget, format_bytes, parse_bytes, parse_expert_memory
 from emoe_jax.config import ModelConfig
 from emoe_jax.device.kv_cache import page_bytes
 from emoe_jax.engine_config import Dtype
@@ -25,6 +26,13 @@ from emoe_jax.scheduling.pages import PAGE_SIZE, pages_for
 
 WORKSPACE_SHARE = 0.1
 """Share of the device that is workspace where nobody has measured what a step needs."""
+
+KV_SHARE = 0.1
+"""Share of what the weights without experts leave of the device that is the KV cache's before experts are chosen."""
+
+CPU_SHARE = 0.75
+"""Share of a machine's memory that weights and experts take at most, where the device is the CPU and nobody says how
+much: other programs, and this one, need some."""
 
 Spread = Callable[[tuple[int, ...]], tuple[int, ...]]
 """The same number of slots, distributed otherwise over the layers."""
@@ -69,7 +77,7 @@ class MemoryPlan:
         platform: str,
         device_bytes: int,
         dtype: str = "auto",
-        expert_memory: str | int = "40%",
+        expert_memory: str | int = "auto",
         host_memory: str | int = "auto",
         machine_bytes: int = 0,
         kv_memory: str | int | None = None,
@@ -80,6 +88,11 @@ class MemoryPlan:
         may_trade: bool = False,
     ) -> "MemoryPlan":
         """Split `device_bytes`. The KV cache gets `kv_memory`, or room for `max_num_seqs` full sequences if that fits.
+
+        `expert_memory="auto"` is all experts, where they fit beside `KV_SHARE` of what the weights without experts
+        leave, or beside the KV cache that is wanted if that is less. Where they do not fit, it is as many as do. Where
+        the model needs more than that for its top-k experts of each layer, the KV cache gives way, down to one
+        sequence. On a CPU the experts also leave the rest of `CPU_SHARE` of `machine_bytes` to other programs.
 
         `step_bytes` is what a step takes beside its arguments (`step_workspace`); without it, a share of the device is
         workspace. `max_model_len` defaults to the model's limit, or to what the KV cache can hold of one sequence.
@@ -104,22 +117,29 @@ class MemoryPlan:
                 f"the model's weights without experts take {format_bytes(dense)}; "
                 f"{format_bytes(max(usable, 0))} of the device's {format_bytes(device_bytes)} can be used"
             )
-        expert_budget = parse_expert_memory(str(expert_memory))
+        if max_model_len is not None and not 2 <= max_model_len <= config.max_position:
+            raise ConfigError(f"max_model_len is {max_model_len}; the model allows 2 to {config.max_position}")
+        wanted = max_num_seqs * pages_for(max_model_len or config.max_position)
+        needed = pages_for(max_model_len or 2)
+        if expert_memory == "auto":
+            least, most_wanted = page * (needed + 1), page * (wanted + 1)
+            if kv_memory is not None:
+                least = most_wanted = parse_bytes("kv_memory", kv_memory)
+            most = int(machine_bytes * CPU_SHARE) - dense if platform == "cpu" and machine_bytes else usable
+            expert_budget = _fitting(config, layout, usable - dense, (least, most_wanted), most)
+        else:
+            expert_budget = parse_expert_memory(str(expert_memory))
         slots = tuple(capacities(config, layout, expert_budget, usable - dense))
         if spread is not None and expert_budget.kind != "slots":
             slots = spread(slots)
         slab = sum(slots) * layout.nbytes
         left = usable - dense - slab
-        if max_model_len is not None and not 2 <= max_model_len <= config.max_position:
-            raise ConfigError(f"max_model_len is {max_model_len}; the model allows 2 to {config.max_position}")
-        wanted = max_num_seqs * pages_for(max_model_len or config.max_position)
         budget = left if kv_memory is None else parse_bytes("kv_memory", kv_memory)
         if budget > left:
             raise CapacityError(
                 f"kv_memory of {format_bytes(budget)} is more than the {format_bytes(left)} that weights and expert "
                 "slab leave"
             )
-        needed = pages_for(max_model_len or 2)
         pages = min(wanted, budget // page - 1)
         if pages < needed:
             raise CapacityError(
@@ -199,6 +219,20 @@ class MemoryPlan:
             "workspace": self.workspace_bytes,
             "host": self.host_bytes,
         }
+
+
+def _fitting(config: ModelConfig, layout: ExpertLayout, room: int, cache: tuple[int, int], most: int) -> ExpertBudget:
+    """Bytes for as many experts as fit into `room` beside the KV cache, and into `most`.
+
+    `cache` is the least that the KV cache needs and the most that it wants.
+    """
+    smallest = config.top_k * len(config.moe_layers) * layout.nbytes
+    least, wanted = cache
+    reserve = min(wanted, max(least, math.ceil(room * KV_SHARE)))
+    fits = min(room - reserve, most)
+    if fits < smallest <= room - least:
+        fits = smallest
+    return ExpertBudget("bytes", Fraction(max(fits, 0)))
 
 
 def resolve_dtype(dtype: str, config: ModelConfig, platform: str) -> str:

@@ -1,6 +1,7 @@
 """Bytes of the memory plan: never above the budget, in either split and on the way between them."""
 
 import dataclasses
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,66 @@ def test_only_as_many_slots_are_given_up_as_the_cache_wants(
     assert lean_split(MemorySplit((6, 6), 22), sizes, wanted, top_k) == expected
 
 
+def kv_room(device_bytes: int) -> int:
+    """A tenth of what weights and steps leave."""
+    return -(-(device_bytes - DENSE - STAGING) // 10)
+
+
+@pytest.mark.parametrize("spare", [0, 1, 50 * PAGE])
+def test_all_experts_are_resident_where_they_fit(spare: int) -> None:
+    """Beside the KV cache that four sequences want."""
+    pages = 4 * pages_for(96) + 1
+    found = plan(device_for(8, pages, 0) + spare, step_bytes=0, max_model_len=96)
+    assert (found.capacities, found.num_pages) == ((8, 8, 8), pages)
+
+
+@pytest.mark.parametrize("pages", [150, 200])
+def test_all_experts_are_resident_beside_a_tenth_for_the_cache(pages: int) -> None:
+    """Where the KV cache wants more than there is, it leaves experts alone that leave it a tenth."""
+    device = device_for(8, pages, 0)
+    assert pages * PAGE >= kv_room(device)
+    found = plan(device, step_bytes=0, max_model_len=96, max_num_seqs=500)
+    assert (found.capacities, found.num_pages, found.is_bound) == ((8, 8, 8), pages, True)
+
+
+@settings(deadline=None, max_examples=60)
+@given(slots=st.integers(6, 23), more=st.integers(0, EXPERT - 1), max_num_seqs=st.integers(1, 600))
+def test_where_not_all_fit_as_many_are_resident_as_do(slots: int, more: int, max_num_seqs: int) -> None:
+    """One expert more would take of what is the KV cache's."""
+    device = DENSE + STAGING + slots * EXPERT + (pages_for(96) + 1) * PAGE + more
+    found = plan(device, step_bytes=0, max_model_len=96, max_num_seqs=max_num_seqs)
+    wanted = (max_num_seqs * pages_for(96) + 1) * PAGE
+    needed = (pages_for(96) + 1) * PAGE
+    reserve = min(wanted, max(needed, kv_room(device)))
+    resident = sum(found.capacities)
+    assert min(found.capacities) >= 2
+    assert resident * EXPERT + found.kv_bytes <= device - DENSE - STAGING
+    if resident > 6:
+        assert resident * EXPERT <= device - DENSE - STAGING - reserve
+    if resident < 24:
+        assert (resident + 1) * EXPERT > device - DENSE - STAGING - reserve
+
+
+def test_the_cache_gives_way_to_the_experts_that_a_token_needs() -> None:
+    one = pages_for(96) + 1
+    found = plan(device_for(2, one, 0), step_bytes=0, max_model_len=96, max_num_seqs=9)
+    assert (found.capacities, found.num_pages) == ((2, 2, 2), one)
+    with pytest.raises(CapacityError, match=r"the smallest budget is|one sequence of 96 tokens needs"):
+        plan(device_for(2, one, 0) - 1, step_bytes=0, max_model_len=96, max_num_seqs=9)
+
+
+def test_a_cache_that_is_asked_for_comes_before_experts() -> None:
+    found = plan(device_for(5, 40, 0), step_bytes=0, max_model_len=96, max_num_seqs=500, kv_memory=40 * PAGE)
+    assert (found.capacities, found.num_pages) == ((5, 5, 5), 40)
+
+
+def test_on_a_cpu_experts_leave_memory_to_other_programs() -> None:
+    device, machine = device_for(8, 60, 0), int((DENSE + 15.5 * EXPERT) / 0.75)
+    assert plan(device, step_bytes=0, max_model_len=96, machine_bytes=machine).capacities == (5, 5, 5)
+    assert plan(device, step_bytes=0, max_model_len=96, machine_bytes=2 * device).capacities == (8, 8, 8)
+    assert plan(device, platform="gpu", step_bytes=0, dtype="float32", machine_bytes=1).capacities == (8, 8, 8)
+
+
 def test_without_a_figure_a_tenth_is_workspace() -> None:
     ours = plan(1 << 30)
     assert ours.workspace_bytes == pytest.approx(WORKSPACE_SHARE * (1 << 30), abs=1)
@@ -149,17 +210,18 @@ def test_where_memory_is_tight_steps_are_compiled_before_it_is_split(tiny_checkp
 
 
 def test_host_memory_holds_all_experts_in_half_of_what_is_left() -> None:
+    some = functools.partial(plan, expert_memory="40%")
     experts = len(CONFIG.moe_layers) * CONFIG.num_experts * EXPERT
-    device = plan(10 << 20, platform="gpu", dtype="float32", machine_bytes=4 * experts)
+    device = some(10 << 20, platform="gpu", dtype="float32", machine_bytes=4 * experts)
     assert device.host_bytes == experts
-    assert plan(10 << 20, platform="gpu", dtype="float32", machine_bytes=experts).host_bytes == experts // 2
-    shared = plan(10 << 20, machine_bytes=12 << 20, step_bytes=1 << 20)  # a CPU's memory is the machine's
+    assert some(10 << 20, platform="gpu", dtype="float32", machine_bytes=experts).host_bytes == experts // 2
+    shared = some(10 << 20, machine_bytes=12 << 20, step_bytes=1 << 20)  # a CPU's memory is the machine's
     taken = shared.dense_bytes + shared.slab_bytes + shared.kv_bytes + shared.workspace_bytes
     assert shared.host_bytes == min(experts, ((12 << 20) - taken) // 2)
-    assert plan(10 << 20, machine_bytes=1 << 20).host_bytes == 0
-    assert plan(10 << 20, machine_bytes=1 << 40, expert_memory="100%").host_bytes == 0
-    assert plan(10 << 20, machine_bytes=1 << 40, host_memory="3MiB").host_bytes == 3 << 20
-    assert plan(10 << 20, machine_bytes=1 << 40, host_memory="0").host_bytes == 0
+    assert some(10 << 20, machine_bytes=1 << 20).host_bytes == 0
+    assert some(10 << 20, machine_bytes=1 << 40, expert_memory="100%").host_bytes == 0
+    assert some(10 << 20, machine_bytes=1 << 40, host_memory="3MiB").host_bytes == 3 << 20
+    assert some(10 << 20, machine_bytes=1 << 40, host_memory="0").host_bytes == 0
 
 
 def test_page_locked_memory_is_limited_by_the_machine_unless_the_user_says_otherwise(

@@ -5,6 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
+from emoe_jax.engine_config import StepSize
 from serve.console import start_up_table
 
 GIB = 2**30
@@ -24,6 +25,7 @@ def test_host_memory_is_named_where_there_is_any(host: int, shown: bool) -> None
         has_chat_template=True,
         tasks=None,
         url="http://127.0.0.1:8000",
+        step=StepSize(16, 512),
     )
     output = io.StringIO()
     Console(file=output, width=120).print(table)
@@ -31,4 +33,5 @@ def test_host_memory_is_named_where_there_is_any(host: int, shown: bool) -> None
     assert ("host RAM for experts off the device" in text) == shown
     assert "CPU, 16 GiB of host RAM" in text
     assert "[tiny] (mixtral)" in text
+    assert "up to 16 sequences and 512 tokens" in text
     assert "3 to 4 of 8 in each of 2 layers (44%)" in text
