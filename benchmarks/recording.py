@@ -25,6 +25,7 @@ from rich.table import Table
 from benchmarks import timing
 from benchmarks.timing import DecodingBatch, Seconds
 from emoe_jax import EmoeError, Engine
+from emoe_jax.demo import demo_model
 from emoe_jax.errors import one_line
 
 PROMPT = 16  # tokens before decoding starts
@@ -33,7 +34,9 @@ BATCHES = (1, 8)
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recording", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--model", default="checkpoints/demo", help="checkpoint directory or hub id")
+    parser.add_argument(
+        "--model", default=str(demo_model()), help="checkpoint directory or hub id (the bundled demo model)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
     parser.add_argument("--pairs", type=int, default=8, help="trials with and without, per batch (default %(default)s)")
     parser.add_argument("--steps", type=int, default=600, help="decode steps per trial (default %(default)s)")

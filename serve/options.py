@@ -3,9 +3,9 @@
 import dataclasses
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from emoe_jax.demo import MISSING, demo_model, is_missing
 from emoe_jax.engine_config import EngineConfig
 from emoe_jax.errors import ConfigError
 from emoe_jax.options import option
@@ -14,8 +14,7 @@ from serve.flags import flag_names, parser_of, read_values
 from serve.logs import LogFormat
 from serve.paths import hides_own_path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-DEMO_MODEL = REPOSITORY / "checkpoints" / "demo"
+DEMO_MODEL = demo_model()
 KEEP_ALIVE_SECONDS = 15.0
 """Proxies cut what is silent for longer: nginx after 60 s, many load balancers after 30 s."""
 
@@ -152,8 +151,8 @@ def parse_options(arguments: Sequence[str]) -> ServerOptions:
         if given.get("uds") is not None and name in given:
             parser.error(f"--uds and --{name} both say where to listen; give one of them")
     options = ServerOptions(**given)
-    if options.model == str(DEMO_MODEL) and not (DEMO_MODEL / "config.json").is_file():
-        parser.error(f"there is no bundled demo model at {DEMO_MODEL}; name one with --model")
+    if is_missing(options.model):
+        parser.error(f"{MISSING} with --model")
     return options
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from emoe_jax.demo import demo_model
 from emoe_jax.errors import ConfigError, EmoeError, one_line
 from emoe_jax.tasks import OTHER, TaskClassifier, TaskProfile
 from train import prompts as labelled
@@ -74,7 +75,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     description = "How well the keywords of a task profile tell tasks, on prompts that taught none of them."
     parser = argparse.ArgumentParser(prog="python -m train.classifier", description=description)
     add = parser.add_argument
-    add("--profile", type=Path, metavar="FILE", default=Path("checkpoints/demo/task_profile.json"))
+    add("--profile", type=Path, metavar="FILE", default=demo_model() / "task_profile.json")
     add("--prompts", type=Path, metavar="FILE", help="JSONL of task and prompt or messages, instead of drawn prompts")
     add("--per-task", type=int, default=500, help="prompts to draw per task")
     add("--seed", type=int, default=0, help="of the drawn prompts")

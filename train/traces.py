@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from emoe_jax import EmoeError, Engine, SamplingParams
+from emoe_jax.demo import demo_model
 from emoe_jax.errors import ConfigError, one_line
 from emoe_jax.requests.request import RequestOutput
 from emoe_jax.tasks import Lengths, TaskProfile
@@ -33,7 +34,7 @@ from train.tasks import MORE, TASKS, texts, unrelated
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m train.traces", description=__doc__)
     add = parser.add_argument
-    add("--model", default="checkpoints/demo", help="checkpoint directory or hub id")
+    add("--model", default=str(demo_model()), help="checkpoint directory or hub id (the bundled demo model)")
     add("--prompts", type=Path, metavar="FILE", help="JSONL of task and prompt or messages, instead of drawn prompts")
     add(
         "--tasks",

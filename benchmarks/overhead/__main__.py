@@ -17,6 +17,7 @@ from rich.table import Table
 from benchmarks.arguments import count
 from benchmarks.overhead.scheduling import scheduler_overhead
 from benchmarks.overhead.steps import host_overhead
+from emoe_jax.demo import demo_model
 from emoe_jax.errors import EmoeError, one_line
 
 
@@ -52,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.overhead", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--model", default="checkpoints/demo", help="checkpoint directory or hub id")
+    add("--model", default=str(demo_model()), help="checkpoint directory or hub id (the bundled demo model)")
     add("--batch", type=count, default=16, help="sequences of a decode step")
     add("--steps", type=count, default=500, help="steps that are timed")
     add("--requests", type=count, default=10_000, help="requests that the scheduler alone is timed on")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from emoe_jax.checkpoint.safetensors import SafetensorsFile
+from emoe_jax.demo import MISSING, is_missing
 from emoe_jax.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -26,6 +27,8 @@ _HUB_FILES = [
 def locate(source: str | Path, revision: str | None = None) -> Path:
     """The checkpoint directory `source`, or the local snapshot of hub id `source` after downloading it."""
     directory = Path(source).expanduser()
+    if is_missing(directory):
+        raise CheckpointError(MISSING)
     if directory.is_dir():
         if revision is not None:
             raise CheckpointError(f"{directory} is a directory; a revision ({revision}) applies to hub ids only")

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from emoe_jax import EmoeError
 from emoe_jax.checkpoint import Tokenizer
+from emoe_jax.demo import demo_model
 from emoe_jax.errors import ConfigError, one_line, require
 from emoe_jax.models import load_tokenizer
 from emoe_jax.tasks import TaskProfile
@@ -35,7 +36,7 @@ DIVERGENCE, THRESHOLD = "divergence", "threshold"
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m train.sensitivity", description=__doc__)
     add = parser.add_argument
-    add("--model", default="checkpoints/demo", help="checkpoint directory or hub id")
+    add("--model", default=str(demo_model()), help="checkpoint directory or hub id (the bundled demo model)")
     add("--profile", type=Path, metavar="FILE", help="task profile to make, or to update where it exists")
     add("--prompts", type=Path, metavar="FILE", help="JSONL of task and prompt or messages, instead of drawn prompts")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="tasks to draw prompts of")
