@@ -156,6 +156,27 @@ def test_glossary_has_each_noun_once_and_files_that_exist() -> None:
     assert not [owner for _, owner in rows if not (ROOT / "emoe_jax" / owner).is_file()]
 
 
+def test_make_targets_that_are_named_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    workflows = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    assert workflows
+    named_targets = {
+        target
+        for file in (*PAGES, *workflows, ROOT / ".ci" / "run")
+        for target in re.findall(r"(?:^|[`\s:])make ([a-z][a-z-]+)\b(?=[`\s])", file.read_text())
+        if file.suffix != ".md" or f"`make {target}" in file.read_text() or f"\nmake {target}" in file.read_text()
+    }
+    assert {"setup-all", "lint", "test", "docs"} <= named_targets <= targets
+
+
+def test_the_workflow_runs_the_targets_of_contributors_on_both_jax_lines() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    jobs = workflow["jobs"]
+    assert set(jobs["test"]["strategy"]["matrix"]["python"]) == {"3.11", "3.13"}
+    steps = [step["run"].split()[:2] for job in jobs.values() for step in job["steps"] if "run" in step]
+    assert [["make", target] in steps for target in ("setup-all", "lint", "test", "docs")] == [True] * 4
+
+
 def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= README_LINES
 
