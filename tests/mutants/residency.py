@@ -12,7 +12,7 @@ _LAYERS = "tests/residency/test_foresight.py::test_layers_that_spread_get_more_s
 _KNOWLEDGE = "emoe_jax/residency/knowledge.py"
 _REGISTRY = "emoe_jax/policies/registry.py"
 _RESIDENCY = "emoe_jax/residency/residency.py"
-_OPENING = "emoe_jax/engine/opening.py"
+_LOADING = "emoe_jax/engine/loading.py"
 _POLICY = "emoe_jax/policies/policy.py"
 
 RESIDENCY = (
@@ -99,7 +99,7 @@ RESIDENCY = (
     Mutant(
         "slots per layer",
         "every layer gets the same number of slots",
-        "emoe_jax/engine/engine.py",
+        _LOADING,
         "plan = functools.partial(plan, spread=functools.partial(known.split, config=config))",
         "plan = functools.partial(plan)",
         (_LAYERS,),
@@ -115,8 +115,8 @@ RESIDENCY = (
     Mutant(
         "link bandwidth: engine",
         "loads are not held back by --link-bandwidth",
-        _OPENING,
-        "        link_bandwidth=link_bandwidth,\n",
+        _LOADING,
+        "        link_bandwidth=parse_bandwidth(options.link_bandwidth),\n",
         "",
         (_LINK,),
     ),
@@ -139,7 +139,7 @@ RESIDENCY = (
     Mutant(
         "host tier: engine",
         "experts off the device stay in files",
-        _OPENING,
+        _LOADING,
         "        host_bytes=memory.host_bytes,\n",
         "",
         (_HOST,),
