@@ -25,7 +25,6 @@ from rich.console import Console
 from rich.table import Table
 
 from emoe_jax.amounts import parse_expert_memory
-from emoe_jax.checkpoint import Checkpoint
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.loader import ExpertLoader
 from emoe_jax.experts.slab import ExpertSlab
@@ -50,17 +49,6 @@ MODEL = {
     "num_experts_per_tok": 2,
     "torch_dtype": "float32",
 }
-
-
-class CheckpointReader:
-    """Experts of a checkpoint, as the store asks for them."""
-
-    def __init__(self, checkpoint: Checkpoint, layout: ExpertLayout):
-        self._checkpoint = checkpoint
-        self._layout = layout
-
-    def read(self, layer: int, expert: int, record: np.ndarray) -> None:
-        self._checkpoint.read_expert(layer, expert, record, self._layout)
 
 
 def write_sparse_checkpoint(directory: Path, raw: dict[str, Any]) -> ModelConfig:
@@ -93,7 +81,7 @@ def measure_stage_commit(directory: Path, rounds: int) -> dict[str, float]:
     config = write_sparse_checkpoint(directory, MODEL)
     layout = ExpertLayout.of(config, "float32")
     E, half = config.num_experts, config.num_experts // 2
-    reader = CheckpointReader(open_checkpoint(directory), layout)
+    reader = open_checkpoint(directory)
     slab = ExpertSlab(layout, [half])
     in_memory = ExpertStore(reader, layout, 1, E, E * layout.nbytes)
     records = [np.asarray(in_memory.read(0, expert)) for expert in range(E)]
@@ -184,7 +172,7 @@ def probe_peak_rss(directory: Path, budget: str) -> dict[str, float]:
     _, dense = load_dense(checkpoint, config.dtype)
     slab = ExpertSlab(layout, slots)
     table = SlotTable(slots, config.num_experts, sharding=slab.sharding)
-    store = ExpertStore(CheckpointReader(checkpoint, layout), layout, len(slots), config.num_experts)
+    store = ExpertStore(checkpoint, layout, len(slots), config.num_experts)
     began = time.perf_counter()
     with ExpertLoader(store, slab, table) as loader:
         loader.fill(make_policy("static", len(slots), config.num_experts).initial(slots))

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 
 from emoe_jax.amounts import parse_bandwidth
@@ -152,7 +151,7 @@ def _empty_residency(
         config,
         layout,
         memory.capacities,
-        _CheckpointReader(checkpoint, layout),
+        checkpoint,
         options.policy,
         rates=known.rates(config),
         knowledge=known.for_policies(),
@@ -161,14 +160,3 @@ def _empty_residency(
         memory_kind=None if jax.devices()[0].platform == "cpu" else "pinned_host",
         seed=options.seed,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class _CheckpointReader:
-    """A checkpoint as the expert store's source."""
-
-    checkpoint: Checkpoint
-    layout: ExpertLayout
-
-    def read(self, layer: int, expert: int, record: np.ndarray) -> None:
-        self.checkpoint.read_expert(layer, expert, record, self.layout)

@@ -20,9 +20,9 @@ _ALIGNMENT = 64
 
 @runtime_checkable
 class ExpertReader(Protocol):
-    """What the store reads from; `layer` counts MoE layers only."""
+    """What the store reads from, a `Checkpoint`; `layer` counts MoE layers only."""
 
-    def read(self, layer: int, expert: int, record: np.ndarray) -> None:
+    def read_expert(self, layer: int, expert: int, record: np.ndarray, layout: ExpertLayout, /) -> None:
         """Fill `record` (`[layout.size]`, slab dtype). May be called from several threads at once; may raise."""
         ...
 
@@ -132,7 +132,7 @@ class ExpertStore:
         record = aligned_record(self.layout)
         began = time.perf_counter()
         try:
-            self._reader.read(layer, expert, record)
+            self._reader.read_expert(layer, expert, record, self.layout)
         except BaseException:
             with self._lock:
                 self._count(failed_reads=1, seconds=time.perf_counter() - began)

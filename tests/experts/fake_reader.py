@@ -19,19 +19,18 @@ def expected(layer: int, expert: int, layout: ExpertLayout = LAYOUT) -> np.ndarr
 class FakeReader:
     """Reads succeed at once unless told otherwise. `gate` cleared makes them wait."""
 
-    def __init__(self, layout: ExpertLayout = LAYOUT):
+    def __init__(self) -> None:
         self.gate = threading.Event()
         self.gate.set()
         self.failures: Counter[tuple[int, int]] = Counter()
         self.reads: list[tuple[int, int]] = []
-        self._layout = layout
         self._lock = threading.Lock()
 
     def fail(self, layer: int, expert: int, times: int) -> None:
         with self._lock:
             self.failures[layer, expert] = times
 
-    def read(self, layer: int, expert: int, record: np.ndarray) -> None:
+    def read_expert(self, layer: int, expert: int, record: np.ndarray, layout: ExpertLayout) -> None:
         with self._lock:
             self.reads.append((layer, expert))
             fails = self.failures[layer, expert] > 0
@@ -40,4 +39,4 @@ class FakeReader:
         record[: record.size // 2] = -1  # half-written first: must never be seen
         if fails:
             raise OSError(f"cannot read expert {expert} of layer {layer}")
-        record[:] = expected(layer, expert, self._layout)
+        record[:] = expected(layer, expert, layout)

@@ -51,7 +51,7 @@ def test_batches_of_any_size_land_where_they_belong(count: int):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_from_store_to_slab(memory_kind: str | None, dtype: str):
     layout = ExpertLayout((6, 3), (3, 3), np.dtype(jnp.dtype(dtype)))
-    store = ExpertStore(FakeReader(layout), layout, 1, 4, 4 * layout.nbytes, memory_kind=memory_kind)
+    store = ExpertStore(FakeReader(), layout, 1, 4, 4 * layout.nbytes, memory_kind=memory_kind)
     slab = ExpertSlab(layout, [2])
     staged = slab.stage(store.read(0, 3))
     assert staged.sharding.memory_kind == "device"
