@@ -1,9 +1,6 @@
 """The programmatic interface: load a checkpoint under an expert-memory budget, generate, stream, look inside."""
 
 import functools
-import logging
-import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
 from pathlib import Path
@@ -13,38 +10,22 @@ import numpy as np
 from jaxtyping import Float
 
 from emoe_jax.config import ModelConfig
-from emoe_jax.device.runner import Dispatched
 from emoe_jax.engine.answer import Answer
+from emoe_jax.engine.arrivals import announce
 from emoe_jax.engine.deliveries import Deliveries
-from emoe_jax.engine.intake import Intake, Prompt
+from emoe_jax.engine.intake import Intake, Prompt, as_prompts
 from emoe_jax.engine.loading import EngineParts, Progress, load_parts
+from emoe_jax.engine.loop import StepLoop
 from emoe_jax.engine.quality import Quality
 from emoe_jax.engine_config import EngineConfig
 from emoe_jax.errors import ConfigError, RequestError
 from emoe_jax.memory.trade import MemoryTrade
 from emoe_jax.requests.grammar import Grammars
-from emoe_jax.requests.guide import settle
-from emoe_jax.requests.request import (
-    SLO,
-    Completion,
-    Delta,
-    FinishReason,
-    RequestOutput,
-    RoutingContract,
-    SamplingParams,
-)
-from emoe_jax.requests.sequence import Sequence, SequenceStatus
+from emoe_jax.requests.request import SLO, Completion, Delta, RequestOutput, RoutingContract, SamplingParams
 from emoe_jax.residency.admission import admission_policy
 from emoe_jax.residency.foresight import Foresight
-from emoe_jax.scheduling.plan import StepPlan, StepResult
 from emoe_jax.tasks import TaskProfile
 from emoe_jax.traces.recorder import TraceRecorder
-
-log = logging.getLogger(__name__)
-
-NOT_FINITE = "the model computed numbers that are not finite"
-
-ROWS_AT_ONCE = 4096
 
 
 class Engine:
@@ -78,21 +59,21 @@ class Engine:
         self._residency = residency
         self._foresight = Foresight(residency, parts.planner, parts.regret, self.config.top_k)
         self._trade = MemoryTrade(self.memory, residency, scheduler, runner, self._foresight.slots_changed)
-        self._in_flight: deque[Dispatched] = deque()  # oldest first, at most two
-        self._waited_before: deque[float] = deque()  # seconds that steps had waited when each was planned
-        self._waited_at_collect = 0.0
-        self._over: tuple[float, float] | None = None  # when the oldest step was, if known, and the waits until then
-        self._overlap = parts.options.overlap
-        self._collected_at = 0.0
-        self._step_seconds = 0.0
-        self._load_wait = parts.options.load_wait_ms / 1e3
         self._answers: dict[str, Answer] = {}
         self._deliveries = Deliveries()
-        self._suspect = False  # whether a step has failed since weights were last looked after
         self._closed = False
         self._next_id = 0
-        self._steps = 0
-        self._not_finite = 0
+        self._loop = StepLoop(
+            runner,
+            scheduler,
+            residency,
+            self._foresight,
+            self._trade,
+            self._answers,
+            self._deliveries,
+            overlap=parts.options.overlap,
+            load_wait=parts.options.load_wait_ms / 1e3,
+        )
         self.use_task_profile(parts.profile)
 
     @classmethod
@@ -205,7 +186,7 @@ class Engine:
         params = params or SamplingParams(**self.sampling_defaults)
         ids = []
         try:
-            for prompt in _as_prompts(prompts):
+            for prompt in as_prompts(prompts):
                 ids.append(self._new_id())
                 self.add_request(ids[-1], prompt, params, task=task, routing=routing, slo=slo, cache_salt=cache_salt)
                 self._deliveries.open(ids[-1], keep=False)
@@ -294,7 +275,7 @@ class Engine:
         except RequestError:
             self._scheduler.abort(request_id)  # those of its sequences that came before the one refused
             raise
-        self._foresee(sequences)
+        announce(sequences, self._runner, self._foresight)
         token_ids = sequences[0].prompt_token_ids
         completions = [Completion(index, logprobs=None if params.logprobs is None else []) for index in range(params.n)]
         output = RequestOutput(request_id, token_ids, completions, sequences[0].task, sequences[0].routing)
@@ -330,124 +311,15 @@ class Engine:
         """One step. Raises only what no request's owner will be told of."""
         self._check_open()
         try:
-            self._deliveries.put(self._run_step())
+            self._deliveries.put(self._loop.run())
         except Exception as error:
             if not self._deliveries.is_assigned(error):
                 raise
 
-    def _run_step(self) -> list[Delta]:
-        if self._in_flight and all(sequence.finished for sequence in self._in_flight[0].plan.sequences):
-            self._collect()  # nobody waits for it
-        due = self._trade.look()
-        if not self._in_flight:
-            if due is not None:
-                self._trade.trade(due)
-            self._dispatch()
-        if self._overlap and due is None and self._in_flight and not self._in_flight[-1].plan.needs_tokens:
-            self._dispatch()
-        return self._collect() if self._in_flight else []
-
-    def _dispatch(self) -> None:
-        """Have the device begin the next step, if there is anything to do."""
-        held = [sequence for sequence in self._scheduler.running if sequence.held]
-        if held:
-            guides = [s.adjustment.guide for s in held if s.adjustment is not None and s.adjustment.guide is not None]
-            only = len(held) == self._scheduler.num_running and not self._scheduler.num_waiting
-            settle(guides, idle=only and not self._in_flight)
-        began = time.monotonic()
-        if self._suspect:
-            if self._in_flight:
-                return  # its tokens are read first: the failed step may have taken the KV cache along
-            self._residency.mend()
-            if self._runner.mend():
-                count = self._scheduler.num_running
-                log.error("a failed step lost the KV cache; %d running sequences are computed again", count)
-                self._scheduler.pages_lost()
-            self._suspect = False
-        self._residency.commit()
-        if not self._scheduler.has_work:
-            return
-        plan = self._scheduler.schedule(began)
-        waited = self._foresight.waited_seconds
-        self._foresight.before_step(plan, self._scheduler, idle=not self._in_flight, wait=self._load_wait)
-        if not plan:
-            return
-        if not self._in_flight:
-            self._foresight.settle(plan, self._load_wait)
-        elif self._runner.waits_within(plan):  # most of this step is over once it is dispatched: it is timed apart
-            self._runner.wait(self._in_flight[0])
-            self._over = time.monotonic(), self._foresight.waited_seconds
-        try:
-            self._in_flight.append(self._runner.dispatch(plan))
-            self._waited_before.append(waited)
-        except Exception as error:
-            self._fail(plan, error)
-            raise
-        self._scheduler.dispatched(plan)
-
-    def _collect(self) -> list[Delta]:
-        """Wait for the oldest step in flight and book it."""
-        dispatched, waited_before = self._in_flight.popleft(), self._waited_before.popleft()
-        plan = dispatched.plan
-        try:
-            result = self._runner.collect(dispatched)
-        except Exception as error:
-            self._over = None
-            self._fail(plan, error)
-            self._scheduler.update(plan, StepResult({}))
-            raise
-        ended = time.monotonic()
-        over, waited_by_then = self._over or (ended, self._foresight.waited_seconds)
-        self._over = None
-        seconds = over - max(plan.now, self._collected_at)  # the device was busy with the step before until then
-        self._collected_at = over
-        # Of that time, what went into waiting for loads and predictions is no computing time.
-        waited = waited_by_then - max(waited_before, self._waited_at_collect)
-        self._waited_at_collect = waited_by_then
-        self._steps += 1
-        awaited = [sequence for sequence in result.sampled if sequence.status is SequenceStatus.RUNNING]
-        lost = [sequence for sequence in result.not_finite if sequence.status is SequenceStatus.RUNNING]
-        self._scheduler.update(plan, result, seconds, waited=waited, ended=ended)
-        self._foresight.after_step(plan, result.wishes, max(0.0, seconds - waited))
-        deltas = [self._lose(sequence) for sequence in lost]
-        for sequence in awaited:
-            answer = self._answers[sequence.request_id]
-            delta, stopped = answer.add(sequence, result.sampled[sequence])
-            if stopped:
-                self._scheduler.finish(sequence, "stop")
-            deltas.append(delta)
-            if sequence.adjustment is not None and not sequence.finished:
-                sequence.adjustment.update(sequence.generated)
-            if answer.finished:
-                self._foresight.ended(answer.sequences)
-        self._step_seconds += seconds + time.monotonic() - ended
-        return deltas
-
-    def _lose(self, sequence: Sequence) -> Delta:
-        """End a completion for which the model computed NaN or infinity."""
-        answer = self._answers[sequence.request_id]
-        if all(completion.error is None for completion in answer.output.completions):  # once per request
-            fields = {"request": sequence.request_id, "routing": sequence.routing, "tokens": sequence.num_known}
-            log.error("a request ended: %s", NOT_FINITE, extra={"fields": fields})
-        self._not_finite += 1
-        delta = answer.fail(sequence, NOT_FINITE)
-        if answer.finished:
-            self._foresight.ended(answer.sequences)
-        return delta
-
-    def _fail(self, plan: StepPlan, error: Exception) -> None:
-        """End the sequences of a plan that came to nothing."""
-        self._suspect = True
-        for sequence in plan.sequences:
-            if not sequence.finished:
-                self._deliveries.fail(sequence.request_id, error)
-                self._scheduler.finish(sequence, "error")
-                self._end(sequence, "error")
-
     def abort(self, request_id: str) -> None:
         """End a request and free its pages. Unknown and finished ids are fine."""
         for sequence in self._scheduler.abort(request_id):
-            self._end(sequence, "abort")
+            self._loop.end(sequence, "abort")
 
     def output(self, request_id: str) -> RequestOutput:
         """The request so far. Raises `KeyError` for an unknown id."""
@@ -462,15 +334,15 @@ class Engine:
 
     def state(self) -> dict[str, Any]:
         """What the engine is doing, as JSON-able values. Commits what is staged if no step is in flight."""
-        if not self._in_flight:
+        if not self._loop.in_flight:
             self._residency.commit()
         return {
             "model": self.model_name,
             "family": self.config.family,
             "routing": self.routing,
-            "steps": self._steps,
-            "step_seconds": round(self._step_seconds, 6),
-            "not_finite": self._not_finite,
+            "steps": self._loop.steps,
+            "step_seconds": round(self._loop.step_seconds, 6),
+            "not_finite": self._loop.not_finite,
             **self._foresight.state(),
             "scheduler": self._scheduler.state(),
             "memory": self.memory_report(),
@@ -520,46 +392,3 @@ class Engine:
         self.abort(request_id)
         self._answers.pop(request_id, None)
         self._deliveries.close(request_id)
-
-    def _foresee(self, sequences: Rows[Sequence]) -> None:
-        """Tell recorder and planner of a request that came."""
-        recorder = self._runner.recorder
-        token_ids, embedding = sequences[0].prompt_token_ids, None
-        if recorder is not None or self._foresight.wants_embeddings:
-            embedding = mean_row(self._runner.embedding_table(), token_ids)
-            if not np.isfinite(embedding).all():
-                embedding = None  # the predictor remembers those of earlier prompts
-        self._foresight.arrived(sequences[0], embedding)
-        if recorder is not None:
-            for sequence in sequences:
-                sequence.sample = recorder.begin(sequence.task, len(token_ids), embedding, token_ids)
-
-    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
-        """End a completion without a token, and with the last one its request."""
-        answer = self._answers[sequence.request_id]
-        answer.end(sequence, reason)
-        if answer.finished:
-            self._foresight.ended(answer.sequences)
-
-
-def mean_row(table: Float[np.ndarray, "V D"], token_ids: Rows[int]) -> Float[np.ndarray, " D"]:
-    """The mean of a table's rows, each distinct one read once and few at a time, in float32."""
-    tokens, counts = np.unique(np.asarray(token_ids, np.int64), return_counts=True)
-    total = np.zeros(table.shape[1], np.float32)
-    for start in range(0, len(tokens), ROWS_AT_ONCE):
-        rows = table[tokens[start : start + ROWS_AT_ONCE]].astype(np.float32)
-        total += counts[start : start + ROWS_AT_ONCE].astype(np.float32) @ rows
-    return total / np.float32(len(token_ids))
-
-
-def _as_prompts(prompts: Prompt | Rows[Prompt]) -> list[Prompt]:
-    """One prompt, or several, as a list."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if not isinstance(prompts, Rows | np.ndarray):
-        message = f"prompts are {type(prompts).__name__}; expected text, token ids, or a list of them"
-        raise RequestError(message, param="prompt")
-    items = list(prompts)
-    if items and all(isinstance(item, int | np.integer) for item in items):
-        return [items]  # pyright: ignore[reportReturnType]
-    return items  # pyright: ignore[reportReturnType]

@@ -122,3 +122,16 @@ class Intake:
         """The deadlines of a request that names none: its task's, if it has some."""
         profiled = None if self.task_profile is None or task is None else self.task_profile.tasks.get(task)
         return SLO() if profiled is None or profiled.slo is None else profiled.slo
+
+
+def as_prompts(prompts: Prompt | Rows[Prompt]) -> list[Prompt]:
+    """One prompt, or several, as a list."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Rows | np.ndarray):
+        message = f"prompts are {type(prompts).__name__}; expected text, token ids, or a list of them"
+        raise RequestError(message, param="prompt")
+    items = list(prompts)
+    if items and all(isinstance(item, int | np.integer) for item in items):
+        return [items]  # pyright: ignore[reportReturnType]
+    return items  # pyright: ignore[reportReturnType]

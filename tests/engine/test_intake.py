@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from emoe_jax import RequestError, SamplingParams
-from emoe_jax.engine.engine import ROWS_AT_ONCE, mean_row
+from emoe_jax.engine.arrivals import ROWS_AT_ONCE, mean_row
 from emoe_jax.engine.intake import MAX_CLASSIFIED_TOKENS
 from emoe_jax.requests.adjustment import LogitAdjustment
 from tests.engines import EngineFactory

@@ -10,7 +10,7 @@ import pytest
 
 from emoe_jax import Engine, SamplingParams
 from emoe_jax.device.runner import Runner
-from emoe_jax.engine.engine import mean_row
+from emoe_jax.engine.arrivals import mean_row
 from emoe_jax.experts.store import ExpertStore
 from emoe_jax.predictor import Predictor, Prompts
 from emoe_jax.predictor.inputs import History
@@ -203,7 +203,7 @@ def test_requests_of_other_tasks_are_planned_for_at_once(
         engine.step()
         settle(engine)
     engine.step()
-    assert engine._in_flight
+    assert engine._loop.in_flight
     assert all({0, 2} < set(layer) for layer in engine.state()["residency"]["experts"])
     drain(engine)
 

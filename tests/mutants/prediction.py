@@ -47,9 +47,9 @@ PREDICTION = (
     Mutant(
         "embedding: engine",
         "the planner is not told of prompts' embeddings",
-        "emoe_jax/engine/engine.py",
-        "self._foresight.arrived(sequences[0], embedding)",
-        "self._foresight.arrived(sequences[0], None)",
+        "emoe_jax/engine/arrivals.py",
+        "foresight.arrived(sequences[0], embedding)",
+        "foresight.arrived(sequences[0], None)",
         (_EMBEDDING,),
     ),
     Mutant(

@@ -155,7 +155,7 @@ RESIDENCY = (
     Mutant(
         "settle",
         "a prompt that finds the engine idle does not wait for its experts",
-        "emoe_jax/engine/engine.py",
+        "emoe_jax/engine/loop.py",
         "            self._foresight.settle(plan, self._load_wait)\n",
         "            pass\n",
         (f"{_WIRING}::test_an_idle_engine_waits_for_the_experts_of_a_prompt",),

@@ -1,0 +1,172 @@
+"""The loop of an engine: dispatch a step, and book the one before while the device computes."""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Mapping
+
+from emoe_jax.device.runner import Dispatched, Runner
+from emoe_jax.engine.answer import Answer
+from emoe_jax.engine.deliveries import Deliveries
+from emoe_jax.memory.trade import MemoryTrade
+from emoe_jax.requests.guide import settle
+from emoe_jax.requests.request import Delta, FinishReason
+from emoe_jax.requests.sequence import Sequence, SequenceStatus
+from emoe_jax.residency.foresight import Foresight
+from emoe_jax.residency.residency import Residency
+from emoe_jax.scheduling.plan import StepPlan, StepResult
+from emoe_jax.scheduling.scheduler import Scheduler
+
+log = logging.getLogger(__name__)
+
+NOT_FINITE = "the model computed numbers that are not finite"
+
+
+class StepLoop:
+    """Schedules, dispatches and books the steps of an engine; at most two are on the device at once."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        residency: Residency,
+        foresight: Foresight,
+        trade: MemoryTrade,
+        answers: Mapping[str, Answer],
+        deliveries: Deliveries,
+        *,
+        overlap: bool,
+        load_wait: float,
+    ):
+        """`answers` are the engine's, by request. `load_wait` is how many seconds a prompt waits for its experts."""
+        self._runner, self._scheduler, self._residency = runner, scheduler, residency
+        self._foresight, self._trade = foresight, trade
+        self._answers, self._deliveries = answers, deliveries
+        self._overlap, self._load_wait = overlap, load_wait
+        self.in_flight: deque[Dispatched] = deque()  # oldest first, at most two
+        self.steps = 0
+        self.step_seconds = 0.0
+        self.not_finite = 0
+        """Completions that ended because the model computed NaN or infinity."""
+        self._waited_before: deque[float] = deque()  # seconds that steps had waited when each was planned
+        self._waited_at_collect = 0.0
+        self._over: tuple[float, float] | None = None  # when the oldest step was, if known, and the waits until then
+        self._collected_at = 0.0
+        self._suspect = False  # whether a step has failed since weights were last looked after
+
+    def run(self) -> list[Delta]:
+        """One step: what it added to the answers. Raises what the device or the expert store raised."""
+        if self.in_flight and all(sequence.finished for sequence in self.in_flight[0].plan.sequences):
+            self._collect()  # nobody waits for it
+        due = self._trade.look()
+        if not self.in_flight:
+            if due is not None:
+                self._trade.trade(due)
+            self._dispatch()
+        if self._overlap and due is None and self.in_flight and not self.in_flight[-1].plan.needs_tokens:
+            self._dispatch()
+        return self._collect() if self.in_flight else []
+
+    def _dispatch(self) -> None:
+        """Have the device begin the next step, if there is anything to do."""
+        held = [sequence for sequence in self._scheduler.running if sequence.held]
+        if held:
+            guides = [s.adjustment.guide for s in held if s.adjustment is not None and s.adjustment.guide is not None]
+            only = len(held) == self._scheduler.num_running and not self._scheduler.num_waiting
+            settle(guides, idle=only and not self.in_flight)
+        began = time.monotonic()
+        if self._suspect:
+            if self.in_flight:
+                return  # its tokens are read first: the failed step may have taken the KV cache along
+            self._residency.mend()
+            if self._runner.mend():
+                count = self._scheduler.num_running
+                log.error("a failed step lost the KV cache; %d running sequences are computed again", count)
+                self._scheduler.pages_lost()
+            self._suspect = False
+        self._residency.commit()
+        if not self._scheduler.has_work:
+            return
+        plan = self._scheduler.schedule(began)
+        waited = self._foresight.waited_seconds
+        self._foresight.before_step(plan, self._scheduler, idle=not self.in_flight, wait=self._load_wait)
+        if not plan:
+            return
+        if not self.in_flight:
+            self._foresight.settle(plan, self._load_wait)
+        elif self._runner.waits_within(plan):  # most of this step is over once it is dispatched: it is timed apart
+            self._runner.wait(self.in_flight[0])
+            self._over = time.monotonic(), self._foresight.waited_seconds
+        try:
+            self.in_flight.append(self._runner.dispatch(plan))
+            self._waited_before.append(waited)
+        except Exception as error:
+            self._fail(plan, error)
+            raise
+        self._scheduler.dispatched(plan)
+
+    def _collect(self) -> list[Delta]:
+        """Wait for the oldest step in flight and book it."""
+        dispatched, waited_before = self.in_flight.popleft(), self._waited_before.popleft()
+        plan = dispatched.plan
+        try:
+            result = self._runner.collect(dispatched)
+        except Exception as error:
+            self._over = None
+            self._fail(plan, error)
+            self._scheduler.update(plan, StepResult({}))
+            raise
+        ended = time.monotonic()
+        over, waited_by_then = self._over or (ended, self._foresight.waited_seconds)
+        self._over = None
+        seconds = over - max(plan.now, self._collected_at)  # the device was busy with the step before until then
+        self._collected_at = over
+        # Of that time, what went into waiting for loads and predictions is no computing time.
+        waited = waited_by_then - max(waited_before, self._waited_at_collect)
+        self._waited_at_collect = waited_by_then
+        self.steps += 1
+        awaited = [sequence for sequence in result.sampled if sequence.status is SequenceStatus.RUNNING]
+        lost = [sequence for sequence in result.not_finite if sequence.status is SequenceStatus.RUNNING]
+        self._scheduler.update(plan, result, seconds, waited=waited, ended=ended)
+        self._foresight.after_step(plan, result.wishes, max(0.0, seconds - waited))
+        deltas = [self._lose(sequence) for sequence in lost]
+        for sequence in awaited:
+            answer = self._answers[sequence.request_id]
+            delta, stopped = answer.add(sequence, result.sampled[sequence])
+            if stopped:
+                self._scheduler.finish(sequence, "stop")
+            deltas.append(delta)
+            if sequence.adjustment is not None and not sequence.finished:
+                sequence.adjustment.update(sequence.generated)
+            if answer.finished:
+                self._foresight.ended(answer.sequences)
+        self.step_seconds += seconds + time.monotonic() - ended
+        return deltas
+
+    def _lose(self, sequence: Sequence) -> Delta:
+        """End a completion for which the model computed NaN or infinity."""
+        answer = self._answers[sequence.request_id]
+        if all(completion.error is None for completion in answer.output.completions):  # once per request
+            fields = {"request": sequence.request_id, "routing": sequence.routing, "tokens": sequence.num_known}
+            log.error("a request ended: %s", NOT_FINITE, extra={"fields": fields})
+        self.not_finite += 1
+        delta = answer.fail(sequence, NOT_FINITE)
+        if answer.finished:
+            self._foresight.ended(answer.sequences)
+        return delta
+
+    def _fail(self, plan: StepPlan, error: Exception) -> None:
+        """End the sequences of a plan that came to nothing."""
+        self._suspect = True
+        for sequence in plan.sequences:
+            if not sequence.finished:
+                self._deliveries.fail(sequence.request_id, error)
+                self._scheduler.finish(sequence, "error")
+                self.end(sequence, "error")
+
+    def end(self, sequence: Sequence, reason: FinishReason) -> None:
+        """End a completion without a token, and with the last one its request."""
+        answer = self._answers[sequence.request_id]
+        answer.end(sequence, reason)
+        if answer.finished:
+            self._foresight.ended(answer.sequences)
