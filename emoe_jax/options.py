@@ -55,6 +55,11 @@ class Bounds(NamedTuple):
             return f"at most {self.high}"
         return None
 
+    @property
+    def interval(self) -> str:
+        """`[0, 1]`, or `(0, 1]` where 0 is none of them. Both sides are bounded."""
+        return f"{'(' if self.open_low else '['}{_plain(self.low)}, {_plain(self.high)}]"
+
     def __str__(self) -> str:
         """` between 1 and 8`, ` of at least 1`, or nothing."""
         if self.low is None:
@@ -192,7 +197,7 @@ class Option:
         try:
             return self._fit(value, self.name)
         except _Unfit as error:
-            raise ConfigError(f"{self.name} is {_shown(value)}; expected {error}") from None
+            raise ConfigError(f"{self.name} is {shown(value)}; expected {error}") from None
         except ConfigError as error:
             if self.name in str(error):
                 raise
@@ -318,6 +323,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return max(known, key=lambda other: difflib.SequenceMatcher(None, name, other).ratio())
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
+def _plain(number: float | None) -> str:
+    return f"{number:g}" if isinstance(number, float) else f"{number}"
+
+
+def shown(value: object) -> str:
+    """A wrong value as a message repeats it: its first characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integers of thousands of digits
+        return f"a {type(value).__name__} that is too long to write"
     return text if len(text) <= 2 * _SHOWN else f"{text[: 2 * _SHOWN]}..."

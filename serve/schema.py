@@ -19,21 +19,24 @@ from pydantic_core import PydanticKnownError
 
 from emoe_jax.errors import RequestError
 from emoe_jax.requests.request import (
+    BIAS,
+    INT32,
     MAX_CACHE_SALT,
     MAX_LOGIT_BIAS,
-    MAX_LOGPROBS,
-    MAX_N,
     MAX_STOP_LENGTH,
     MAX_STOP_STRINGS,
+    MILLISECONDS,
+    SAMPLING_BOUNDS,
     SLO,
+    TOKEN_ID,
     RoutingContract,
     SamplingParams,
 )
+from serve.bounds import sampling, within
 from serve.strict import ClosedModel, StrictModel
 from serve.structured import StructuredRequest
 from serve.template import TemplateRequest
 
-MAX_INT32 = 2**31 - 1
 MAX_PROMPTS = 256
 MAX_MESSAGES = 4096
 DEFAULT_COMPLETION_TOKENS = 16
@@ -43,11 +46,11 @@ GIVEN_OR_DEFAULT = (
 )  # fmt: skip
 """Sampling parameters that requests and engine call the same."""
 
-TokenId = Annotated[int, Field(ge=0, le=MAX_INT32)]
+TokenId = Annotated[int, within(TOKEN_ID)]
 Prompt = str | list[int]
 Refused = Mapping[str, tuple[Any, ...]]
-Bias = Annotated[float, Field(ge=-100, le=100)]
-Positive = Annotated[float, Field(gt=0, le=1e9)]
+Bias = Annotated[float, within(BIAS)]
+Milliseconds = Annotated[float, within(MILLISECONDS)]
 
 
 def _found(value: Any) -> str:
@@ -58,7 +61,7 @@ def _found(value: Any) -> str:
         return "a list"
     if isinstance(value, dict):
         return "an object"
-    if type(value) is int and abs(value) > MAX_INT32:
+    if type(value) is int and abs(value) > INT32:
         return "an integer beyond 32 bits"
     return json.dumps(value)
 
@@ -66,7 +69,7 @@ def _found(value: Any) -> str:
 def _check_token_ids(tokens: list[Any], of: str = "") -> None:
     """`of` names the list where it is one of several."""
     for position, token in enumerate(tokens):
-        if type(token) is not int or not 0 <= token <= MAX_INT32:
+        if type(token) is not int or not 0 <= token <= INT32:
             raise ValueError(f"element {position}{of} is {_found(token)}; token ids are integers from 0")
 
 
@@ -132,8 +135,8 @@ def _joined_content(value: Any) -> str:
 class SloRequest(ClosedModel):
     """Deadlines of one request, milliseconds from its arrival; a `strict` one is refused if they cannot be kept."""
 
-    ttft_ms: Positive | None = None
-    latency_ms: Positive | None = None
+    ttft_ms: Milliseconds | None = None
+    latency_ms: Milliseconds | None = None
     strict: bool | None = None
 
 
@@ -142,8 +145,8 @@ class SloHeaders(BaseModel):
 
     model_config = ConfigDict(allow_inf_nan=False)
 
-    x_slo_ttft_ms: Positive | None = None
-    x_slo_latency_ms: Positive | None = None
+    x_slo_ttft_ms: Milliseconds | None = None
+    x_slo_latency_ms: Milliseconds | None = None
 
     def to_slo(self, body: SloRequest | None) -> SLO:
         body = body or SloRequest()
@@ -189,17 +192,17 @@ class SamplingRequest(StructuredRequest):
     """Parameters that exist elsewhere but not here, and the values (besides null) that ask for nothing."""
 
     model: str | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=MAX_INT32)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    temperature: Annotated[float, sampling("temperature")] | None = None
+    top_p: Annotated[float, sampling("top_p")] | None = None
+    top_k: Annotated[int, sampling("top_k")] | None = None
+    min_p: Annotated[float, sampling("min_p")] | None = None
+    frequency_penalty: Annotated[float, sampling("frequency_penalty")] | None = None
+    presence_penalty: Annotated[float, sampling("presence_penalty")] | None = None
+    repetition_penalty: Annotated[float, sampling("repetition_penalty")] | None = None
     logit_bias: Annotated[dict[str, Bias] | None, BeforeValidator(_by_token_id)] = None
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_INT32)] | None = None
+    seed: Annotated[int, sampling("seed")] | None = None
+    n: Annotated[int, sampling("n")] | None = None
+    max_tokens: Annotated[int, sampling("max_tokens")] | None = None
     stop: Annotated[list[str] | None, BeforeValidator(_stop_list, json_schema_input_type=str | list[str] | None)] = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
@@ -255,8 +258,9 @@ class CompletionRequest(SamplingRequest):
         list[str] | list[list[int]],
         PlainValidator(_prompt_list, json_schema_input_type=str | list[TokenId] | list[str] | list[list[TokenId]]),
     ]
-    max_tokens: Annotated[int, Field(ge=0, le=MAX_INT32)] | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    max_tokens: Annotated[int, within(SAMPLING_BOUNDS["max_tokens"][0]._replace(low=0))] | None = None
+    """0 computes nothing but the prompt, which `echo` shows."""
+    logprobs: Annotated[int, sampling("logprobs")] | None = None
     echo: bool | None = None
     add_special_tokens: bool = True
 
@@ -330,9 +334,9 @@ class ChatRequest(TemplateRequest, SamplingRequest):
     }
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_INT32)] | None = None
+    max_completion_tokens: Annotated[int, sampling("max_tokens")] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, sampling("logprobs")] | None = None
 
     @model_validator(mode="after")
     def _check_top_logprobs(self) -> "ChatRequest":

@@ -1,11 +1,11 @@
 """What a caller asks for and what it gets back. No tensor library here."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Literal
 
 from emoe_jax.errors import RequestError
+from emoe_jax.options import Bounds, option, options_of, shown
 from emoe_jax.requests.structured import StructuredOutputsParams
 
 RoutingContract = Literal["resident", "exact"]
@@ -23,16 +23,20 @@ MAX_LOGIT_BIAS = 1024
 """Tokens of one request that `logit_bias` may name."""
 
 
-def _check_number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
-    valid = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not valid or not low <= value <= high or (open_low and value == low):  # pyright: ignore[reportOperatorIssue]
-        bracket = "(" if open_low else "["
-        raise RequestError(f"{name} is {value!r}; expected a number in {bracket}{low:g}, {high:g}]", param=name)
+INT32 = 2**31 - 1
+TOKEN_ID = Bounds(0, INT32)
+BIAS = Bounds(-100, 100)
+MILLISECONDS = Bounds(0, 1e9, open_low=True)
 
 
-def _check_integer(name: str, value: object, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise RequestError(f"{name} is {value!r}; expected an integer in [{low}, {high}]", param=name)
+def _check_number(name: str, value: object, bounds: Bounds) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or bounds.missed_by(value) is not None:
+        raise RequestError(f"{name} is {shown(value)}; expected a number in {bounds.interval}", param=name)
+
+
+def _check_integer(name: str, value: object, bounds: Bounds) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or bounds.missed_by(value) is not None:
+        raise RequestError(f"{name} is {shown(value)}; expected an integer in {bounds.interval}", param=name)
 
 
 def check_cache_salt(salt: object) -> None:
@@ -58,7 +62,7 @@ class SLO:
             raise RequestError(f"slo.strict is {self.strict!r}; expected true or false", param="slo")
         for name in ("ttft_ms", "latency_ms"):
             if (value := getattr(self, name)) is not None:
-                _check_number(name, value, 0, 1e9, open_low=True)
+                _check_number(name, value, MILLISECONDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,22 +72,24 @@ class SamplingParams:
     Raises `RequestError` naming the field for anything out of range.
     """
 
-    max_tokens: int = 16
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    repetition_penalty: float = 1.0
+    max_tokens: int = option(16, "tokens of the answer, at most", low=1, high=INT32)
+    temperature: float = option(1.0, "what logits are divided by before a token is drawn; 0 is greedy", low=0, high=100)
+    top_p: float = option(1.0, "the likeliest tokens with this probability together are drawn from", low=0, high=1)
+    top_k: int = option(0, "so many of the likeliest tokens are drawn from; 0 and -1 are all", low=-1, high=INT32)
+    min_p: float = option(0.0, "least probability of a token, as a share of the likeliest one's", low=0, high=1)
+    frequency_penalty: float = option(0.0, "taken off a token's logit each time the answer has it", low=-2, high=2)
+    presence_penalty: float = option(0.0, "taken off the logit of each token that the answer has", low=-2, high=2)
+    repetition_penalty: float = option(
+        1.0, "what logits of tokens of prompt and answer are divided by", low=0, high=100, open_low=True
+    )
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
-    seed: int | None = None
-    n: int = 1
+    seed: int | None = option(None, "of the draws", low=-(2**63), high=2**63 - 1)
+    n: int = option(1, "answers to the prompt", low=1, high=MAX_N)
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
+    logprobs: int | None = option(None, "most probable tokens told of each of the answer's", low=0, high=MAX_LOGPROBS)
+    prompt_logprobs: int | None = option(None, "the same of the prompt's tokens", low=0, high=MAX_LOGPROBS)
     structured_outputs: StructuredOutputsParams | None = None
     """What answers have to match; one that ends by `max_tokens` or `stop` may be cut before it does."""
     forced_token_ids: tuple[int, ...] = ()
@@ -99,26 +105,15 @@ class SamplingParams:
         if self.forced_token_ids:
             object.__setattr__(self, "max_tokens", len(self.forced_token_ids))
             object.__setattr__(self, "ignore_eos", True)
-        _check_integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        _check_number("temperature", self.temperature, 0, 100)
-        _check_number("top_p", self.top_p, 0, 1)
-        _check_integer("top_k", self.top_k, -1, 2**31 - 1)
-        _check_number("min_p", self.min_p, 0, 1)
-        _check_number("frequency_penalty", self.frequency_penalty, -2, 2)
-        _check_number("presence_penalty", self.presence_penalty, -2, 2)
-        _check_number("repetition_penalty", self.repetition_penalty, 0, 100, open_low=True)
+        for name, (bounds, kind) in SAMPLING_BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None or name not in _MAY_BE_NONE:
+                (_check_integer if kind is int else _check_number)(name, value, bounds)
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
             raise RequestError(f"logit_bias has {len(self.logit_bias)} tokens; at most {MAX_LOGIT_BIAS}", "logit_bias")
         for token, bias in self.logit_bias.items():
-            _check_integer("logit_bias", token, 0, 2**31 - 1)
-            _check_number("logit_bias", bias, -100, 100)
-        _check_integer("n", self.n, 1, MAX_N)
-        if self.seed is not None:
-            _check_integer("seed", self.seed, -(2**63), 2**63 - 1)
-        if self.logprobs is not None:
-            _check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        if self.prompt_logprobs is not None:
-            _check_integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+            _check_integer("logit_bias", token, TOKEN_ID)
+            _check_number("logit_bias", bias, BIAS)
         if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
             raise RequestError("structured_outputs must be StructuredOutputsParams", param="structured_outputs")
         if len(self.stop) > MAX_STOP_STRINGS:
@@ -130,9 +125,9 @@ class SamplingParams:
             message = f"stop_token_ids has {len(self.stop_token_ids)} ids; at most {MAX_STOP_STRINGS}"
             raise RequestError(message, param="stop_token_ids")
         for token in self.stop_token_ids:
-            _check_integer("stop_token_ids", token, 0, 2**31 - 1)
+            _check_integer("stop_token_ids", token, TOKEN_ID)
         for token in self.forced_token_ids:
-            _check_integer("forced_token_ids", token, 0, 2**31 - 1)
+            _check_integer("forced_token_ids", token, TOKEN_ID)
         if self.forced_token_ids:
             for name in ("stop", "stop_token_ids", "structured_outputs"):
                 if getattr(self, name):
@@ -149,6 +144,16 @@ class SamplingParams:
         """Whether penalties or biases change what the model says."""
         penalties = (self.frequency_penalty, self.presence_penalty, self.repetition_penalty - 1)
         return any(penalties) or bool(self.logit_bias)
+
+
+SAMPLING_BOUNDS = {
+    one.name: (one.traits.bounds, float if float in one.members else int)
+    for one in options_of(SamplingParams)
+    if one.traits.bounds != Bounds()
+}
+"""The numbers that fields of `SamplingParams` may be, and whether these are integers. The HTTP server takes them."""
+
+_MAY_BE_NONE = [one.name for one in options_of(SamplingParams) if type(None) in one.members]
 
 
 @dataclasses.dataclass(frozen=True)
