@@ -204,8 +204,8 @@ def test_predictions_in_order_learn_only_from_what_came_before():
 def test_coverage_by_hand():
     counts = np.array([[[6, 3, 1, 0]], [[0, 0, 2, 0]]])
     predicted = np.array([[[0.4, 0.1, 0.3, 0.2]], [[0.1, 0.2, 0.3, 0.4]]])
-    assert coverage.coverage(predicted, counts, 0.25) == pytest.approx(6 / 12)
-    assert coverage.coverage(predicted, counts, 0.5) == pytest.approx((6 + 1 + 2) / 12)
+    assert coverage.coverage_at(predicted, counts, 0.25) == pytest.approx(6 / 12)
+    assert coverage.coverage_at(predicted, counts, 0.5) == pytest.approx((6 + 1 + 2) / 12)
     numbers = coverage.scores(predicted, counts, top_k=1)
     assert numbers["coverage_by_prompt"]["0.5"] == pytest.approx((0.7 + 1) / 2)
     assert numbers["precision"]["0.5"] == pytest.approx(3 / 4)

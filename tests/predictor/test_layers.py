@@ -71,8 +71,8 @@ def test_a_layer_is_predicted_from_earlier_ones_only_and_from_as_many_as_are_kno
     nothing = layers.predict(prior, shares, known=0)
     np.testing.assert_allclose(nothing, prior, atol=1e-3)
     # The first layer alone tells the last one already.
-    first = coverage_at(layers.predict(prior, shares, known=1)[:, -1], counts[:, -1], 0.25)
-    assert first > coverage_at(prior[:, -1], counts[:, -1], 0.25) + 0.1
+    first = coverage_at(layers.predict(prior, shares, known=1)[:, -1:], counts[:, -1:], 0.25)
+    assert first > coverage_at(prior[:, -1:], counts[:, -1:], 0.25) + 0.1
 
 
 def test_few_tokens_are_trusted_less():
