@@ -224,15 +224,19 @@ class MemoryPlan:
 def _fitting(config: ModelConfig, layout: ExpertLayout, room: int, cache: tuple[int, int], most: int) -> ExpertBudget:
     """Bytes for as many experts as fit into `room` beside the KV cache, and into `most`.
 
-    `cache` is the least that the KV cache needs and the most that it wants.
+    `cache` is the least that the KV cache needs and the most that it wants. Raises `CapacityError` where that least
+    and top-k experts of each layer are more than `room`.
     """
     smallest = config.top_k * len(config.moe_layers) * layout.nbytes
     least, wanted = cache
+    if smallest + least > room:
+        raise CapacityError(
+            f"the device has {format_bytes(room)} for experts and KV cache; {config.top_k} experts of each layer need "
+            f"{format_bytes(smallest)}, and the KV cache needs {format_bytes(least)}"
+        )
     reserve = min(wanted, max(least, math.ceil(room * KV_SHARE)))
     fits = min(room - reserve, most)
-    if fits < smallest <= room - least:
-        fits = smallest
-    return ExpertBudget("bytes", Fraction(max(fits, 0)))
+    return ExpertBudget("bytes", Fraction(max(fits, smallest)))
 
 
 def resolve_dtype(dtype: str, config: ModelConfig, platform: str) -> str:

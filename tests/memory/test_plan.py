@@ -168,13 +168,16 @@ def test_the_cache_gives_way_to_the_experts_that_a_token_needs() -> None:
     one = pages_for(96) + 1
     found = plan(device_for(2, one, 0), step_bytes=0, max_model_len=96, max_num_seqs=9)
     assert (found.capacities, found.num_pages) == ((2, 2, 2), one)
-    with pytest.raises(CapacityError, match=r"the smallest budget is|one sequence of 96 tokens needs"):
+    both = r"for experts and KV cache; 2 experts of each layer need 54 KiB, and the KV cache needs 42 KiB"
+    with pytest.raises(CapacityError, match=both):
         plan(device_for(2, one, 0) - 1, step_bytes=0, max_model_len=96, max_num_seqs=9)
 
 
 def test_a_cache_that_is_asked_for_comes_before_experts() -> None:
     found = plan(device_for(5, 40, 0), step_bytes=0, max_model_len=96, max_num_seqs=500, kv_memory=40 * PAGE)
     assert (found.capacities, found.num_pages) == ((5, 5, 5), 40)
+    with pytest.raises(CapacityError, match=r"need 54 KiB, and the KV cache needs 1 TiB"):
+        plan(device_for(5, 40, 0), step_bytes=0, max_model_len=96, kv_memory="1TiB")
 
 
 def test_on_a_cpu_experts_leave_memory_to_other_programs() -> None:
