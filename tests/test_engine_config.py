@@ -89,3 +89,9 @@ def test_options_are_given_in_one_way() -> None:
     wrong: Any = {"max_num_seqs": 4}
     with pytest.raises(ConfigError, match="config is dict; expected an EngineConfig"):
         Engine.load("/nonexistent", wrong)
+
+
+@pytest.mark.parametrize("every", [0, -3, 1.5, True, "often", None])
+def test_predicting_less_than_every_prompt_is_refused(every: Any) -> None:
+    with pytest.raises(ConfigError, match="predict_every"):
+        EngineConfig(predict_every=every)
