@@ -175,7 +175,7 @@ def test_a_plan_is_equation_2_of_the_requests_at_hand(
         engine.step()
     engine.add_request("even", [1, 2, 3, 4, 5], LONG, task="even")
     engine.step()
-    rates, joined, kept, sensitivity = plans[-1]
+    ((rates, joined, kept, sensitivity),) = plans[-1]
     tokens = np.array([30 - 11, 6 - 1])  # when that step is done
     weighted = tokens[:, None] * np.array([low, high])
     expected = np.einsum("rm,rme->me", weighted, np.stack([ODD, EVEN]))
