@@ -64,7 +64,7 @@ PLANNER_COVERAGES = ("predicted", "frequency", "promised", "recent")
 
 BY_TASK = (
     (GaugeMetricFamily, "task_substituted_ratio", "Share of expert choices substituted.", "tasks", "substituted"),
-    (GaugeMetricFamily, "task_substituted_mass", "The same by router probability.", "tasks", "substituted_mass"),
+    (GaugeMetricFamily, "task_substituted_weight", "The same by router probability.", "tasks", "substituted_weight"),
     (CounterMetricFamily, "task_requests", "Requests that ended.", "tasks", "requests"),
     (CounterMetricFamily, "task_slo_answers", "Answers with a deadline.", "scheduler.slo.tasks", "with_slo"),
     (CounterMetricFamily, "task_slo_attained", "Those that kept it.", "scheduler.slo.tasks", "attained"),

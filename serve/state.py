@@ -120,7 +120,7 @@ class SchedulerState(Described):
 class TaskState(Described):
     requests: int = 0
     substituted: Annotated[float, Field(description="Share of expert choices for which another stood in.")] = 0.0
-    substituted_mass: Annotated[float, Field(description="The same by router probability.")] = 0.0
+    substituted_weight: Annotated[float, Field(description="The same by router probability.")] = 0.0
 
 
 class MemoryTradeState(Described):

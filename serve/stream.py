@@ -34,7 +34,7 @@ OR_STREAM: dict[int | str, dict[str, Any]] = {
 """For OpenAPI: what a route answers with besides its response model."""
 
 
-class Chunk(Protocol):
+class StreamEvent(Protocol):
     """A pydantic model with the fields that close a stream."""
 
     usage: Usage | None
@@ -43,7 +43,7 @@ class Chunk(Protocol):
     def model_dump_json(self) -> str: ...
 
 
-ChunkType = TypeVar("ChunkType", bound=Chunk)
+ChunkType = TypeVar("ChunkType", bound=StreamEvent)
 
 
 class ChunkWriter(Protocol[ChunkType]):
@@ -98,9 +98,9 @@ async def _events(
     failure: str | None = None
     try:
         async for batch in generation.batches(patience=keep_alive):
-            chunks: list[Chunk] = []
+            chunks: list[StreamEvent] = []
             for progress in batch:
-                new: list[Chunk] = writer.chunks(progress)
+                new: list[StreamEvent] = writer.chunks(progress)
                 completion_tokens += len(progress.delta.token_ids)
                 failure = failure or progress.delta.error
                 if include_usage and options.continuous_usage_stats:

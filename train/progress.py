@@ -23,7 +23,7 @@ def progress_bar(console: Console, counted: str) -> Progress:
     )
 
 
-class History:
+class RunHistory:
     """Every step as a JSON line; a resumed run drops what the killed one wrote after its checkpoint."""
 
     def __init__(self, path: Path, first_step: int) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from benchmarks.memory import report
 from benchmarks.memory.geometries import GEOMETRIES, read_config
-from benchmarks.memory.needs import Load, measure
+from benchmarks.memory.needs import Workload, measure
 from emoe_jax.amounts import parse_bytes
 from emoe_jax.config import ModelConfig
 from emoe_jax.errors import EmoeError, one_line, require
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(name: str, config: ModelConfig, given: argparse.Namespace) -> dict[str, Any]:
     """All numbers, with what they are of."""
     device_bytes = parse_bytes("--device-memory", given.device_memory)
-    load = Load(given.prompt_length, given.batch, given.output_tokens)
+    load = Workload(given.prompt_length, given.batch, given.output_tokens)
     return {
         "model": {
             "name": name,

@@ -21,7 +21,7 @@ _NO_LIMIT = 2**50  # bytes of a device on which everything fits, and positions o
 _PLATFORM = "gpu"  # where `auto` is the checkpoint's dtype
 
 
-class Load(NamedTuple):
+class Workload(NamedTuple):
     """`batch` sequences, each of a prompt and what is written after it."""
 
     prompt_length: int
@@ -49,7 +49,7 @@ class Needs:
         plan = _plan(config, share, dtype, _NO_LIMIT)
         return cls(sum(plan.capacities), plan.dense_bytes, plan.slab_bytes, page_bytes(config, plan.dtype))
 
-    def memory(self, load: Load) -> int:
+    def memory(self, load: Workload) -> int:
         """Bytes; the KV cache has a page more than the sequences use."""
         return self.weights + self.slab + (load.pages + 1) * self.page
 
@@ -66,12 +66,12 @@ def pages_on(config: ModelConfig, share: float, dtype: str, device_bytes: int) -
         return 0
 
 
-def longest_prompt(pages: int, load: Load) -> int:
+def longest_prompt(pages: int, load: Workload) -> int:
     """Tokens, with the load's batch and output; 0 where there is no room for any."""
     return max(0, pages // load.batch * PAGE_SIZE - load.output_tokens)
 
 
-def largest_batch(pages: int, load: Load) -> int:
+def largest_batch(pages: int, load: Workload) -> int:
     """Sequences of the load's length."""
     return max(0, pages // pages_for(load.prompt_length + load.output_tokens))
 
@@ -81,7 +81,7 @@ def measure(
     dtype: str,
     device_bytes: int,
     shares: Sequence[float],
-    load: Load,
+    load: Workload,
     prompt_lengths: Sequence[int],
     batches: Sequence[int],
 ) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def measure(
     return results
 
 
-def _room(pages: int, load: Load, config: ModelConfig, full_prompt: int, full_batch: int) -> dict[str, Any]:
+def _room(pages: int, load: Workload, config: ModelConfig, full_prompt: int, full_batch: int) -> dict[str, Any]:
     prompt, batch = longest_prompt(pages, load), largest_batch(pages, load)
     return {
         "longest_prompt": prompt,

@@ -81,7 +81,7 @@ def _simulated(options: argparse.Namespace, settings: Sequence[Setting]) -> tupl
 def _live(options: argparse.Namespace, settings: Sequence[Setting]) -> tuple[str, dict[str, Any]]:
     """Needs httpx, which `--simulate` does not."""
     from benchmarks.serving.compare import run_comparison
-    from benchmarks.serving.live import Load, run_live, servers_of
+    from benchmarks.serving.live import Traffic, run_live, servers_of
 
     if options.in_process and (options.url or options.compare_residency):
         raise ConfigError("--in-process has no servers, for --url or --compare-residency")
@@ -96,7 +96,7 @@ def _live(options: argparse.Namespace, settings: Sequence[Setting]) -> tuple[str
     def progress(text: str) -> None:
         console.print(text, style="dim", markup=False, highlight=False)
 
-    load = Load(
+    load = Traffic(
         demo_samples(),
         options.rates,
         options.requests,

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.serving.client import closed_loop, connected
-from benchmarks.serving.live import Load, Report, in_turns, put_end_to_end
+from benchmarks.serving.live import Report, Traffic, in_turns, put_end_to_end
 from benchmarks.serving.report import Record, summary
 from benchmarks.serving.server import started_server
 from emoe_jax.config import ModelConfig
@@ -58,7 +58,7 @@ class Batches:
 
 
 def run_comparison(
-    share: str, full_batch: int, load: Load, arguments: Sequence[str], report: Report
+    share: str, full_batch: int, load: Traffic, arguments: Sequence[str], report: Report
 ) -> tuple[Batches, dict[str, Any]]:
     """Ratios of `share` resident to all resident, and the runs they come from. Raises `ServerFailed`.
 
@@ -86,7 +86,7 @@ def run_comparison(
     return batches, measured | ratio
 
 
-async def _compare(urls: dict[str, str], load: Load, report: Report) -> dict[str, Any]:
+async def _compare(urls: dict[str, str], load: Traffic, report: Report) -> dict[str, Any]:
     full, partial = urls
     async with contextlib.AsyncExitStack() as stack:
         clients = {name: await stack.enter_async_context(connected(url, load.max_tokens)) for name, url in urls.items()}

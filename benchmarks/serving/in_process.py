@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from benchmarks.serving.client import clock
-from benchmarks.serving.live import Load, Report, measure
+from benchmarks.serving.live import Report, Traffic, measure
 from benchmarks.serving.report import Record
 from benchmarks.serving.server import FIXED, ServerFailed
 from benchmarks.serving.settings import Setting
@@ -65,7 +65,7 @@ def run_in_process(
     settings: Sequence[Setting],
     policies: Sequence[str],
     arguments: Sequence[str],
-    loads: Sequence[Load],
+    loads: Sequence[Traffic],
     report: Report,
     keep: Callable[[dict[str, Any]], None],
 ) -> None:
@@ -87,7 +87,7 @@ async def _run(
     engine: Engine,
     settings: Sequence[Setting],
     policies: Sequence[str],
-    loads: Sequence[Load],
+    loads: Sequence[Traffic],
     report: Report,
     keep: Callable[[dict[str, Any]], None],
 ) -> None:
@@ -107,7 +107,7 @@ async def _run(
 
 
 @contextlib.asynccontextmanager
-async def _working(engine: Engine, load: Load) -> AsyncIterator[EngineWorker]:
+async def _working(engine: Engine, load: Traffic) -> AsyncIterator[EngineWorker]:
     worker = EngineWorker(engine, load.concurrency + load.queued)
     worker.start()
     try:

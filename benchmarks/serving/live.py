@@ -24,7 +24,7 @@ Report = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Load:
+class Traffic:
     """What is sent: Poisson arrivals at `fractions` of what the servers, of batches up to `concurrency`, can do.
 
     Deadlines are `slo_scale` times what the median request of a task takes on the idle server. A run has `turns`: in
@@ -72,7 +72,7 @@ class Load:
 
 
 @contextlib.contextmanager
-def servers_of(policies: Sequence[str], arguments: Sequence[str], load: Load, report: Report) -> Iterator[list[str]]:
+def servers_of(policies: Sequence[str], arguments: Sequence[str], load: Traffic, report: Report) -> Iterator[list[str]]:
     """URLs of one server per policy, all alive at once so that their runs can take turns."""
     fixed = ["--max-num-seqs", str(load.concurrency), "--max-num-queued-reqs", str(load.queued)]
     with contextlib.ExitStack() as stack:
@@ -83,19 +83,19 @@ def servers_of(policies: Sequence[str], arguments: Sequence[str], load: Load, re
         yield urls
 
 
-def run_live(urls: Sequence[str], load: Load, report: Report) -> dict[str, Any]:
+def run_live(urls: Sequence[str], load: Traffic, report: Report) -> dict[str, Any]:
     """`capacity_rps`, `slos` and `runs`: one summary per rate and server, in the order given. Raises `ServerFailed`."""
     return asyncio.run(_run(urls, load, report))
 
 
-async def _run(urls: Sequence[str], load: Load, report: Report) -> dict[str, Any]:
+async def _run(urls: Sequence[str], load: Traffic, report: Report) -> dict[str, Any]:
     async with contextlib.AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(connected(url, load.max_tokens)) for url in urls]
         names = [(await client.state())["scheduler"]["policy"] for client in clients]
         return await measure(dict(zip(names, clients, strict=True)), load, report)
 
 
-async def measure(clients: Mapping[str, Target], load: Load, report: Report) -> dict[str, Any]:
+async def measure(clients: Mapping[str, Target], load: Traffic, report: Report) -> dict[str, Any]:
     """As `run_live`, with clients by the policies of what they send to. The capacity is the mean of the policies that
     lack no part.
     """
@@ -148,7 +148,7 @@ class Run:
 
 
 async def in_turns(
-    clients: Mapping[str, Target], load: Load, fraction: float, yardsticks: Sequence[str], report: Report
+    clients: Mapping[str, Target], load: Traffic, fraction: float, yardsticks: Sequence[str], report: Report
 ) -> Run:
     """A run against each server, by its name, at a share of what the `yardsticks` among them can do on average."""
     run = Run(fraction, {name: [] for name in clients}, [])
@@ -173,7 +173,7 @@ def put_end_to_end(records: list[Record], later: Sequence[Record]) -> None:
     records += [record.later(begin) for record in later]
 
 
-async def idle_slos(client: Target, load: Load) -> dict[str, SLO]:
+async def idle_slos(client: Target, load: Traffic) -> dict[str, SLO]:
     """Deadlines per task, from requests that have the server to themselves."""
     slos = {}
     for task, rows in load.samples.items():

@@ -23,7 +23,7 @@ from emoe_jax.device.readback import keep_prompt_logprobs, not_finite, sampled_t
 from emoe_jax.device.recording import counts_by_sequence, record_wishes, without_probs
 from emoe_jax.device.sampler import TokenLogprobs
 from emoe_jax.models.decoder import Decoder
-from emoe_jax.policies.policy import Chunk
+from emoe_jax.policies.policy import ChunkWishes
 from emoe_jax.progress import Progress
 from emoe_jax.requests.request import RoutingContract
 from emoe_jax.requests.sequence import Sequence
@@ -118,7 +118,7 @@ class Runner:
         choices = len(self.config.moe_layers) * self.config.top_k
         wish_counts = np.zeros((len(self.config.moe_layers), self.config.num_experts), np.int64)
         resident_counts = np.zeros_like(wish_counts)
-        chunks: list[Chunk] = []
+        chunks: list[ChunkWishes] = []
         for batch, output, resident in zip(batches, outputs, dispatched.residents, strict=True):
             tokens, prompt_logprobs, counts, substituted, finite, wishes = output
             wish_counts += counts
@@ -130,12 +130,12 @@ class Runner:
             routed = counts_by_sequence(batch, wishes, self.config.num_experts)
             for row, piece in enumerate(batch.pieces):
                 if piece.length > 1 and piece.sequence not in spoilt:
-                    chunks.append(Chunk(routed[row], piece.length))  # of an ended sequence too: `counts` has them
+                    chunks.append(ChunkWishes(routed[row], piece.length))  # of an ended sequence too: `counts` has them
                 if piece.sequence.finished or piece.sequence in spoilt:
                     continue
                 piece.sequence.add_routing(routed[row])
                 piece.sequence.substituted += int(substituted.choices[row])
-                piece.sequence.substituted_mass += float(substituted.mass[row])
+                piece.sequence.substituted_weight += float(substituted.mass[row])
                 piece.sequence.assigned += piece.length * choices
                 if prompt_logprobs is not None:
                     keep_prompt_logprobs(piece, prompt_logprobs)

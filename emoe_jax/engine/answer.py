@@ -39,7 +39,7 @@ class Answer:
         """The request so far."""
         assigned = sum(sequence.assigned for sequence in self._sequences)
         replaced = sum(sequence.substituted for sequence in self._sequences)
-        mass = sum(sequence.substituted_mass for sequence in self._sequences)
+        mass = sum(sequence.substituted_weight for sequence in self._sequences)
         self._output.substituted = replaced / assigned if assigned else 0.0
         self._output.substituted_weight = mass * self._top_k / assigned if assigned else 0.0
         self._output.num_cached_tokens = self._sequences[0].num_cached

@@ -14,7 +14,7 @@ from emoe_jax.engine.answer import Answer
 from emoe_jax.engine.arrivals import announce
 from emoe_jax.engine.deliveries import Deliveries
 from emoe_jax.engine.intake import Intake, Prompt, as_prompts
-from emoe_jax.engine.loading import EngineParts, Progress, load_parts
+from emoe_jax.engine.loading import EngineParts, StageProgress, load_parts
 from emoe_jax.engine.loop import StepLoop
 from emoe_jax.engine.quality import Quality
 from emoe_jax.engine_config import EngineConfig
@@ -82,7 +82,7 @@ class Engine:
         path: str | Path,
         config: EngineConfig | None = None,
         *,
-        progress: Progress | None = None,
+        progress: StageProgress | None = None,
         **keywords: Any,
     ) -> "Engine":
         """Open a checkpoint directory (or hub id) and make as many of its experts resident as fit or are asked for.
@@ -156,7 +156,7 @@ class Engine:
         if recorder is not None:
             recorder.close()
 
-    def warm_up(self, progress: Progress | None = None) -> None:
+    def warm_up(self, progress: StageProgress | None = None) -> None:
         """Compile all step shapes now, so that no request waits for the compiler.
 
         Raises `CapacityError` when it turns out that a step takes more memory than the plan has left for it.

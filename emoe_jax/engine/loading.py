@@ -32,7 +32,7 @@ from emoe_jax.scheduling.pages import PAGE_SIZE, PagePool
 from emoe_jax.scheduling.scheduler import Scheduler
 from emoe_jax.tasks import TaskProfile
 
-Progress = Callable[[str, int, int], None]
+StageProgress = Callable[[str, int, int], None]
 """Called with `(stage, done, total)`."""
 
 
@@ -59,7 +59,7 @@ class EngineParts:
             self.planner.close()
 
 
-def load_parts(path: str | Path, options: EngineConfig, progress: Progress | None = None) -> EngineParts:
+def load_parts(path: str | Path, options: EngineConfig, progress: StageProgress | None = None) -> EngineParts:
     """Open a checkpoint directory (or hub id) and make as many of its experts resident as the options ask for.
 
     Raises `CheckpointError`, `ConfigError` or `CapacityError`; nothing stays allocated then.

@@ -21,7 +21,7 @@ class Swap(NamedTuple):
     gain: float
 
 
-class Chunk(NamedTuple):
+class ChunkWishes(NamedTuple):
     """Wishes of a part of a prompt that was read in one step, and how many tokens it has."""
 
     counts: Int[np.ndarray, "M E"]
@@ -68,7 +68,7 @@ class ResidencyPolicy:
         if expected.sensitivity is not None:
             self._sensitivity = np.asarray(expected.sensitivity, np.float32)
 
-    def observe(self, counts: Int[np.ndarray, "M E"], chunks: Sequence[Chunk] = ()) -> None:
+    def observe(self, counts: Int[np.ndarray, "M E"], chunks: Sequence[ChunkWishes] = ()) -> None:
         """Wishes of one step, resident or not: how many tokens wanted each expert, but for those of `chunks`, each of
         which is of one prompt. Single tokens are only added up: the rule takes them in when somebody asks what follows.
         """

@@ -71,7 +71,7 @@ class Sequence:
     """Seconds on the engine's clock."""
     substituted: int = 0
     """Expert assignments of this sequence where another expert stood in."""
-    substituted_mass: float = 0.0
+    substituted_weight: float = 0.0
     """The same by router probability, a token in one layer counting 1."""
     assigned: int = 0
     """All its expert assignments so far; recomputed tokens count again."""

@@ -35,7 +35,7 @@ class TaskAccounts:
         account.requests += 1
         account.assigned += sum(sequence.assigned for sequence in sequences)
         account.substituted += sum(sequence.substituted for sequence in sequences)
-        account.mass += sum(sequence.substituted_mass for sequence in sequences)
+        account.mass += sum(sequence.substituted_weight for sequence in sequences)
 
     def state(self) -> dict[str, Any]:
         """Per task: requests, and the shares of assignments and of router mass that were substituted."""
@@ -43,7 +43,7 @@ class TaskAccounts:
             task: {
                 "requests": account.requests,
                 "substituted": round(account.substituted / max(1, account.assigned), 6),
-                "substituted_mass": round(account.mass * self._top_k / max(1, account.assigned), 6),
+                "substituted_weight": round(account.mass * self._top_k / max(1, account.assigned), 6),
             }
             for task, account in sorted(self._by_task.items())
         }

@@ -33,7 +33,7 @@ JUDGED_TOGETHER = 8
 """Prompts whose coverage is looked at in one go, which costs little more than one."""
 
 
-class Rivals(NamedTuple):
+class JudgedPrompt(NamedTuple):
     """How often a prompt wished for each expert, and the shares that prediction and frequency had expected."""
 
     counts: Int[np.ndarray, "M E"]
@@ -76,7 +76,7 @@ class ResidencyPlanner:
         self._requests: dict[str, PlannedRequest] = {}
         self._by_task: dict[str, Float[np.ndarray, "M E"]] = {}  # newest predictions
         self._newest: Float[np.ndarray, "M E"] | None = None  # of any task
-        self._rivals: list[Rivals] = []  # of prompts that ended and were not judged yet
+        self._rivals: list[JudgedPrompt] = []  # of prompts that ended and were not judged yet
         self._planned: tuple[str, ...] = ()
         self._planned_tasks: Counter[str] = Counter()
         self._stale = False  # whether what was planned with has changed
@@ -255,7 +255,7 @@ class ResidencyPlanner:
             predicted = self._forecast_of(request)
             if predicted is not None:
                 frequency, own = self._frequencies.of(request.task), request.predicted is not None
-                self._rivals.append(Rivals(request.counts, predicted, frequency, own))
+                self._rivals.append(JudgedPrompt(request.counts, predicted, frequency, own))
                 if len(self._rivals) == JUDGED_TOGETHER:
                     self._judge()
         self._frequencies.observe(request.task, request.counts)

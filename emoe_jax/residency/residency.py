@@ -18,7 +18,7 @@ from emoe_jax.experts.tickets import LoadState, LoadTicket
 from emoe_jax.experts.weights import ExpertLayout
 from emoe_jax.policies import PolicyWeights, make_policy
 from emoe_jax.policies.pace import Pace
-from emoe_jax.policies.policy import Chunk
+from emoe_jax.policies.policy import ChunkWishes
 from emoe_jax.policies.rule import ExpectedWishes
 from emoe_jax.residency.waves import WaveLoader
 
@@ -40,7 +40,7 @@ class StepWishes(NamedTuple):
     counts: Int[np.ndarray, "M E"]
     resident: Int[np.ndarray, "M E"]
     """Those whose expert was resident when the batch was dispatched."""
-    chunks: Sequence[Chunk]
+    chunks: Sequence[ChunkWishes]
     """Those of prompts' chunks of more than one token, by chunk."""
 
 
@@ -197,7 +197,7 @@ class Residency:
         self,
         wish_counts: Int[np.ndarray, "M E"],
         resident_counts: Int[np.ndarray, "M E"] | None = None,
-        chunks: Sequence[Chunk] = (),
+        chunks: Sequence[ChunkWishes] = (),
     ) -> Covered | None:
         """Note the wishes of a step and, as often as time allows, ask for the experts that the policy now prefers.
 

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.memory.__main__ import main
 from benchmarks.memory.geometries import GEOMETRIES, read_config
-from benchmarks.memory.needs import Load, Needs, measure, pages_on
+from benchmarks.memory.needs import Needs, Workload, measure, pages_on
 from emoe_jax.errors import CapacityError
 from emoe_jax.memory.plan import MemoryPlan, dense_parameters
 from emoe_jax.models import config_from_hf
@@ -20,7 +20,7 @@ EXPERT = 4 * (2 * 24 * 32 + 32 * 24)
 PAGE = 4 * 3 * 16 * 2 * 2 * 8
 ATTENTION, NORMS, ROUTER = 32 * 32 + 2 * 32 * 16 + 32 * 32, 2 * 32, 8 * 32
 WEIGHTS = 4 * (2 * 61 * 32 + 32 + 3 * (ATTENTION + NORMS + ROUTER))
-LOAD = Load(prompt_length=32, batch=2, output_tokens=0)  # four pages
+LOAD = Workload(prompt_length=32, batch=2, output_tokens=0)  # four pages
 DEVICE = 500_000
 
 
@@ -91,7 +91,7 @@ def test_where_all_experts_have_no_room_there_is_no_ratio():
 @pytest.mark.parametrize("share", [1.0, 0.5])
 @pytest.mark.parametrize(("prompt", "batch"), [(16, 1), (33, 3), (96, 4)])
 def test_the_engines_plan_is_of_the_same_size(share: float, prompt: int, batch: int):
-    needs, load = Needs.of(CONFIG, share, "float32"), Load(prompt, batch, 0)
+    needs, load = Needs.of(CONFIG, share, "float32"), Workload(prompt, batch, 0)
 
     def plan(device_bytes: int) -> MemoryPlan:
         return MemoryPlan.of(

@@ -36,7 +36,7 @@ def test_every_policy_is_measured(trace_file: Path, tmp_path: Path, capsys: pyte
         if policy in ("emoe", "lru", "oracle", "static-global"):
             assert covered == sorted(covered, reverse=True)
         for cell in cells.values():
-            assert cell["substituted_mass"] == pytest.approx(1 - cell["coverage"], abs=1e-6)  # equal weights
+            assert cell["substituted_weight"] == pytest.approx(1 - cell["coverage"], abs=1e-6)  # equal weights
             assert cell["stall_seconds_per_token"] == pytest.approx((1 - cell["coverage"]) * 3 * 2 * 1e-3)
             assert cell["bytes_moved_per_token"] == pytest.approx(cell["experts_moved_per_token_layer"] * 3 * 1e6)
     assert results["replay"]["emoe-paper"]["0.5"]["experts_moved_per_token_layer"] == 0  # 3 prompts, one forecast

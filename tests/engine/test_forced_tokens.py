@@ -116,5 +116,5 @@ def test_the_weight_of_what_was_substituted(engine_of: EngineFactory) -> None:
     booked = few.state()["tasks"]["weighed"]
     assert "weighed" not in before
     assert output.substituted == pytest.approx(booked["substituted"], abs=1e-6)
-    assert output.substituted_weight == pytest.approx(booked["substituted_mass"], abs=1e-6)
+    assert output.substituted_weight == pytest.approx(booked["substituted_weight"], abs=1e-6)
     assert 0 < output.substituted_weight < 1

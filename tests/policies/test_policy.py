@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from emoe_jax.errors import ConfigError
 from emoe_jax.experts.table import SlotTable
 from emoe_jax.policies import POLICIES, PolicyWeights, ResidencyPolicy, Swap, make_policy
-from emoe_jax.policies.policy import Chunk
+from emoe_jax.policies.policy import ChunkWishes
 from emoe_jax.policies.rule import ExpectedWishes
 from tests.effort import calls_made
 
@@ -118,7 +118,7 @@ def test_a_chunk_of_a_prompt_counts_like_its_tokens_one_by_one(name: str):
         policy = make_policy(name, 2, 4)
         policy.plan(ExpectedWishes(wanted, wanted, 0.0))
         if at_once:
-            policy.observe(np.zeros((2, 4), int), [Chunk(7 * token, 7)])
+            policy.observe(np.zeros((2, 4), int), [ChunkWishes(7 * token, 7)])
         else:
             for _ in range(7):
                 policy.observe(token)
@@ -135,7 +135,7 @@ def test_a_chunk_speaks_for_one_request_of_several(requests: int):
     one = np.array([[0, 0, 1.0, 1.0]], np.float32)
     policy = make_policy("emoe", 1, 4)
     policy.plan(ExpectedWishes(others + one, others + one, 0.0))
-    policy.observe(others.astype(int), [Chunk(np.array([[0, 0, 100, 100]]), 100)])
+    policy.observe(others.astype(int), [ChunkWishes(np.array([[0, 0, 100, 100]]), 100)])
     scores = policy.scores()[0]
     np.testing.assert_allclose(scores.sum(), 2 * requests, rtol=1e-3)
     assert scores[0] > 0.6 * (requests - 1) * scores.sum() / (2 * requests)

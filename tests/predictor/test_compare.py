@@ -10,7 +10,7 @@ from emoe_jax.predictor import Prompts
 from emoe_jax.traces import RoutingTrace
 from tests.traces.synthetic import make_trace
 from train.predictor import compare
-from train.predictor.examples import Split
+from train.predictor.examples import HeldOutSplit
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_without_prior_networks_start_from_global_frequency(trace, monkeypatch):
 
 def test_shuffling_deals_the_training_prompts_routing_only():
     prompts = Prompts.of(make_trace(prompts=60), 4).routed()
-    split = Split.draw(prompts, 0.2, 0)
+    split = HeldOutSplit.draw(prompts, 0.2, 0)
     dealt = compare._shuffled(prompts, split, 0)
     np.testing.assert_array_equal(dealt.counts[split.held_out], prompts.counts[split.held_out])
     moved = (dealt.counts[split.train] != prompts.counts[split.train]).any((1, 2))

@@ -127,7 +127,7 @@ def test_what_answers_lost_is_booked_by_task(engine: Engine) -> None:
     booked = engine.state()["tasks"]["odd"]
     assert booked["requests"] >= 3
     assert 0 < booked["substituted"] < 1
-    assert 0 < booked["substituted_mass"] < 1
+    assert 0 < booked["substituted_weight"] < 1
     requests = booked["requests"]
     engine.generate([3, 1, 4], PARAMS, task="odd", routing="exact")
     assert engine.state()["tasks"]["odd"]["requests"] == requests + 1
@@ -139,7 +139,7 @@ def test_tasks_that_clients_make_up_are_not_kept_without_end() -> None:
         accounts.add([Sequence("id", [1], task=f"task {number}", assigned=4, substituted=1)])
     state = accounts.state()
     assert len(state) == MOST_TASKS + 1
-    assert state["other"] == {"requests": 2 * MOST_TASKS, "substituted": 0.25, "substituted_mass": 0.0}
+    assert state["other"] == {"requests": 2 * MOST_TASKS, "substituted": 0.25, "substituted_weight": 0.0}
 
 
 def test_quality_compares_the_residents_with_all_experts(engine: Engine) -> None:

@@ -76,8 +76,8 @@ def engine_state() -> dict[str, Any]:
             },
         },
         "tasks": {
-            "qa": {"requests": 3, "substituted": 0.1, "substituted_mass": 0.04},
-            "sum": {"requests": 1, "substituted": 0.2, "substituted_mass": 0.05},
+            "qa": {"requests": 3, "substituted": 0.1, "substituted_weight": 0.04},
+            "sum": {"requests": 1, "substituted": 0.2, "substituted_weight": 0.05},
         },
         "scheduler": {
             "policy": "slo",

@@ -109,7 +109,7 @@ def test_the_engine_s_state_is_scraped(start_server: StartServer, monkeypatch: p
         ("emoe:policy_loads_total", "lru"): 640,
         ("emoe:engine_step_seconds_total", ""): 0.5,
         ("emoe:task_substituted_ratio", "qa"): 0.1,
-        ("emoe:task_substituted_mass", "sum"): 0.05,
+        ("emoe:task_substituted_weight", "sum"): 0.05,
         ("emoe:slo_answers_total", ""): 2,
         ("emoe:slo_given_up_total", ""): 1,
         ("emoe:task_slo_attained_total", "qa"): 1,
@@ -131,7 +131,7 @@ def test_the_process_is_measured(client: httpx.Client) -> None:
 
 def test_tasks_that_clients_make_up_are_bounded_and_escaped() -> None:
     tasks = {f'a "task"\n{number}': {"requests": number} for number in range(1000)}
-    tasks = {name: {**task, "substituted": 0.0, "substituted_mass": 0.0} for name, task in tasks.items()}
+    tasks = {name: {**task, "substituted": 0.0, "substituted_weight": 0.0} for name, task in tasks.items()}
     values = parsed(exposition(engine_families({"tasks": tasks}, "fake")).decode())
     shown = [label for name, label in values if name == "emoe:task_requests_total"]
     assert len(shown) == MAX_TASKS

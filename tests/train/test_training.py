@@ -19,7 +19,7 @@ from train.demo.batches import Encoder, Recipe
 from train.demo.mixture import GROUPS
 from train.demo.moe import dropped, moe_buffers
 from train.demo.trainer import Checkpoints, Hyperparameters
-from train.progress import History, read_history
+from train.progress import RunHistory, read_history
 from train.tasks import texts
 
 TINY = {
@@ -252,13 +252,13 @@ def test_divergence():
 
 
 def test_history_drops_what_came_after_the_checkpoint(tmp_path):
-    history = History(tmp_path / "history.jsonl", 0)
+    history = RunHistory(tmp_path / "history.jsonl", 0)
     for step in (1, 2, 3):
         history.add({"step": step, "loss": 2.0, "answer_accuracy": 0.5, "fact_accuracy": 0.1})
     history.close()
     with history.path.open("a") as file:
         file.write('{"step": 4, "lo')
-    History(history.path, 2).close()
+    RunHistory(history.path, 2).close()
     assert [line["step"] for line in read_history(history.path)] == [1, 2]
     report.plot_loss(read_history(history.path), tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 1000

@@ -18,7 +18,7 @@ from train.demo import evaluate, export, report, shape, tokenizer
 from train.demo.batches import Encoder
 from train.demo.objective import Metrics
 from train.demo.trainer import Checkpoints, Hyperparameters, run
-from train.progress import History, progress_bar, read_history
+from train.progress import RunHistory, progress_bar, read_history
 from train.ranges import check_ranges
 from train.tasks import texts
 
@@ -111,7 +111,7 @@ def _train(options: argparse.Namespace, console: Console) -> None:
     bpe = _tokenizer(work, plan, console)
     checkpoints = Checkpoints(work / "checkpoints")
     first = max(checkpoints.steps(), default=0)
-    history = History(work / "history.jsonl", first)
+    history = RunHistory(work / "history.jsonl", first)
     began = time.monotonic()
     with progress_bar(console, "step") as progress:
         bar = progress.add_task("compiling", total=plan.steps, completed=first)

@@ -27,7 +27,7 @@ from emoe_jax.traces import RoutingTrace
 from train.predictor import evaluate, examples, options, report, trainer
 from train.predictor.answers import learn_answers
 from train.predictor.trainer import Checkpoints, Hyperparameters, StepReport
-from train.progress import History, progress_bar, read_history
+from train.progress import RunHistory, progress_bar, read_history
 
 _LOG_EVERY = 25
 
@@ -73,7 +73,7 @@ def train(given: argparse.Namespace, console: Console) -> dict[str, Any]:
     prompts = Prompts.of(trace, config.first_tokens).routed()
     if given.shuffle_labels:
         prompts = prompts.shuffled(given.seed)
-    split = examples.Split.draw(prompts, given.held_out, given.seed)
+    split = examples.HeldOutSplit.draw(prompts, given.held_out, given.seed)
     plan = Hyperparameters(
         options.steps(given, len(split.train)),
         given.seed,
@@ -154,7 +154,7 @@ def _run(
 ) -> trainer.TrainState:
     checkpoints = Checkpoints(out / "checkpoints")
     first = max(checkpoints.steps(), default=0)
-    history = History(out / "history.jsonl", first)
+    history = RunHistory(out / "history.jsonl", first)
     began = time.monotonic()
     with progress_bar(console, "step") as bar:
         task = bar.add_task("compiling", total=plan.steps, completed=first)

@@ -26,7 +26,7 @@ from emoe_jax.traces import RoutingTrace
 from train.predictor import baselines, examples, report, trainer
 from train.predictor.coverage import scores
 from train.predictor.evaluate import Shares, time_predictions
-from train.predictor.examples import Examples, Opinions, Split
+from train.predictor.examples import Examples, HeldOutSplit, Opinions
 from train.predictor.trainer import Hyperparameters
 
 
@@ -76,7 +76,7 @@ def compare(trace: RoutingTrace, options: argparse.Namespace, console: Console) 
         members=options.members,
     )
     prompts = Prompts.of(trace, config.first_tokens).routed()
-    split = Split.draw(prompts, options.held_out, options.seed)
+    split = HeldOutSplit.draw(prompts, options.held_out, options.seed)
     held_out = prompts.take(split.held_out)
     if options.shuffle_labels:
         prompts = _shuffled(prompts, split, options.seed)
@@ -122,7 +122,7 @@ def compare(trace: RoutingTrace, options: argparse.Namespace, console: Console) 
     }
 
 
-def _shuffled(prompts: Prompts, split: Split, seed: int) -> Prompts:
+def _shuffled(prompts: Prompts, split: HeldOutSplit, seed: int) -> Prompts:
     """The training prompts' routing dealt among them; what is judged by stays true."""
     order = np.arange(len(prompts))
     order[split.train] = np.random.default_rng(seed).permutation(split.train)

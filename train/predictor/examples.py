@@ -40,21 +40,21 @@ class DataError(EmoeError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
+class HeldOutSplit:
     """Prompt numbers, ascending: to train on, and to choose the best checkpoint by."""
 
     train: Int[np.ndarray, " t"]
     held_out: Int[np.ndarray, " v"]
 
     @staticmethod
-    def draw(prompts: Prompts, share: float, seed: int) -> Split:
+    def draw(prompts: Prompts, share: float, seed: int) -> HeldOutSplit:
         """A random `share` of the prompts that have any routing is held out."""
         routed = np.flatnonzero(prompts.counts.sum((1, 2)) > 0)
         if len(routed) < MIN_PROMPTS:
             raise DataError(f"the trace has {len(routed)} prompts with routing; {MIN_PROMPTS} are needed to train")
         mixed = np.random.default_rng(seed).permutation(routed)
         held_out = max(2, round(share * len(routed)))
-        return Split(np.sort(mixed[held_out:]), np.sort(mixed[:held_out]))
+        return HeldOutSplit(np.sort(mixed[held_out:]), np.sort(mixed[:held_out]))
 
 
 class Examples:
@@ -125,7 +125,7 @@ def closed_forms(
 
 
 def prepare(
-    prompts: Prompts, split: Split, config: PredictorConfig, trace: RoutingTrace | None = None
+    prompts: Prompts, split: HeldOutSplit, config: PredictorConfig, trace: RoutingTrace | None = None
 ) -> tuple[Predictor, Examples, Examples]:
     """A predictor that learned from the training prompts, and the examples of both parts of the split.
 
