@@ -160,7 +160,7 @@ def test_training_that_diverges_stops_and_keeps_earlier_checkpoints(workplace, t
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
     prompts = Prompts.of(make_trace(prompts=40), first_tokens=4)
     config = PredictorConfig(3, 8, 2, embedding_dim=5, width=8, heads=2, blocks=1, members=1, first_tokens=4)
-    split = examples.Split.draw(prompts, 0.2, 0)
+    split = examples.HeldOutSplit.draw(prompts, 0.2, 0)
     predictor, train, held_out = examples.prepare(prompts, split, config)
     plan = Hyperparameters(8, rows=8, evaluate_every=2, checkpoint_every=3)
     seen: list[StepReport] = []
@@ -178,7 +178,7 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
 def test_nothing_of_the_held_out_prompts_is_remembered():
     prompts = Prompts.of(make_trace(prompts=40), first_tokens=4)
     config = PredictorConfig(3, 8, 2, embedding_dim=5, width=8, heads=2)
-    split = examples.Split.draw(prompts, 0.2, 0)
+    split = examples.HeldOutSplit.draw(prompts, 0.2, 0)
     assert sorted([*split.train, *split.held_out]) == list(range(40))
     predictor, train, held_out = examples.prepare(prompts, split, config)
     np.testing.assert_array_equal(predictor.memory.counts, prompts.counts[split.train])

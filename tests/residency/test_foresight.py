@@ -99,7 +99,7 @@ def test_the_policy_is_told_prompts_from_answers(engine: Engine, monkeypatch: py
     assert (2 * TOP_K, []) in told
     told.clear()
     engine.add_request("aborted", [2, 7, 1, 8, 2, 8, 1], PARAMS)
-    engine._dispatch()
+    engine._loop._dispatch()
     engine.abort("aborted")
     engine.generate([3, 1, 4], PARAMS)
     assert told[0] == (0, [(7, 7 * TOP_K)])  # what has ended meanwhile is no crowd of single tokens
