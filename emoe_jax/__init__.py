@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from emoe_jax.engine_config import EngineConfig
     from emoe_jax.errors import CapacityError, CheckpointError, ConfigError, EmoeError, RequestError
     from emoe_jax.requests.request import SLO, Completion, Delta, RequestOutput, SamplingParams, TokenLogprob
-    from emoe_jax.requests.structured import StructuredOutputsParams
+    from emoe_jax.requests.structured_params import StructuredOutputsParams
 
     __version__: str
     """Of the installed package; `pyproject.toml` has it."""
@@ -19,7 +19,7 @@ _HOMES = {
     "emoe_jax.engine_config": ("EngineConfig",),
     "emoe_jax.errors": ("CapacityError", "CheckpointError", "ConfigError", "EmoeError", "RequestError"),
     "emoe_jax.requests.request": ("SLO", "Completion", "Delta", "RequestOutput", "SamplingParams", "TokenLogprob"),
-    "emoe_jax.requests.structured": ("StructuredOutputsParams",),
+    "emoe_jax.requests.structured_params": ("StructuredOutputsParams",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

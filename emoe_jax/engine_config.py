@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple, Self, get_args
 
 from emoe_jax.amounts import parse_bandwidth, parse_bytes, parse_expert_memory
 from emoe_jax.errors import ConfigError
-from emoe_jax.options import Options, option
+from emoe_jax.option_fields import Options, option
 from emoe_jax.requests.request import RoutingContract
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]

@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import Field
 
-from emoe_jax.options import Bounds
+from emoe_jax.option_fields import Bounds
 from emoe_jax.requests.request import SAMPLING_BOUNDS
 
 

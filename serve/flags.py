@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeVar
 
 import yaml
 
-from emoe_jax.options import Option, Options, nearest, options_of
+from emoe_jax.option_fields import Option, Options, nearest, options_of
 
 Kind = TypeVar("Kind", bound=Options)
 

@@ -8,7 +8,7 @@ from typing import Any
 from emoe_jax.demo import MISSING, demo_model, is_missing
 from emoe_jax.engine_config import EngineConfig
 from emoe_jax.errors import ConfigError
-from emoe_jax.options import option
+from emoe_jax.option_fields import option
 from emoe_jax.requests.request import RESERVED_VARIABLES
 from serve.flags import flag_names, parser_of, read_values
 from serve.logs import LogFormat

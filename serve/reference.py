@@ -3,7 +3,7 @@
 import html
 import sys
 
-from emoe_jax.options import Option, Options, options_of
+from emoe_jax.option_fields import Option, Options, options_of
 from serve.options import TITLES, ServerOptions
 
 COMMAND = "python -m serve.reference > docs/reference/options.md"

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from emoe_jax.errors import RequestError
-from emoe_jax.requests.structured import StructuredOutputsParams
+from emoe_jax.requests.structured_params import StructuredOutputsParams
 from serve.strict import ClosedModel, StrictModel
 
 Schema = str | dict[str, Any]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from emoe_jax.errors import RequestError
-from emoe_jax.requests.structured import StructuredOutputsParams
+from emoe_jax.requests.structured_params import StructuredOutputsParams
 from serve.lanes import GRAMMAR_BYTES, MAX_WAITING_BYTES, Room, TextLanes, size_of
 
 MAX_CHARS_PER_TOKEN = 128

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from emoe_jax.traces.arrays import FORMAT
+from emoe_jax.traces.file_format import FORMAT
 from serve import engine_metrics
 from serve.metrics import RequestMetrics
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from emoe_jax import ConfigError, Engine, EngineConfig
-from emoe_jax.options import options_of
+from emoe_jax.option_fields import options_of
 from emoe_jax.policies import POLICIES
 from emoe_jax.scheduling import registry
 

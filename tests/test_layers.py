@@ -11,7 +11,7 @@ import pytest
 
 LIBRARY = Path(__file__).parents[1] / "emoe_jax"
 LAYERS = (
-    *("errors", "demo", "progress", "amounts", "options", "config", "requests", "engine_config"),
+    *("errors", "demo", "progress", "amounts", "option_fields", "config", "requests", "engine_config"),
     *("traces", "predictor", "tasks", "policies", "experts", "scheduling"),
     *("checkpoint", "models", "moe", "attention", "residency", "device", "memory", "engine"),
 )

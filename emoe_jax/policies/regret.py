@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from emoe_jax.policies.belady import next_use
-from emoe_jax.policies.exchange import exchange
+from emoe_jax.policies.instant_exchange import exchange
 from emoe_jax.policies.pace import Pace
 from emoe_jax.policies.registry import POLICIES, PolicyWeights
 from emoe_jax.policies.rule import ExpectedWishes

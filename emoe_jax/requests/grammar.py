@@ -16,7 +16,7 @@ from emoe_jax.errors import RequestError
 from emoe_jax.requests.guide import Grammar, Guide, MaskThreads
 from emoe_jax.requests.one_of import without_one_of
 from emoe_jax.requests.request import SamplingParams
-from emoe_jax.requests.structured import StructuredOutputsParams
+from emoe_jax.requests.structured_params import StructuredOutputsParams
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import Literal
 
 from emoe_jax.errors import RequestError
-from emoe_jax.options import Bounds, option, options_of, shown
-from emoe_jax.requests.structured import StructuredOutputsParams
+from emoe_jax.option_fields import Bounds, option, options_of, shown
+from emoe_jax.requests.structured_params import StructuredOutputsParams
 
 RoutingContract = Literal["resident", "exact"]
 FinishReason = Literal["stop", "length", "abort", "error"]

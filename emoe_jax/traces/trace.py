@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from emoe_jax.errors import EmoeError
-from emoe_jax.traces.arrays import read_arrays
+from emoe_jax.traces.file_format import read_arrays
 
 
 class TraceError(EmoeError):

@@ -14,7 +14,7 @@ from benchmarks.residency.stream import Stream, make_plans, make_stream
 from emoe_jax.policies import POLICIES, PolicyWeights
 from emoe_jax.policies import regret as regret_module
 from emoe_jax.policies.belady import NEVER, next_use
-from emoe_jax.policies.exchange import exchange
+from emoe_jax.policies.instant_exchange import exchange
 from emoe_jax.policies.regret import BELADY, ENGINE, MOST_BYTES, RIVALS, Regret, Window
 from tests.traces.synthetic import make_trace
 

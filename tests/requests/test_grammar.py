@@ -18,7 +18,7 @@ from emoe_jax.models import load_tokenizer
 from emoe_jax.requests import grammar as grammar_module
 from emoe_jax.requests.grammar import EBNF_RULE, MAX_COMPILED, MAX_EBNF_CHARS, Grammars, _grammar
 from emoe_jax.requests.guide import Grammar
-from emoe_jax.requests.structured import MAX_GRAMMAR_CHARS
+from emoe_jax.requests.structured_params import MAX_GRAMMAR_CHARS
 from tests.serve.checkpoint import write_tiny_checkpoint
 
 PERSON: dict[str, Any] = {

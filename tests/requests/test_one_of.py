@@ -10,7 +10,7 @@ from emoe_jax.errors import RequestError
 from emoe_jax.models import load_tokenizer
 from emoe_jax.requests.grammar import Grammars
 from emoe_jax.requests.one_of import without_one_of
-from emoe_jax.requests.structured import StructuredOutputsParams
+from emoe_jax.requests.structured_params import StructuredOutputsParams
 
 
 class Cat(BaseModel):

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from emoe_jax import SLO, RequestError, SamplingParams
-from emoe_jax.options import Bounds
+from emoe_jax.option_fields import Bounds
 from emoe_jax.requests.request import MILLISECONDS, SAMPLING_BOUNDS
 from serve.schema import ChatRequest, CompletionRequest, SloRequest
 

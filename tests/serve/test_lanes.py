@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from emoe_jax.errors import RequestError
-from emoe_jax.requests.structured import StructuredOutputsParams
+from emoe_jax.requests.structured_params import StructuredOutputsParams
 from serve.lanes import GRAMMAR_BYTES, SHORT_BYTES, TEXT_BYTES, TextLanes, size_of
 from serve.refusals import QueueFull
 from serve.text import GRAMMAR_THREADS, MIN_PIECE, PIECE_CHARS_PER_TOKEN, TextCodec

@@ -8,7 +8,7 @@ import pytest
 
 from emoe_jax import ConfigError, Engine, EngineConfig
 from emoe_jax.engine import engine as engine_module
-from emoe_jax.options import Options, option, options_of
+from emoe_jax.option_fields import Options, option, options_of
 from serve.flags import Parser, parser_of, read_values
 from serve.options import TITLES, ServerOptions, parse_options
 from serve.reference import COMMAND, page

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from emoe_jax.errors import ConfigError
-from emoe_jax.options import Options, option, options_of
+from emoe_jax.option_fields import Options, option, options_of
 
 
 def _even(value: int, name: str) -> int:
