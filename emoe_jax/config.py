@@ -89,21 +89,27 @@ class ModelConfig:
 
     @property
     def expert_in_shape(self) -> tuple[int, int]:
+        """Shape of one expert's input projection, `[out, in]`: `[2F, D]`, or `[3F, D]` for `double_glu`."""
         return (self.ffn_in_factor * self.expert_hidden, self.hidden_size)
 
     @property
     def expert_out_shape(self) -> tuple[int, int]:
+        """Shape of one expert's output projection, `[out, in]`: `[D, F]`."""
         return (self.hidden_size, self.expert_hidden)
 
     @property
     def expert_params(self) -> int:
+        """Weights of one expert in one layer, both projections together; a count, not bytes."""
         return math.prod(self.expert_in_shape) + math.prod(self.expert_out_shape)
 
     def is_moe(self, layer: int) -> bool:
+        """Whether the decoder layer of this index has experts; False for an index beyond the model."""
         return layer in self.moe_layers
 
     def sliding_window(self, layer: int) -> int | None:
+        """How many tokens a query of this decoder layer sees, its own included; None is no limit."""
         return self.sliding_windows[layer] if self.sliding_windows else None
 
     def replace(self, **changes: Any) -> "ModelConfig":
+        """A copy with these fields changed. Raises `ConfigError` where the new fields do not fit together."""
         return dataclasses.replace(self, **changes)

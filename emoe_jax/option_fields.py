@@ -130,6 +130,7 @@ class Option:
 
     @property
     def flag(self) -> str:
+        """The command-line flag, `--with-dashes`."""
         return "--" + self.name.replace("_", "-")
 
     @functools.cached_property
@@ -148,14 +149,17 @@ class Option:
 
     @property
     def shown_words(self) -> tuple[str, ...]:
+        """`words` without the hidden ones, for help texts and messages."""
         return tuple(word for word in self.words if word not in self.traits.hidden)
 
     @property
     def is_flag(self) -> bool:
+        """Whether true and false are among the values."""
         return bool in self.members
 
     @property
     def is_list(self) -> bool:
+        """Whether values are lists of texts. Then `parse` reads one item of the list."""
         return self._has(list)
 
     @property

@@ -31,6 +31,7 @@ class AttentionSums(NamedTuple):
 
     @classmethod
     def zero(cls, q: Float[Array, "B T N H"], kv_heads: int) -> "AttentionSums":
+        """The sums over no keys. `q` gives the shape only; `kv_heads` must divide its `N` heads."""
         B, T, N, H = q.shape
         rows = (B, kv_heads, N // kv_heads, T)
         return cls(jnp.full(rows, _MASKED), jnp.zeros(rows, jnp.float32), jnp.zeros((*rows, H), jnp.float32))
@@ -67,6 +68,7 @@ class AttentionSums(NamedTuple):
         return AttentionSums(highest, weight, self.values * kept[..., None] + added)
 
     def output(self, dtype: jnp.dtype) -> Float[Array, "B T N H"]:
+        """The weighted means in `dtype`, heads in the order of `q`. A query that saw no key gets NaN."""
         B, K, G, T, H = self.values.shape
         mean = self.values / self.weight[..., None]
         return mean.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H).astype(dtype)

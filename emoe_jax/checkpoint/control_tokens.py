@@ -49,6 +49,7 @@ class ControlTokens:
 
     @property
     def tokens(self) -> Mapping[int, str]:
+        """The text of each control token by its id. A message that holds such a text never becomes the token."""
         return self._tokens
 
     def encode(self, text: TemplateText) -> list[int]:

@@ -36,6 +36,7 @@ class ExpertSource:
 
     @property
     def parts(self) -> tuple[Part, ...]:
+        """The parts of `w_in` in the order of their rows, then `w_out`."""
         return (*self.w_in, self.w_out)
 
 

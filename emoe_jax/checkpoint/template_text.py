@@ -109,18 +109,23 @@ class TemplateText(str):
         return TemplateText(other) % self if isinstance(other, str) else NotImplemented
 
     def lstrip(self, chars: str | None = None) -> "TemplateText":
+        """As `str.lstrip`. Each character that stays keeps its `owned` byte."""
         return self[len(self) - len(super().lstrip(chars)) :]
 
     def rstrip(self, chars: str | None = None) -> "TemplateText":
+        """As `str.rstrip`. Each character that stays keeps its `owned` byte."""
         return self[: len(super().rstrip(chars))]
 
     def strip(self, chars: str | None = None) -> "TemplateText":
+        """As `str.strip`. Each character that stays keeps its `owned` byte."""
         return self.lstrip(chars).rstrip(chars)
 
     def removeprefix(self, prefix: str) -> "TemplateText":
+        """As `str.removeprefix`. Each character that stays keeps its `owned` byte."""
         return self[len(self) - len(super().removeprefix(prefix)) :]
 
     def removesuffix(self, suffix: str) -> "TemplateText":
+        """As `str.removesuffix`. Each character that stays keeps its `owned` byte."""
         return self[: len(super().removesuffix(suffix))]
 
     def _located(self, parts: Iterable[str], separator: str | None) -> list["TemplateText"]:
@@ -133,20 +138,25 @@ class TemplateText(str):
         return located
 
     def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list["TemplateText"]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As `str.split`. Each part is a slice of this text, with the `owned` bytes of the slice."""
         return self._located(super().split(sep, maxsplit), sep)
 
     def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list["TemplateText"]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As `str.rsplit`. Each part is a slice of this text, with the `owned` bytes of the slice."""
         return self._located(super().rsplit(sep, maxsplit), sep)
 
     def splitlines(self, keepends: bool = False) -> list["TemplateText"]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As `str.splitlines`. Each line is a slice of this text, with the `owned` bytes of the slice."""
         lines = self._located(super().splitlines(True), "")
         return lines if keepends else [line[: len(str.splitlines(line)[0])] for line in lines]
 
     def partition(self, sep: str) -> tuple["TemplateText", "TemplateText", "TemplateText"]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As `str.partition`. All three parts are slices of this text, and so is the separator."""
         before, found, _ = super().partition(sep)
         return self._cut(len(before), len(found))
 
     def rpartition(self, sep: str) -> tuple["TemplateText", "TemplateText", "TemplateText"]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As `str.rpartition`. All three parts are slices of this text, and so is the separator."""
         before, found, _ = super().rpartition(sep)
         return self._cut(len(before), len(found))
 
@@ -154,11 +164,16 @@ class TemplateText(str):
         return self[:start], self[start : start + length], self[start + length :]
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1) -> "TemplateText":  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As `str.replace`. Each copy of `new` has the owners of `new`, and the rest keeps its own.
+
+        With an empty `old` the result is the template's only where both texts are wholly the template's.
+        """
         if not old:
             return self._whole(super().replace(old, new, count), new)
         return TemplateText(new).join(self.split(old, count))
 
     def join(self, iterable: Iterable[str], /) -> "TemplateText":
+        """As `str.join`. Each part and each separator keeps its `owned` bytes. A plain `str` is the request's."""
         parts = list(iterable)
         between = itertools.chain.from_iterable((self, part) for part in parts[1:])
         return TemplateText.concat([*parts[:1], *between])
@@ -176,44 +191,62 @@ class TemplateText(str):
         return result if str.__eq__(result, text) else self._whole(text)
 
     def upper(self) -> "TemplateText":
+        """As `str.upper`. The new letters belong to the owner of the letter that they come from."""
         return self._recased(str.upper)
 
     def lower(self) -> "TemplateText":
+        """As `str.lower`. The new letters belong to the owner of the letter that they come from.
+
+        A Greek sigma has another form at the end of a word. Where that end is where the owner changes, all becomes the
+        request's.
+        """
         return self._recased(str.lower)
 
     def casefold(self) -> "TemplateText":
+        """As `str.casefold`. The new letters belong to the owner of the letter that they come from."""
         return self._recased(str.casefold)
 
     def swapcase(self) -> "TemplateText":
+        """As `str.swapcase`. The new letters belong to the owner of the old ones, with the exception of `lower`."""
         return self._recased(str.swapcase)
 
     def capitalize(self) -> "TemplateText":
+        """As `str.capitalize`. Where each owner's runs alone would give another text, all becomes the request's."""
         return self._recased(str.capitalize)
 
     def title(self) -> "TemplateText":
+        """As `str.title`. Where each owner's runs alone would give another text, all becomes the request's."""
         return self._recased(str.title)
 
     def center(self, width: SupportsIndex, fillchar: str = " ", /) -> "TemplateText":
+        """As `str.center`. The result is the template's only where text and `fillchar` are wholly the template's."""
         return self._whole(super().center(width, fillchar), fillchar)
 
     def ljust(self, width: SupportsIndex, fillchar: str = " ", /) -> "TemplateText":
+        """As `str.ljust`. This text keeps its owners. The filling is the template's only where both texts are."""
         return self + self._whole(super().ljust(width, fillchar), fillchar)[len(self) :]
 
     def rjust(self, width: SupportsIndex, fillchar: str = " ", /) -> "TemplateText":
+        """As `str.rjust`. This text keeps its owners. The filling is the template's only where both texts are."""
         padded = self._whole(super().rjust(width, fillchar), fillchar)
         return padded[: len(padded) - len(self)] + self
 
     def zfill(self, width: SupportsIndex, /) -> "TemplateText":
+        """As `str.zfill`. The result is the template's only where this text is wholly the template's."""
         return self._whole(super().zfill(width))
 
     def expandtabs(self, tabsize: SupportsIndex = 8) -> "TemplateText":  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As `str.expandtabs`. The result is the template's only where this text is wholly the template's."""
         return self._whole(super().expandtabs(tabsize))
 
     def translate(self, table: Any, /) -> "TemplateText":
+        """As `str.translate`. The whole result counts as the request's."""
         return TemplateText(super().translate(table))
 
     def format(self, *args: Any, **kwargs: Any) -> "TemplateText":  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As `str.format`. The whole result counts as the request's."""
         return TemplateText(super().format(*args, **kwargs))
 
     def format_map(self, mapping: Any, /) -> "TemplateText":  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As `str.format_map`. The whole result counts as the request's."""
         return TemplateText(super().format_map(mapping))

@@ -39,6 +39,7 @@ class Buckets:
 
     @classmethod
     def of(cls, max_num_seqs: int, prefill_chunk: int, max_model_len: int) -> "Buckets":
+        """The buckets of an engine's limits. `prefill_chunk` and `max_model_len` are in tokens."""
         return cls(
             sequences=_ladder(1, max_num_seqs),
             chunk_tokens=_ladder(min(32, prefill_chunk), prefill_chunk),
@@ -47,6 +48,7 @@ class Buckets:
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
+        """All shapes that `fit` may return, decodes first. The engine compiles each of them."""
         batches = [(B, 1) for B in self.sequences] + [(1, T) for T in self.chunk_tokens if T > 1]
         return tuple(Shape(B, T, self.pages) for B, T in batches)
 

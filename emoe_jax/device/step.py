@@ -48,6 +48,7 @@ class Skeleton:
         return cls(graph, tree), tuple(leaves)
 
     def join(self, leaves: Sequence[Array]) -> Any:
+        """The module with these leaves as its weights, in the order in which they were split off. Copies nothing."""
         return nnx.merge(self.graph, jax.tree.unflatten(self.tree, leaves))
 
 
@@ -65,6 +66,7 @@ class StepInputs:
     block_tables: Int[Array | np.ndarray, "B pages_per_sequence"]
 
     def view(self) -> KVView:
+        """The positions `[B, T]` of the new tokens, which of them are no padding, and where their pages are."""
         offsets = jnp.arange(self.tokens.shape[1], dtype=jnp.int32)[None, :]
         return KVView(
             jnp.asarray(self.starts)[:, None] + offsets,
@@ -84,6 +86,7 @@ class Wishes(NamedTuple):
 
     @classmethod
     def of(cls, routing: Routing, num_experts: int) -> "Wishes":
+        """The wishes of one layer. Probabilities become float16, and ids the smallest dtype for `num_experts`."""
         return cls(routing.wish_ids.astype(expert_dtype(num_experts)), routing.wish_probs.astype(jnp.float16))
 
 
@@ -196,6 +199,7 @@ def embed(
     *,
     skeleton: Skeleton,
 ) -> Float[Array, "B T D"]:
+    """Embeddings of a padded batch. A token of `-1 - p` is first replaced by the one at place `p` of `last_tokens`."""
     return skeleton.join(leaves).embed(_with_last_tokens(tokens, last_tokens))
 
 

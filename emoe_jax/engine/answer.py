@@ -32,6 +32,7 @@ class Answer:
 
     @property
     def finished(self) -> bool:
+        """Whether every completion of the request has a finish reason, `error` and `abort` included."""
         return self._output.finished
 
     @property

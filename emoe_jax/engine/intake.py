@@ -40,6 +40,10 @@ class Intake:
         self._classifier = None if profile is None else TaskClassifier(profile)
 
     def tokenize(self, prompt: Prompt) -> list[int]:
+        """The prompt as a new list of token ids.
+
+        Raises `RequestError` for text where the model has no tokenizer, and for ids that `check_tokens` refuses.
+        """
         if isinstance(prompt, str):
             if self._tokenizer is None:
                 raise RequestError("the model has no tokenizer; give the prompt as a list of token ids", param="prompt")
@@ -49,6 +53,7 @@ class Intake:
         return token_ids
 
     def check_tokens(self, token_ids: Rows[int]) -> None:
+        """Raises `RequestError` that names the first token id that is no integer or is outside the vocabulary."""
         vocab_size = self._config.vocab_size
         if set(map(type, token_ids)) == {int} and min(token_ids) >= 0 and max(token_ids) < vocab_size:
             return  # nearly always, and ten times as fast as a look at each

@@ -25,6 +25,7 @@ class Quality:
 
     @property
     def perplexity_ratio(self) -> float:
+        """Perplexity under the resident experts over that under all; 1 is no loss, more is worse."""
         return self.perplexity / self.full_perplexity
 
     @classmethod

@@ -103,6 +103,7 @@ class ExpertLoader:
 
     @property
     def stats(self) -> LoaderStats:
+        """A copy of the totals since the loader was made. Any thread may ask."""
         with self._lock:
             return LoaderStats(**self._totals)
 

@@ -68,10 +68,12 @@ class ExpertSlab:
 
     @property
     def weights(self) -> tuple[ExpertWeights, ...]:
+        """The arrays of every MoE layer, valid until the next commit or resize of the layer."""
         return tuple(self._weights)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all slots on the device, empty ones included."""
         return sum(self.capacities) * self.layout.nbytes
 
     def stage(self, record: HostRecord) -> Float[Array, " P"]:

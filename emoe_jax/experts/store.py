@@ -120,11 +120,13 @@ class ExpertStore:
             read.done.set()
 
     def is_in_host_memory(self, layer: int, expert: int) -> bool:
+        """Whether a `read` now would be a hit. Does not count as a use of the record."""
         with self._lock:
             return (layer, expert) in self._tier
 
     @property
     def stats(self) -> StoreStats:
+        """A consistent copy of the totals, and the bytes that the host tier holds now."""
         with self._lock:
             return StoreStats(**self._totals, host_bytes=len(self._tier) * self.layout.nbytes)
 

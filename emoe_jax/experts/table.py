@@ -32,6 +32,7 @@ class SlotTable:
 
     @property
     def num_layers(self) -> int:
+        """`M`: MoE layers only."""
         return len(self.capacities)
 
     @property
@@ -58,6 +59,7 @@ class SlotTable:
         return np.sort(experts[experts != EMPTY])
 
     def is_resident(self, layer: int, expert: int) -> bool:
+        """Whether the expert has a slot. `layer` counts MoE layers. Raises `IndexError` for an unknown expert."""
         return self.slot(layer, expert) < self.capacities[layer]
 
     def slot(self, layer: int, expert: int) -> int:
@@ -67,6 +69,7 @@ class SlotTable:
         return int(self._slot_of_expert[layer, expert])
 
     def empty_slots(self, layer: int) -> list[int]:
+        """The slots of a layer that hold no expert, lowest first."""
         return np.flatnonzero(self._expert_of_slot[layer] == EMPTY).tolist()
 
     def assign(self, layer: int, slot: int, expert: int) -> int | None:

@@ -16,6 +16,8 @@ from emoe_jax.errors import ConfigError
 
 
 class LoadState(enum.Enum):
+    """Where a ticket is on its way. The last four states are final."""
+
     QUEUED = "queued"
     STAGING = "staging"
     READY = "ready"
@@ -170,6 +172,7 @@ class TicketQueue:
 
     @property
     def has_ready(self) -> bool:
+        """Whether some ticket, urgent or not, is staged. Takes no lock, so the answer may be a moment old."""
         return bool(self._ready)
 
     def take_ready(self) -> list[LoadTicket]:
@@ -181,6 +184,7 @@ class TicketQueue:
             return self._taken(taken)
 
     def finish(self, ticket: LoadTicket, state: LoadState, error: Exception | None = None) -> None:
+        """End a ticket in this final state and drop its staged record. Without `error` it keeps the error it has."""
         with self._lock:
             ticket.error = error or ticket.error
             self._finish(ticket, state)
@@ -228,6 +232,7 @@ class TicketQueue:
         return mask
 
     def close(self) -> None:
+        """Cancel all tickets but those being committed and wake every waiting thread. `request` raises from then on."""
         with self._lock:
             self._closed = True
             for ticket in list(self._tickets.values()):

@@ -24,6 +24,7 @@ class ExpertWeights:
 
     @property
     def capacity(self) -> int:
+        """`C`, the slots of the layer."""
         return self.w_in.shape[0]
 
 
@@ -37,6 +38,7 @@ class ExpertLayout:
 
     @classmethod
     def of(cls, config: ModelConfig, dtype: str | np.dtype) -> "ExpertLayout":
+        """The layout of this model's experts in the slab's `dtype`, which may differ from the checkpoint's."""
         return cls(config.expert_in_shape, config.expert_out_shape, np.dtype(jnp.dtype(dtype)))
 
     @property

@@ -19,6 +19,10 @@ class Writes:
         self._evicted: dict[int, list[int]] = defaultdict(list)
 
     def add(self, ticket: LoadTicket, slot: int) -> None:
+        """Give a staged expert a slot in the table now. Its weights are written by `flush`.
+
+        A later ticket for the same slot replaces this one. Raises as `SlotTable.assign` does.
+        """
         assert ticket.staged is not None
         evicted = self._table.assign(ticket.layer, slot, ticket.expert)
         if evicted is not None:
@@ -27,6 +31,7 @@ class Writes:
         self._pending[ticket.layer][slot] = ticket.staged  # replaces an expert that was evicted again right away
 
     def flush(self, slab: ExpertSlab) -> None:
+        """Commit what was added, layer by layer. After an error, `abandon` knows the layers that were not written."""
         for layer in list(self._pending):
             slots = self._pending[layer]
             slab.commit(layer, list(slots.values()), list(slots))

@@ -24,6 +24,7 @@ class Sizes(NamedTuple):
         return self.layer_page * self.num_layers
 
     def of(self, split: MemorySplit) -> int:
+        """Bytes that slab and KV cache take together under this split."""
         return sum(split.capacities) * self.slot + split.num_pages * self.page
 
 

@@ -45,12 +45,15 @@ class Pressure:
             self._calm_since = now
 
     def wants_pages(self, now: float) -> bool:
+        """Whether enough recent steps lacked pages, and the last trade is `DWELL_SECONDS` ago. `now` is in seconds."""
         return self._short >= SHORT_SHARE and now - self._since >= DWELL_SECONDS
 
     def spares_pages(self, now: float) -> bool:
+        """Whether no step lacked pages and few were in use for `DWELL_SECONDS`. `now` is in seconds."""
         return now - max(self._since, self._calm_since) >= DWELL_SECONDS
 
     def traded(self, now: float) -> None:
+        """Forget what was seen before the trade at time `now`, in seconds."""
         self._short, self._since, self._calm_since = 0.0, now, now
 
 

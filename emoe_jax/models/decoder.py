@@ -28,6 +28,7 @@ _INIT_STDDEV = 0.02
 
 
 def activation_function(config: ModelConfig) -> Callable[[Array], Array]:
+    """The elementwise nonlinearity that `config.activation` names. `gelu` is exact, and `gelu_tanh` approximates it."""
     return {
         "silu": jax.nn.silu,
         "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -183,6 +184,7 @@ class Decoder(nnx.Module):
             self.head = nnx.Param(jax.random.normal(rngs.params(), shape) * _INIT_STDDEV)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Rows of the embedding table, unscaled. Tokens must lie in the vocabulary; JAX clamps others silently."""
         return self.embedding[...][tokens]
 
     def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:

@@ -88,9 +88,11 @@ class HfConfig:
         return default if key not in self._raw else self.size(key)
 
     def number(self, key: str, default: float) -> float:
+        """A finite number as a float; `default` when absent or null. Raises `ConfigError` otherwise."""
         return _finite(key, self.get(key, (int, float), default))
 
     def positive(self, key: str, default: float) -> float:
+        """A finite number above 0; `default` when absent or null. Raises `ConfigError` otherwise."""
         value = self.number(key, default)
         if value <= 0:
             raise ConfigError(f"config.json: {key} is {value}; expected a positive number")
@@ -109,6 +111,7 @@ class HfConfig:
         self._read.update(keys)
 
     def activation(self, default: str = "silu") -> Literal["silu", "gelu", "gelu_tanh", "relu"]:
+        """`hidden_act` under this project's name for it. Raises `ConfigError` for one that is not supported."""
         name = self.get("hidden_act", str, default)
         if name not in _ACTIVATIONS:
             known = ", ".join(sorted(_ACTIVATIONS))
@@ -137,6 +140,7 @@ class HfConfig:
         return ids
 
     def token_id(self, key: str, default: int | None = None) -> int | None:
+        """The first token id of `key`; None when null, `default` when absent. Raises `ConfigError` for other values."""
         ids = self.token_ids(key, default)
         return ids[0] if ids else None
 
@@ -149,6 +153,10 @@ class HfConfig:
 
     @property
     def dtype(self) -> str:
+        """`dtype`, or the older `torch_dtype`, without `torch.`; float32 where neither is set.
+
+        Raises `ConfigError` for a dtype that is not supported.
+        """
         value = self._raw.get("dtype") or self._raw.get("torch_dtype") or "float32"
         name = str(value).removeprefix("torch.")
         if name not in _DTYPES:

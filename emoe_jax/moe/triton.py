@@ -46,6 +46,7 @@ def triton(operands: Operands, config: ModelConfig) -> Float[Array, "R D"]:
 
 
 def supports(config: ModelConfig) -> bool:
+    """Whether `D` and `F` are multiples of Triton's smallest tile, so that the kernels can multiply them."""
     return config.hidden_size % _MIN_TILE == 0 and config.expert_hidden % _MIN_TILE == 0
 
 

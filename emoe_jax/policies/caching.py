@@ -11,6 +11,8 @@ _LONG_AGO = 1e6  # steps; single precision counts well beyond it
 
 
 class FixedState(NamedTuple):
+    """The plan, as wishes per step `[*lead, M, E]`, and nothing observed."""
+
     rates: Matrix
 
 
@@ -18,19 +20,25 @@ class Fixed(Rule[FixedState]):
     """The experts that the plan expects most, whatever routers wish: the paper's, by whatever it plans with."""
 
     def start(self, rates: Float[Any, "M E"]) -> FixedState:
+        """The first plan; `rates` are expected wishes per step and expert."""
         return FixedState(rates)
 
     def plan(self, state: FixedState, expected: ExpectedWishes) -> FixedState:
+        """The new plan replaces the old one."""
         return FixedState(expected.rates)
 
     def observe(self, state: FixedState, counts: Shaped[Any, "M E"], steps: int = 1) -> FixedState:
+        """The state as it is: wishes change nothing."""
         return state
 
     def scores(self, state: FixedState) -> Matrix:
+        """The planned wishes per step."""
         return state.rates
 
 
 class LruState(NamedTuple):
+    """How many steps ago each expert was last wished for, `[*lead, M, E]`."""
+
     age: Matrix  # steps since the expert was wished for, less a part of a step for its share of that step's wishes
 
 
@@ -41,19 +49,24 @@ class Lru(Rule[LruState]):
     margin = 0.5
 
     def start(self, rates: Float[Any, "M E"]) -> LruState:
+        """Every expert was last wished for long ago. Of `rates` only the shape counts, and so all experts are alike."""
         return LruState(namespace(rates).full_like(rates, _LONG_AGO))
 
     def observe(self, state: LruState, counts: Shaped[Any, "M E"], steps: int = 1) -> LruState:
+        """Experts that were wished for become 0 steps old, those with a larger share of the wishes a little younger."""
         xp = namespace(counts)
         # Among equally recent ones the more wished-for is first.
         share = counts / xp.maximum(counts.sum(-1).max(), 1)
         return LruState(xp.where(counts > 0, -0.5 * share, xp.minimum(state.age + steps, _LONG_AGO)))
 
     def scores(self, state: LruState) -> Matrix:
+        """The age in steps, negated: 0 or a little more for an expert wished for in the last step."""
         return -state.age
 
 
 class LfuState(NamedTuple):
+    """How often each expert was wished for since the start, `[*lead, M, E]`."""
+
     counts: Matrix
 
 
@@ -61,12 +74,15 @@ class Lfu(Rule[LfuState]):
     """The experts wished for most often since the start."""
 
     def start(self, rates: Float[Any, "M E"]) -> LfuState:
+        """No wishes yet. Of `rates` only the shape counts, and so all experts are alike."""
         return LfuState(namespace(rates).zeros_like(rates))
 
     def observe(self, state: LfuState, counts: Shaped[Any, "M E"], steps: int = 1) -> LfuState:
+        """Adds the wishes. Nothing decays, so `steps` does not matter."""
         return LfuState(state.counts + counts)
 
     def scores(self, state: LfuState) -> Matrix:
+        """Wishes since the start."""
         return state.counts
 
 

@@ -62,6 +62,7 @@ class Dynamics(NamedTuple):
 
     @property
     def latent_keep(self) -> Float[np.ndarray, " J"]:
+        """The factor by which each latent mean decays in one step, `0.5 ** (1 / half-life)`."""
         return 0.5 ** (1 / self.latent_half_lives)
 
     def save(self, path: str | Path) -> None:

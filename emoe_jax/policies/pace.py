@@ -24,6 +24,7 @@ class Pace:
 
     @property
     def due(self) -> bool:
+        """Whether the pause that the last `timed` block earned is over. True before the first block."""
         return self._clock() >= self._next
 
     @contextlib.contextmanager

@@ -16,6 +16,8 @@ docs/explanation/residency.md."""
 
 
 class RefreshState(NamedTuple):
+    """The plan and decayed means of what was observed, per expert (`K` half-lives) and along `r` directions (`J`)."""
+
     rates: Matrix  # as planned
     recent: Float[Any, "*lead K M E"]  # decayed mean of wishes per step, one for each half-life, begun at the plan
     latent: Float[Any, "*lead J r"]  # decayed mean of how wishes deviate from the plan, along few directions
@@ -42,6 +44,7 @@ class Refresh(Rule[RefreshState]):
         self._latent_keep = dynamics.latent_keep[:, None]
 
     def start(self, rates: Float[Any, "M E"]) -> RefreshState:
+        """Every mean begins at the planned `rates`, and no wish deviates from them yet."""
         xp = namespace(rates)
         dynamics = self._dynamics
         latent = (len(dynamics.latent_half_lives), dynamics.directions.shape[1])
@@ -49,6 +52,7 @@ class Refresh(Rule[RefreshState]):
         return RefreshState(rates, recent, xp.zeros(latent, np.float32))
 
     def plan(self, state: RefreshState, expected: ExpectedWishes) -> RefreshState:
+        """The new plan. Means keep the share of the requests that go on. New requests enter at their planned rates."""
         share = expected.continuing
         share = np.float32(share) if isinstance(share, float) else share
         return RefreshState(expected.rates, share * state.recent + expected.joined, share * state.latent)
@@ -77,6 +81,7 @@ class Refresh(Rule[RefreshState]):
         return weights[0] * state.rates + xp.einsum("k,...kme->...me", weights[1:], state.recent)
 
     def scores(self, state: RefreshState) -> Matrix:
+        """Wishes per step expected over the next few steps, `[*lead, M, E]`."""
         own, shape, dynamics = self.own(state), state.rates.shape, self._dynamics
         size = dynamics.readout.shape[1]
         mixed = state.latent.reshape(*state.latent.shape[:-2], -1) @ self._mix

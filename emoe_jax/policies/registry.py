@@ -37,6 +37,8 @@ class PolicyWeights:
 
 
 class PolicyKind(NamedTuple):
+    """How a policy is made and what the engine has to do for it."""
+
     forecast: PlannedBy
     rule: Callable[[int, int, PolicyWeights], Rule[Any]]  # of the numbers of MoE layers and experts
     follows_requests: bool = False  # whether it has to be told of the requests that start and end

@@ -46,6 +46,7 @@ class Tally:
     loads: int = 0
 
     def add(self, other: Tally) -> None:
+        """Add the other's three sums to these, in place."""
         self.wishes += other.wishes
         self.lookups += other.lookups
         self.loads += other.loads
@@ -65,9 +66,11 @@ class Window:
 
     @property
     def is_full(self) -> bool:
+        """Whether `add` has no room for another step."""
         return len(self) == len(self.counts)
 
     def clear(self) -> None:
+        """Forget the steps. The memory is kept and `counts` still holds old numbers."""
         self.tasks, self.wanted, self.covered = [], Tally(), Tally()
 
     def add(
@@ -77,6 +80,11 @@ class Window:
         tasks: tuple[str | None, ...],
         loads: int,
     ) -> None:
+        """Append one step. The window must not be full.
+
+        `resident_counts` are those of its wishes that were resident when it ran. `loads` are the engine's loads since
+        the step before. Counts above 65,535 are stored as 65,535.
+        """
         self.counts[len(self)] = np.minimum(counts, np.iinfo(np.uint16).max)
         self.tasks.append(tasks)
         self.wanted.add(Tally(int(counts.sum()), int(np.count_nonzero(counts))))

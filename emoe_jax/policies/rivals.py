@@ -9,6 +9,8 @@ from emoe_jax.policies.rule import ExpectedWishes, Matrix, Rule, namespace
 
 
 class NextLayerState(NamedTuple):
+    """The plan, and the wishes from which the next layer's follow. Both are `[*lead, M, E]`."""
+
     rates: Matrix
     last: Matrix  # wishes of the step observed last
 
@@ -26,18 +28,23 @@ class NextLayerRouter(Rule[NextLayerState]):
         self._transitions = transitions.astype(np.float32)
 
     def start(self, rates: Float[Any, "M E"]) -> NextLayerState:
+        """The planned `rates` stand for the wishes of a step that has not been seen."""
         return NextLayerState(rates, rates)
 
     def plan(self, state: NextLayerState, expected: ExpectedWishes) -> NextLayerState:
+        """The new plan. The wishes of the last step stay."""
         return NextLayerState(expected.rates, state.last)
 
     def observe(self, state: NextLayerState, counts: Shaped[Any, "M E"], steps: int = 1) -> NextLayerState:
+        """The new wishes replace those of the step before. With `steps` above 1 they are sums over these steps."""
         return NextLayerState(state.rates, counts.astype(np.float32))
 
     def read(self, state: NextLayerState, counts: Shaped[Any, "M E"], tokens: int) -> NextLayerState:
+        """The wishes of a prompt's chunk are added to those of the step that it ran in."""
         return NextLayerState(state.rates, state.last + counts)
 
     def scores(self, state: NextLayerState) -> Matrix:
+        """The first layer's planned rates. Other layers get what follows the one before, scaled to the planned sum."""
         xp = namespace(state.last)
         following = xp.einsum("...mi,mij->...mj", state.last[..., :-1, :], self._transitions)
         wished = xp.maximum(state.last[..., :-1, :].sum(-1, keepdims=True), 1)
@@ -56,6 +63,8 @@ def activation_matrices(counts: Int[np.ndarray, "P M E"]) -> Float[np.ndarray, "
 
 
 class ActivationState(NamedTuple):
+    """The plan, and the wishes of the running requests. Both are `[*lead, M, E]`."""
+
     rates: Matrix
     counts: Matrix  # of the running requests since they started
 
@@ -75,17 +84,21 @@ class ActivationMatrix(Rule[ActivationState]):
         self._directions = flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-12)
 
     def start(self, rates: Float[Any, "M E"]) -> ActivationState:
+        """The plan counts as `planned_tokens` tokens that were observed."""
         return ActivationState(rates, rates * self.planned_tokens)
 
     def plan(self, state: ActivationState, expected: ExpectedWishes) -> ActivationState:
+        """The new plan. Requests that go on keep their wishes; new ones count as `planned_tokens` tokens each."""
         return ActivationState(
             expected.rates, expected.continuing * state.counts + self.planned_tokens * expected.joined
         )
 
     def observe(self, state: ActivationState, counts: Shaped[Any, "M E"], steps: int = 1) -> ActivationState:
+        """Adds the wishes. Nothing decays, so `steps` does not matter."""
         return ActivationState(state.rates, state.counts + counts)
 
     def scores(self, state: ActivationState) -> Matrix:
+        """The mean of the recorded matrices, weighted by likeness, scaled to as many wishes per layer as planned."""
         xp = namespace(state.counts)
         shape = state.counts.shape
         flat = state.counts.reshape(*shape[:-2], -1)

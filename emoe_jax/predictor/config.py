@@ -70,6 +70,7 @@ class PredictorConfig:
             raise PredictorError(f"width {self.width} is no multiple of the {self.heads} heads")
 
     def describe(self) -> str:
+        """The model's shape for messages: `16 MoE layers of 64 experts, top-8`."""
         return f"{self.num_layers} MoE layers of {self.num_experts} experts, top-{self.top_k}"
 
     def check_model(self, num_layers: int, num_experts: int, top_k: int, what: str) -> None:
@@ -81,12 +82,14 @@ class PredictorConfig:
             )
 
     def check_embedding(self, dim: int, what: str) -> None:
+        """Raise `PredictorError` where `what` has prompt embeddings of another size. A `dim` of 0, none, is fine."""
         if dim not in (0, self.embedding_dim):
             raise PredictorError(
                 f"the predictor was trained on prompt embeddings of {self.embedding_dim} numbers; {what} has {dim}"
             )
 
     def to_json(self) -> dict[str, Any]:
+        """What `load` reads: the fields, and the number of the format."""
         return {"format": FORMAT, **dataclasses.asdict(self)}
 
     @staticmethod

@@ -23,6 +23,7 @@ class History:
 
     @staticmethod
     def empty(num_layers: int, num_experts: int) -> History:
+        """The history of the first prompt: NaN throughout."""
         nothing = np.full((num_layers, num_experts), np.nan, np.float32)
         return History(nothing, nothing)
 
@@ -61,6 +62,11 @@ class InputBuilder:
     def build(
         self, prompts: Prompts, prior: Float[np.ndarray, "B M E"], histories: list[History], with_first: bool
     ) -> Inputs:
+        """The network's inputs for `B` prompts, each with its own history.
+
+        `prior` holds positive shares, because its logarithm is taken. Without `with_first` the routing of the first
+        answer tokens counts as unknown.
+        """
         first = frequencies(prompts.first) if with_first else np.full_like(prior, np.nan)
         channels = (prior, np.stack([h.last for h in histories]), np.stack([h.recent for h in histories]), first)
         return Inputs(

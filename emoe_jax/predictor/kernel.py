@@ -105,10 +105,12 @@ def _first_roots(prompts: Prompts) -> Float[np.ndarray, "P ME"]:
 
 
 def has_embedding(prompts: Prompts) -> Bool[np.ndarray, " P"]:
+    """Which prompts have an embedding. One of zeros only, or of no numbers, is none."""
     return (prompts.embedding != 0).sum(axis=1) > 0
 
 
 def unit_rows(rows: Float[np.ndarray, "P d"]) -> Float[np.ndarray, "P d"]:
+    """Rows scaled to length 1, in float32. A row of zeros stays zero."""
     rows = rows.astype(np.float32)
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 

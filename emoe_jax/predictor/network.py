@@ -86,10 +86,12 @@ def distribution(
 
 
 def count(weights: Weights) -> int:
+    """Numbers in all arrays, over all members."""
     return sum(leaf.size for leaf in weights.values())
 
 
 def save(weights: Weights, path: Path) -> None:
+    """Write the arrays to one safetensors file, replacing what is there. They are copied to the host first."""
     safetensors.numpy.save_file({name: jax.device_get(leaf) for name, leaf in weights.items()}, path)
 
 

@@ -112,6 +112,7 @@ class Predictor:
 
     @property
     def num_remembered(self) -> int:
+        """Prompts in the prior's memory: those that it was trained on and those observed since."""
         return len(self.memory)
 
     def predict(

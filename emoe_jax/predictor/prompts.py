@@ -41,12 +41,14 @@ class Prompts:
         return Prompts(tuple(trace.tasks), embedding.astype(np.float32), counts, first, tokens)
 
     def take(self, rows: Sequence[int] | Int[np.ndarray, " p"]) -> Prompts:
+        """The prompts of these rows, in this order; a row may come twice. Arrays are copied."""
         rows = np.asarray(rows, np.int64)
         tasks = tuple(self.tasks[row] for row in rows)
         tokens = None if self.tokens is None else tuple(self.tokens[row] for row in rows)
         return Prompts(tasks, self.embedding[rows], self.counts[rows], self.first[rows], tokens)
 
     def join(self, later: Prompts) -> Prompts:
+        """These prompts, then the `later` ones. Token ids are kept only where both have them."""
         embedding, counts, first = (
             np.concatenate([getattr(self, name), getattr(later, name)]) for name in ("embedding", "counts", "first")
         )

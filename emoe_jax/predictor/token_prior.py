@@ -67,6 +67,7 @@ class TokenPrior:
         return TokenPrior(table, self._rests)
 
     def save(self, path: Path) -> None:
+        """Write the table and both regressions to one compressed `.npz`. The regressions are rounded to float16."""
         arrays: dict[str, Any] = {"rests": np.stack(self._rests).astype(np.float16), **self.table.arrays()}
         with path.open("wb") as file:
             np.savez_compressed(file, **arrays)

@@ -36,6 +36,7 @@ class LogitAdjustment:
 
     @functools.cached_property
     def bias(self) -> Float[np.ndarray, " V"]:
+        """What to add to the logits, by token; a new array each time."""
         bias = np.zeros(self._vocab_size, np.float32)
         for token, value in self._logit_bias.items():
             bias[token] = value
@@ -43,6 +44,7 @@ class LogitAdjustment:
 
     @functools.cached_property
     def seen(self) -> Bool[np.ndarray, " V"]:
+        """Which tokens the repetition penalty holds back; a new array each time."""
         seen = np.zeros(self._vocab_size, np.bool_)
         seen[list(self._prompt)] = True
         return seen

@@ -50,7 +50,9 @@ class Vocabulary(Protocol):
     """A tokenizer, as far as grammars need it."""
 
     @property
-    def eos_token_ids(self) -> tuple[int, ...]: ...
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text; the first of them ends it in a grammar."""
+        ...
 
     def continuation_json(self) -> str:
         """The tokenizer as it goes on with a text, in the format of `tokenizer.json`."""

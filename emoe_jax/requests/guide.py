@@ -74,6 +74,7 @@ class Grammar:
         return Guide(self)
 
     def copy(self) -> "LLMatcher":
+        """A matcher at the start, for one sequence to advance. The grammar's own stays where it is."""
         return self._matcher.deep_copy()
 
     def advance(self, matcher: "LLMatcher", tokens: Rows[int]) -> Mask:

@@ -220,16 +220,20 @@ class RequestOutput:
 
     @property
     def text(self) -> str:
+        """The text of the first completion so far."""
         return self.completions[0].text
 
     @property
     def token_ids(self) -> list[int]:
+        """The first completion's tokens so far, the one that ended it included. The live list: do not change it."""
         return self.completions[0].token_ids
 
     @property
     def logprobs(self) -> list[TokenLogprob] | None:
+        """One entry for each token of the first completion; None where the request did not ask for them."""
         return self.completions[0].logprobs
 
     @property
     def finished(self) -> bool:
+        """Whether every completion has a finish reason, `error` and `abort` included."""
         return all(completion.finish_reason is not None for completion in self.completions)

@@ -11,6 +11,8 @@ from emoe_jax.requests.request import SLO, FinishReason, RoutingContract, Sampli
 
 
 class SequenceStatus(enum.Enum):
+    """A preempted sequence is waiting again. Finished is final."""
+
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
@@ -89,6 +91,7 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of prompt and answer, with those that a step in flight still samples."""
         return self.num_known + self.num_pending
 
     @property
@@ -108,6 +111,7 @@ class Sequence:
 
     @property
     def finished(self) -> bool:
+        """Whether the sequence has ended, for whatever reason; an aborted one has too."""
         return self.status is SequenceStatus.FINISHED
 
     def add_routing(self, counts: Int[np.ndarray, "M E"]) -> None:

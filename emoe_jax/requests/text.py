@@ -8,9 +8,13 @@ from typing import Protocol, runtime_checkable
 class Detokenizer(Protocol):
     """Decodes one sequence token by token; text whose bytes are incomplete comes with a later token."""
 
-    def add(self, token_id: int) -> str: ...
+    def add(self, token_id: int) -> str:
+        """The text that is complete with this token and was not returned before; may be empty."""
+        ...
 
-    def flush(self) -> str: ...
+    def flush(self) -> str:
+        """The text that is still held back, at the end of the sequence."""
+        ...
 
 
 class _StopString:

@@ -16,24 +16,43 @@ class Limits(Protocol):
     """What a machine takes: the scheduler has it."""
 
     @property
-    def max_num_seqs(self) -> int: ...
+    def max_num_seqs(self) -> int:
+        """The most sequences that run at the same time."""
+        ...
+
     @property
-    def max_model_len(self) -> int: ...
+    def max_model_len(self) -> int:
+        """The most tokens of prompt and answer together."""
+        ...
+
     @property
-    def prefill_chunk(self) -> int: ...
+    def prefill_chunk(self) -> int:
+        """The most prompt tokens of one sequence in one step."""
+        ...
 
 
 class Residents(Protocol):
     """Which experts are resident, and what loads have cost so far: `Residency` has it."""
 
     @property
-    def policy_name(self) -> str: ...
+    def policy_name(self) -> str:
+        """The name of the residency policy in `POLICIES`."""
+        ...
+
     @property
-    def table(self) -> SlotTable: ...
+    def table(self) -> SlotTable:
+        """The live table. Read it on the thread that owns the step."""
+        ...
+
     @property
-    def loads(self) -> LoaderStats: ...
+    def loads(self) -> LoaderStats:
+        """Totals of the loader since it was made."""
+        ...
+
     @property
-    def expert_bytes(self) -> int: ...
+    def expert_bytes(self) -> int:
+        """Bytes of one expert's weights in the slab."""
+        ...
 
 
 def admission_policy(name: str, profile: TaskProfile | None, residency: Residents, limits: Limits) -> AdmissionPolicy:

@@ -41,6 +41,7 @@ class PlannedRequest:
 
     @property
     def unanswered(self) -> bool:
+        """Whether a question about this request was asked and has no answer yet."""
         return self.number is not None and self.predicted is None
 
 

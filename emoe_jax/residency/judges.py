@@ -37,6 +37,10 @@ class Drift:
 
     @property
     def drifted(self) -> bool:
+        """Whether coverage fell too far below the promise.
+
+        False before a promise, and while fewer than `patience` steps were observed since `restart`.
+        """
         if self.promised is None or self.coverage is None or self._steps < self._patience:
             return False
         return self.coverage < (1 - self._tolerance) * self.promised

@@ -316,6 +316,7 @@ class Residency:
         }
 
     def close(self) -> None:
+        """Cancel what is being loaded and join the loader's threads. No step may follow."""
         self._loader.close()
 
     def __enter__(self) -> "Residency":

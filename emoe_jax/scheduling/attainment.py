@@ -18,6 +18,7 @@ class Counts:
     attained: int = 0
 
     def state(self) -> dict[str, Any]:
+        """The three counts and `attainment`, the share `attained / with_slo`. It is None without any deadline."""
         share = self.attained / self.with_slo if self.with_slo else None
         return dataclasses.asdict(self) | {"attainment": share}
 

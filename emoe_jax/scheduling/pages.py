@@ -52,6 +52,7 @@ class PagePool:
 
     @property
     def num_used(self) -> int:
+        """Pages that some sequence uses. Pages that are only kept for their prefix do not count."""
         return self.num_usable - self.num_free
 
     def needed(self, num_tokens: int) -> int:
@@ -59,6 +60,7 @@ class PagePool:
         return -(-num_tokens // self.page_size)
 
     def can_allocate(self, count: int) -> bool:
+        """Whether `allocate(count)` would succeed now, kept pages given up where necessary."""
         return count <= self.num_free
 
     def allocate(self, count: int) -> list[int]:

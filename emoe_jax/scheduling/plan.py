@@ -37,10 +37,12 @@ class StepPlan:
 
     @property
     def num_prefill_tokens(self) -> int:
+        """Tokens of all prefill chunks, padding not counted."""
         return sum(chunk.length for chunk in self.prefills)
 
     @property
     def num_tokens(self) -> int:
+        """Tokens that the step computes: one for each decode, and those of the prefill chunks."""
         return len(self.decodes) + self.num_prefill_tokens
 
     def __bool__(self) -> bool:

@@ -74,24 +74,30 @@ class FcfsPolicy:
 
     @property
     def waiting(self) -> tuple[Sequence, ...]:
+        """The waiting sequences, preempted ones first."""
         return tuple(self._queue)
 
     def next_up(self, places: int, now: float) -> list[Sequence]:
+        """The first `places` of the queue. The time does not matter."""
         return list(itertools.islice(self._queue, places))
 
     def add(self, sequence: Sequence, running: Collection[Sequence]) -> None:
+        """Queue the sequence last. This policy refuses none."""
         self._queue[sequence] = None
 
     def put_back(self, sequence: Sequence) -> None:
+        """Queue a preempted sequence before all others."""
         self._queue[sequence] = None
         self._queue.move_to_end(sequence, last=False)
 
     def remove(self, sequence: Sequence) -> None:
+        """Take the sequence out of the queue. Raises `KeyError` when it is not there."""
         del self._queue[sequence]
 
     def candidates(
         self, running: Collection[Sequence], planned: Collection[PrefillChunk], now: float
     ) -> Iterator[Sequence]:
+        """The queue from its front. A sequence that still waits when the next one is asked for is passed over."""
         set_aside = 0  # at the front of the queue
         while len(self._queue) > set_aside:
             sequence = next(itertools.islice(self._queue, set_aside, None))
@@ -99,10 +105,11 @@ class FcfsPolicy:
             set_aside += sequence in self._queue
 
     def observe(self, plan: StepPlan, seconds: float, waited: float = 0.0) -> None:
-        pass
+        """Nothing: the order of arrival depends on no measurement."""
 
     def ended(self, sequence: Sequence) -> None:
-        pass
+        """Nothing: the order of arrival depends on no answer."""
 
     def state(self) -> dict[str, Any]:
+        """Empty: the policy has no numbers of its own."""
         return {}

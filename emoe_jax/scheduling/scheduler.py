@@ -88,14 +88,17 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
+        """Sequences in the queue, preempted ones included."""
         return len(self.policy)
 
     @property
     def num_running(self) -> int:
+        """Sequences that were started and neither ended nor were preempted since."""
         return len(self._running)
 
     @property
     def has_work(self) -> bool:
+        """Whether any sequence waits or runs."""
         return bool(len(self.policy) or self._running)
 
     @property

@@ -37,6 +37,7 @@ LoadingSeconds = Callable[[Sequence], float]
 
 
 def loads_nothing(sequence: Sequence) -> float:
+    """0 seconds for every sequence: the loading time of an engine whose experts are all resident."""
     return 0.0
 
 
@@ -72,9 +73,11 @@ class SloPolicy:
 
     @property
     def waiting(self) -> tuple[Sequence, ...]:
+        """The waiting sequences by arrival, preempted ones first."""
         return tuple(self._queue)
 
     def next_up(self, places: int, now: float) -> list[Sequence]:
+        """The likely next ones: a sequence that has waited too long, then by deadline and work. Changes nothing."""
         if not places or not len(self._queue):
             return []
         oldest, since = self._queue.oldest()
@@ -85,6 +88,10 @@ class SloPolicy:
         return list(dict.fromkeys(itertools.islice(likely, places + 2)))[:places]  # the first two may come again
 
     def add(self, sequence: Sequence, running: Collection[Sequence]) -> None:
+        """Queue the sequence by deadline and work.
+
+        Raises `SloUnattainable`, queueing nothing, when its deadlines are strict and cannot be kept.
+        """
         estimates = self._estimates
         estimates.expect(sequence)
         latest_start = estimates.latest_start(sequence)
@@ -93,14 +100,17 @@ class SloPolicy:
         self._queue.add(sequence, latest_start, estimates.work(sequence))
 
     def put_back(self, sequence: Sequence) -> None:
+        """Queue a preempted sequence before all others."""
         self._queue.add_first(sequence)
 
     def remove(self, sequence: Sequence) -> None:
+        """Take the sequence out of the queue: it was started or ended."""
         self._queue.remove(sequence)
 
     def candidates(
         self, running: Collection[Sequence], planned: Collection[PrefillChunk], now: float
     ) -> Iterator[Sequence]:
+        """Sequences to start, until computing their prompts takes as long as `PREFILL_STEPS` says a step may."""
         queue, estimates, cost = self._queue, self._estimates, self._estimates.model.cost
         spent = cost.prefill(sum(chunk.length for chunk in planned), len(planned)) if planned else 0.0
         budget = cost.step * (PREFILL_STEPS + len(queue))
@@ -134,12 +144,15 @@ class SloPolicy:
             any_runs = True
 
     def observe(self, plan: StepPlan, seconds: float, waited: float = 0.0) -> None:
+        """Learn from a step's time what tokens cost. `seconds` do not include the `waited` seconds."""
         self._estimates.observe(plan, seconds, waited)
 
     def ended(self, sequence: Sequence) -> None:
+        """Learn from the length of the answer how long answers of its task are."""
         self._estimates.lengths.observe(sequence)
 
     def state(self) -> dict[str, Any]:
+        """The queue's counts and all estimates. Times are in seconds; `max_wait_s` is None for no limit."""
         estimates = self._estimates
         return {
             "max_wait_s": self.max_wait if self.max_wait < math.inf else None,

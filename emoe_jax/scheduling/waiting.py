@@ -66,6 +66,7 @@ class WaitingQueue:
 
     @property
     def num_late(self) -> int:
+        """Waiting sequences whose deadlines can no longer be kept."""
         return len(self._late)
 
     def oldest(self, but: Container[Sequence] = ()) -> tuple[Sequence, float]:

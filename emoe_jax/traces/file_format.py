@@ -11,6 +11,8 @@ import numpy as np
 
 
 class Wanted(NamedTuple):
+    """What a trace file's array has to be: one of these dtypes, with `ndim` axes, and present unless `optional`."""
+
     kinds: tuple[str, ...]  # dtype names; "str" stands for any width
     ndim: int
     optional: bool = False

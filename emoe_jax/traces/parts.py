@@ -47,6 +47,7 @@ class Geometry(NamedTuple):
 
     @property
     def row(self) -> np.dtype:
+        """The dtype of one token's record. `probs` are float16; `sample` is the number of its prompt."""
         choices = (self.num_layers, self.top_k)
         experts = expert_dtype(self.num_experts)
         return np.dtype(
@@ -55,6 +56,7 @@ class Geometry(NamedTuple):
 
     @property
     def prompt(self) -> np.dtype:
+        """The dtype of one prompt's record. `length` is in tokens; `task` is an index of the task names."""
         return np.dtype([("task", "<i2"), ("length", "<i4"), ("embedding", "<f2", (self.embedding_size,))])
 
 
@@ -117,6 +119,7 @@ class TraceParts:
         return self._mapped("tokens.bin", TOKEN, int(self.prompts()["length"].sum(dtype=np.int64)))
 
     def close(self) -> None:
+        """Close the files and release the lock. The files stay, to be continued or assembled."""
         for file in getattr(self, "_files", {}).values():
             file.close()
         os.close(self._lock)

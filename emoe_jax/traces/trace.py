@@ -78,18 +78,22 @@ class RoutingTrace:
 
     @property
     def num_tokens(self) -> int:
+        """`N`, over all prompts."""
         return len(self.sample)
 
     @property
     def num_prompts(self) -> int:
+        """`P`. A prompt without recorded tokens counts too."""
         return len(self.task)
 
     @property
     def num_layers(self) -> int:
+        """`M`: MoE layers only."""
         return self.experts.shape[1]
 
     @property
     def top_k(self) -> int:
+        """`k`, the choices per token and layer."""
         return self.experts.shape[2]
 
     @property
@@ -98,6 +102,7 @@ class RoutingTrace:
         return [self.task_names[index] for index in self.task]
 
     def describe(self) -> str:
+        """The model's shape for messages: `16 MoE layers of 64 experts, top-8`."""
         return f"{self.num_layers} MoE layers of {self.num_experts} experts, top-{self.top_k}"
 
     def rank(self) -> Int[np.ndarray, " N"]:
@@ -166,6 +171,7 @@ class RoutingTrace:
         return np.concatenate([tokens[prompt] for prompt in prompts])
 
     def without_embedding(self) -> RoutingTrace:
+        """The same trace without prompt embeddings. The other arrays are shared, not copied."""
         return dataclasses.replace(self, prompt_embedding=None)
 
     def validate(self) -> None:
