@@ -9,10 +9,14 @@ Omittable = Annotated[Value | None, Field(exclude_if=lambda value: value is None
 
 
 class PromptTokensDetails(BaseModel):
+    """`cached_tokens` of the prompt were not computed again: their pages were still there."""
+
     cached_tokens: int
 
 
 class Usage(BaseModel):
+    """Tokens of all prompts and all answers of a request. `prompt_tokens` include cached ones."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
@@ -39,6 +43,8 @@ class CompletionLogprobs(BaseModel):
 
 
 class CompletionChoice(BaseModel):
+    """One answer. Choice `index` is its prompt's position times `n`, plus its number among that prompt's answers."""
+
     index: int
     text: str
     logprobs: CompletionLogprobs | None = None
@@ -60,27 +66,37 @@ class CompletionResponse(BaseModel):
 
 
 class TopLogprob(BaseModel):
+    """One token with its text, its UTF-8 bytes and its natural log probability. `bytes` may be part of a character."""
+
     token: str
     bytes: list[int]
     logprob: float
 
 
 class ChatLogprob(TopLogprob):
+    """A token of the answer, with the most probable tokens at its place, most probable first."""
+
     top_logprobs: list[TopLogprob]
 
 
 class ChatLogprobs(BaseModel):
+    """One entry for each token of the answer. `refusal` is always null: the server knows no refusals."""
+
     content: list[ChatLogprob]
     refusal: None = None
 
 
 class AssistantMessage(BaseModel):
+    """The text of an answer. `refusal` is always null: the server knows no refusals."""
+
     role: Literal["assistant"] = "assistant"
     content: str
     refusal: None = None
 
 
 class ChatChoice(BaseModel):
+    """One answer of `n`. `finish_reason` is `stop`, `length` or `error`."""
+
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None = None
@@ -102,11 +118,15 @@ class ChatResponse(BaseModel):
 
 
 class ChatDelta(BaseModel):
+    """What a chunk adds to an answer. Only the first chunk of an answer has a `role`."""
+
     role: Omittable[Literal["assistant"]] = None
     content: Omittable[str] = None
 
 
 class ChatChunkChoice(BaseModel):
+    """A piece of answer `index`. `finish_reason` is null until the last piece."""
+
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
@@ -128,6 +148,8 @@ class ChatChunk(BaseModel):
 
 
 class ModelCard(BaseModel):
+    """One name of the served model. `created` is a Unix time in seconds, `max_model_len` a number of tokens."""
+
     id: str
     object: Literal["model"] = "model"
     created: int
@@ -138,11 +160,15 @@ class ModelCard(BaseModel):
 
 
 class ModelList(BaseModel):
+    """The served model's name and its aliases, the name first."""
+
     object: Literal["list"] = "list"
     data: list[ModelCard]
 
 
 class TokenizeResponse(BaseModel):
+    """Token ids of a text or a conversation. `token_strs` are there when the request asks for them."""
+
     count: int
     max_model_len: int
     tokens: list[int]
@@ -150,8 +176,12 @@ class TokenizeResponse(BaseModel):
 
 
 class DetokenizeResponse(BaseModel):
+    """The text of the token ids, special tokens by name."""
+
     prompt: str
 
 
 class HealthResponse(BaseModel):
+    """The engine takes requests. Otherwise the answer is an error with status 503."""
+
     status: Literal["ok"] = "ok"

@@ -79,6 +79,7 @@ class Marks:
         self._escape = b""
 
     def add(self, piece: bytes) -> None:
+        """Count the marks of the next piece into `count`. A piece may end within a text or an escape."""
         piece = (self._escape + piece).replace(b"\\\\", b"")
         self._escape = b"\\" if piece.endswith(b"\\") else b""  # of what the next piece begins with
         piece = piece.removesuffix(b"\\").replace(b'\\"', b"")
@@ -93,6 +94,7 @@ class JsonRequest(Request):
     """A request whose body is a JSON object, read by the app's `BodyReader`."""
 
     async def body(self) -> bytes:
+        """The whole body, read once. Raises `ApiError` 415 for another content type, and as `BodyReader.read` does."""
         if not hasattr(self, "_body"):
             content_type = self.headers.get("content-type", "").partition(";")[0].strip().lower()
             if content_type != "application/json":
@@ -101,6 +103,7 @@ class JsonRequest(Request):
         return self._body
 
     async def json(self) -> Any:
+        """The parsed body. Raises `ApiError` 400 where it is not UTF-8 or not JSON; NaN and Infinity are not JSON."""
         body = await self.body()
         try:
             body.decode()
@@ -116,6 +119,7 @@ class JsonRoute(APIRoute):
     """A route that reads its body through `JsonRequest`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """As FastAPI's, but the handler gets a `JsonRequest`."""
         handler = super().get_route_handler()
 
         async def handle(request: Request) -> Response:

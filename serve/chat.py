@@ -20,6 +20,7 @@ from serve.stream import OR_STREAM, EventStream
 
 
 def chat_routes(service: Service) -> APIRouter:
+    """A router with the one route, for this service."""
     router = APIRouter(route_class=JsonRoute, tags=["generation"])
 
     @router.post("/v1/chat/completions", response_model=ChatResponse, responses=OR_STREAM)
@@ -66,6 +67,7 @@ class ChatWriter:
     """Choices that have got their first chunk."""
 
     def whole(self, output: RequestOutput) -> ChatResponse:
+        """The answer to a finished request, one choice for each of its `n` completions."""
         choices = []
         for completion in output.completions:
             choice = ChatChoice(
@@ -89,6 +91,10 @@ class ChatWriter:
         )
 
     def chunks(self, progress: Update) -> list[ChatChunk]:
+        """What to send for one delta: an opening chunk with the role where the choice is new, then its text.
+
+        A delta without text, log probabilities, token ids or finish reason adds no chunk of its own.
+        """
         delta = progress.delta
         result = []
         if delta.index not in self.begun:
@@ -114,6 +120,7 @@ class ChatWriter:
         return TokenPlaces(self.service.text, self.service.text.begins_text(self.prompt))
 
     def empty(self) -> ChatChunk:
+        """A chunk without choices, for the usage."""
         return ChatChunk(id=self.id, created=self.created, model=self.service.names[0], choices=[])
 
     def _chunk(self, choice: ChatChunkChoice) -> ChatChunk:

@@ -21,6 +21,7 @@ from serve.stream import OR_STREAM, EventStream
 
 
 def completion_routes(service: Service) -> APIRouter:
+    """A router with the one route, for this service."""
     router = APIRouter(route_class=JsonRoute, tags=["generation"])
 
     @router.post("/v1/completions", response_model=CompletionResponse, responses=OR_STREAM)
@@ -94,6 +95,7 @@ class CompletionWriter:
     """Choices that have got their first chunk."""
 
     def whole(self, outputs: list[RequestOutput]) -> CompletionResponse:
+        """The answer to finished prompts, which `outputs` holds in the order of the request."""
         answer = self.empty()
         for position, output in enumerate(outputs):
             for completion in output.completions:
@@ -114,6 +116,7 @@ class CompletionWriter:
         return answer
 
     def chunks(self, progress: Update) -> list[CompletionResponse]:
+        """What to send for one delta; may be nothing. The first chunk of a choice begins with the echoed prompt."""
         delta = progress.delta
         index = self._choice(progress.position, delta.index)
         first = index not in self.begun
@@ -138,6 +141,7 @@ class CompletionWriter:
         return [answer]
 
     def empty(self) -> CompletionResponse:
+        """An answer without choices, for the usage of a stream and as the start of a whole answer."""
         return CompletionResponse(id=self.id, created=self.created, model=self.service.names[0], choices=[])
 
     def _places(self, position: int) -> TokenPlaces:

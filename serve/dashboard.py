@@ -12,6 +12,7 @@ PAGE = Path(__file__).with_name("dashboard.html")
 
 
 def dashboard_routes() -> APIRouter:
+    """A router with the one route. The page is read now; a missing file raises `OSError`."""
     router = APIRouter()
     page = PAGE.read_text(encoding="utf-8")
     headers = {

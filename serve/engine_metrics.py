@@ -73,6 +73,7 @@ BY_TASK = (
 
 
 def engine_families(state: Mapping[str, Any], model_name: str) -> Iterator[Metric]:
+    """The metrics of one `Engine.state()`, each labelled with `model_name`. An empty state has none."""
     for kind, readings in ((GaugeMetricFamily, GAUGES), (CounterMetricFamily, COUNTERS)):
         for name, documentation, path in readings:
             yield from _family(kind, name, documentation, model_name, "", {"": _at(state, path)})

@@ -19,6 +19,8 @@ RETRY_AFTER_SECONDS = 1
 
 
 class ErrorBody(BaseModel):
+    """`param` names the field that is at fault, `code` the kind of mistake for programs. Either may be null."""
+
     message: str
     type: str
     param: str | None = None
@@ -111,11 +113,14 @@ def field_path(location: Sequence[str | int]) -> str | None:
 
 
 def error_response(error: Exception) -> Response:
+    """The answer for any exception: status, body and headers as `describe` has them."""
     status, body, headers = describe(error)
     return JSONResponse(ErrorResponse(error=body).model_dump(), status_code=status, headers=headers)
 
 
 def install_error_handlers(app: FastAPI) -> None:
+    """Answer every known exception of the app's routes, unknown paths included, by `error_response`."""
+
     def on_known(_: Request, error: Exception) -> Response:
         return error_response(error)
 

@@ -24,6 +24,7 @@ class Parser(argparse.ArgumentParser):
     """What goes before a message: the file that arguments are from."""
 
     def error(self, message: str) -> NoReturn:
+        """Print the mistake to stderr, after the file's name where it came from a file, and exit."""
         print(f"error: {self.where}{message}", file=sys.stderr)
         raise SystemExit(2)
 

@@ -93,6 +93,11 @@ class Generation:
         self._abort(self)
 
     def deliver(self, event: Update | Exception | None) -> None:
+        """Take one event of the engine, on the event loop.
+
+        None says that the engine took every prompt. An exception before that is the refusal that `accepted` raises.
+        A later one is raised by `batches`.
+        """
         if isinstance(event, Update):
             self.stats.add(event.position, event.delta, event.output)
         elif isinstance(event, EngineFailure | Unavailable):

@@ -66,6 +66,7 @@ class TextLanes:
         return await asyncio.get_running_loop().run_in_executor(executor, function)
 
     def close(self) -> None:
+        """Drop the work that has not begun. Does not wait for the work that has."""
         for executor in (self._short, self._long):
             executor.shutdown(wait=False, cancel_futures=True)
 

@@ -26,6 +26,7 @@ class TextFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
+        """The line with its fields behind it; a field that is None is left out."""
         pairs = (f" {name}={_word(value)}" for name, value in _fields(record).items() if value is not None)
         return super().formatMessage(record) + "".join(pairs)
 
@@ -34,6 +35,7 @@ class JsonFormatter(logging.Formatter):
     """One object per line, its exception included."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """The record as one line of JSON; `time` is UTC with milliseconds. Fields stand beside the message."""
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line = {
             "time": f"{seconds}.{int(record.msecs):03}Z",

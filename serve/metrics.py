@@ -32,10 +32,12 @@ class Histogram:
         self._sum = 0.0
 
     def observe(self, value: float) -> None:
+        """Count a value. One that equals a bound is in that bound's bucket."""
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
 
     def family(self, model_name: str) -> Metric:
+        """The cumulative counts up to now."""
         bounds = (floatToGoString(bound) for bound in (*self._bounds, float("inf")))
         family = HistogramMetricFamily(self._name, self._documentation, labels=["model_name"])
         family.add_metric([model_name], list(zip(bounds, accumulate(self._counts), strict=True)), self._sum)
@@ -68,6 +70,7 @@ class RequestMetrics:
         )
 
     def families(self, model_name: str) -> Iterator[Metric]:
+        """All metrics of requests up to now, each labelled with `model_name`."""
         for name, documentation, value in (
             ("emoe:prompt_tokens", "Prompt tokens, cached ones included.", self.prompt_tokens),
             ("emoe:generation_tokens", "Tokens generated.", self.generation_tokens),

@@ -24,6 +24,7 @@ TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schem
 
 
 def model_routes(service: Service, snapshots: Snapshots) -> APIRouter:
+    """A router with all of them. `snapshots` answer for the state and the metrics, `service` for the rest."""
     router = APIRouter(route_class=JsonRoute)
 
     def card(name: str) -> ModelCard:

@@ -20,6 +20,7 @@ class ProcessMetrics:
         self.compilations += "backend_compile" in event
 
     def families(self, model_name: str) -> Iterator[Metric]:
+        """The metrics up to now. Only the compilations are labelled with `model_name`."""
         yield from self._usual.collect()
         family = CounterMetricFamily(
             "emoe:compilations",

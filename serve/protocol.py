@@ -37,31 +37,37 @@ class HttpProtocol(H11Protocol):
     _sending: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
+        """As uvicorn's. From now on the client has `read_timeout` seconds to send a request head."""
         super().connection_made(transport)
         transport.set_write_buffer_limits(0)  # so that writing is paused whenever there is something left to send
         self._watch_reading()
 
     def data_received(self, data: bytes) -> None:
+        """As uvicorn's, and looks whether a whole request head or body has come."""
         super().data_received(data)
         self._watch_reading()
 
     def on_response_complete(self) -> None:
+        """As uvicorn's. A body that is still to come has `read_timeout` seconds."""
         is_half_sent = self.conn.their_state is h11.SEND_BODY  # it was answered without its body
         super().on_response_complete()
         if is_half_sent:
             self._watch_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """As uvicorn's, and stops both timers."""
         super().connection_lost(exc)
         for timer in (self._reading, self._sending):
             if timer is not None:
                 timer.cancel()
 
     def pause_writing(self) -> None:
+        """As uvicorn's. From now on the client has `send_timeout` seconds to take something."""
         super().pause_writing()
         self._watch_sending()
 
     def resume_writing(self) -> None:
+        """As uvicorn's, and stops the timer: the client has taken all there was."""
         super().resume_writing()
         if self._sending is not None:
             self._sending.cancel()

@@ -149,6 +149,7 @@ class SloHeaders(BaseModel):
     x_slo_latency_ms: Milliseconds | None = None
 
     def to_slo(self, body: SloRequest | None) -> SLO:
+        """The deadlines of a request, field by field: the body's, else the header's. Only the body can be `strict`."""
         body = body or SloRequest()
         return SLO(
             ttft_ms=self.x_slo_ttft_ms if body.ttft_ms is None else body.ttft_ms,
@@ -166,6 +167,8 @@ class EmoeRequest(ClosedModel):
 
 
 class StreamOptions(StrictModel):
+    """What a stream says besides its text; only with `stream`."""
+
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     """Usage so far in every chunk that has choices, if `include_usage` is set too, as in vLLM."""
@@ -277,11 +280,15 @@ class CompletionRequest(SamplingRequest):
 
 
 class TextPart(StrictModel):
+    """The one kind of content part that is taken: text."""
+
     type: Literal["text"]
     text: str
 
 
 class ChatMessage(StrictModel):
+    """One message. A list of text parts becomes one text."""
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[
         str,

@@ -39,6 +39,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def url_of(listener: socket.socket) -> str:
+    """The address for people: `http://host:port`, IPv6 in brackets, or `unix:PATH`."""
     if listener.family == socket.AF_UNIX:
         return f"unix:{listener.getsockname()}"
     host, port = listener.getsockname()[:2]
@@ -77,10 +78,12 @@ class Server(uvicorn.Server):
         self._on_ready = on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, then `on_ready` is called: the sockets are open."""
         await super().startup(sockets)
         self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, while the worker drains for up to `shutdown_timeout` seconds. Logs how many were cut off."""
         if self._worker.requests:
             log.info(
                 "shutting down: waiting up to %g s for %s; Ctrl-C again to stop now",
@@ -109,6 +112,7 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal asks for the end, the second ends the wait, and the third cuts connections."""
         if self.should_exit:
             self.force_exit = self._worker.hurried
             self._worker.hurried = True

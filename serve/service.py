@@ -41,6 +41,7 @@ class Service:
 
     @property
     def max_model_len(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
         return self.text.max_model_len
 
     def check_model(self, name: str | None) -> None:
@@ -151,6 +152,7 @@ async def _disconnected(request: Request) -> None:
 
 
 def usage_of(outputs: Sequence[RequestOutput]) -> Usage:
+    """Tokens of several prompts and all their answers, as OpenAI counts them."""
     prompt = sum(len(output.prompt_token_ids) for output in outputs)
     completion = sum(_completion_tokens(output) for output in outputs)
     return Usage(

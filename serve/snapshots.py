@@ -74,9 +74,11 @@ class Snapshots:
         process_metrics()  # counts compilations from now on
 
     async def state_json(self) -> bytes:
+        """The engine's state as JSON. Raises `Unavailable` when the engine's thread has ended."""
         return self._written(await self._current(), lambda snapshot: snapshot.state_json)
 
     async def metrics_text(self) -> bytes:
+        """All metrics in Prometheus' text format; without the engine's own when its thread has ended."""
         return self._written(await self._current(), lambda snapshot: snapshot.metrics_text)
 
     def _written(self, snapshot: Snapshot, write: Callable[[Snapshot], bytes]) -> bytes:

@@ -60,6 +60,7 @@ def keep_compilations() -> None:
 
 
 def load(options: ServerOptions) -> Engine:
+    """The engine with all its shapes compiled; progress goes to stderr. Raises `ConfigError` or `CheckpointError`."""
     if options.record_traces is not None:
         check_trace_file(options.record_traces)
     console = Console(stderr=True)

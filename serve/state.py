@@ -101,10 +101,14 @@ class DeadlinesState(Described):
 
 
 class AllDeadlinesState(DeadlinesState):
+    """Of all answers, and by task in `tasks`."""
+
     tasks: dict[str, DeadlinesState] = {}
 
 
 class SchedulerState(Described):
+    """Sequences and pages at present; preemptions and prefix tokens are totals since the start."""
+
     policy: str = ""
     waiting: int = 0
     running: int = 0
@@ -118,6 +122,8 @@ class SchedulerState(Described):
 
 
 class TaskState(Described):
+    """Of the ended requests of one task."""
+
     requests: int = 0
     substituted: Annotated[float, Field(description="Share of expert choices for which another stood in.")] = 0.0
     substituted_weight: Annotated[float, Field(description="The same by router probability.")] = 0.0

@@ -40,7 +40,9 @@ class StreamEvent(Protocol):
     usage: Usage | None
     emoe: EmoeAnswer | None
 
-    def model_dump_json(self) -> str: ...
+    def model_dump_json(self) -> str:
+        """The event as one line of JSON."""
+        ...
 
 
 ChunkType = TypeVar("ChunkType", bound=StreamEvent)

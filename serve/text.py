@@ -36,8 +36,14 @@ MAX_CACHED_TEXTS = 1 << 16
 class ServedTokenizer(Protocol):
     """What the server needs of the checkpoint's tokenizer."""
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
-    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str: ...
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids; special tokens are those that the checkpoint's tokenizer adds to a prompt."""
+        ...
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        """The text of the ids. An id beyond the tokenizer's vocabulary has none."""
+        ...
+
     def chat(
         self,
         messages: list[dict[str, str]],
@@ -50,9 +56,17 @@ class ServedTokenizer(Protocol):
         """
         ...
 
-    def token_text(self, token_id: int) -> str: ...
-    def token_bytes(self, token_id: int, opening: bool = False) -> bytes: ...
-    def begins_text(self, prompt: Sequence[int]) -> bool: ...
+    def token_text(self, token_id: int) -> str:
+        """The text that a token adds in the middle of a text, with its leading blank."""
+        ...
+
+    def token_bytes(self, token_id: int, opening: bool = False) -> bytes:
+        """UTF-8 that a token adds, to the beginning of a text with `opening`; may be part of a character."""
+        ...
+
+    def begins_text(self, prompt: Sequence[int]) -> bool:
+        """Whether the text after this prompt is decoded by itself, without the prompt's end."""
+        ...
 
 
 class ServedGrammars(Protocol):
@@ -149,6 +163,10 @@ class TextCodec:
             return await self._lanes.run(size, encode)
 
     async def decode(self, ids: list[int], param: str) -> str:
+        """The text of the ids, special tokens by name. Raises `QueueFull` when too much text waits.
+
+        Raises `RequestError` for the field `param` without a tokenizer, or for an id beyond the vocabulary.
+        """
         tokenizer = self._tokenizer
         if tokenizer is None:
             raise RequestError("this model has no tokenizer, so its token ids have no text", param=param)
@@ -190,6 +208,7 @@ class TextCodec:
         return b"" if self._tokenizer is None else self._tokenizer.token_bytes(token_id, opening)
 
     def close(self) -> None:
+        """Drop texts and grammars whose turn has not come. Does not wait for those in work."""
         self._lanes.close()
         self._compilers.shutdown(wait=False, cancel_futures=True)
 

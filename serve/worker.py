@@ -47,19 +47,33 @@ class ServedEngine(Protocol):
         slo: SLO | None = None,
         arrival: float | None = None,
         cache_salt: str | None = None,
-    ) -> list[int]: ...
-    def step(self) -> list[Delta]: ...
-    def has_work(self) -> bool: ...
+    ) -> list[int]:
+        """Queue a request and return its prompt's token ids. Raises `RequestError`, queueing nothing."""
+        ...
+
+    def step(self) -> list[Delta]:
+        """Run one batch and return what it added to requests; empty when there is no work."""
+        ...
+
+    def has_work(self) -> bool:
+        """Whether `step` has something to do or to return."""
+        ...
+
     def on_staged(self, call: Callable[[], None]) -> None:
         """Have `call` called, from another thread, when a step would commit experts though there is no work."""
         ...
 
-    def output(self, request_id: str) -> RequestOutput: ...
+    def output(self, request_id: str) -> RequestOutput:
+        """The request so far. Raises `KeyError` for an unknown id."""
+        ...
+
     def pop(self, request_id: str) -> RequestOutput:
         """The request's output; aborts and forgets the request."""
         ...
 
-    def state(self) -> dict[str, Any]: ...
+    def state(self) -> dict[str, Any]:
+        """JSON-able values for `/v1/emoe/state` and the metrics."""
+        ...
 
 
 @dataclasses.dataclass(slots=True)
@@ -112,6 +126,7 @@ class EngineWorker:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
+        """Start the thread and deliver to the running event loop. Call it once."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
         self._engine.on_staged(self.nudge)
@@ -165,6 +180,7 @@ class EngineWorker:
             self._wake.notify()
 
     def abort(self, generation: Generation) -> None:
+        """Free what a generation still has in the engine. Does nothing when it has ended."""
         if generation in self._live:
             self._live.discard(generation)
             self.changes += 1
