@@ -76,7 +76,7 @@ def create_app(
 
     @app.exception_handler(ClientGone)
     async def on_client_gone(_: Request, __: Exception) -> Response:
-        return Response(status_code=499)  # nobody is there to read it
+        return Response(status_code=499)  # the client is gone and reads nothing
 
     if api_keys:
         document_keys(app.openapi())

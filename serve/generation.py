@@ -9,7 +9,7 @@ from serve.refusals import EngineFailure, Unavailable
 from serve.stats import RequestStats
 
 MAX_BATCH = 64
-"""Deltas handed out at a time: who has not read for long shall not hold up others when all is sent."""
+"""Deltas handed out at a time. A client that has not read for long must not hold up others when all is sent."""
 
 
 @dataclasses.dataclass(frozen=True)

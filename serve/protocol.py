@@ -27,10 +27,10 @@ class HttpConfig(uvicorn.Config):
 class HttpProtocol(H11Protocol):
     """uvicorn's, which by itself waits for ever.
 
-    Closes a connection that has been without a whole request head for `read_timeout` seconds, however its bytes
-    trickle in, or without the rest of a request that is answered already (one that sends nothing after a whole one,
-    after `KEEP_ALIVE` seconds); and one whose client has taken nothing of an answer for `send_timeout` seconds. Bodies
-    have a timeout of their own where they are read.
+    A connection is closed after `read_timeout` seconds without a whole request head, however its bytes trickle in, or
+    without the rest of a request that is answered already. A connection that sends nothing after a whole request is
+    closed after `KEEP_ALIVE` seconds. A connection whose client has taken nothing of an answer is closed after
+    `send_timeout` seconds. Bodies have a timeout of their own where they are read.
     """
 
     _reading: asyncio.TimerHandle | None = None
@@ -83,7 +83,7 @@ class HttpProtocol(H11Protocol):
                 h11.EndOfMessage(),
             ):
                 self.transport.write(self.conn.send(event) or b"")
-        if self.cycle is not None:  # whoever answers shall not write any more
+        if self.cycle is not None:  # the route must not write any more
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self.transport.close()

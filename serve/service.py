@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 
 
 class ClientGone(Exception):
-    """The client closed the connection; nobody reads the answer."""
+    """The client closed the connection. There is no reader for the answer."""
 
 
 @dataclasses.dataclass(frozen=True)

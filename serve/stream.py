@@ -137,7 +137,7 @@ async def _events(
 def _closed(
     chunks: list[ChunkType], writer: ChunkWriter[ChunkType], outputs: list[RequestOutput], include_usage: bool
 ) -> list[ChunkType]:
-    """The last chunks, `emoe` on the very last. Only who asked for usage gets a chunk without choices."""
+    """The last chunks, `emoe` on the very last. Only a client that asked for usage gets a chunk without choices."""
     if include_usage:
         chunks = [*chunks, writer.empty()]
         chunks[-1].usage = usage_of(outputs)

@@ -333,7 +333,7 @@ class EngineWorker:
             self._note_failure(error)
             failure = self._failure(error)
             ended = [request_id for request_id in self._running if self._has_ended(request_id)]
-            # An error outside the batch ends nothing by itself; then nobody can tell whose it is.
+            # An error outside the batch ends nothing by itself; then it cannot be told whose it is.
             for generation in {self._running[request_id].generation for request_id in ended or self._running}:
                 self._abort(generation)
                 self._outbox.append((generation, failure))

@@ -1,4 +1,4 @@
-"""Softmax attention as sums over the keys seen so far: what all ways to attend are made of."""
+"""Softmax attention as sums over the keys seen so far. All attention backends are made of it."""
 
 from typing import NamedTuple
 

@@ -55,7 +55,7 @@ class TemplateText(str):
         return _FOREIGN not in self.owned
 
     def _whole(self, text: str, *others: Any) -> "TemplateText":
-        """`text` made of all of this and of other texts in an order that nobody knows."""
+        """`text` made of all of this and of other texts in an order that is not known."""
         every = self._all_owned and all(not isinstance(o, str) or TemplateText(o)._all_owned for o in others)
         return TemplateText(text, (_OWN if every else _FOREIGN) * len(text))
 

@@ -1,4 +1,4 @@
-"""From a request to its sequences: what was asked for is checked, what was left open is filled in."""
+"""From a request to its sequences. A request is checked, and fields that it leaves open are filled in."""
 
 import time
 from collections.abc import Sequence as Rows

@@ -247,7 +247,7 @@ class ExpertLoader:
         try:
             self._load_through(wanted, waiting, on_progress)
         finally:
-            self._queue.give_up(waiting)  # none, unless something failed: nobody would take them any more
+            self._queue.give_up(waiting)  # none, unless something failed: no thread would take them any more
 
     def _load_through(
         self,

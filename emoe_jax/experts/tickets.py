@@ -61,7 +61,7 @@ class TicketQueue:
     """Thread-safe. At most one active ticket per expert; highest priority first, then first come.
 
     Ordinary tickets start only while fewer than `window` experts are staged or staging, and no faster than
-    `bandwidth` bytes/s (`None`: unlimited). Urgent ones, which someone is waiting for, bypass both.
+    `bandwidth` bytes/s (`None`: unlimited). Urgent ones, for which a thread is waiting, bypass both.
     """
 
     def __init__(self, record_bytes: int, window: int, bandwidth: float | None):
@@ -73,8 +73,8 @@ class TicketQueue:
         self._window = window
         self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)  # workers wait here
-        self._progress = threading.Condition(self._lock)  # whoever waits for urgent tickets
-        self._idle = threading.Condition(self._lock)  # whoever waits for all of them
+        self._progress = threading.Condition(self._lock)  # threads wait here for urgent tickets
+        self._idle = threading.Condition(self._lock)  # and here for all of them
         self._entries = itertools.count(1)
         self._tickets: dict[tuple[int, int], LoadTicket] = {}  # active ones
         # Heaps of (rank, entry, ticket). A ticket that moved on leaves its old entry behind, see `_first`.
@@ -112,7 +112,7 @@ class TicketQueue:
             if priority > ticket.priority or (urgent and not ticket.urgent):
                 ticket.priority = max(ticket.priority, priority)
                 ticket.urgent |= urgent
-                # A read that waits to be tried again keeps its distance, unless someone waits for it.
+                # A read that waits to be tried again keeps its distance, unless a thread waits for it.
                 if ticket.state is LoadState.QUEUED and (urgent or not ticket.delayed):
                     self._push(ticket, wake)
             return ticket
@@ -190,7 +190,7 @@ class TicketQueue:
             self._finish(ticket, state)
 
     def give_up(self, tickets: Iterable[LoadTicket]) -> None:
-        """Cancel tickets that nobody waits for any more, urgent and taken ones too; those that are over stay so."""
+        """Cancel tickets that no thread waits for any more, urgent and taken ones too. Final states stay."""
         with self._lock:
             for ticket in tickets:
                 if self._tickets.get((ticket.layer, ticket.expert)) is ticket:
@@ -212,7 +212,7 @@ class TicketQueue:
             return self._taken(done)
 
     def cancel(self, ticket: LoadTicket) -> bool:
-        """False when it is over already or someone is waiting for it."""
+        """False when the ticket is over already, or when a thread is waiting for it."""
         with self._lock:
             return self._cancel(ticket)
 
@@ -261,7 +261,7 @@ class TicketQueue:
             self._work.notify_all()
 
     def _moved(self, ticket: LoadTicket) -> None:
-        """Wake those who wait for this, and no others: they would take turns with the worker for every expert."""
+        """Wake the threads that wait for this ticket only: others would take turns with the worker for every expert."""
         if ticket.urgent:
             self._progress.notify_all()
         if self._is_idle():

@@ -1,4 +1,4 @@
-"""What one commit is about to write, in step between slot table and slab."""
+"""The writes of one commit, which keep slot table and slab in step."""
 
 from collections import defaultdict
 

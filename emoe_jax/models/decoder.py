@@ -85,7 +85,7 @@ class FeedForward(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Projections, q/k norms and rotary positions; the attending itself belongs to whoever owns the cache."""
+    """Projections, q/k norms and rotary positions; the owner of the cache does the attending."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config

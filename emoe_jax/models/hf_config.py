@@ -1,4 +1,4 @@
-"""The strict reader of `config.json` that all family files use: what nobody reads is refused."""
+"""The strict reader of `config.json` that all family files use. It refuses keys that no family file reads."""
 
 import logging
 import math
@@ -46,7 +46,7 @@ _ROPE_OPTIONS: dict[str, dict[str, bool]] = {
 
 
 class HfConfig:
-    """Reads a `config.json` key by key and, in `finish`, refuses what nobody read."""
+    """Reads a `config.json` key by key and, in `finish`, refuses the keys that were not read."""
 
     def __init__(self, family: str, raw: Mapping[str, Any], aliases: Mapping[str, str] | None = None):
         """`aliases` maps an older name of a key to the name under which it is read."""

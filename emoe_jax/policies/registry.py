@@ -29,7 +29,7 @@ PlannedBy = Literal["prompt", "task", "global", "none"]
 
 @dataclasses.dataclass(frozen=True)
 class PolicyWeights:
-    """What policies have learned from traces; what is None is not known."""
+    """Arrays that policies have learned from traces. None stands for one that was not learned."""
 
     dynamics: Dynamics | None = None
     transitions: Float[np.ndarray, "M-1 E E"] | None = None  # see `NextLayerRouter`

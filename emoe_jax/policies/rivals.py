@@ -70,7 +70,7 @@ class ActivationState(NamedTuple):
 
 
 class ActivationMatrix(Rule[ActivationState]):
-    """Recorded prompts whose wishes so far are most like those of the running ones tell what comes."""
+    """The recorded prompts whose wishes are most like those of the running requests tell which wishes come next."""
 
     # How sharply the most alike (by cosine) outweigh others, and how many wishes per layer the plan counts for.
     sharpness = 50.0

@@ -55,16 +55,16 @@ class Sequence:
     """Its first tokens that were computed for earlier sequences: until it starts those known when it came, then those
     whose pages it took over."""
     page_keys: list[bytes] = dataclasses.field(default_factory=list)
-    """What its full pages are published under, as far as anybody asked."""
+    """The keys under which its full pages are published, as far as they were computed."""
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: FinishReason | None = None
     order: int = -1
-    """Rank of arrival among all sequences of the scheduler; it decides who is preempted."""
+    """Rank of arrival among all sequences of the scheduler; it decides which one is preempted."""
     num_preemptions: int = 0
     prompt_logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
-    """Of the prompt's tokens from the second on, as far as they have been computed; empty when nobody asks."""
+    """Of the prompt's tokens from the second on, as far as they have been computed. Empty unless the request asks."""
     expected_tokens: float = 0.0
-    """How many tokens the answer was expected to have when the sequence came; 0 where nobody expects anything."""
+    """How many tokens the answer was expected to have when the sequence came; 0 where the policy expects no length."""
     slo_unattainable: bool = False
     """Whether the scheduler gave up its deadlines, and serves it when no other deadline suffers from that."""
     started_at: float | None = None

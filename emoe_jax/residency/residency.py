@@ -53,7 +53,7 @@ class Covered(NamedTuple):
 
 
 class Residency:
-    """Owned by whoever owns the step. `commit` before a step, `observe` after it; the rest happens on worker threads.
+    """For the owner of the step alone: `commit` before a step, `observe` after it. The rest happens on worker threads.
 
     A context manager; `close` joins the loader's threads.
     """
@@ -253,8 +253,10 @@ class Residency:
             self._doubtful[:] = False
 
     def _doubt_evicted(self) -> None:
-        """Take note of loads that were evicted before anybody wished for them. The next step to be counted, which may
-        have been dispatched before, has the last word: at most one is in flight when residents change.
+        """Take note of loads that were evicted before a router wished for them.
+
+        The next step to be counted may have been dispatched before, and then it has the last word: at most one step is
+        in flight when residents change.
         """
         resident = self.table.resident_mask
         self._doubtful |= self._unproven & ~resident

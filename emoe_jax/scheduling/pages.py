@@ -8,7 +8,7 @@ PAGE_SIZE = 16
 """Tokens per page."""
 
 TRASH_PAGE = 0
-"""Rows that only pad a batch write their keys and values here; nobody reads them."""
+"""Rows that only pad a batch write their keys and values here. No sequence reads them."""
 
 
 def pages_for(tokens: int) -> int:
@@ -23,8 +23,8 @@ class PagePool:
     raises `ValueError` and changes nothing: it means that two sequences were about to write to the same memory.
 
     A page that was written to its end can be published under a key that tells what is in it. From then on `find`
-    finds it and `share` gives it to further users, until nobody uses it any more and its memory is needed: of the
-    published pages that nobody uses, the one used least recently is taken first, and only when no other page is free.
+    finds it and `share` gives it to further users. A published page without users is kept until its memory is needed.
+    Then the one used least recently is taken first, and only when no other page is free.
     """
 
     def __init__(self, num_pages: int, page_size: int):
@@ -72,8 +72,9 @@ class PagePool:
         return pages
 
     def free(self, pages: Iterable[int]) -> None:
-        """Give up one use of each page, of a sequence's pages the last first: what follows a page is of no use
-        without it. Raises `ValueError`, freeing none, if one of them is not in use or appears twice.
+        """Give up one use of each page, a sequence's last page first: later pages are useless without earlier ones.
+
+        Raises `ValueError`, freeing none, if one of them is not in use or appears twice.
         """
         pages = list(pages)
         for page, times in Counter(pages).items():
@@ -116,7 +117,7 @@ class PagePool:
         return moves
 
     def publish(self, page: int, key: bytes) -> None:
-        """Let a page in use, which nobody will write to again, be found by `key`, unless another one is."""
+        """Let `key` find this page from now on, unless it finds another. The page is in use and complete."""
         assert self._users[page], f"page {page} is free"
         assert page not in self._key_of, f"page {page} is published already"
         if self._page_of.setdefault(key, page) == page:
@@ -140,7 +141,7 @@ class PagePool:
         return pages
 
     def num_idle(self, pages: Iterable[int]) -> int:
-        """How many of these published pages nobody uses: sharing them leaves so many fewer free."""
+        """How many of these published pages have no users. Sharing them leaves so many fewer free."""
         return sum(page in self._idle for page in pages)
 
     def share(self, pages: Iterable[int]) -> None:

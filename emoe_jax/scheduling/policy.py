@@ -1,4 +1,4 @@
-"""Who of those that wait starts next: the interface of admission policies, and first come, first served."""
+"""Which waiting sequence starts next: the interface of admission policies, and first come, first served."""
 
 import itertools
 from collections import OrderedDict
@@ -15,16 +15,16 @@ class AdmissionPolicy(Protocol):
     name: str
 
     def __len__(self) -> int:
-        """How many wait."""
+        """How many sequences wait."""
         ...
 
     @property
     def waiting(self) -> tuple[Sequence, ...]:
-        """Those that wait; those that came first, first."""
+        """The waiting sequences, by arrival; preempted ones first."""
         ...
 
     def next_up(self, places: int, now: float) -> list[Sequence]:
-        """Those that would start next, in order, if so many `places` were free."""
+        """The sequences that would start next, in order, if so many `places` were free."""
         ...
 
     def add(self, sequence: Sequence, running: Collection[Sequence]) -> None:

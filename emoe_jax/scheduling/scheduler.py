@@ -4,8 +4,8 @@
     result = runner.run(plan)
     finished = scheduler.update(plan, result)
 
-After `dispatched(plan)` the next step may be scheduled while this one runs. Its plan takes for granted that no sequence
-ends but those that reach their length; what it computes for one that did end, its own `update` drops.
+After `dispatched(plan)` the next step may be scheduled while this one runs. Its plan assumes that a sequence
+ends only by reaching its length. The next step's `update` drops the tokens of a sequence that ended otherwise.
 
 Every running sequence that decodes is in every plan, unless its grammar still computes what may come next. What is left
 of the token budget goes to prompts, oldest first, at most `prefill_chunk` tokens each, so that a long prompt neither
@@ -30,13 +30,13 @@ from emoe_jax.scheduling.prefix_cache import PrefixCache
 
 
 class Scheduler:
-    """Owns all sequences from `add` to their end, and their pages. The policy says who starts next.
+    """Owns all sequences from `add` to their end, and their pages. The policy says which starts next.
 
     When pages run out, the latest sequence is preempted: it goes back to the front of the queue with its tokens kept,
     and is prefilled again. With `prefix_caching` a sequence that starts takes over the pages of its longest prefix that
-    was computed before, its own before a preemption included; pages that are only kept for that count as free. What a
-    running sequence is computing is waited for: of sequences that come together with one prompt, as those of `n` > 1
-    do, the first computes its full pages and the others only what is beyond them.
+    was computed before, its own before a preemption included. Pages that are only kept for that count as free. A
+    sequence waits for pages that a running one is computing: of sequences that come together with one prompt, as those
+    of `n` > 1 do, the first computes its full pages and the others only the tokens beyond them.
 
     Raises `ConfigError` when the step's token budget cannot hold a token of every running sequence, and
     `CapacityError` when the pool cannot hold one sequence of `max_model_len` tokens.
@@ -245,8 +245,8 @@ class Scheduler:
         """Book a step: append its tokens, free the pages of sequences that ended, and return these.
 
         `seconds` is what the step took, from `schedule` or from the end of the step before on; policies learn from it.
-        None where nobody measured. `waited` of them went into waiting for loads. `ended` is when the step was over, by
-        default `seconds` after `schedule`.
+        None where it was not measured. `waited` of them went into waiting for loads. `ended` is when the step was over,
+        by default `seconds` after `schedule`.
 
         Token conditions end a sequence here: "stop" for an end-of-sequence or stop token (kept as the last token),
         "length" for `max_tokens` and `max_model_len`. A sequence whose numbers are not finite ends with "error", and

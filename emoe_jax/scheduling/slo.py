@@ -2,12 +2,12 @@
 
 Where the paper leaves a choice, or its rule would idle the machine:
 
-- Algorithm 1 goes through the queue by stringency. Here that order counts for those who must start now; as long as
-  nobody must, the shortest work goes first, which lowers the mean latency.
-- Whoever cannot keep its deadlines any more goes behind those who can.
-- When nothing runs, somebody is always admitted; whoever waited for long goes first whatever it costs. Places are also
-  filled, even if that makes a running sequence late, when many wait, or by one that would be late for having waited:
-  idle places make more of them late.
+- Algorithm 1 goes through the queue by stringency. Here that order counts only for sequences that must start now.
+  While no sequence must, the shortest work goes first, which lowers the mean latency.
+- A sequence that can no longer keep its deadlines is queued behind those that can.
+- When nothing runs, a sequence is always admitted. One that has waited too long goes first, whatever it costs.
+- Two exceptions admit a sequence although a running one then becomes late. First, when many sequences wait: idle places
+  would make more of them late. Second, when the waiting sequence would itself become late by waiting.
 - Prompts are started step by step, not all in one: each step's tokens come out at its end. How many seconds of prompts
   a step takes grows with the queue, so that a long queue is served at full throughput.
 """
@@ -42,7 +42,7 @@ def loads_nothing(sequence: Sequence) -> float:
 
 
 class SloPolicy:
-    """Deadlines first, then little work. `max_wait` is in seconds: nobody waits longer while sequences like it end.
+    """Deadlines first, then little work. No sequence waits more than `max_wait` seconds while others like it end.
 
     A sequence whose deadlines were given up has `slo_unattainable`. One that is `strict` about them is refused when
     it comes, with `SloUnattainable`, if they cannot be kept with those ahead of it.
@@ -165,8 +165,10 @@ class SloPolicy:
         }
 
     def _choices(self, now: float, per_task: int | None = None, but: Container[Sequence] = ()) -> Iterator[Sequence]:
-        """The sequences to start, best first: the one that must start, those of the least work (at most `per_task` of
-        each task), those that are late anyway. All `but` some.
+        """The sequences to start, best first, without those in `but`.
+
+        First comes the one that must start, then those of the least work (at most `per_task` of each task), then the
+        late ones.
         """
         urgent, latest_start = self._queue.most_urgent()
         if urgent is not None and urgent not in but and latest_start < now + self._estimates.pace:
@@ -223,8 +225,9 @@ def _round_up(number: float) -> str:
 
 
 class _Guard:
-    """Keeps admissions of one step from making running sequences late for nothing: the first condition of Algorithm 1,
-    where whoever is kept waiting can wait.
+    """Keeps admissions of one step from making running sequences late for nothing: the first condition of Algorithm 1.
+
+    It holds back only sequences that can wait.
     """
 
     def __init__(self, estimates: Estimates, running: Collection[Sequence], now: float):

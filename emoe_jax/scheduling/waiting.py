@@ -79,7 +79,7 @@ class WaitingQueue:
         return self._due.first(), self._due.first_rank()
 
     def by_work(self) -> Iterator[tuple[str | None, Iterator[tuple[float, Sequence]]]]:
-        """Tasks, and who of each waits, with their work and the least of it first; late ones left out."""
+        """Each task and its waiting sequences, with their work, the least work first. Late ones are left out."""
         for task, ranking in self._by_work.items():
             if len(ranking):
                 yield task, ranking.ascending()
