@@ -18,10 +18,11 @@ mutants: $(VENV)/.test  ## Cut each mechanism out of a copy of the engine; a tes
 
 setup-all: $(VENV)/.full  ## What `make test` needs to skip nothing but the GPU: torch, other clients, a browser's driver
 
-lint: $(VENV)/.dev  ## Formatting, linting and types
+lint: $(VENV)/.dev  ## Formatting, linting, types and docstrings
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+	$(BIN)/interrogate emoe_jax serve
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
