@@ -182,6 +182,6 @@ class DetokenizeResponse(BaseModel):
 
 
 class HealthResponse(BaseModel):
-    """The engine takes requests. Otherwise the answer is an error with status 503."""
+    """The server is healthy or ready, as the path asks. Otherwise the answer is an error with status 503."""
 
     status: Literal["ok"] = "ok"

@@ -28,7 +28,7 @@ class Observer:
             return
         stats = RequestStats(self._metrics)
         scope.setdefault("state", {})["stats"] = stats
-        status = 500  # unless somebody answers
+        status = 500  # unless a route answers
 
         async def observed_send(message: Message) -> None:
             nonlocal status

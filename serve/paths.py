@@ -52,5 +52,5 @@ class Paths:
 
 
 def hides_own_path(root_path: str) -> str | None:
-    """A path of the server that begins with `root_path`, so that nobody could tell whether a proxy has removed it."""
+    """A path of the server that begins with `root_path`, so that it is unclear whether a proxy has removed it."""
     return next((path for path in OWN_PATHS if f"{path}/".startswith(f"{root_path}/")), None)

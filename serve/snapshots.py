@@ -25,7 +25,7 @@ PAUSE_FACTOR = 50
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """What a look at the engine has found, and the bytes that callers get of it, each made once."""
+    """The findings of one look at the engine, and the bytes that callers get of them, each made once."""
 
     state: dict[str, Any] | None
     """None when the engine's thread has ended."""

@@ -25,7 +25,7 @@ def bind_uds(name: str) -> Iterator[socket.socket]:
     with listener:
         try:
             _remove_stale(path)
-            mask = os.umask(0o777 & ~MODE)  # from the first moment on: nobody else connects in between
+            mask = os.umask(0o777 & ~MODE)  # from the first moment on: no other user connects in between
             try:
                 listener.bind(name)
             finally:
@@ -43,7 +43,7 @@ def bind_uds(name: str) -> Iterator[socket.socket]:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove a socket on which nobody listens. Raises `ConfigError` when another server does, or it is no socket."""
+    """Remove a socket on which no server listens. Raises `ConfigError` when another server does, or it is no socket."""
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What tells the checkpoints of one family from those of another: configuration, tensors and their layouts."""
+"""The differences between the checkpoints of families: configuration, tensors and their layouts."""
 
 import dataclasses
 from collections.abc import Callable, Mapping

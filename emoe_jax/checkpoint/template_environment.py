@@ -166,7 +166,7 @@ def _formatted(
 
 
 def _filter(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The filter, whose texts are `TemplateText`s. Its defaults, such as the "" that joins, are nobody's message."""
+    """The filter, whose texts are `TemplateText`s. Its defaults, such as the "" that joins, are no message's."""
     parameters = inspect.signature(function).parameters
     texts = {name: p.default for name, p in parameters.items() if isinstance(p.default, str)}
     positions = list(parameters)

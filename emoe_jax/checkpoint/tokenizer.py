@@ -75,7 +75,7 @@ class Tokenizer:
                 raise ConfigError(f"chat_template is {str(chat_template)!r}, but {directory} has no tokenizer")
             return None
         prepend_bos_id, eos_ids = (None, ()) if config is None else (config.prepend_bos_id, config.eos_token_ids)
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # nobody here needs PyTorch
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # PyTorch is not needed
         from transformers import AutoTokenizer, T5Tokenizer  # seconds to import
 
         # OpenMoE names a tokenizer class of its own, in a file that is not to be run; it is T5's but for the BOS id.

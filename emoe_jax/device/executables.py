@@ -10,8 +10,8 @@ import jax
 class Executables:
     """Compiles a jitted function for a `key` when first asked, from any thread, and runs the result from then on.
 
-    A key stands for everything that shapes a call: whoever calls with the same function and key must pass arguments
-    of the same shapes and the same static ones. Unlike the cache of `jax.jit`, executables can be made in parallel and
+    A key stands for everything that shapes a call: calls with the same function and key must pass arguments of the
+    same shapes and the same static ones. Unlike the cache of `jax.jit`, executables can be made in parallel and
     without running them.
     """
 

@@ -15,7 +15,7 @@ AnyWishes = Wishes | list[Wishes]
 
 
 def without_probs(wishes: AnyWishes) -> AnyWishes:
-    """The choices alone, where nobody records how probable they were."""
+    """The choices alone, where the recorder does not ask how probable they were."""
     if isinstance(wishes, Wishes):
         return Wishes(wishes.experts, None)
     return [Wishes(layer.experts, None) for layer in wishes]

@@ -1,4 +1,4 @@
-"""Who is told of a request that came: the trace that is recorded, and the planner of residency."""
+"""Tells the trace recorder and the planner of residency of each request that came."""
 
 from collections.abc import Sequence as Rows
 

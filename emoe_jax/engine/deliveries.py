@@ -19,7 +19,7 @@ class Deliveries:
         self._others: deque[Delta] = deque()
 
     def open(self, request_id: str, *, keep: bool = True) -> None:
-        """Keep the deltas of a request for `take`. With `keep=False` nobody takes them, and they are dropped."""
+        """Keep the deltas of a request for `take`. With `keep=False` they are dropped, because no `take` follows."""
         self._opened[request_id] = deque(maxlen=None if keep else 0)
 
     def close(self, request_id: str) -> None:

@@ -57,7 +57,7 @@ class StepLoop:
     def run(self) -> list[Delta]:
         """One step: what it added to the answers. Raises what the device or the expert store raised."""
         if self.in_flight and all(sequence.finished for sequence in self.in_flight[0].plan.sequences):
-            self._collect()  # nobody waits for it
+            self._collect()  # no sequence waits for it
         due = self._trade.look()
         if not self.in_flight:
             if due is not None:

@@ -1,4 +1,4 @@
-"""What the resident experts make of a text, against what all experts would."""
+"""How well the resident experts predict a text, against all experts."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -14,7 +14,7 @@ _MADV_HUGEPAGE = 14
 def use_huge_pages(zeros: jax.Array) -> None:
     """Let Linux back an array on CPU with huge pages when it is next written. Does nothing elsewhere.
 
-    `zeros` must hold only zeros, and nobody else may be using it: its pages go back to the kernel, which hands out
+    `zeros` must hold only zeros, and no other code may be using it: its pages go back to the kernel, which hands out
     zeroed ones, huge where it can, as they are touched. Until then they take no memory.
     """
     zeros.block_until_ready()

@@ -1,4 +1,4 @@
-"""What moves experts into the slab: staged by a worker thread, committed by the owner of the step."""
+"""The loader moves experts into the slab: a worker thread stages them, and the owner of the step commits them."""
 
 import contextlib
 import dataclasses

@@ -20,7 +20,7 @@ _ALIGNMENT = 64
 
 @runtime_checkable
 class ExpertReader(Protocol):
-    """What the store reads from, a `Checkpoint`; `layer` counts MoE layers only."""
+    """The source that the store reads from, such as a `Checkpoint`. `layer` counts MoE layers only."""
 
     def read_expert(self, layer: int, expert: int, record: np.ndarray, layout: ExpertLayout, /) -> None:
         """Fill `record` (`[layout.size]`, slab dtype). May be called from several threads at once; may raise."""

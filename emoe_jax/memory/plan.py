@@ -25,20 +25,20 @@ from emoe_jax.models.decoder import Decoder
 from emoe_jax.scheduling.pages import PAGE_SIZE, pages_for
 
 WORKSPACE_SHARE = 0.1
-"""Share of the device that is workspace where nobody has measured what a step needs."""
+"""Share of the device that is workspace where the need of a step was not measured."""
 
 KV_SHARE = 0.1
 """Share of what the weights without experts leave of the device that is the KV cache's before experts are chosen."""
 
 CPU_SHARE = 0.75
-"""Share of a machine's memory that weights and experts take at most, where the device is the CPU and nobody says how
-much: other programs, and this one, need some."""
+"""Share of a machine's memory that weights and experts take at most, where the device is the CPU and no option says
+how much: other programs, and this one, need some."""
 
 Spread = Callable[[tuple[int, ...]], tuple[int, ...]]
 """The same number of slots, distributed otherwise over the layers."""
 
 HOST_SHARE = 0.5
-"""Share of what is left of the machine's memory that experts off the device may take where nobody says how much."""
+"""Share of what is left of the machine's memory that experts off the device may take where no option says how much."""
 
 _PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 

@@ -1,4 +1,4 @@
-"""The router: who is chosen, with what weight, when only some experts are resident."""
+"""The router: which experts are chosen, with what weight, when only some experts are resident."""
 
 from typing import NamedTuple
 

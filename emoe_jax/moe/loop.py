@@ -62,7 +62,7 @@ def vector_products(
 ) -> Array:
     """`write` the products of sorted assignments `start : stop`, at most `most`, which have one expert in common."""
     D, F = rows.shape[1], config.expert_hidden
-    alone = most == 1  # nobody to share a chunk with
+    alone = most == 1  # no other to share a chunk with
     step_in = F if alone else largest_divisor(F, _CHUNK_BYTES // (config.ffn_in_factor * D * rows.dtype.itemsize))
     step_out = D if alone else largest_divisor(D, _CHUNK_BYTES // (F * rows.dtype.itemsize))
 

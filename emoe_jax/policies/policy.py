@@ -70,7 +70,7 @@ class ResidencyPolicy:
 
     def observe(self, counts: Int[np.ndarray, "M E"], chunks: Sequence[ChunkWishes] = ()) -> None:
         """Wishes of one step, resident or not: how many tokens wanted each expert, but for those of `chunks`, each of
-        which is of one prompt. Single tokens are only added up: the rule takes them in when somebody asks what follows.
+        which is of one prompt. Single tokens are only added up: the rule takes them in when scores are asked for.
         """
         self._wishes += counts
         self._steps += 1

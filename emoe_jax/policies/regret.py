@@ -29,7 +29,7 @@ MOST_STEPS, LEAST_STEPS, MOST_BYTES = 256, 16, 8 << 20
 """A window's steps, and what the wishes of one may take. Two windows exist at once, and the next uses of one."""
 
 STEPS_AT_ONCE = 16
-"""Whose next uses are looked for in one go, which takes about as long as to judge a step."""
+"""Steps whose next uses are looked for in one go. That takes about as long as to judge a step."""
 
 Frequency = Callable[[str | None], Float[np.ndarray, "M E"]]
 """A task's mean routing, as shares."""

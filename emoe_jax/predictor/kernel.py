@@ -72,7 +72,7 @@ class PromptKernel:
         return ((unit_rows(prompts.embedding) - self._mean) * has_embedding(prompts)[:, None]) @ self._basis.T
 
     def place(self, prompts: Prompts) -> Placed:
-        """What of the prompts their similarity to others depends on."""
+        """The features of the prompts that `similarity` compares."""
         at = self.coordinates(prompts)
         first = (_first_roots(prompts) - self._first_mean) / (self._first_scale * np.sqrt(_FIRST_WIDTH2))
         return Placed(self.names(prompts.tasks), has_embedding(prompts), [at * scale for scale in self._scales], first)

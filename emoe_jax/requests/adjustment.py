@@ -15,8 +15,10 @@ from emoe_jax.requests.request import SamplingParams
 
 
 class LogitAdjustment:
-    """What one sequence adds to its logits (`bias`), which tokens its `repetition_penalty` holds back (`seen`), and
-    which may come next at all (`allowed`, a bit each; None for all).
+    """The changes of one sequence to its logits.
+
+    `bias` is added, `repetition_penalty` holds back the tokens in `seen`, and only those in `allowed` may come next
+    (a bit for each token; None for all).
 
     As in vLLM, frequency and presence count the tokens of the answer, repetition those of the prompt too.
     """
@@ -36,7 +38,7 @@ class LogitAdjustment:
 
     @functools.cached_property
     def bias(self) -> Float[np.ndarray, " V"]:
-        """What to add to the logits, by token; a new array each time."""
+        """What to add to the logits, by token. The live array: `update` changes it in place."""
         bias = np.zeros(self._vocab_size, np.float32)
         for token, value in self._logit_bias.items():
             bias[token] = value
@@ -44,7 +46,7 @@ class LogitAdjustment:
 
     @functools.cached_property
     def seen(self) -> Bool[np.ndarray, " V"]:
-        """Which tokens the repetition penalty holds back; a new array each time."""
+        """Which tokens the repetition penalty holds back. The live array: `update` changes it in place."""
         seen = np.zeros(self._vocab_size, np.bool_)
         seen[list(self._prompt)] = True
         return seen
@@ -72,7 +74,7 @@ class LogitAdjustment:
 
     @property
     def guide(self) -> Guide | None:
-        """The way through what the answer has to match, if it has to match anything."""
+        """The way through the grammar that the answer has to match; None where there is none."""
         return self._guide
 
     @property
@@ -82,7 +84,7 @@ class LogitAdjustment:
 
     @property
     def failed(self) -> bool:
-        """Whether what the answer has to match could not be followed to its end."""
+        """Whether the grammar that the answer has to match could not be followed to its end."""
         return self._guide is not None and self._guide.failed
 
     def update(self, generated: Rows[int]) -> None:

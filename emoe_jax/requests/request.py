@@ -1,4 +1,4 @@
-"""What a caller asks for and what it gets back. No tensor library here."""
+"""The requests of callers and the outputs that they get back. No tensor library here."""
 
 import dataclasses
 from collections.abc import Mapping

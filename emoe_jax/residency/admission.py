@@ -13,7 +13,7 @@ from emoe_jax.tasks.experts import TaskExperts
 
 
 class Limits(Protocol):
-    """What a machine takes: the scheduler has it."""
+    """Limits of what runs at the same time. The scheduler has them."""
 
     @property
     def max_num_seqs(self) -> int:
@@ -32,7 +32,7 @@ class Limits(Protocol):
 
 
 class Residents(Protocol):
-    """Which experts are resident, and what loads have cost so far: `Residency` has it."""
+    """Which experts are resident, and what loads have cost so far. `Residency` has these."""
 
     @property
     def policy_name(self) -> str:

@@ -49,7 +49,7 @@ class Forecast(NamedTuple):
 
 
 class Forecaster:
-    """`ask` about prompts, `poll` for the answers. Owned by whoever owns the step; `tell` it of prompts that have run.
+    """`ask` about prompts, `poll` for the answers, and `tell` it of prompts that have run: for the owner of the step.
 
     Questions wait in a queue. The thread takes as many at once as there are, up to the largest of `BATCHES`. What goes
     wrong in the predictor ends it: `error` says what, and nothing is predicted any more.
@@ -64,7 +64,7 @@ class Forecaster:
         """`clock` (seconds) measures calls of the predictor, and says when it may learn again."""
         self.error: str | None = None
         self.seconds = 0.0
-        """What the thread has spent so far, predicting and learning."""
+        """Seconds that the thread has spent so far, predicting and learning."""
         self._predictor = predictor
         self._refit_every = refit_every
         self._clock = clock

@@ -61,8 +61,8 @@ class Foresight:
     def before_step(self, plan: StepPlan, scheduler: Scheduler, idle: bool, wait: float) -> None:
         """Ask about prompts that start with `plan` or next, and decide on experts for the steps after it, where the
         requests that run now or next have changed: at once if the device is idle or their tasks are others, else as
-        often as time allows. An idle device waits up to `wait` seconds for predictions, where nobody's next token and
-        no `exact` step waits with it. Nothing is decided where all experts are resident.
+        often as time allows. An idle device waits up to `wait` seconds for predictions, where no next token and no
+        `exact` step waits with it. Nothing is decided where all experts are resident.
         """
         if self._planner is None:
             return
@@ -85,8 +85,9 @@ class Foresight:
                         self._residency.plan(expected)
 
     def settle(self, plan: StepPlan, seconds: float) -> None:
-        """Wait for what was planned, where nobody's next token and no `exact` step waits with it: up to `seconds`, the
-        wait for predictions of `before_step` included.
+        """Wait for planned loads, up to `seconds`, with the wait for predictions in `before_step` included.
+
+        Does not wait where a next token, or an `exact` step, would wait with it.
         """
         if self._planner is not None and _may_wait(plan):
             self._residency.settle(seconds - self._awaited_now)
@@ -162,7 +163,7 @@ class Foresight:
 
 
 def _may_wait(plan: StepPlan) -> bool:
-    """Whether a step can wait without keeping somebody's next token, or an `exact` step, back."""
+    """Whether a step can wait without delaying the next token of a sequence, or an `exact` step."""
     return not plan.decodes and any(sequence.routing == "resident" for sequence in plan.sequences)
 
 

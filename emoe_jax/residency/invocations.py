@@ -33,9 +33,9 @@ class PlannedRequest:
     admitted: bool = False
     """Whether it was counted: it has started, or is next in line."""
     number: int | None = None
-    """Of the question about it, if there is one."""
+    """The number of the question about it, if there is one."""
     predicted: Float[np.ndarray, "M E"] | None = None
-    """What the predictor said of this prompt, whether or not the gate lets it count."""
+    """The prediction for this prompt, whether or not the gate lets it count. None before it was made."""
     counts: Int[np.ndarray, "M E"] | None = None
     """How often it wished for each expert, once it has ended."""
 
@@ -69,7 +69,7 @@ class Invocations:
 
     @property
     def error(self) -> str | None:
-        """What ended the predictor."""
+        """The error that ended the predictor, or None."""
         return self.forecaster.error
 
     def admit(self, requests: Iterable[PlannedRequest]) -> bool:

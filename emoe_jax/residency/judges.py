@@ -59,7 +59,7 @@ class Gate:
         self._sums = [0.0, 0.0]
 
     def observe(self, predicted: float, frequency: float) -> None:
-        """What both would have covered of a finished prompt."""
+        """Shares of a finished prompt's wishes that prediction and frequency would have covered."""
         dropped = self._pairs.popleft() if len(self._pairs) == self._window else (0.0, 0.0)
         self._pairs.append((predicted, frequency))
         self._sums = [total + new - old for total, new, old in zip(self._sums, self._pairs[-1], dropped, strict=True)]

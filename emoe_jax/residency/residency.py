@@ -39,9 +39,9 @@ class StepWishes(NamedTuple):
 
     counts: Int[np.ndarray, "M E"]
     resident: Int[np.ndarray, "M E"]
-    """Those whose expert was resident when the batch was dispatched."""
+    """The wishes whose expert was resident when the batch was dispatched."""
     chunks: Sequence[ChunkWishes]
-    """Those of prompts' chunks of more than one token, by chunk."""
+    """The wishes of prompts' chunks of more than one token, by chunk."""
 
 
 class Covered(NamedTuple):
@@ -124,7 +124,7 @@ class Residency:
 
     @property
     def loads(self) -> LoaderStats:
-        """What loads have cost so far."""
+        """Totals of the loader since it was made."""
         return self._loader.stats
 
     @property
