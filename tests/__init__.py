@@ -1,0 +1,3 @@
+from tests import typecheck
+
+__all__ = ["typecheck"]
