@@ -17,9 +17,14 @@ from jaxtyping import AbstractArray
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+GENERATED = ("__init__", "check_single_arg")
+"""Of dataclasses: as pytrees they also hold shapes, shardings and whatever else stands for an array."""
+
 
 def arrays_only(function: F) -> F:
     """`function` with the array annotations of its parameters and its result checked by beartype, and no others."""
+    if function.__name__ in GENERATED:
+        return function
     try:
         hints = typing.get_type_hints(function)
     except (NameError, TypeError):  # names that only a type checker imports

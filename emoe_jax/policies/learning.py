@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from emoe_jax.policies.dynamics import HALF_LIVES, LATENT_HALF_LIVES, Dynamics
 from emoe_jax.policies.refresh import Refresh, RefreshState
@@ -68,7 +68,7 @@ def learn(trace: RoutingTrace, start: Float[np.ndarray, "P M E"], seed: int = 0)
     )
 
 
-def learn_transitions(trace: RoutingTrace) -> Float[np.ndarray, "M-1 E E"]:
+def learn_transitions(trace: RoutingTrace) -> Float[np.ndarray, "M1 E E"]:
     """See `NextLayerRouter`; an expert never chosen is followed by what its layer's mean is."""
     M, E = trace.num_layers, trace.num_experts
     counts = np.zeros((M - 1, E, E))
@@ -79,7 +79,7 @@ def learn_transitions(trace: RoutingTrace) -> Float[np.ndarray, "M-1 E E"]:
 
 
 def co_occurrences(
-    first: Int[np.ndarray, "N k"], second: Int[np.ndarray, "N k"], num_experts: int
+    first: Integer[np.ndarray, "N k"], second: Integer[np.ndarray, "N k"], num_experts: int
 ) -> Int[np.ndarray, "E E"]:
     """How many tokens chose each expert of one layer and each of another."""
     pairs = first[:, :, None].astype(np.int64) * num_experts + second[:, None, :]
@@ -254,13 +254,13 @@ def _own(seen: RefreshState) -> Float[Array, "n F ME"]:
     return jnp.concatenate([seen.rates[:, None], seen.recent], 1).reshape(len(seen.rates), seen.recent.shape[1] + 1, -1)
 
 
-def _own_products(seen: RefreshState, targets: Float[Array, "n ME"], dynamics: Dynamics) -> Float[Array, "F F+1"]:
+def _own_products(seen: RefreshState, targets: Float[Array, "n ME"], dynamics: Dynamics) -> Float[Array, "F F1"]:
     own = _own(seen)
     squares, cross = jnp.einsum("nfx,ngx->fg", own, own), jnp.einsum("nfx,nx->f", own, targets)
     return jnp.concatenate([squares, cross[:, None]], 1)
 
 
-def _latent_products(seen: RefreshState, targets: Float[Array, "n ME"], dynamics: Dynamics) -> Float[Array, "Jr Jr+ME"]:
+def _latent_products(seen: RefreshState, targets: Float[Array, "n ME"], dynamics: Dynamics) -> Float[Array, "Jr JrME"]:
     latent = seen.latent.reshape(len(targets), -1)
     rest = targets - jnp.einsum("f,nfx->nx", dynamics.weights, _own(seen))
     return latent.T @ jnp.concatenate([latent, rest], 1)

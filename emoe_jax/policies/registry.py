@@ -32,7 +32,7 @@ class PolicyWeights:
     """Arrays that policies have learned from traces. None stands for one that was not learned."""
 
     dynamics: Dynamics | None = None
-    transitions: Float[np.ndarray, "M-1 E E"] | None = None  # see `NextLayerRouter`
+    transitions: Float[np.ndarray, "M1 E E"] | None = None  # see `NextLayerRouter`
     matrices: Float[np.ndarray, "P M E"] | None = None  # see `ActivationMatrix`
 
 

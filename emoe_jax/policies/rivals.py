@@ -22,7 +22,7 @@ class NextLayerRouter(Rule[NextLayerState]):
     Elsewhere the choices are those of the step before. The first layer has none before it and keeps to the plan.
     """
 
-    def __init__(self, transitions: Float[np.ndarray, "M-1 E E"], margin: float = 0.0):
+    def __init__(self, transitions: Float[np.ndarray, "M1 E E"], margin: float = 0.0):
         """`transitions[m, i, j]`: the share of tokens with expert `i` in layer m that have `j` in layer m + 1."""
         self.margin = margin
         self._transitions = transitions.astype(np.float32)

@@ -17,13 +17,13 @@ _TOLERANCE = 0.01
 """Of a row's sum; half precision keeps three digits."""
 
 
-def save_transitions(path: str | Path, transitions: Float[np.ndarray, "M-1 E E"]) -> None:
+def save_transitions(path: str | Path, transitions: Float[np.ndarray, "M1 E E"]) -> None:
     """Write the table in half precision (see `NextLayerRouter`)."""
     with Path(path).open("wb") as file:
         np.savez_compressed(file, transitions=transitions.astype(np.float16))
 
 
-def load_transitions(path: str | Path, num_layers: int, num_experts: int, top_k: int) -> Float[np.ndarray, "M-1 E E"]:
+def load_transitions(path: str | Path, num_layers: int, num_experts: int, top_k: int) -> Float[np.ndarray, "M1 E E"]:
     """Raises `ConfigError`, one line, where the file is missing, damaged or of another model."""
     try:
         with Path(path).open("rb") as file:

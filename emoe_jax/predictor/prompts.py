@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 
 from emoe_jax.predictor.config import PredictorError
 from emoe_jax.traces import RoutingTrace
@@ -105,7 +105,7 @@ def shuffled_order(number: int, seed: int) -> Int[np.ndarray, " P"]:
     return np.random.default_rng(seed).permutation(number)
 
 
-def frequencies(counts: Int[np.ndarray, "... E"]) -> Float[np.ndarray, "... E"]:
+def frequencies(counts: Real[np.ndarray, "... E"]) -> Float[np.ndarray, "... E"]:
     """Counts as shares of their layer's assignments; uniform where a layer has none."""
     total = counts.sum(-1, keepdims=True)
     return np.where(total > 0, counts / np.maximum(total, 1), 1 / counts.shape[-1]).astype(np.float32)

@@ -29,7 +29,7 @@ class RoutingKnowledge:
     profile: TaskProfile | None
     predictor: Predictor | None
     dynamics: Dynamics | None
-    transitions: Float[np.ndarray, "M-1 E E"] | None
+    transitions: Float[np.ndarray, "M1 E E"] | None
 
     @classmethod
     def load(
