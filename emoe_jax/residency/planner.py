@@ -173,7 +173,8 @@ class ResidencyPlanner:
         before = set(self._planned)
         requests = self._known(wanted)
         demands = [dataclasses.replace(request.demand, shares=self._shares(request)) for request in requests]
-        tokens = np.array([demand.tokens_left(at_hand[id]) for id, demand in zip(wanted, demands, strict=True)])
+        left = [demand.tokens_left(at_hand[id]) for id, demand in zip(wanted, demands, strict=True)]
+        tokens = np.array(left, float)
         is_new = np.array([request_id not in before for request_id in wanted])
         rates = expected_rates(demands, tokens, self._top_k)
         joined = np.zeros_like(rates)

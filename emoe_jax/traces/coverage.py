@@ -18,14 +18,14 @@ def best_experts(scores: Shaped[np.ndarray, "*G M E"], capacities: Sequence[int]
 
 def covered(
     wishes: Shaped[np.ndarray, "*G M E"], scores: Shaped[np.ndarray, "*G M E"], capacities: Sequence[int]
-) -> Shaped[np.ndarray, "*G"]:
+) -> Shaped[np.ndarray | np.generic, "*G"]:
     """Wishes for the best experts by `scores`, in each of `G` cases."""
     return (wishes * best_experts(scores, capacities)).sum((-2, -1))
 
 
 def coverage(
     wishes: Shaped[np.ndarray, "*G M E"], scores: Shaped[np.ndarray, "*G M E"], capacities: Sequence[int]
-) -> Shaped[np.ndarray, "*G"]:
+) -> Shaped[np.ndarray | np.generic, "*G"]:
     """Share of the wishes that find their expert when the best ones by `scores` are resident.
 
     Each of `G` cases has at least one wish. Worked example, one layer with 2 slots: wishes [3, 1, 0, 4] and scores

@@ -106,7 +106,7 @@ def test_live_residency(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert 0 < switch["steady_coverage"] < 1
 
 
-LOAD = serving.Load(SAMPLES, fractions=(0.5,), requests=8, concurrency=2, max_tokens=6, turns=2)
+LOAD = serving.Traffic(SAMPLES, fractions=(0.5,), requests=8, concurrency=2, max_tokens=6, turns=2)
 
 
 @pytest.fixture(scope="module")

@@ -181,7 +181,8 @@ def predictor_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     predictor = Predictor(config, remembered)
     predictor.weights = network.init(config, predictor.sizes, 0)
     predictor.save(folder)
-    save_transitions(folder / TRANSITIONS_FILE, np.tile(np.isin(np.arange(EXPERTS), (5, 6)), (LAYERS - 1, EXPERTS, 1)))
+    follow = np.isin(np.arange(EXPERTS), (5, 6)).astype(np.float32)
+    save_transitions(folder / TRANSITIONS_FILE, np.tile(follow, (LAYERS - 1, EXPERTS, 1)))
     return folder
 
 
