@@ -193,6 +193,11 @@ class EngineConfig(Options):
     )
     seed: int = option(0, "seed of requests that name none", low=0, high=2**63 - 1, metavar="N")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.record_prompt_tokens and self.record_traces is None:
+            raise ConfigError("record_prompt_tokens needs record_traces: there is no trace to hold them")
+
     def step_size(self, platform: str) -> StepSize:
         """Sequences and tokens of a step on a platform of JAX. `auto` tokens do not go by the sequences that are given,
         and `auto` sequences are no more than the tokens that are given."""

@@ -95,3 +95,9 @@ def test_options_are_given_in_one_way() -> None:
 def test_predicting_less_than_every_prompt_is_refused(every: Any) -> None:
     with pytest.raises(ConfigError, match="predict_every"):
         EngineConfig(predict_every=every)
+
+
+def test_prompt_tokens_are_recorded_in_a_trace_only() -> None:
+    with pytest.raises(ConfigError, match="record_prompt_tokens needs record_traces"):
+        EngineConfig(record_prompt_tokens=True)
+    assert EngineConfig(record_prompt_tokens=True, record_traces="trace.npz").record_prompt_tokens

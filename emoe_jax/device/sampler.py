@@ -97,6 +97,7 @@ def seed_words(seed: int, index: int) -> tuple[int, int]:
     return ((bits >> 32) + index) & 0xFFFFFFFF, bits & 0xFFFFFFFF
 
 
+@jax.named_scope("sampler")
 def sample(
     logits: Float[Array, "B V"],
     sampling: SamplingArrays,

@@ -137,6 +137,7 @@ class Layer(nnx.Module):
             self.extra_norm = RMSNorm(D, config.norm_eps)
             self.extra_mlp = FeedForward(config, config.dense_hidden, rngs=rngs)
 
+    @jax.named_scope("attention")
     def attention(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], attend_fn: AttendFunction
     ) -> tuple[Float[Array, "B T D"], Any]:
@@ -144,10 +145,12 @@ class Layer(nnx.Module):
         attended, cache = attend_fn(*self.self_attention.project(self.input_norm(x), positions))
         return x + self.self_attention.out(attended.reshape(*x.shape[:2], -1)), cache
 
+    @jax.named_scope("dense_ffn")
     def dense(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The feed-forward sub-block of a layer without experts."""
         return x + self.mlp(self.ffn_norm(x))
 
+    @jax.named_scope("router")
     def moe_input(
         self,
         x: Float[Array, "B T D"],
@@ -159,6 +162,7 @@ class Layer(nnx.Module):
         logits = rows.astype(jnp.float32) @ self.router.weight[...].astype(jnp.float32).T
         return rows, route(logits, self.config, allowed, valid)
 
+    @jax.named_scope("moe_output")
     def moe_output(
         self, x: Float[Array, "B T D"], rows: Float[Array, "R D"], experts_out: Float[Array, "R D"]
     ) -> Float[Array, "B T D"]:
@@ -183,10 +187,12 @@ class Decoder(nnx.Module):
         if not config.tie_embeddings:
             self.head = nnx.Param(jax.random.normal(rngs.params(), shape) * _INIT_STDDEV)
 
+    @jax.named_scope("embedding")
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Rows of the embedding table, unscaled. Tokens must lie in the vocabulary; JAX clamps others silently."""
         return self.embedding[...][tokens]
 
+    @jax.named_scope("head")
     def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Final norm and head, in float32."""
         table = self.embedding if self.config.tie_embeddings else self.head

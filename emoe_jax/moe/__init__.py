@@ -19,6 +19,7 @@ _LOOP_ROWS_PER_EXPERT = 8
 """Mean rows per expert up to which, on CPU, `loop` is at least as fast as `blocks` (measured, d 1024, f 2048)."""
 
 
+@jax.named_scope("experts")
 def moe_ffn(
     rows: Float[Array, "R D"],
     ids: Int[Array, "R k"],

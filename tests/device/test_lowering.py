@@ -125,3 +125,10 @@ def test_a_step_copies_no_slab_weights(shape: Shape) -> None:
     slab = 64 * ExpertLayout.of(config, "float32").nbytes
     assert temporaries[1] < 0.05 * slab
     assert abs(temporaries[1] - temporaries[0]) < 0.01 * slab
+
+
+def test_the_parts_of_a_step_have_names_in_a_profile() -> None:
+    function, arguments, statics = Pieces(Shape(4, 1, 6), 3, CONFIG).resident_step()
+    text = function.lower(*arguments, **statics).as_text(debug_info=True)
+    for part in ("embedding", "attention", "router", "experts", "moe_output", "head"):
+        assert f"/{part}/" in text
