@@ -37,7 +37,7 @@ $(VENV)/.venv:
 	touch $@
 
 $(VENV)/.base: $(VENV)/.venv pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --editable ".[guided]"
 	touch $@
 
 $(VENV)/.full: $(VENV)/.venv pyproject.toml .ci/constraints.txt
