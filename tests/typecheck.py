@@ -9,7 +9,7 @@ import types
 import typing
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import beartype
 from beartype.roar import BeartypeDecorHintPep585DeprecationWarning
@@ -35,7 +35,7 @@ def arrays_only(function: F) -> F:
     function.__annotations__ = kept
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", BeartypeDecorHintPep585DeprecationWarning)
-        return beartype.beartype(function)
+        return cast(F, beartype.beartype(function))
 
 
 def _is_of_arrays(hint: Any) -> bool:

@@ -18,17 +18,17 @@ def best_experts(scores: Shaped[np.ndarray, "*G M E"], capacities: Sequence[int]
 
 def covered(
     wishes: Shaped[np.ndarray, "*G M E"], scores: Shaped[np.ndarray, "*G M E"], capacities: Sequence[int]
-) -> Shaped[np.ndarray | np.generic, "*G"]:
+) -> Shaped[np.ndarray, "*G"]:
     """Wishes for the best experts by `scores`, in each of `G` cases."""
-    return (wishes * best_experts(scores, capacities)).sum((-2, -1))
+    return np.asarray((wishes * best_experts(scores, capacities)).sum((-2, -1)))
 
 
 def coverage(
     wishes: Shaped[np.ndarray, "*G M E"], scores: Shaped[np.ndarray, "*G M E"], capacities: Sequence[int]
-) -> Shaped[np.ndarray | np.generic, "*G"]:
+) -> Shaped[np.ndarray, "*G"]:
     """Share of the wishes that find their expert when the best ones by `scores` are resident.
 
     Each of `G` cases has at least one wish. Worked example, one layer with 2 slots: wishes [3, 1, 0, 4] and scores
     [0.4, 0.1, 0.3, 0.2] make experts 0 and 2 resident, which 3 of 8 wishes are for: 0.375.
     """
-    return covered(wishes, scores, capacities) / wishes.sum((-2, -1))
+    return np.asarray(covered(wishes, scores, capacities) / wishes.sum((-2, -1)))
