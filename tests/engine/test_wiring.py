@@ -105,6 +105,7 @@ def test_a_prediction_goes_by_the_prompts_that_ran_before(
     expected, without = (fresh.predict_many(asked, [history], False)[0] for history in (start.after(counts), start))
     np.testing.assert_allclose(answers[-1][0], expected, atol=1e-4)
     assert np.abs(without - expected).max() > 0.01
+    assert learned[0] is not None
     np.testing.assert_allclose(learned[0], mean_row(table, [1, 2, 3]), rtol=1e-5)
 
 
