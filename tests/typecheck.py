@@ -25,12 +25,8 @@ def arrays_only(function: F) -> F:
     """`function` with the array annotations of its parameters and its result checked by beartype, and no others."""
     if function.__name__ in GENERATED:
         return function
-    try:
-        hints = typing.get_type_hints(function)
-    except (NameError, TypeError):  # names that only a type checker imports
-        return function
-    kept = {name: hint for name, hint in hints.items() if _is_of_arrays(hint)}
-    if not kept or not inspect.isfunction(function):
+    kept = {name: hint for name, hint in typing.get_type_hints(function).items() if _is_of_arrays(hint)}
+    if not kept:
         return function
     function.__annotations__ = kept
     with warnings.catch_warnings():
