@@ -11,9 +11,9 @@ TRASH_PAGE = 0
 """Rows that only pad a batch write their keys and values here. No sequence reads them."""
 
 
-def pages_for(tokens: int) -> int:
+def pages_for(tokens: int, page_size: int = PAGE_SIZE) -> int:
     """Pages that so many tokens fill, the last one maybe in part."""
-    return math.ceil(tokens / PAGE_SIZE)
+    return math.ceil(tokens / page_size)
 
 
 class PagePool:
@@ -57,7 +57,7 @@ class PagePool:
 
     def needed(self, num_tokens: int) -> int:
         """Pages that hold `num_tokens` tokens."""
-        return -(-num_tokens // self.page_size)
+        return pages_for(num_tokens, self.page_size)
 
     def can_allocate(self, count: int) -> bool:
         """Whether `allocate(count)` would succeed now, kept pages given up where necessary."""

@@ -175,7 +175,7 @@ class SloPolicy:
             yield urgent
         by_task = [
             _ordered(itertools.islice((entry for entry in ranked if entry[1] not in but), per_task))
-            for _, ranked in self._queue.by_work()
+            for ranked in self._queue.by_work()
         ]
         for _, _, sequence in heapq.merge(*by_task):
             yield sequence

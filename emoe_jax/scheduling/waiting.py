@@ -78,11 +78,9 @@ class WaitingQueue:
         """The one that must start first, and when (seconds); infinite when nothing is due."""
         return self._due.first(), self._due.first_rank()
 
-    def by_work(self) -> Iterator[tuple[str | None, Iterator[tuple[float, Sequence]]]]:
-        """Each task and its waiting sequences, with their work, the least work first. Late ones are left out."""
-        for task, ranking in self._by_work.items():
-            if len(ranking):
-                yield task, ranking.ascending()
+    def by_work(self) -> Iterator[Iterator[tuple[float, Sequence]]]:
+        """For each task its waiting sequences, with their work, the least work first. Late ones are left out."""
+        return (ranking.ascending() for ranking in self._by_work.values() if len(ranking))
 
     def late(self) -> Iterator[Sequence]:
         """Those whose deadlines cannot be kept, the least work first."""
