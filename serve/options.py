@@ -150,7 +150,10 @@ def parse_options(arguments: Sequence[str]) -> ServerOptions:
     for name in ("host", "port"):
         if given.get("uds") is not None and name in given:
             parser.error(f"--uds and --{name} both say where to listen; give one of them")
-    options = ServerOptions(**given)
+    try:
+        options = ServerOptions(**given)
+    except ConfigError as error:  # values that are right one by one, and not together
+        parser.error(as_flags(str(error)))
     if is_missing(options.model):
         parser.error(f"{MISSING} with --model")
     return options
