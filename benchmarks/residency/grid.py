@@ -73,5 +73,5 @@ def numbers(totals: Totals, stream: Stream, cost: dict[str, float]) -> dict[str,
         "experts_moved_per_token_layer": moved,
         "bytes_moved_per_token": moved * M * cost["expert_bytes"],
         "stall_seconds_per_token": totals.misses / tokens * cost["expert_bytes"] / cost["link_bandwidth"],
-        "substituted_weight": totals.missed_mass / mass if mass else 0.0,
+        "substituted_weight": totals.missed_weight / mass if mass else 0.0,
     }

@@ -29,7 +29,7 @@ class Totals(NamedTuple):
 
     hits: Any  # assignments whose expert was resident
     free_tokens: Any  # tokens that found every expert of every layer
-    missed_mass: Any  # of the router's weights
+    missed_weight: Any  # of the router's weights
     misses: Any  # distinct experts of a step and layer that were wished for and absent
     moved: Any  # experts loaded
 
@@ -128,7 +128,7 @@ def _serve(
     sums = Totals(
         hits=(found & is_token[:, None, None]).sum((1, 2, 3)),
         free_tokens=(found.all((2, 3)) & is_token).sum(1),
-        missed_mass=jnp.where(found, 0, probs).sum((1, 2, 3)),
+        missed_weight=jnp.where(found, 0, probs).sum((1, 2, 3)),
         misses=(wished & ~resident).sum((1, 2)),
         moved=moved,
     )

@@ -135,7 +135,7 @@ class Runner:
                     continue
                 piece.sequence.add_routing(routed[row])
                 piece.sequence.substituted += int(substituted.choices[row])
-                piece.sequence.substituted_weight += float(substituted.mass[row])
+                piece.sequence.substituted_weight += float(substituted.weight[row])
                 piece.sequence.assigned += piece.length * choices
                 if prompt_logprobs is not None:
                     keep_prompt_logprobs(piece, prompt_logprobs)

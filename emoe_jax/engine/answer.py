@@ -40,9 +40,9 @@ class Answer:
         """The request so far."""
         assigned = sum(sequence.assigned for sequence in self._sequences)
         replaced = sum(sequence.substituted for sequence in self._sequences)
-        mass = sum(sequence.substituted_weight for sequence in self._sequences)
+        weight = sum(sequence.substituted_weight for sequence in self._sequences)
         self._output.substituted = replaced / assigned if assigned else 0.0
-        self._output.substituted_weight = mass * self._top_k / assigned if assigned else 0.0
+        self._output.substituted_weight = weight * self._top_k / assigned if assigned else 0.0
         self._output.num_cached_tokens = self._sequences[0].num_cached
         self._output.slo_unattainable = any(sequence.slo_unattainable for sequence in self._sequences)
         if self._output.prompt_logprobs is not None:

@@ -16,7 +16,7 @@ class _Account:
     requests: int = 0
     assigned: int = 0
     substituted: int = 0
-    mass: float = 0.0
+    substituted_weight: float = 0.0
 
 
 class TaskAccounts:
@@ -35,15 +35,15 @@ class TaskAccounts:
         account.requests += 1
         account.assigned += sum(sequence.assigned for sequence in sequences)
         account.substituted += sum(sequence.substituted for sequence in sequences)
-        account.mass += sum(sequence.substituted_weight for sequence in sequences)
+        account.substituted_weight += sum(sequence.substituted_weight for sequence in sequences)
 
     def state(self) -> dict[str, Any]:
-        """Per task: requests, and the shares of assignments and of router mass that were substituted."""
+        """Per task: requests, and the shares of assignments and of router weight that were substituted."""
         return {
             task: {
                 "requests": account.requests,
                 "substituted": round(account.substituted / max(1, account.assigned), 6),
-                "substituted_weight": round(account.mass * self._top_k / max(1, account.assigned), 6),
+                "substituted_weight": round(account.substituted_weight * self._top_k / max(1, account.assigned), 6),
             }
             for task, account in sorted(self._by_task.items())
         }

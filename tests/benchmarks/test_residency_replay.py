@@ -102,8 +102,10 @@ def test_lru_against_a_plain_loop(capacity: int):
     totals = replay(stream, E, [[capacity] * M, [E] * M], Lru(), plans, E)
     assert_same(totals, follow(stream, plans, capacity, update))
     assert totals.hits[1] == stream.num_tokens * M * TOP_K
-    assert totals.moved[1] == totals.missed_mass[1] == totals.misses[1] == 0
-    assert 0 < totals.missed_mass[0] == pytest.approx(totals.misses[0] / TOP_K, rel=1e-3)  # the trace's weights are 1/k
+    assert totals.moved[1] == totals.missed_weight[1] == totals.misses[1] == 0
+    assert (
+        0 < totals.missed_weight[0] == pytest.approx(totals.misses[0] / TOP_K, rel=1e-3)
+    )  # the trace's weights are 1/k
 
 
 @pytest.mark.parametrize("capacity", [2, 4])

@@ -115,8 +115,8 @@ def test_a_row_of_nan_asks_for_nothing_and_counts_for_nothing(config: ModelConfi
             assert spoilt.ids[row].tolist() == clean.ids[row].tolist()
             np.testing.assert_array_equal(spoilt.weights[row], clean.weights[row])
         missed = substituted(spoilt, 4)
-        assert np.isfinite(missed.mass).all()
-        assert (float(missed.mass[1]), int(missed.choices[1])) == (0, 0)
+        assert np.isfinite(missed.weight).all()
+        assert (float(missed.weight[1]), int(missed.choices[1])) == (0, 0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
