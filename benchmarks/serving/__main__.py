@@ -105,6 +105,7 @@ def _live(options: argparse.Namespace, settings: Sequence[Setting]) -> tuple[str
         options.max_tokens,
         options.seed,
         options.turns,
+        options.fixed_lengths,
     )
     if options.compare_residency:
         batches, report = run_comparison(
@@ -177,6 +178,11 @@ def _parser() -> argparse.ArgumentParser:
     live("--concurrency", type=count, default=16, help="the servers' batch; twice as many users tell their capacity")
     live("--turns", type=count, default=8, help="parts of a run, each at shares of what the servers can do just then")
     live("--max-tokens", type=count, default=128, help="tokens of an answer at most")
+    live(
+        "--fixed-lengths",
+        action="store_true",
+        help="answers are as long as the reference answers; without, each server's experts decide when its answers end",
+    )
     live(
         "--compare-residency",
         metavar="SHARE",

@@ -61,6 +61,8 @@ class Client:
             "return_token_ids": True,  # an event may carry several tokens, or one that shows no text yet
             "emoe": {"task": job.task, "slo": deadlines},
         }
+        if job.answer_tokens is not None:
+            body |= {"max_completion_tokens": job.answer_tokens, "ignore_eos": True}
         times: list[float] = []
         whole = False
         try:

@@ -9,13 +9,14 @@ import asyncio
 import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.serving.client import closed_loop, connected
 from benchmarks.serving.live import Report, Traffic, in_turns, put_end_to_end
 from benchmarks.serving.report import Record, summary
 from benchmarks.serving.server import started_server
+from benchmarks.serving.settings import ALL
 from emoe_jax.config import ModelConfig
 from emoe_jax.memory.plan import WORKSPACE_SHARE, MemoryPlan
 from emoe_jax.models import config_from_directory
@@ -57,15 +58,41 @@ class Batches:
         return cls(device, max_model_len, full, pages // pages_for(max_model_len))
 
 
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A server of a comparison: its name, and the arguments that only it has."""
+
+    name: str
+    arguments: tuple[str, ...]
+
+    @classmethod
+    def of(cls, name: str, share: str, batch: int, *arguments: str) -> "Kind":
+        """With this share of the experts resident, and so many sequences at once."""
+        return cls(name, ("--expert-memory", share, "--max-num-seqs", str(batch), *arguments))
+
+
+def pair_of(share: str, batches: Batches) -> list[Kind]:
+    """All experts, first come, first served; and `share` of them, by deadlines."""
+    return [
+        Kind.of(f"{ALL} resident", ALL, batches.full, "--scheduling-policy", "fcfs"),
+        Kind.of(f"{share} resident", share, batches.partial, "--scheduling-policy", "slo"),
+    ]
+
+
 def run_comparison(
-    share: str, full_batch: int, load: Traffic, arguments: Sequence[str], report: Report
+    share: str,
+    full_batch: int,
+    load: Traffic,
+    arguments: Sequence[str],
+    report: Report,
+    kinds_of: Callable[[str, Batches], Sequence[Kind]] = pair_of,
 ) -> tuple[Batches, dict[str, Any]]:
     """Ratios of `share` resident to all resident, and the runs they come from. Raises `ServerFailed`.
 
     `throughput_ratio`, `requests_ratio`: tokens/s and requests/s of a closed loop with equally many users; they differ
     where missing experts make answers longer or shorter. `mean_latency_ratios`: at each of the load's rates, which are
     shares of what full residency can do; `mean_latency_ratio`: at the first of them. `max_batch_ratio`: sequences that
-    fit, by arithmetic.
+    fit, by arithmetic. All are of the second of `kinds_of(share, batches)` to the first.
     Sequences are as long as `--max-model-len` of the server's `arguments`, or the load's longest; weights are float32
     unless they name another `--dtype`.
     """
@@ -77,17 +104,16 @@ def run_comparison(
     flags = ["--dtype", dtype, "--max-model-len", str(length), "--max-num-queued-reqs", str(load.queued)]
     with contextlib.ExitStack() as stack:
         urls = {}
-        for kind, batch, policy in (("100%", batches.full, "fcfs"), (share, batches.partial, "slo")):
-            report(f"starting a server, {kind} resident, {batch} sequences")
-            own = ["--expert-memory", kind, "--max-num-seqs", str(batch), "--scheduling-policy", policy]
-            urls[kind] = stack.enter_context(started_server([*arguments, *flags, *own]))
+        for kind in kinds_of(share, batches):
+            report(f"starting a server: {kind.name}")
+            urls[kind.name] = stack.enter_context(started_server([*arguments, *flags, *kind.arguments]))
         measured = asyncio.run(_compare(urls, load, report))
     ratio = {"max_batch_ratio": batches.partial / batches.full, "batches": dataclasses.asdict(batches)}
     return batches, measured | ratio
 
 
 async def _compare(urls: dict[str, str], load: Traffic, report: Report) -> dict[str, Any]:
-    full, partial = urls
+    full, partial = [*urls][:2]
     async with contextlib.AsyncExitStack() as stack:
         clients = {name: await stack.enter_async_context(connected(url, load.max_tokens)) for name, url in urls.items()}
         loops: dict[str, list[Record]] = {name: [] for name in clients}
@@ -101,7 +127,7 @@ async def _compare(urls: dict[str, str], load: Traffic, report: Report) -> dict[
             summaries = (await in_turns(clients, load, fraction, [full], report)).summaries()
             latency = {found["policy"]: found["mean_latency_s"] for found in summaries}
             latencies[f"{fraction:g}"] = latency[partial] / latency[full]
-            runs += [{**found, "policy": f"{found['policy']} resident"} for found in summaries]
+            runs += summaries
     ratios = {
         f"{name}_ratio": saturated[partial][key] / saturated[full][key]
         for name, key in (("throughput", "throughput_tok_s"), ("requests", "throughput_rps"))

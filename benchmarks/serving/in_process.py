@@ -46,7 +46,8 @@ class EngineClient:
         """Send a job and read its answer; `began` is when the run did, on `clock`. Raises `ServerFailed`."""
         assert self._engine.tokenizer is not None
         prompt = self._engine.tokenizer.chat(list(job.sample.messages))
-        params = SamplingParams(max_tokens=self._max_tokens, temperature=0)
+        fixed = job.answer_tokens
+        params = SamplingParams(max_tokens=fixed or self._max_tokens, temperature=0, ignore_eos=fixed is not None)
         submission = Submission(prompt, params, job.task, self._routing, job.slo)
         times: list[float] = []
         try:

@@ -12,7 +12,7 @@ from benchmarks.serving.arrivals import poisson
 from benchmarks.serving.client import Target, closed_loop, connected, open_loop
 from benchmarks.serving.report import Record, summary
 from benchmarks.serving.server import started_server
-from benchmarks.serving.workload import Job, Samples, drawn
+from benchmarks.serving.workload import Job, Samples, drawn, misnamed
 from emoe_jax.requests.request import SLO
 from emoe_jax.scheduling.registry import VARIANTS
 
@@ -40,6 +40,11 @@ class Traffic:
     max_tokens: int = 128
     seed: int = 0
     turns: int = 8
+    fixed_lengths: bool = False
+    """Whether every answer has as many tokens as the reference answer to its prompt. Missing experts change when a
+    model ends its answers, so that servers with other experts are asked for other work."""
+    misnamed: float = 0.0
+    """Share of the requests of a run that name another task than their own."""
 
     @property
     def longest(self) -> int:
@@ -59,12 +64,18 @@ class Traffic:
     def saturating(self, turn: int) -> list[Job]:
         """Jobs of one turn for a closed loop: some for every user, and of all turns together a quarter of a run's."""
         count = max(self.requests // (4 * self.turns), 4 * self.users)
-        return drawn([0.0] * count, self.samples, dict.fromkeys(self.samples, NO_SLO), self._seed(turn) + 1)
+        jobs = drawn([0.0] * count, self.samples, dict.fromkeys(self.samples, NO_SLO), self._seed(turn) + 1)
+        return [self.sized(job) for job in jobs]
+
+    def sized(self, job: Job) -> Job:
+        """The job with the length that its answer is to have."""
+        return dataclasses.replace(job, answer_tokens=job.sample.output_tokens) if self.fixed_lengths else job
 
     def arriving(self, rate: float, slos: Mapping[str, SLO], turn: int) -> list[Job]:
         """The jobs of one part of a run; the same for every server."""
         count = self.requests * (turn + 1) // self.turns - self.requests * turn // self.turns
-        return drawn(poisson(rate, count, self._seed(turn)), self.samples, slos, self._seed(turn))
+        jobs = drawn(poisson(rate, count, self._seed(turn)), self.samples, slos, self._seed(turn))
+        return [self.sized(job) for job in misnamed(jobs, self.misnamed, self._seed(turn))]
 
     def _seed(self, turn: int) -> int:
         """Apart from those of other turns and seeds."""
@@ -177,7 +188,7 @@ async def idle_slos(client: Target, load: Traffic) -> dict[str, SLO]:
     """Deadlines per task, from requests that have the server to themselves."""
     slos = {}
     for task, rows in load.samples.items():
-        jobs = [Job(0.0, task, sample, NO_SLO) for sample in rows[:IDLE_REQUESTS]]
+        jobs = [load.sized(Job(0.0, task, sample, NO_SLO)) for sample in rows[:IDLE_REQUESTS]]
         records = await closed_loop(client, jobs, 1)
         ttft, latency = (
             1e3 * load.slo_scale * float(np.median([getattr(record, name) for record in records]))

@@ -28,6 +28,8 @@ class Job:
     task: str
     sample: Sample
     slo: SLO
+    answer_tokens: int | None = None
+    """Tokens of the answer; None where the model ends it."""
 
 
 Samples = Mapping[str, Sequence[Sample]]
@@ -85,6 +87,18 @@ def drawn(arrivals: Sequence[float], samples: Samples, slos: Mapping[str, SLO], 
         rows = samples[task]
         jobs.append(Job(arrival, task, rows[int(rng.integers(len(rows)))], slos[task]))
     return jobs
+
+
+def misnamed(jobs: Sequence[Job], share: float, seed: int) -> list[Job]:
+    """The jobs, each of which names another task than its own with a chance of `share`; its deadlines stay."""
+    rng = np.random.default_rng(seed)
+    tasks = sorted({job.task for job in jobs})
+    named = []
+    for job in jobs:
+        others = [task for task in tasks if task != job.task]
+        wrong = rng.random() < share and others
+        named.append(dataclasses.replace(job, task=others[int(rng.integers(len(others)))]) if wrong else job)
+    return named
 
 
 def replayed(traces: Mapping[str, Sequence[TraceRow]], slos: Mapping[str, SLO], speed: float) -> list[Job]:

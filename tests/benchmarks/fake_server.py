@@ -51,7 +51,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("content-type", "text/event-stream")
         self.send_header("transfer-encoding", "chunked")
         self.end_headers()
-        for _ in range(0 if fail == "empty" else TOKENS[body["emoe"]["task"]]):
+        tokens = body["max_completion_tokens"] if body.get("ignore_eos") else TOKENS[body["emoe"]["task"]]
+        for _ in range(0 if fail == "empty" else tokens):
             time.sleep(STEP)
             self._event({"choices": [{"index": 0, "delta": {"content": "a"}, "token_ids": [7]}]})
             if fail == "break":

@@ -15,9 +15,11 @@ import pytest
 
 from benchmarks.serving.__main__ import main
 from benchmarks.serving.compare import Batches
+from benchmarks.serving.live import Traffic
 from benchmarks.serving.server import REPOSITORY, started_server
 from emoe_jax.device.kv_cache import page_bytes
 from emoe_jax.models import config_from_directory
+from emoe_jax.requests.request import SLO
 from serve.options import DEMO_MODEL
 from tests.benchmarks.fake_server import LOG, STEP, TOKENS
 from tests.benchmarks.serving_samples import SAMPLES
@@ -199,15 +201,39 @@ def test_residencies_are_compared_on_equal_memory(log: Path, tmp_path: Path, cap
     assert report["mean_latency_ratios"] == ratios
     assert report["mean_latency_ratio"] == ratios["0.5"]
     assert report["throughput_ratio"] == pytest.approx(
-        saturated["40%"]["throughput_tok_s"] / saturated["100%"]["throughput_tok_s"]
+        saturated["40% resident"]["throughput_tok_s"] / saturated["100% resident"]["throughput_tok_s"]
     )
     assert report["requests_ratio"] == pytest.approx(
-        saturated["40%"]["throughput_rps"] / saturated["100%"]["throughput_rps"]
+        saturated["40% resident"]["throughput_rps"] / saturated["100% resident"]["throughput_rps"]
     )
     assert_none_is_left(log)
     printed = capsys.readouterr().out
     assert "max batch ratio" in printed
     assert "at 60%" in printed
+
+
+def test_fixed_lengths_are_those_of_the_reference_answers(log: Path, tmp_path: Path):
+    out = tmp_path / "out.json"
+    options = ["--requests", "40", "--rates", "0.5", "--policy", "fcfs", "--concurrency", "3", "--json", str(out)]
+    tokens = []
+    for lengths in ([], ["--fixed-lengths"]):
+        assert main([*options, *lengths]) == 0
+        (run,) = json.loads(out.read_text())["runs"]
+        tokens.append(run["throughput_tok_s"] / run["throughput_rps"])
+    samples = [sample.output_tokens for rows in SAMPLES.values() for sample in rows]
+    assert tokens[0] < 6.01  # as long as the server likes
+    assert tokens[1] == pytest.approx(sum(samples) / len(samples), rel=0.5)
+    assert tokens[1] > 9
+
+
+def test_some_requests_name_another_task_and_keep_their_deadlines():
+    load = Traffic(SAMPLES, requests=200, turns=1)
+    slos = {"short": SLO(ttft_ms=1), "long": SLO(ttft_ms=2)}
+    right = load.arriving(1.0, slos, 0)
+    for share, low, high in ((0.0, 0, 0), (0.3, 35, 85), (1.0, 200, 200)):
+        jobs = dataclasses.replace(load, misnamed=share).arriving(1.0, slos, 0)
+        assert low <= sum(a.task != b.task for a, b in zip(jobs, right, strict=True)) <= high
+        assert [dataclasses.replace(a, task=b.task) for a, b in zip(jobs, right, strict=True)] == right
 
 
 def batches(**changes: Any) -> Batches:
