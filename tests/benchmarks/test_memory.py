@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from benchmarks.memory.__main__ import main
+from benchmarks.memory.compiled import step_bytes
 from benchmarks.memory.geometries import GEOMETRIES, read_config
 from benchmarks.memory.needs import Needs, Workload, measure, pages_on
+from emoe_jax.config import ModelConfig
 from emoe_jax.errors import CapacityError
 from emoe_jax.memory.plan import MemoryPlan, dense_parameters
 from emoe_jax.models import config_from_hf
@@ -120,7 +122,13 @@ def test_the_engines_plan_is_of_the_same_size(share: float, prompt: int, batch: 
 
 @pytest.mark.parametrize(
     ("name", "billions"),
-    [("mixtral-8x7b", 46.703), ("mixtral-8x22b", 140.6), ("olmoe-1b-7b", 6.919), ("qwen3-30b-a3b", 30.532)],
+    [
+        ("mixtral-8x7b", 46.703),
+        ("mixtral-8x22b", 140.6),
+        ("olmoe-1b-7b", 6.919),
+        ("qwen3-30b-a3b", 30.532),
+        ("openmoe-8b", 11.856),
+    ],
 )
 def test_geometries_have_the_published_number_of_parameters(name: str, billions: float):
     config = config_from_hf(GEOMETRIES[name])
@@ -170,3 +178,14 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
             main(["--geometry", "olmoe-1b-7b", *options])
     with pytest.raises(SystemExit):
         main([])
+
+
+def test_what_a_step_takes_grows_with_tokens_and_layers_and_not_with_what_is_resident():
+    def config(layers: int) -> ModelConfig:
+        return CONFIG.replace(num_layers=layers, moe_layers=tuple(range(layers)), sliding_windows=(), max_position=256)
+
+    three = step_bytes(config(3), 1.0, 4, 64)
+    assert step_bytes(config(3), 0.5, 4, 64) == pytest.approx(three, rel=0.02)
+    assert step_bytes(config(3), 1.0, 4, 256) > 1.5 * three
+    two, four = step_bytes(config(2), 1.0, 4, 64), step_bytes(config(4), 1.0, 4, 64)
+    assert four - three == pytest.approx(three - two, abs=8)
