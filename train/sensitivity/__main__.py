@@ -161,9 +161,11 @@ def _numbers(
         judge = EXACT if task in options.exact else ROUGE if embed is None else COSINE
         depths = []
         for pattern, other, deviation in zip(progressive, random, deviations, strict=False):
-            row = profile.similarities(resident, other, rows, embed)
+            alike = profile.by_prompt(resident, other, rows, embed)
+            row = {name: float(values.mean()) for name, values in alike.items()}
             row |= profile.deviation_numbers(deviation, tokens, rows)
-            depths.append({"layers": int(pattern.sum()), "similarity": row[judge], **row})
+            judged = {"similarity": row[judge], "similarity_ci95": profile.interval(alike[judge])}
+            depths.append({"layers": int(pattern.sum()), **judged, **row})
         alone = [profile.deviation_numbers(deviation, tokens, rows) for deviation in deviations[len(progressive) :]]
         tasks[task] = {
             "prompts": len(rows),

@@ -14,6 +14,7 @@ from train.sensitivity.measure import Deviation
 from train.similarity import rouge_l
 
 EXACT, ROUGE, COSINE = "exact_match", "rouge_l", "cosine"
+_RESAMPLES = 2000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,15 +31,28 @@ def similarities(
     """Means over some prompts: equal answers, ROUGE-L F1 of words, and the cosine of embeddings if there is a model of
     them; two empty answers are equal.
     """
+    return {name: float(values.mean()) for name, values in by_prompt(resident, other, rows, embed).items()}
+
+
+def by_prompt(
+    resident: Outputs, other: Outputs, rows: Sequence[int], embed: Embed | None = None
+) -> dict[str, Float[np.ndarray, " X"]]:
+    """What `similarities` takes the means of."""
     exact = [resident.tokens[row] == other.tokens[row] for row in rows]
     rouge = [
         1.0 if same else rouge_l(resident.texts[row], other.texts[row]) for same, row in zip(exact, rows, strict=True)
     ]
-    found = {EXACT: float(np.mean(exact)), ROUGE: float(np.mean(rouge))}
+    found = {EXACT: np.array(exact, np.float64), ROUGE: np.array(rouge, np.float64)}
     if embed is not None:
         ours, theirs = (embed([outputs.texts[row] for row in rows]) for outputs in (resident, other))
-        found[COSINE] = float(np.mean(np.where(exact, 1.0, (ours * theirs).sum(axis=1))))
+        found[COSINE] = np.where(exact, 1.0, (ours * theirs).sum(axis=1)).astype(np.float64)
     return found
+
+
+def interval(values: Float[np.ndarray, " X"]) -> list[float]:
+    """95 % interval of the mean: bootstrap over prompts, with equal draws for equally many of them."""
+    drawn = np.random.default_rng(0).integers(len(values), size=(_RESAMPLES, len(values)))
+    return np.quantile(values[drawn].mean(axis=1), [0.025, 0.975]).tolist()
 
 
 def deviation_numbers(deviation: Deviation, tokens: Int[np.ndarray, " X"], rows: Sequence[int]) -> dict[str, float]:
