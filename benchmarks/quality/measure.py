@@ -7,12 +7,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from benchmarks.quality.calibration import calibrated, needs_profile
 from benchmarks.quality.scores import Row, row
 from benchmarks.quality.served import ANSWER_TOKENS, Cell, Outcome, engine_of, outcomes
-from benchmarks.quality.traffic import Count, Item, draw, in_bursts
+from benchmarks.quality.traffic import Count, Item, draw, in_bursts, misnamed
 from emoe_jax import EmoeError
 from emoe_jax.config import ModelConfig
 from emoe_jax.errors import ConfigError
@@ -83,6 +83,8 @@ class Measured:
 
     rows: list[Row]
     seconds: float
+    state: dict[str, Any]
+    """`Engine.state` when all was served, of the last run."""
 
 
 def measure(
@@ -107,40 +109,44 @@ def measure(
         everything = dataclasses.replace(FULL, policy="static")
         with engine_of(model, everything, traffic.context, concurrency, seed) as engine:
             reference = outcomes(engine, stream, concurrency, start("all experts resident", asked))
-            yield _measured(FULL, stream, [reference], reference, seed, began, embed)
+            yield measured(FULL, stream, [reference], reference, seed, began, engine.state(), embed)
             if any(needs_profile(cell.policy) for cell in cells):
                 calibration = in_bursts(traffic.calibration, seed)
                 tell = start("calibration of fixed tables, training prompts", len(calibration))
                 calibrated(engine, calibration, concurrency, tell).save(profile)
         for number, cell in enumerate(cells, start=1):
-            began, runs = time.monotonic(), []
+            began, runs, state = time.monotonic(), [], {}
+            requests = stream if cell.misnamed is None else misnamed(stream, cell.misnamed, seed)
             for draw_seed in range(seed, seed + (random_draws if cell.policy == "random" else 1)):
                 title = f"{cell.policy}, {cell.share:.0%} resident, {cell.contract} ({number} of {len(cells)})"
                 tell = start(title, asked)
                 own = profile if needs_profile(cell.policy) else task_profile
                 try:
                     with engine_of(model, cell, traffic.context, concurrency, draw_seed, own) as engine:
-                        runs.append(outcomes(engine, stream, concurrency, tell))
+                        runs.append(outcomes(engine, requests, concurrency, tell, cell.misnamed is not None))
+                        state = engine.state()
                 except EmoeError as error:
                     raise type(error)(f"{title}: {error}") from None
-            yield _measured(cell, stream, runs, reference, seed, began, embed)
+            yield measured(cell, stream, runs, reference, seed, began, state, embed)
 
 
-def _measured(
+def measured(
     cell: Cell,
     stream: Sequence[Item],
     runs: Sequence[Sequence[Outcome]],
     reference: Sequence[Outcome],
     seed: int,
     began: float,
-    embed: Embed | None,
+    state: dict[str, Any],
+    embed: Embed | None = None,
 ) -> Measured:
+    """A row for each task of the stream; `began` is when the cell did, on the monotonic clock."""
     rows = []
     for task in dict.fromkeys(item.task for item in stream):
         of_task = [index for index, item in enumerate(stream) if item.task == task]
         found = [_at(of_task, run) for run in runs]
         rows.append(row(cell, _at(of_task, stream), found, _at(of_task, reference), seed, embed))
-    return Measured(rows, time.monotonic() - began)
+    return Measured(rows, time.monotonic() - began, state)
 
 
 def _at(indices: Sequence[int], values: Sequence[T]) -> list[T]:

@@ -6,9 +6,11 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.quality.traffic import Item
 from emoe_jax import EmoeError, Engine, RequestOutput, SamplingParams
+from emoe_jax.engine_config import EngineConfig
 from emoe_jax.requests.request import RoutingContract
 
 ANSWER_TOKENS = 64
@@ -24,6 +26,13 @@ class Cell:
     policy: str
     contract: RoutingContract
     share: float
+    options: tuple[tuple[str, Any], ...] = ()
+    """Further options of the engine, by name."""
+    model: str | None = None
+    """Another checkpoint than the reference's, with the same tokenizer."""
+    misnamed: float | None = None
+    """Share of prompts whose request names another task than its own; the others name their own. None: no request
+    names a task, and the engine classifies them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,29 +52,41 @@ def engine_of(
     model: str, cell: Cell, context: int, concurrency: int, seed: int, profile: Path | None = None
 ) -> Iterator[Engine]:
     """A warm engine of a cell; `profile` replaces the checkpoint's own task profile."""
-    with Engine.load(
-        model,
-        expert_memory=f"{100 * cell.share:g}%",
-        routing=cell.contract,
-        policy=cell.policy,
-        max_num_seqs=concurrency,
-        max_model_len=context,
-        prefix_caching=False,
-        task_profile="auto" if profile is None else profile,
-        seed=seed,
-    ) as engine:
+    with Engine.load(cell.model or model, config_of(cell, context, concurrency, seed, profile)) as engine:
         engine.warm_up()
         yield engine
 
 
-def outcomes(engine: Engine, stream: Sequence[Item], concurrency: int, tell: Tell) -> list[Outcome]:
+def config_of(cell: Cell, context: int, concurrency: int, seed: int, profile: Path | None = None) -> EngineConfig:
+    """The options of a cell's engine. Those of the cell go before all others."""
+    options: dict[str, Any] = {
+        "expert_memory": f"{100 * cell.share:g}%",
+        "routing": cell.contract,
+        "policy": cell.policy,
+        "max_num_seqs": concurrency,
+        "max_model_len": context,
+        "prefix_caching": False,
+        "task_profile": "auto" if profile is None else profile,
+        "seed": seed,
+    }
+    return EngineConfig.of(**options | dict(cell.options))
+
+
+def outcomes(
+    engine: Engine,
+    stream: Sequence[Item],
+    concurrency: int,
+    tell: Tell,
+    name_tasks: bool = False,
+    waiting: int | None = None,
+) -> list[Outcome]:
     """Every item served once in the order of the stream: prompts answered, texts read. Then the true answers to the
     prompts, in the same order. What is read or given is decoded, one token of each sequence per step.
     """
     first = [(item, free() if item.answer is not None else given(item)) for item in stream]
-    served = serve(engine, first, concurrency, tell)
+    served = serve(engine, first, concurrency, tell, name_tasks, waiting)
     then = [(item, given(item)) for item in stream if item.answer is not None]
-    told = iter(serve(engine, then, concurrency, tell))
+    told = iter(serve(engine, then, concurrency, tell, name_tasks, waiting))
     found = []
     for item, output in zip(stream, served, strict=True):
         scored = output if item.answer is None else next(told)
@@ -89,15 +110,17 @@ def serve(
     concurrency: int,
     tell: Tell,
     name_tasks: bool = False,
+    waiting: int | None = None,
 ) -> list[RequestOutput]:
-    """All outputs, in order. `concurrency` requests are computed together, and as many wait for their turn.
+    """All outputs, in order. `concurrency` requests are computed together, and `waiting` (as many) wait for their turn.
 
     Requests name no task unless `name_tasks`: the engine classifies them. Raises `EmoeError` where one failed.
     """
     outputs: dict[int, RequestOutput] = {}
+    at_once = concurrency + (concurrency if waiting is None else waiting)
     added = 0
     while len(outputs) < len(requests):
-        while added < len(requests) and added - len(outputs) < 2 * concurrency:
+        while added < len(requests) and added - len(outputs) < at_once:
             item, params = requests[added]
             engine.add_request(str(added), item.prompt, params, task=item.task if name_tasks else None)
             added += 1

@@ -2,17 +2,22 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks.quality import scores, yardstick
 from benchmarks.quality.measure import FULL
+from benchmarks.quality.one_prompt import RoutingBook
+from benchmarks.quality.quantised import quantise, round_trip
 from benchmarks.quality.scores import Row, interval, mean_over, perplexity_ratio, resamples
-from benchmarks.quality.served import Cell, Outcome
-from benchmarks.quality.traffic import Count, Item, draw, in_bursts
+from benchmarks.quality.served import Cell, Outcome, config_of
+from benchmarks.quality.traffic import Count, Item, draw, in_bursts, misnamed
 from emoe_jax import RequestOutput
 from emoe_jax.checkpoint import Checkpoint, Tokenizer
+from emoe_jax.checkpoint.safetensors import SafetensorsFile
+from emoe_jax.errors import CheckpointError, ConfigError
 from emoe_jax.models import load_tokenizer, open_checkpoint
 from emoe_jax.requests.request import Completion
 from serve.options import DEMO_MODEL
@@ -234,4 +239,64 @@ def test_a_kind_of_text_without_its_package_is_left_out(
 def test_rows_are_plain_json() -> None:
     row = made_row(CELL, "qa", similarity=0.5)
     assert {"policy", "contract", "share", "task", "items", *scores.METRICS, "ci95"} == set(row.as_json())
-    assert dataclasses.asdict(CELL) == {name: row.as_json()[name] for name in ("policy", "contract", "share")}
+    assert [row.as_json()[name] for name in ("policy", "contract", "share")] == ["lru", "resident", 0.5]
+
+
+def test_some_prompts_name_another_task_and_texts_none() -> None:
+    stream = [Item(task, (1,), (2,), "x") for task in ("qa", "sum", "comp") for _ in range(40)]
+    stream += [Item("prose", (1,), (2,), None)] * 5
+    assert misnamed(stream, 0.0, seed=3) == stream
+    wrong = {share: [a != b for a, b in zip(misnamed(stream, share, 3), stream, strict=True)] for share in (0.3, 1.0)}
+    assert sum(wrong[1.0]) == 120
+    assert not any(wrong[1.0][120:])
+    assert 20 < sum(wrong[0.3]) < 55
+    assert {item.task for item in misnamed(stream, 1.0, 3)} == {"qa", "sum", "comp", "prose"}
+    assert all(b for a, b in zip(wrong[0.3], wrong[1.0], strict=True) if a)
+
+
+def test_a_cells_own_options_go_before_the_others() -> None:
+    cell = dataclasses.replace(CELL, options=(("predict_every", 40), ("seed", 7)))
+    config = config_of(cell, 128, 4, seed=1)
+    assert (config.predict_every, config.seed, config.max_num_seqs, config.policy) == (40, 7, 4, "lru")
+    with pytest.raises(ConfigError):
+        config_of(dataclasses.replace(CELL, options=(("predict_every", -1),)), 128, 4, seed=1)
+
+
+@pytest.mark.parametrize(("bits", "steps"), [(8, 127), (4, 7)])
+def test_rounded_weights_are_within_half_a_step(bits: int, steps: int) -> None:
+    weight = np.random.default_rng(0).normal(size=(6, 64)).astype(np.float32)
+    found = round_trip(weight, bits)
+    groups = weight.reshape(6, -1, 64 if bits == 8 else 32)
+    step = np.repeat(np.abs(groups).max(-1) / steps, groups.shape[-1], axis=1)
+    assert (np.abs(found - weight) <= 0.501 * step).all()
+    assert np.unique(found[0, :32]).size <= 2 * steps + 1
+    np.testing.assert_allclose(round_trip(found, bits), found, rtol=1e-5)
+
+
+def test_a_quantised_checkpoint_has_the_same_tensors_and_says_its_size(tmp_path: Path) -> None:
+    sizes = quantise(DEMO_MODEL, tmp_path / "int4", 4)
+    before, after = (open_checkpoint(path) for path in (DEMO_MODEL, tmp_path / "int4"))
+    assert before.config.num_experts == after.config.num_experts
+    same, rounded = (SafetensorsFile(path / "model.safetensors") for path in (DEMO_MODEL, tmp_path / "int4"))
+    assert set(same.tensors) == set(rounded.tensors)
+    for name in same.tensors:
+        old, new = np.asarray(same.tensor(name), np.float32), rounded.tensor(name)
+        is_kept = old.ndim == 1 or ".layers." not in name or name.endswith("gate.weight")
+        assert np.array_equal(old, new) == is_kept, name
+    assert sizes.before == sum(2 * same.tensor(name).size for name in same.tensors)
+    assert sizes.experts_after / sizes.experts_before == pytest.approx((0.5 + 2 / 32) / 2)
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
+        quantise(tmp_path, tmp_path / "none", 8)
+
+
+def test_a_routing_book_says_of_each_request_how_it_was_routed() -> None:
+    counts = [np.eye(2, 4, k, dtype=np.int64) * 3 for k in range(3)]
+    noted = RoutingBook(2, 4)
+    for each in counts:
+        np.testing.assert_allclose(noted.predict_next([("qa", None)], 4)[0], 0.25)
+        noted.observe("qa", each, None)
+    told = RoutingBook(2, 4, noted.counts)
+    for each in counts:
+        np.testing.assert_allclose(told.predict_next([("qa", None)], 4)[0], each / 3)
+        told.observe("qa", each, None)
+    np.testing.assert_allclose(told.predict_next([("qa", None)], 4)[0], 0.25)

@@ -12,6 +12,7 @@ from benchmarks.quality import __main__ as command
 from benchmarks.quality import served, yardstick
 from benchmarks.quality.calibration import calibrated, needs_profile
 from benchmarks.quality.measure import Traffic
+from benchmarks.quality.one_prompt import served_by_one
 from benchmarks.quality.served import Cell, engine_of, free, given, outcomes, serve
 from benchmarks.quality.traffic import Count, Item, in_bursts
 from emoe_jax import Engine
@@ -145,6 +146,19 @@ def test_the_global_table_is_that_of_the_calibration_and_stays(model: str, strea
     with load(model, "random", 0.5) as engine:
         rivals = outcomes(engine, stream, 4, nothing)
     assert np.mean([o.substituted for o in found]) < np.mean([o.substituted for o in rivals])
+
+
+def test_one_prompts_experts_serve_the_next_ones(model: str) -> None:
+    traffic = Traffic.of(model, ["facts", "code"], Count(3, 3), seed=0)
+    requests = 9  # facts are answered, then given their answers
+    found = dict(served_by_one(model, [0, 2, 100], 0.5, traffic, 0, lambda *_: nothing))
+    for period, done in found.items():
+        assert done.state["planner"]["predictions"] == -(-requests // (period + 1))
+        assert {row.task for row in done.rows} == {"facts", "code"}
+    coverage = [done.state["residency"]["coverage"] for done in found.values()]
+    assert coverage[0] > coverage[2]
+    (everything,) = served_by_one(model, [0], 1.0, traffic, 0, lambda *_: nothing)
+    assert all(row.numbers["perplexity_ratio"] == pytest.approx(1, rel=1e-4) for row in everything[1].rows)
 
 
 def test_which_policies_keep_what_is_used_on_average() -> None:
