@@ -1,0 +1,166 @@
+"""Figures 12 and 18 (throughput), and the paper's headlines on speed: servers under load, on equal device memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.paper.bench import ENGINE, SHARE, Bench
+from benchmarks.paper.claim import Claim, Conclusion, Numbers
+from benchmarks.serving.compare import Batches, Kind, run_comparison
+from benchmarks.serving.live import Traffic
+from benchmarks.serving.workload import demo_samples
+
+FULL_BATCH = 2
+"""Sequences that have room beside all experts of the demo; with 40 % of them there is then room for 9, which are the
+4.5 times as many of the paper's Mixtral (4 and 18)."""
+
+ALL_FCFS, EMOE, PART_FCFS, ALL_SLO, ON_DEMAND = (
+    "all, fcfs",
+    "eMoE: 40 %, slo",
+    "40 %, fcfs",
+    "all, slo",
+    "on demand, fcfs",
+)
+_COMMAND = f"python -m benchmarks.serving --compare-residency 40% --full-batch {FULL_BATCH} --fixed-lengths"
+
+
+def kinds_of(share: str, batches: Batches) -> Sequence[Kind]:
+    """All resident and eMoE; then its two halves alone, and loading on demand."""
+    fcfs, slo = ("--scheduling-policy", "fcfs"), ("--scheduling-policy", "slo")
+    exact = ("--routing", "exact", "--policy", "lru")
+    return [
+        Kind.of(ALL_FCFS, "100%", batches.full, *fcfs),
+        Kind.of(EMOE, share, batches.partial, *slo),
+        Kind.of(PART_FCFS, share, batches.partial, *fcfs),
+        Kind.of(ALL_SLO, "100%", batches.full, *slo),
+        Kind.of(ON_DEMAND, share, batches.partial, *fcfs, *exact),
+    ]
+
+
+def measured(bench: Bench) -> Numbers:
+    """All kinds in turns: what they can do with as many users as they like, then mean latency by arrival rate."""
+    sizes = bench.sizes
+    load = Traffic(demo_samples(), sizes.rates, sizes.requests, seed=bench.seed, turns=sizes.turns, fixed_lengths=True)
+    parameters = {"rates": sizes.rates, "requests": sizes.requests, "turns": sizes.turns, "full_batch": FULL_BATCH}
+
+    def make() -> Numbers:
+        arguments = ["--model", bench.model]
+        _, found = run_comparison(f"{SHARE:.0%}", FULL_BATCH, load, arguments, bench.report, kinds_of)
+        return found
+
+    return bench.kept("servers under load", parameters, (*ENGINE, "benchmarks/serving"), make)
+
+
+def _latencies(numbers: Numbers) -> dict[str, dict[float, float]]:
+    found: dict[str, dict[float, float]] = {}
+    for run in numbers["runs"]:
+        found.setdefault(run["policy"], {})[run["rate_fraction"]] = run["mean_latency_s"]
+    return found
+
+
+def by_rate(numbers: Numbers) -> Conclusion:
+    """9 to 17 % lower latency than with all experts resident."""
+    latencies = _latencies(numbers)
+    full, ours = latencies[ALL_FCFS], latencies[EMOE]
+    saved = {rate: 1 - ours[rate] / full[rate] for rate in sorted(full)}
+    highest = max(full)
+    halves = ", ".join(
+        f"{name} {latencies[name][highest] / full[highest]:.2f}x" for name in (PART_FCFS, ALL_SLO, ON_DEMAND)
+    )
+    told = ", ".join(f"{_change(part)} at {rate:.0%}" for rate, part in saved.items())
+    here = f"mean latency against all resident: {told} of its capacity; at {highest:.0%}: {halves}"
+    return _enough(here, saved, 0.09, numbers)
+
+
+def latency(numbers: Numbers) -> Conclusion:
+    """The headline: at least 17 % lower at 70 % of what all resident can serve."""
+    latencies = _latencies(numbers)
+    rate = min(latencies[EMOE], key=lambda rate: abs(rate - 0.7))
+    saved = 1 - latencies[EMOE][rate] / latencies[ALL_FCFS][rate]
+    here = f"{_change(saved)} mean latency at {rate:.0%} of what all resident can serve"
+    return _enough(here, {rate: saved}, 0.17, numbers)
+
+
+def _change(saved: float) -> str:
+    return f"{100 * abs(saved):.0f} % {'lower' if saved >= 0 else 'higher'}"
+
+
+def _enough(here: str, saved: dict[float, float], least: float, numbers: Numbers) -> Conclusion:
+    enough = [part >= least for part in saved.values()]
+    if all(enough):
+        return Conclusion(here, "yes")
+    rates = ", ".join(f"{rate:.0%}" for rate, part in saved.items() if part < least)
+    tpot = {run["policy"]: run["p50_tpot_s"] for run in numbers["runs"]}
+    reason = (
+        f"less than {least:.0%} is saved at {rates} of capacity: among up to {numbers['batches']['partial']} sequences "
+        f"a token takes {tpot[EMOE] / tpot[ALL_FCFS]:.1f} times as long, which eats up what requests wait less"
+    )
+    return Conclusion(here, "partly" if any(enough) or max(saved.values()) > 0 else "no", reason)
+
+
+def throughput(numbers: Numbers) -> Conclusion:
+    """1.3 to 1.5 times, at a batch up to 4.5 times as large."""
+    return _throughput(numbers, 1.3)
+
+
+def highest(numbers: Numbers) -> Conclusion:
+    """The headline: 1.5 times."""
+    return _throughput(numbers, 1.5)
+
+
+def _throughput(numbers: Numbers, least: float) -> Conclusion:
+    ratio, batch = numbers["requests_ratio"], numbers["max_batch_ratio"]
+    batches = numbers["batches"]
+    here = f"{ratio:.2f}x the requests/s, at {batch:.1f}x the batch ({batches['full']} and {batches['partial']})"
+    if ratio >= least:
+        return Conclusion(here, "yes")
+    return Conclusion(
+        here,
+        "partly" if ratio > 1 else "no",
+        "on two cores a larger batch costs nearly as much more time as it has rows",
+    )
+
+
+def plot(numbers: Numbers, figure: Any) -> None:
+    """Mean latency by arrival rate."""
+    axis = figure.subplots()
+    for name, by_rate in _latencies(numbers).items():
+        rates = sorted(by_rate)
+        axis.plot([100 * rate for rate in rates], [by_rate[rate] for rate in rates], marker=".", label=name)
+    axis.set(xlabel="arrival rate, % of what all resident can serve", ylabel="mean latency, s", yscale="log")
+    axis.legend()
+
+
+def plot_throughput(numbers: Numbers, figure: Any) -> None:
+    """Requests per second with more users than places."""
+    axis = figure.subplots()
+    saturated = numbers["saturated"]
+    axis.barh([*saturated], [of["throughput_rps"] for of in saturated.values()])
+    axis.set(xlabel="requests/s, closed loop")
+
+
+CLAIMS = (
+    Claim(
+        "fig12",
+        "end-to-end latency by arrival rate, against all resident",
+        "9 % (smallest model) to 17 % (largest) lower",
+        "live",
+        _COMMAND,
+        measured,
+        by_rate,
+        plot,
+    ),
+    Claim(
+        "fig18-throughput",
+        "throughput at the larger batch",
+        "1.3x to 1.5x at 2x to 4.5x the batch",
+        "live",
+        _COMMAND,
+        measured,
+        throughput,
+        plot_throughput,
+    ),
+    Claim("headline-throughput", "throughput", "1.5x higher", "live", _COMMAND, measured, highest),
+    Claim("headline-latency", "inference latency", "up to 17 % lower", "live", _COMMAND, measured, latency),
+)
