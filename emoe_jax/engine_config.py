@@ -14,8 +14,8 @@ PredictEvery = int | Literal["auto"]
 """Prompts that share a prediction; "auto" is chosen by cost and gain (`Cadence`)."""
 
 PolicyName = Literal[
-    "activation-matrix", "emoe", "emoe-no-refresh", "emoe-paper", "lfu", "lru", "next-layer-router", "random", "static",
-    "static-global", "static-task",
+    "activation-matrix", "emoe", "emoe-no-refresh", "emoe-paper", "lfu", "lru", "next-layer-router", "pre-gated",
+    "random", "static", "static-global", "static-task",
 ]  # fmt: skip
 """The residency policies of `emoe_jax.policies`."""
 

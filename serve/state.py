@@ -28,6 +28,17 @@ class LoadsState(Described):
     last_error: str | None = None
 
 
+class AheadState(Described):
+    """Experts, counted once per step and layer, that `exact` steps ask for before their layer is reached."""
+
+    misses: Annotated[int, Field(description="Wished for and absent when the layer was reached.")] = 0
+    asked: Annotated[int, Field(description="Asked for ahead.")] = 0
+    spared: Annotated[int, Field(description="Misses that had been staged by then.")] = 0
+    late: Annotated[int, Field(description="Misses that had been asked for, and were still on their way.")] = 0
+    useless: Annotated[int, Field(description="Moved, and not wished for.")] = 0
+    withdrawn: Annotated[int, Field(description="Not wished for, and given up before they were moved.")] = 0
+
+
 class ResidencyState(Described):
     """Lists have an item per MoE layer, in the order of `moe_layers`."""
 
@@ -42,6 +53,7 @@ class ResidencyState(Described):
     wishes: Annotated[list[list[int]], Field(description="How often routers chose each expert, since the start.")] = []
     coverage: Annotated[float | None, Field(description="Share of the wishes that were resident at the time.")] = None
     loads: LoadsState = LoadsState()
+    ahead: Annotated[AheadState | None, Field(description="Null but under the policy pre-gated.")] = None
 
 
 class PlannerState(Described):

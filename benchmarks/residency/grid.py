@@ -15,7 +15,8 @@ from emoe_jax.policies import POLICIES
 from emoe_jax.traces import RoutingTrace
 
 ORACLE = "oracle"
-NAMES = [*(name for name in POLICIES if name != "static"), ORACLE]  # `static` is `static-global` here
+# Replay has `static` as `static-global`, and `pre-gated` as `next-layer-router`.
+NAMES = [*(name for name in POLICIES if name not in ("static", "pre-gated")), ORACLE]
 RESIDENCIES = (1.0, 0.75, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2)
 WITHIN_STEP = {"next-layer-router"}
 

@@ -16,6 +16,7 @@ STYLES: dict[str, tuple[str, str]] = {
     "emoe-paper": ("#E69F00", ":"),
     "lru": ("#0072B2", "-"),
     "lfu": ("#56B4E9", "--"),
+    "pre-gated": ("#CC79A7", "-"),
     "static-task": ("#009E73", "-."),
     "static-global": ("#009E73", ":"),
     "static": ("#009E73", ":"),

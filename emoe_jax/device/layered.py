@@ -138,13 +138,29 @@ class LayeredForward:
         )
         if keep is not None and layer_cache is not None:
             keep(layer_cache)
+        ahead = None if restricted or m + 1 == len(config.moe_layers) else self._residency.waves.ahead
+        guess = None if ahead is None else self._next_wishes(m, routed, batch)
         counts = np.asarray(routed.wish_counts)
         for slots in self._waves(m, counts, batch.routing):
+            if ahead is not None:
+                # This layer's first wave is there: the link is free for the next layer while this one computes.
+                ahead.expect(m + 1, np.asarray(guess))
+                ahead = None
             experts = self._residency.slab.weights[m]
             wave = (*shape[:2], experts.capacity)
             total = self._executables.call(step.expert_wave, wave, routed, slots, experts, total, config=config)
         x = self._executables.call(step.close_moe, (kind, *shape[:2]), leaves, routed, total, skeleton=skeleton)
         return layer_cache, x, counts, wishes
+
+    def _next_wishes(self, m: int, routed: step.Routed, batch: Batch) -> Int[Array, " E"]:
+        """What the router of the next MoE layer makes of this one's input, still on the device."""
+        index = self.config.moe_layers[m + 1]
+        skeleton, leaves = self._layers[index]
+        key = (self._kinds[index], *batch.shape[:2])
+        lengths = batch.inputs.lengths
+        return self._executables.call(
+            step.next_wishes, key, leaves, routed.x, lengths, skeleton=skeleton, config=self.config
+        )
 
     def _waves(
         self, m: int, wish_counts: Int[np.ndarray, " E"], routing: RoutingContract

@@ -2,7 +2,8 @@
 
 `resident_step` is a whole forward in one call. The `exact` contract stops between each layer's router and its experts
 so that the host can load what is missing: `embed`, then per layer `attend_and_route`, `expert_wave` (once per wave)
-and `close_moe` (or `dense_layer`), then `last_logits`. Without a cache the same pieces make an uncached forward.
+and `close_moe` (or `dense_layer`), then `last_logits`. Between router and experts, `next_wishes` guesses what the next
+layer will ask for, where the policy looks ahead. Without a cache the same pieces make an uncached forward.
 `choose_tokens` follows either, compiled twice per batch size (with and without penalties), and `prompt_logprobs` where
 a request asks for them. Tokens are kept on the device, where the next step finds those that the host has not read yet.
 """
@@ -230,6 +231,25 @@ def attend_and_route(
     counts = _wish_counts(routing, valid, config.num_experts)
     routed = Routed(x, rows, routing.ids, routing.weights, counts)
     return cache, routed, jnp.zeros_like(rows), Wishes.of(routing, config.num_experts)
+
+
+@partial(jax.jit, static_argnames=("skeleton", "config"))
+def next_wishes(
+    leaves: tuple[Array, ...],
+    x: Float[Array, "B T D"],
+    lengths: Int[Array | np.ndarray, " B"],
+    *,
+    skeleton: Skeleton,
+    config: ModelConfig,
+) -> Int[Array, " E"]:
+    """How often the router of this MoE layer would wish for each expert if `x` were its input (Pre-gated MoE).
+
+    `x` is `Routed.x` of the MoE layer before, which is known before that layer's experts have run.
+    """
+    layer: Layer = skeleton.join(leaves)
+    valid = jnp.arange(x.shape[1], dtype=jnp.int32)[None, :] < jnp.asarray(lengths)[:, None]
+    _, routing = layer.moe_input(x)
+    return _wish_counts(routing, valid.reshape(-1), config.num_experts)
 
 
 @partial(jax.jit, static_argnames=("config",), donate_argnames=("accumulator",))

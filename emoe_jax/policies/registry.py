@@ -45,6 +45,7 @@ class PolicyKind(NamedTuple):
     predict_every: int | None = None  # prompts that share a prediction where the user does not say; None: automatic
     one_forecast: bool = False  # whether a prediction serves all next prompts, and not only those of its task
     exchanges: bool = True  # whether it ever loads other experts than those that it starts with
+    looks_ahead: bool = False  # whether an `exact` step asks for what the next layer's router would choose
 
 
 def _refresh(num_layers: int, num_experts: int, known: PolicyWeights) -> Rule[Any]:
@@ -79,6 +80,8 @@ POLICIES: dict[str, PolicyKind] = {
     ),
     "lru": PolicyKind("none", lambda *_: Lru()),
     "lfu": PolicyKind("none", lambda *_: Lfu()),
+    # `lru` between steps. A `resident` step stops at no router, so it looks ahead in `exact` ones only.
+    "pre-gated": PolicyKind("none", lambda *_: Lru(), looks_ahead=True),
     "static-task": PolicyKind("task", lambda *_: Fixed(), follows_requests=True),
     "static-global": PolicyKind("global", lambda *_: Fixed(), exchanges=False),
     "static": PolicyKind("global", lambda *_: Fixed(), exchanges=False),  # whatever it is given to start with

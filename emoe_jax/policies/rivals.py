@@ -18,8 +18,9 @@ class NextLayerState(NamedTuple):
 class NextLayerRouter(Rule[NextLayerState]):
     """A layer's experts by the choices of the layer before it, through a table of how often one follows the other.
 
-    Within a step, when layer m has chosen, layer m + 1 is loaded: that stops at every layer, so only replay does it.
-    Elsewhere the choices are those of the step before. The first layer has none before it and keeps to the plan.
+    In replay, layer m + 1 is loaded within a step, when layer m has chosen. In the engine the choices are those of the
+    step before: `pre-gated` is the policy that looks ahead within a step. The first layer has none before it and keeps
+    to the plan.
     """
 
     def __init__(self, transitions: Float[np.ndarray, "M1 E E"], margin: float = 0.0):

@@ -16,10 +16,11 @@ from emoe_jax.experts.store import ExpertReader, ExpertStore
 from emoe_jax.experts.table import SlotTable
 from emoe_jax.experts.tickets import LoadState, LoadTicket
 from emoe_jax.experts.weights import ExpertLayout
-from emoe_jax.policies import PolicyWeights, make_policy
+from emoe_jax.policies import POLICIES, PolicyWeights, make_policy
 from emoe_jax.policies.pace import Pace
 from emoe_jax.policies.policy import ChunkWishes
 from emoe_jax.policies.rule import ExpectedWishes
+from emoe_jax.residency.ahead import LoadsAhead
 from emoe_jax.residency.waves import WaveLoader
 
 log = logging.getLogger(__name__)
@@ -96,7 +97,8 @@ class Residency:
             sharding=self.slab.sharding,
         )
         self._loader = ExpertLoader(self._store, self.slab, self.table, bandwidth=link_bandwidth)
-        self.waves = WaveLoader(self._loader, self.table, self._eviction_order)
+        ahead = LoadsAhead(self._loader, self.table) if POLICIES[policy].looks_ahead else None
+        self.waves = WaveLoader(self._loader, self.table, self._eviction_order, ahead)
         self._wishes: Int[np.ndarray, "M E"] = np.zeros(shape, np.int64)
         self._wishes_resident = 0
         self._covered = Covered(0, 0, 0)  # since the last look at what the policy prefers
@@ -292,6 +294,7 @@ class Residency:
         each expert since the start; `loading` has pairs of MoE layer and expert.
         """
         capacities, stats = self.table.capacities, self._loader.stats
+        ahead = self.waves.ahead
         loading = [[ticket.layer, ticket.expert] for ticket in self._tickets if ticket.is_active]
         return {
             "policy": self.policy_name,
@@ -314,6 +317,7 @@ class Residency:
                 "layers_spared": self._policy.layers_spared,
                 "last_error": self._last_error,
             },
+            "ahead": None if ahead is None else dataclasses.asdict(ahead.stats),
             "store": dataclasses.asdict(self._store.stats),
         }
 

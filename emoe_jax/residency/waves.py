@@ -7,6 +7,7 @@ from jaxtyping import Int
 
 from emoe_jax.experts.loader import ExpertLoader
 from emoe_jax.experts.table import SlotTable
+from emoe_jax.residency.ahead import LoadsAhead
 
 EvictionOrder = Callable[[int], Iterable[int]]
 """Experts of a layer, the one to give up first in front."""
@@ -19,7 +20,15 @@ class WaveLoader:
     waves it took. Worked example: 3 slots, wishes for experts 1, 4, 5, 7 -> waves {1, 4, 5} and {7}.
     """
 
-    def __init__(self, loader: ExpertLoader, table: SlotTable, eviction_order: EvictionOrder):
+    def __init__(
+        self,
+        loader: ExpertLoader,
+        table: SlotTable,
+        eviction_order: EvictionOrder,
+        ahead: LoadsAhead | None = None,
+    ):
+        self.ahead = ahead
+        """What is told of the layer to come; None where the policy does not look ahead."""
         self._loader = loader
         self._table = table
         self._eviction_order = eviction_order
@@ -31,6 +40,8 @@ class WaveLoader:
         """
         capacity = self._table.capacities[layer]
         needed = np.flatnonzero(wish_counts)
+        if self.ahead is not None:
+            self.ahead.arrive(layer, needed)
         for first in range(0, max(len(needed), 1), capacity):
             wave = needed[first : first + capacity]
             if not all(self._table.is_resident(layer, expert) for expert in wave):

@@ -6,6 +6,7 @@ _WIRING = "tests/engine/test_wiring.py"
 _REFRESH = f"{_WIRING}::test_residents_follow_the_wishes_of_an_answer"
 _DYNAMICS = "tests/residency/test_periodic.py::test_the_engine_follows_learned_dynamics_of_every_request_at_hand"
 _LINK = f"{_WIRING}::test_background_loads_keep_below_the_links_bandwidth"
+_AHEAD = "tests/engine/test_looking_ahead.py::test_the_next_layers_experts_are_asked_for_before_it_is_reached"
 _HOST = f"{_WIRING}::test_experts_are_read_from_files_once_where_the_host_has_room"
 _LAYERS = "tests/residency/test_foresight.py::test_layers_that_spread_get_more_slots"
 
@@ -127,6 +128,30 @@ RESIDENCY = (
         "ExpertLoader(self._store, self.slab, self.table, bandwidth=link_bandwidth)",
         "ExpertLoader(self._store, self.slab, self.table)",
         (_LINK,),
+    ),
+    Mutant(
+        "look ahead: guess",
+        "no step asks for the experts of the layer to come",
+        "emoe_jax/device/layered.py",
+        "                ahead.expect(m + 1, np.asarray(guess))\n",
+        "",
+        (_AHEAD,),
+    ),
+    Mutant(
+        "look ahead: router",
+        "a layer's own choices stand for those of the next one",
+        "emoe_jax/device/layered.py",
+        "                ahead.expect(m + 1, np.asarray(guess))\n",
+        "                ahead.expect(m + 1, counts)\n",
+        (_AHEAD,),
+    ),
+    Mutant(
+        "look ahead: policy",
+        "`pre-gated` is `lru`",
+        _RESIDENCY,
+        "LoadsAhead(self._loader, self.table) if POLICIES[policy].looks_ahead else None",
+        "None",
+        (_AHEAD,),
     ),
     Mutant(
         "link bandwidth: queue",
