@@ -163,6 +163,15 @@ class EngineConfig(Options):
         noun="bytes per second",
         check=_bandwidth,
     )
+    link_gbps: float | None = option(
+        None,
+        "a modelled link, in gigabytes (1e9 bytes) per second: every load takes at least its bytes over that, loads "
+        "queue, and those that a step waits for go first; for measuring what a slower link would cost",
+        low=0,
+        open_low=True,
+        metavar="GBPS",
+        default_text="none: a load takes what it takes",
+    )
     load_wait_ms: float = option(
         50.0,
         "milliseconds that a prompt waits for its prediction and its planned experts while nothing else runs",

@@ -17,6 +17,7 @@ from emoe_jax.device.kv_cache import new_cache
 from emoe_jax.device.runner import Runner
 from emoe_jax.engine.defaults import model_name, sampling_defaults
 from emoe_jax.engine_config import EngineConfig
+from emoe_jax.experts.link import ModelledLink
 from emoe_jax.experts.weights import ExpertLayout
 from emoe_jax.memory.plan import MemoryPlan, allow_pinned_memory, machine_memory, usable_memory
 from emoe_jax.memory.workspace import measured_plan
@@ -156,6 +157,7 @@ def _empty_residency(
         rates=known.rates(config),
         knowledge=known.for_policies(),
         link_bandwidth=parse_bandwidth(options.link_bandwidth),
+        modelled_link=None if options.link_gbps is None else ModelledLink(1e9 * options.link_gbps),
         host_bytes=memory.host_bytes,
         memory_kind=None if jax.devices()[0].platform == "cpu" else "pinned_host",
         seed=options.seed,

@@ -8,11 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Array, Bool, Float
 
 from emoe_jax.errors import CapacityError
+from emoe_jax.experts.link import ModelledLink
 from emoe_jax.experts.slab import ExpertSlab
-from emoe_jax.experts.store import ExpertStore
+from emoe_jax.experts.store import ExpertStore, HostRecord
 from emoe_jax.experts.table import EMPTY, SlotTable
 from emoe_jax.experts.tickets import LoadState, LoadTicket, TicketQueue
 from emoe_jax.experts.writes import Writes
@@ -58,7 +59,8 @@ class ExpertLoader:
 
     `commit`, `load_now` and `fill` change the slab and its table and belong to the owner of the step alone; the other
     methods may be called from any thread. A failing read is tried `retries` more times, `backoff` seconds later and
-    twice that each further time, and never ends the worker. At most `window` experts (by default as many as 64 MiB
+    twice that each further time, and never ends the worker. `bandwidth` (bytes/s) says how often background loads may
+    start, and a modelled `link` how long any load takes. At most `window` experts (by default as many as 64 MiB
     hold, 4 to 32) are held between store and slab, and as many again while `load_now` runs.
 
     No mark protects a slot that the running step may read. Three facts do:
@@ -76,6 +78,7 @@ class ExpertLoader:
         table: SlotTable,
         *,
         bandwidth: float | None = None,
+        link: ModelledLink | None = None,
         window: int | None = None,
         retries: int = 2,
         backoff: float = 0.05,
@@ -87,6 +90,7 @@ class ExpertLoader:
         self._window = window or _default_window(nbytes)
         self._retries = retries
         self._backoff = backoff
+        self._link = link
         self._queue = TicketQueue(nbytes, self._window, bandwidth)
         self._lock = threading.Lock()  # guards the three fields below
         self._totals: Counter[str] = Counter()  # fields of LoaderStats
@@ -342,7 +346,7 @@ class ExpertLoader:
         """Read an expert and bring it to the device; whatever goes wrong ends in the ticket."""
         try:
             with self._busy():
-                staged = self._slab.stage(self._store.read(ticket.layer, ticket.expert)).block_until_ready()
+                staged = self._transfer(ticket, self._store.read(ticket.layer, ticket.expert))
         except Exception as error:
             again = ticket.attempts <= self._retries
             self._count(retries=int(again), failures=int(not again))
@@ -350,6 +354,13 @@ class ExpertLoader:
         else:
             kept = self._queue.set_ready(ticket, staged)
             self._count(staged_bytes=self._store.layout.nbytes, wasted=int(not kept))
+
+    def _transfer(self, ticket: LoadTicket, record: HostRecord) -> Float[Array, " P"]:
+        """Bring a record to the device, over the modelled link where there is one."""
+        if self._link is None:
+            return self._slab.stage(record).block_until_ready()
+        with self._link.transfer(self._store.layout.nbytes, lambda: ticket.urgent):
+            return self._slab.stage(record).block_until_ready()
 
     @contextlib.contextmanager
     def _busy(self) -> Iterator[None]:

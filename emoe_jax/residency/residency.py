@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from emoe_jax.config import ModelConfig
+from emoe_jax.experts.link import ModelledLink
 from emoe_jax.experts.loader import ExpertLoader, LoaderStats
 from emoe_jax.experts.slab import ExpertSlab
 from emoe_jax.experts.store import ExpertReader, ExpertStore
@@ -70,14 +71,16 @@ class Residency:
         rates: Float[np.ndarray, "M E"] | None = None,
         knowledge: PolicyWeights | None = None,
         link_bandwidth: float | None = None,
+        modelled_link: ModelledLink | None = None,
         host_bytes: int = 0,
         memory_kind: str | None = None,
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """`rates` say what is resident before anything was observed; `link_bandwidth` is in bytes/s (None: no limit).
-        The policy `random` draws by `seed`. `clock` (seconds) says when the policy is looked at, and when an
-        expert that could not be read is tried again.
+        """`rates` say what is resident before anything was observed; `link_bandwidth` is in bytes/s (None: no limit)
+        and holds background loads back. All loads go over `modelled_link`, where there is one. The policy
+        `random` draws by `seed`. `clock` (seconds) says when the policy is looked at, and when an expert that could
+        not be read is tried again.
 
         Raises `ConfigError` for an unknown policy or a bandwidth that is not positive.
         """
@@ -96,7 +99,7 @@ class Residency:
             memory_kind=memory_kind,
             sharding=self.slab.sharding,
         )
-        self._loader = ExpertLoader(self._store, self.slab, self.table, bandwidth=link_bandwidth)
+        self._loader = ExpertLoader(self._store, self.slab, self.table, bandwidth=link_bandwidth, link=modelled_link)
         ahead = LoadsAhead(self._loader, self.table) if POLICIES[policy].looks_ahead else None
         self.waves = WaveLoader(self._loader, self.table, self._eviction_order, ahead)
         self._wishes: Int[np.ndarray, "M E"] = np.zeros(shape, np.int64)

@@ -238,6 +238,21 @@ def test_background_loads_keep_below_the_links_bandwidth(load: Load, monkeypatch
     assert loads["staged_bytes"] - before <= 2 * engine._residency.slab.layout.nbytes
 
 
+def test_loads_go_over_the_modelled_link(load: Load) -> None:
+    """Those of the start, those that a step waits for, and those in the background: one after the other."""
+    gbps = 1e-3
+    began = time.monotonic()
+    engine = load(policy="pre-gated", routing="exact", link_gbps=gbps)
+    engine.generate([1, 2, 3], PARAMS)
+    seconds = time.monotonic() - began
+    loads = engine.state()["residency"]["loads"]
+    started = engine._residency.slab.nbytes
+    assert loads["staged_bytes"] > 2 * started
+    assert loads["busy_seconds"] >= 0.99 * loads["staged_bytes"] / (1e9 * gbps)
+    assert seconds >= 0.99 * loads["staged_bytes"] / (1e9 * gbps)
+    assert loads["bandwidth"] <= 1.01e9 * gbps
+
+
 def test_experts_are_read_from_files_once_where_the_host_has_room(load: Load) -> None:
     engine = load(policy="static", expert_memory="2 slots")
     for number in range(3):

@@ -6,6 +6,7 @@ _WIRING = "tests/engine/test_wiring.py"
 _REFRESH = f"{_WIRING}::test_residents_follow_the_wishes_of_an_answer"
 _DYNAMICS = "tests/residency/test_periodic.py::test_the_engine_follows_learned_dynamics_of_every_request_at_hand"
 _LINK = f"{_WIRING}::test_background_loads_keep_below_the_links_bandwidth"
+_MODELLED = f"{_WIRING}::test_loads_go_over_the_modelled_link"
 _AHEAD = "tests/engine/test_looking_ahead.py::test_the_next_layers_experts_are_asked_for_before_it_is_reached"
 _HOST = f"{_WIRING}::test_experts_are_read_from_files_once_where_the_host_has_room"
 _LAYERS = "tests/residency/test_foresight.py::test_layers_that_spread_get_more_slots"
@@ -125,9 +126,25 @@ RESIDENCY = (
         "link bandwidth: loader",
         "the loader does not know the bandwidth",
         _RESIDENCY,
-        "ExpertLoader(self._store, self.slab, self.table, bandwidth=link_bandwidth)",
-        "ExpertLoader(self._store, self.slab, self.table)",
+        "ExpertLoader(self._store, self.slab, self.table, bandwidth=link_bandwidth, link=modelled_link)",
+        "ExpertLoader(self._store, self.slab, self.table, link=modelled_link)",
         (_LINK,),
+    ),
+    Mutant(
+        "modelled link: engine",
+        "loads take no more time under --link-gbps",
+        _LOADING,
+        "        modelled_link=None if options.link_gbps is None else ModelledLink(1e9 * options.link_gbps),\n",
+        "",
+        (_MODELLED,),
+    ),
+    Mutant(
+        "modelled link: loader",
+        "loads do not go over the modelled link",
+        "emoe_jax/experts/loader.py",
+        "        if self._link is None:\n",
+        "        if True:\n",
+        (_MODELLED, "tests/experts/test_link.py::test_every_load_takes_its_time"),
     ),
     Mutant(
         "look ahead: guess",
