@@ -1,5 +1,6 @@
 """Time per decode step of an engine that runs a step ahead of what it returns."""
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -60,6 +61,10 @@ class DecodingBatch:
     def tokens(self) -> list[list[int]]:
         """What each prompt has generated."""
         return [self._engine.output(request).completions[0].token_ids for request in self._requests]
+
+    def substituted(self) -> float:
+        """Share of expert assignments for which another expert stood in, so far; the mean over prompts."""
+        return statistics.mean(self._engine.output(request).substituted for request in self._requests)
 
     def stop(self) -> None:
         """End the requests, and wait for the step in flight: it would run during the next measurement."""
