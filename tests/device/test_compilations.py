@@ -99,3 +99,19 @@ def test_the_default_policy_its_predictor_learning_and_a_trade(
     assert max(refits) >= 3
     assert state["memory_trade"]["trades"] >= 2
     assert state["residency"]["loads"]["loads"] > sum(state["residency"]["slots"])
+
+
+def test_loads_ahead_within_a_step(tiny_checkpoint: Path) -> None:
+    """The next layer's router on this layer's input is a shape of its own, for batches and chunks alike."""
+    options: dict[str, Any] = {"max_model_len": 96, "max_num_seqs": 2, "max_num_batched_tokens": 8}
+    options |= {"expert_memory": "3 slots", "policy": "pre-gated", "routing": "exact"}
+    with heard_compilations() as heard, Engine.load(tiny_checkpoint, **options) as engine:
+        engine.warm_up()
+        assert heard
+        heard.clear()
+        for number in range(6):
+            prompts = [list(range(1, 2 + number * 3)), [number] * 9]
+            engine.generate(prompts[: 1 + number % 2], SamplingParams(max_tokens=5, temperature=0))
+        ahead = engine.state()["residency"]["ahead"]
+        assert heard == []
+    assert ahead["spared"] + ahead["late"] > 0
