@@ -28,7 +28,7 @@ from serve.options import DEMO_MODEL
 from serve.start import keep_compilations
 
 USUAL = Settings(str(DEMO_MODEL))
-QUICK = USUAL._replace(batches=(1, 4), repeats=1, steps=8)
+QUICK = USUAL._replace(batches=(1, 2), repeats=1, steps=8)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,7 +24,8 @@ from train.tasks import TASKS
 CONTEXT = 256
 """Tokens that an engine is loaded for."""
 TOKENS_PER_SEQUENCE = 16
-"""Room of a step, so that the first prompts of a batch do not end before the last ones have been read."""
+"""Room of a step, so that the first prompts of a batch do not end before the last ones have been read: the largest
+batch says in which chunks prompts are read, at least 32 tokens."""
 
 Tell = Callable[[str], None]
 Save = Callable[[dict[str, Any]], None]
@@ -183,7 +184,7 @@ def _engine(settings: Settings, cell: Cell) -> Iterator[Engine]:
         **MODES[cell.mode].options(settings.share),
         link_gbps=settings.link_gbps if cell.modelled else None,
         max_num_seqs=most,
-        max_num_batched_tokens=max(CONTEXT, TOKENS_PER_SEQUENCE * most),
+        max_num_batched_tokens=max(32, TOKENS_PER_SEQUENCE * most),
         max_model_len=CONTEXT,
         scheduling_policy="fcfs",
         prefix_caching=False,
