@@ -123,7 +123,7 @@ class Ahead:
                 rows.append({"tokens": length, "by": name, "requests": len(covered), "coverage": by_share})
         return rows
 
-    def _requests(self) -> Iterator[tuple[Float[np.ndarray, "T M E"], Float[np.ndarray, "M E"]]]:
+    def _requests(self) -> Iterator[tuple[Float[np.ndarray, "tokens M E"], Float[np.ndarray, "M E"]]]:
         """Each judged request's wishes by token, and what was predicted of it."""
         wishes = _wishes(self._judged)
         for prompt, plan in enumerate(self._plans):
@@ -132,8 +132,8 @@ class Ahead:
                 yield own, plan
 
     def _residents(
-        self, wishes: Float[np.ndarray, "T M E"], plan: Float[np.ndarray, "M E"], slots: int
-    ) -> Bool[np.ndarray, "T M E"]:
+        self, wishes: Float[np.ndarray, "tokens M E"], plan: Float[np.ndarray, "M E"], slots: int
+    ) -> Bool[np.ndarray, "tokens M E"]:
         """The experts most wished for before each token, beginning at the plan."""
         rates, keep = self._k * plan, 0.5 ** (1 / RECENT)
         resident = np.zeros(wishes.shape, bool)
@@ -143,8 +143,8 @@ class Ahead:
         return resident
 
     def _next(
-        self, wishes: Float[np.ndarray, "T M E"], plan: Float[np.ndarray, "M E"], layer: int
-    ) -> dict[str, Float[np.ndarray, "T E"]]:
+        self, wishes: Float[np.ndarray, "tokens M E"], plan: Float[np.ndarray, "M E"], layer: int
+    ) -> dict[str, Float[np.ndarray, "tokens E"]]:
         """Wishes that a layer is expected to have, once all before it have chosen."""
         plans = np.broadcast_to(plan, wishes.shape)
         given = self._layers.predict(plans[:, : layer + 1], wishes[:, : layer + 1] / self._k, layer, tokens=1.0)
@@ -155,12 +155,12 @@ class Ahead:
         }
 
     def _features(
-        self, wishes: Float[np.ndarray, "T M E"], planned: Float[np.ndarray, "T M E"], layer: int
-    ) -> Float[np.ndarray, "T f"]:
+        self, wishes: Float[np.ndarray, "tokens M E"], planned: Float[np.ndarray, "tokens M E"], layer: int
+    ) -> Float[np.ndarray, "tokens features"]:
         return np.hstack([wishes[:, :layer].reshape(len(wishes), -1), planned[:, layer]])
 
 
-def _wishes(trace: RoutingTrace) -> Float[np.ndarray, "T M E"]:
+def _wishes(trace: RoutingTrace) -> Float[np.ndarray, "tokens M E"]:
     wishes = np.zeros((trace.num_tokens, trace.num_layers, trace.num_experts), np.float32)
     np.put_along_axis(wishes, trace.experts.astype(np.int64), 1, axis=2)
     return wishes

@@ -1,9 +1,73 @@
 """The frozen description of one MoE decoder, whatever its family.
 
-Axis letters, used in annotations, einsums and comments of the whole project:
-`B` sequences, `T` new tokens, `S` cache positions, `D` model, `N` query heads, `K` kv heads, `H` head dim,
-`E` experts, `C` slab slots, `F` expert hidden, `L` layers, `M` MoE layers, `V` vocabulary,
-`R` rows (= B * T flattened).
+The axes of all arrays of the project. An axis has one name and a name is one axis, in annotations and comments.
+
+    B       sequences or prompts that are computed together
+    T       new tokens of each sequence
+    S       positions that are attended to: those of the KV cache, or of the rows themselves
+    Q       rows that attend, where they are not the T new tokens
+    R       rows: the B * T tokens of a batch, flattened
+    A       assignments: the R * k pairs of a row and one of its experts
+    V       vocabulary
+    W       words of 32 bits, one bit for each token of the vocabulary
+    D       width of a transformer
+    N       query heads
+    K       kv heads
+    G       query heads of one kv head
+    H       head dim
+    L       layers
+    M       MoE layers
+    M1      MoE layers but one, M - 1
+    E       experts
+    k       experts that a router chooses for a token
+    C       slots of a layer of the slab, or other experts of one layer that lie in one array
+    F       hidden units of an expert
+    Fi      numbers that go into an expert's nonlinearity: 2F, or 3F for `double_glu`
+    I       inputs of a linear map
+    O       outputs of a linear map
+    P       prompts of a trace, or those that a predictor remembers
+    d       numbers of a prompt's embedding
+    r       directions on which vectors are projected, such as principal ones
+    ME, Mk  M * E, M * k
+    n       a number that means something in one function only
+    lead    any number of axes in front of the others
+
+Axes that are rarer have words as names:
+
+    heads                N or K
+    padded_A             assignments in blocks that never mix experts, with places that stay empty
+    block_R, block_I, block_O
+                         a part of R, I or O
+    blocks               blocks of assignments
+    page, pages          positions of a page, and pages of the KV cache
+    pages_per_sequence   the width of a block table
+    places               sequences that a batch may hold
+    numbers              numbers of an expert's record
+    tokens               tokens of a trace or of a prompt, one after another
+    prompt_tokens        tokens of prompts, one after another
+    runs, own_runs       different runs of tokens, in all prompts or in each of them
+    steps                steps of an engine
+    requests             requests
+    policies             residency policies
+    others               prompts that P are compared with
+    half_lives, latent_half_lives
+                         half-lives of the decayed means: of wishes, and along `r` directions
+    latent, latent_and_ME
+                         latent_half_lives * r, and that plus ME
+    features, features_and_target
+                         features of a regression, and those with its target
+    targets              what a regression predicts
+    channels             what a predictor's network is told of each expert
+    name_parts           words and other parts of the names of tasks
+    hidden               hidden units of a small network
+    earlier_ME           experts of the MoE layers before one
+    answer               tokens of an answer
+    examples, resamples  examples of a task, and draws of as many of them
+    loss_positions       positions of a training batch that have a loss
+    groups               groups of experts
+    tasks                tasks
+    plans, residencies   of a replay: plans one after the other, and sets of experts side by side
+    train, held_out      prompts to learn from, and others to judge by
 """
 
 import dataclasses

@@ -123,7 +123,7 @@ def _directions(shares: Float[np.ndarray, "P M E"]) -> Float[np.ndarray, "P M E"
     return np.where(length > 1e-6, centred / np.maximum(length, 1e-6), np.nan)
 
 
-def _pairs(directions: Float[np.ndarray, "P M E"], first: Int[np.ndarray, " p"], i: int) -> Float[np.ndarray, "p M"]:
+def _pairs(directions: Float[np.ndarray, "P M E"], first: Int[np.ndarray, " n"], i: int) -> Float[np.ndarray, "n M"]:
     """Correlation of each of these prompts with its i-th next one, by layer."""
     return (directions[first] * directions[first + i]).sum(-1)
 

@@ -23,13 +23,13 @@ _MOST_NATS = 700.0  # per token; the exponential of more is no number
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A task in a cell: the numbers, and what each would have been on resampled prompts (`R` resamples)."""
+    """A task in a cell: the numbers, and what each would have been on resampled prompts."""
 
     cell: Cell
     task: str
     items: int
     numbers: dict[str, float | None]
-    resampled: dict[str, Float[np.ndarray, " R"]]
+    resampled: dict[str, Float[np.ndarray, " resamples"]]
 
     def as_json(self) -> dict[str, Any]:
         """`ci95` has `[low, high]` of every metric that is not null."""
@@ -66,7 +66,7 @@ def row(
 
 def _values(
     items: Sequence[Item], found: Sequence[Outcome], reference: Sequence[Outcome], embed: Embed | None
-) -> dict[str, Float[np.ndarray, " X"]]:
+) -> dict[str, Float[np.ndarray, " examples"]]:
     """By item: every metric, and the nats that were `lost`."""
     values = _answers(items, found, reference, embed) if items[0].answer is not None else {}
     values["substituted"] = np.array([outcome.substituted for outcome in found])
@@ -77,7 +77,7 @@ def _values(
 
 def _answers(
     items: Sequence[Item], found: Sequence[Outcome], reference: Sequence[Outcome], embed: Embed | None
-) -> dict[str, Float[np.ndarray, " X"]]:
+) -> dict[str, Float[np.ndarray, " examples"]]:
     """By item: whether the answer is the true one, and how alike it is to the reference's."""
     ours = [outcome.answer for outcome in found if outcome.answer is not None]
     theirs = [outcome.answer for outcome in reference if outcome.answer is not None]
@@ -94,7 +94,9 @@ def _answers(
     return {name: np.array(of, np.float64) for name, of in values.items()}
 
 
-def perplexity_ratio(lost: Float[np.ndarray, "*R X"], tokens: Float[np.ndarray, "*R X"]) -> Float[np.ndarray, "*R"]:
+def perplexity_ratio(
+    lost: Float[np.ndarray, "*resamples examples"], tokens: Float[np.ndarray, "*resamples examples"]
+) -> Float[np.ndarray, "*resamples"]:
     """Perplexity over that of the reference, by the nats that each item lost and its scored tokens.
 
     Worked example: 2 tokens that lost ln 2 each and 2 that lost nothing: exp(2 ln 2 / 4), 1.41.
@@ -102,13 +104,13 @@ def perplexity_ratio(lost: Float[np.ndarray, "*R X"], tokens: Float[np.ndarray, 
     return np.exp(np.minimum(lost.sum(axis=-1) / tokens.sum(axis=-1), _MOST_NATS))
 
 
-def resamples(count: int, seed: int, name: str) -> Int[np.ndarray, "R X"]:
+def resamples(count: int, seed: int, name: str) -> Int[np.ndarray, "resamples examples"]:
     """Bootstrap: `RESAMPLES` times as many of `count` prompts, drawn with replacement."""
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     return rng.integers(count, size=(RESAMPLES, count))
 
 
-def interval(resampled: Float[np.ndarray, " R"]) -> tuple[float, float]:
+def interval(resampled: Float[np.ndarray, " resamples"]) -> tuple[float, float]:
     """The middle 95 % of a number over the resamples."""
     low, high = np.quantile(resampled, [0.025, 0.975])
     return float(low), float(high)
@@ -116,7 +118,7 @@ def interval(resampled: Float[np.ndarray, " R"]) -> tuple[float, float]:
 
 def mean_over(metric: str, rows: Sequence[Row]) -> tuple[float, float, float]:
     """A metric's mean over tasks with its interval, each task's prompts resampled; of ratios the geometric mean."""
-    values: list[Float[np.ndarray, " R"]] = [row.resampled[metric] for row in rows]
+    values: list[Float[np.ndarray, " resamples"]] = [row.resampled[metric] for row in rows]
     means = np.array([row.numbers[metric] for row in rows], np.float64)
     if metric == "perplexity_ratio":
         return (float(np.exp(np.log(means).mean())), *interval(np.exp(np.log(values).mean(axis=0))))

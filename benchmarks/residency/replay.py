@@ -23,7 +23,7 @@ CHUNK_TOKENS = 1024
 
 
 class Totals(NamedTuple):
-    """Sums over all steps and layers for each of `G` residencies. What is wished in a step meets what was resident
+    """Sums over all steps and layers for each of some residencies. What is wished in a step meets what was resident
     before it; what is loaded for it serves the next.
     """
 
@@ -37,7 +37,7 @@ class Totals(NamedTuple):
 def replay(
     stream: Stream,
     num_experts: int,
-    capacities: Sequence[Sequence[int]] | Int[np.ndarray, "G M"],
+    capacities: Sequence[Sequence[int]] | Int[np.ndarray, "residencies M"],
     rule: Rule[Any] | None,
     plans: Plans,
     swaps_per_step: int,
@@ -71,14 +71,14 @@ def replay(
 def _replay(
     chunks: dict[str, Array],
     plans: Plans,
-    capacities: Int[Array, "G M"],
+    capacities: Int[Array, "residencies M"],
     num_experts: int,
     rule: Rule[Any] | None,
     limit: int,
     within_step: bool,
 ) -> Totals:
     first = jnp.argsort(jnp.argsort(-plans.rates[0], axis=-1), axis=-1)
-    resident = first < capacities[:, :, None]  # [G, M, E]
+    resident = first < capacities[:, :, None]  # [residencies, M, E]
 
     def follow(state: Any, step: dict[str, Array]) -> tuple[Any, Any]:
         assert rule is not None
@@ -107,14 +107,14 @@ def _replay(
 
 
 def _serve(
-    carry: tuple[Bool[Array, "G M E"], Bool[Array, "M E"]],
+    carry: tuple[Bool[Array, "residencies M E"], Bool[Array, "M E"]],
     inputs: tuple[dict[str, Array], Float[Array, "M E"]],
     *,
     num_experts: int,
-    margin: Float[Array, "G M"],
+    margin: Float[Array, "residencies M"],
     limit: int,
     only_wished: bool,
-) -> tuple[tuple[Bool[Array, "G M E"], Bool[Array, "M E"]], Totals]:
+) -> tuple[tuple[Bool[Array, "residencies M E"], Bool[Array, "M E"]], Totals]:
     """Exchange experts, then see what the step's tokens find."""
     (resident, last), (step, scores) = carry, inputs
     loadable = last | step["is_new"] if only_wished else jnp.ones_like(last)
@@ -124,7 +124,7 @@ def _serve(
     resident, moved = _exchange(resident, scores, loadable, margin, at_most)
     wished = _counts(experts, num_experts) > 0
     index = jnp.minimum(experts, num_experts - 1)[None]  # [1, R, M, k]
-    found = jnp.take_along_axis(resident[:, None], index, axis=-1) | (experts == num_experts)  # [G, R, M, k]
+    found = jnp.take_along_axis(resident[:, None], index, axis=-1) | (experts == num_experts)  # [residencies, R, M, k]
     sums = Totals(
         hits=(found & is_token[:, None, None]).sum((1, 2, 3)),
         free_tokens=(found.all((2, 3)) & is_token).sum(1),
@@ -136,12 +136,12 @@ def _serve(
 
 
 def _exchange(
-    resident: Bool[Array, "G M E"],
+    resident: Bool[Array, "residencies M E"],
     scores: Float[Array, "M E"],
     loadable: Bool[Array, "M E"],
-    margin: Float[Array, "G M"],
+    margin: Float[Array, "residencies M"],
     at_most: Int[Array, ""],
-) -> tuple[Bool[Array, "G M E"], Int[Array, " G"]]:
+) -> tuple[Bool[Array, "residencies M E"], Int[Array, " residencies"]]:
     """The best exchange in every layer, until none gains more than its `margin`; returns how many there were."""
 
     def turn(carry: Any) -> Any:
@@ -162,7 +162,7 @@ def _exchange(
     return resident, moved
 
 
-def _first(found: Bool[Array, "G M E"]) -> Bool[Array, "G M E"]:
+def _first(found: Bool[Array, "residencies M E"]) -> Bool[Array, "residencies M E"]:
     """Only the first True of every row. XLA does this several times faster than an argmax."""
     numbers = jnp.arange(found.shape[-1])
     return numbers == jnp.where(found, numbers, found.shape[-1]).min(-1, keepdims=True)
@@ -172,7 +172,7 @@ def _counts(experts: Int[Array, "R M k"], num_experts: int) -> Int[Array, "M E"]
     return (experts[..., None] == jnp.arange(num_experts)).sum((0, 2))
 
 
-def _wished(experts: Int[np.ndarray, "T R M k"], num_experts: int) -> Bool[np.ndarray, "T M E"]:
+def _wished(experts: Int[np.ndarray, "steps R M k"], num_experts: int) -> Bool[np.ndarray, "steps M E"]:
     """Which experts a step wants, however many of its tokens do."""
     T, _, M, _ = experts.shape
     wished = np.zeros((T, M, num_experts + 1), bool)

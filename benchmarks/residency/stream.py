@@ -12,21 +12,21 @@ from emoe_jax.traces import RoutingTrace
 
 
 class Plans(NamedTuple):
-    """`V` plans one after the other (see `emoe_jax.policies.rule.ExpectedWishes`)."""
+    """Plans one after the other (see `emoe_jax.policies.rule.ExpectedWishes`)."""
 
-    rates: Float[np.ndarray, "V M E"]
-    joined: Float[np.ndarray, "V M E"]
-    kept: Float[np.ndarray, " V"]
+    rates: Float[np.ndarray, "plans M E"]
+    joined: Float[np.ndarray, "plans M E"]
+    kept: Float[np.ndarray, " plans"]
 
 
 class Stream(NamedTuple):
-    """`T` steps. A step without a token in some place has expert `E` there, which does not exist, and mass 0."""
+    """A step without a token in some place has expert `E` there, which does not exist, and mass 0."""
 
-    experts: Int[np.ndarray, "T R M k"]
-    probs: Float[np.ndarray, "T R M k"]
-    prompt: Int[np.ndarray, "T R"]  # -1 where there is none
-    is_new: Bool[np.ndarray, " T"]  # whether a plan begins with this step
-    plan: Int[np.ndarray, " T"]  # the plan in force
+    experts: Int[np.ndarray, "steps R M k"]
+    probs: Float[np.ndarray, "steps R M k"]
+    prompt: Int[np.ndarray, "steps R"]  # -1 where there is none
+    is_new: Bool[np.ndarray, " steps"]  # whether a plan begins with this step
+    plan: Int[np.ndarray, " steps"]  # the plan in force
 
     @property
     def num_tokens(self) -> int:

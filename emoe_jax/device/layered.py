@@ -39,7 +39,7 @@ class LayeredForward:
         self._kinds = [kinds.index(kind) for kind in kinds]  # the number of the first layer of a kind stands for it
 
     def logits(
-        self, token_ids: Rows[int], routing: RoutingContract, like: LayerKV, last_tokens: Int[Array, " S"]
+        self, token_ids: Rows[int], routing: RoutingContract, like: LayerKV, last_tokens: Int[Array, " places"]
     ) -> Float[np.ndarray, "T V"]:
         """Float32 logits of one forward without a KV cache, as `Runner.logits` describes it.
 
@@ -69,7 +69,7 @@ class LayeredForward:
             logits[start : start + count] = np.asarray(rows)[0, :count]
         return logits
 
-    def run(self, batch: Batch, cache: list[LayerKV], last_tokens: Int[Array, " S"]) -> step.StepOutputs:
+    def run(self, batch: Batch, cache: list[LayerKV], last_tokens: Int[Array, " places"]) -> step.StepOutputs:
         """One batch of a step. Donates the arrays of `cache`, and puts the new ones in their place as it goes.
 
         `last_tokens` are the tokens of the steps before. Raises what the expert store raises; `cache` stays usable.
@@ -82,7 +82,7 @@ class LayeredForward:
         return step.StepOutputs(x, logits, np.stack(wish_counts), nothing, finite, wishes)
 
     def _hidden(
-        self, batch: Batch, cache: list[LayerKV], last_tokens: Int[Array, " S"]
+        self, batch: Batch, cache: list[LayerKV], last_tokens: Int[Array, " places"]
     ) -> tuple[Float[Array, "B T D"], list[Int[np.ndarray, " E"]], list[step.Wishes]]:
         """The last hidden states, the wish counts and (still on the device) the wishes per MoE layer."""
         x = self._executables.call(

@@ -221,7 +221,7 @@ class Runner:
             jax.block_until_ready(self._run_batch(empty_batch(shape, "resident"), self._last_tokens))
         self.move_pages({0: 0})
 
-    def _run_batch(self, batch: Batch, last_tokens: Int[Array, " S"]) -> tuple[Any, ...]:
+    def _run_batch(self, batch: Batch, last_tokens: Int[Array, " places"]) -> tuple[Any, ...]:
         """Dispatch one batch: its tokens, log probabilities of prompts, wish counts, substituted choices, which of its
         sequences are finite, and wishes, still on the device.
 
@@ -262,7 +262,7 @@ class Runner:
                 places[row] = self._places[piece.sequence] = len(self._places)
         return places
 
-    def _resident_arguments(self, batch: Batch, last_tokens: Int[Array, " S"]) -> tuple[Any, ...]:
+    def _resident_arguments(self, batch: Batch, last_tokens: Int[Array, " places"]) -> tuple[Any, ...]:
         residency = self._residency
         return (
             self._leaves,

@@ -117,7 +117,7 @@ class Routed(NamedTuple):
     wish_counts: Int[Array, " E"]
 
 
-def _with_last_tokens(tokens: Int[Array | np.ndarray, "B T"], last_tokens: Int[Array, " S"]) -> Int[Array, "B T"]:
+def _with_last_tokens(tokens: Int[Array | np.ndarray, "B T"], last_tokens: Int[Array, " places"]) -> Int[Array, "B T"]:
     tokens = jnp.asarray(tokens)
     return jnp.where(tokens < 0, last_tokens.at[-1 - tokens].get(mode="clip"), tokens)
 
@@ -151,7 +151,7 @@ def resident_step(
     slots: Int[Array, "M E"],
     cache: KVCache,
     inputs: StepInputs,
-    last_tokens: Int[Array, " S"],
+    last_tokens: Int[Array, " places"],
     *,
     skeleton: Skeleton,
     config: ModelConfig,
@@ -196,7 +196,7 @@ def resident_step(
 def embed(
     leaves: tuple[Array, ...],
     tokens: Int[Array | np.ndarray, "B T"],
-    last_tokens: Int[Array, " S"],
+    last_tokens: Int[Array, " places"],
     *,
     skeleton: Skeleton,
 ) -> Float[Array, "B T D"]:
@@ -331,9 +331,9 @@ def choose_tokens(
     logits: Float[Array, "B V"],
     sampling: SamplingArrays,
     want_logprobs: Bool[Array | np.ndarray, ""],
-    last_tokens: Int[Array, " S"],
+    last_tokens: Int[Array, " places"],
     places: Int[Array | np.ndarray, " B"],
-) -> tuple[Sampled, Int[Array, " S"]]:
-    """The next tokens, and `last_tokens` with them at `places`; `S` is no place."""
+) -> tuple[Sampled, Int[Array, " places"]]:
+    """The next tokens, and `last_tokens` with them at `places`; the number of places is no place."""
     sampled = sample(logits, sampling, jnp.asarray(want_logprobs))
     return sampled, last_tokens.at[places].set(sampled.tokens, mode="drop")

@@ -1,4 +1,4 @@
-"""The fixed-capacity home of the resident experts on the device. `P` is the numbers in one expert's record."""
+"""The fixed-capacity home of the resident experts on the device."""
 
 import functools
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ COMMIT_SIZES = (8, 4, 2, 1)
 
 @functools.partial(jax.jit, donate_argnames=("weights",))
 def commit_experts(
-    weights: ExpertWeights, staged: tuple[Float[Array, " P"], ...], slots: Int32[Array, " n"]
+    weights: ExpertWeights, staged: tuple[Float[Array, " numbers"], ...], slots: Int32[Array, " n"]
 ) -> ExpertWeights:
-    """Write `n` staged records into slots of one layer, in place. Donates `weights`.
+    """Write staged records into slots of one layer, in place. Donates `weights`.
 
     Records are taken whole and cut here, so that staging is one transfer per expert and this is one copy. Slots must be
     below C: a scatter with `mode="drop"` would skip others, but reads the old weights of every slot it writes.
@@ -76,14 +76,14 @@ class ExpertSlab:
         """Bytes of all slots on the device, empty ones included."""
         return sum(self.capacities) * self.layout.nbytes
 
-    def stage(self, record: HostRecord) -> Float[Array, " P"]:
+    def stage(self, record: HostRecord) -> Float[Array, " numbers"]:
         """Start the transfer of one record to the device. Any thread may call it.
 
         On CPU the result aliases an aligned numpy record: the record must never be written again.
         """
         return jax.device_put(record, self.sharding)
 
-    def commit(self, layer: int, staged: Sequence[Float[Array, " P"]], slots: Sequence[int]) -> None:
+    def commit(self, layer: int, staged: Sequence[Float[Array, " numbers"]], slots: Sequence[int]) -> None:
         """Write staged records into slots of a layer, in place and without waiting for the device.
 
         Only the owner of the step may call it, between steps. Replaces `weights[layer]`. Raises `ValueError` for

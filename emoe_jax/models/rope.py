@@ -56,8 +56,8 @@ def _yarn(rope: RopeConfig, base: np.ndarray, head_dim: int) -> np.ndarray:
 
 
 def rotate(
-    x: Float[Array, "B T X H"], positions: Int[Array, "B T"], frequencies: np.ndarray, attention_factor: float
-) -> Float[Array, "B T X H"]:
+    x: Float[Array, "B T heads H"], positions: Int[Array, "B T"], frequencies: np.ndarray, attention_factor: float
+) -> Float[Array, "B T heads H"]:
     """Rotate every head of `x` to its position; pairs are `(j, j + H/2)`. Angles in float32."""
     angles = positions[..., None].astype(jnp.float32) * frequencies[None, None, :]
     cos = (jnp.cos(angles) * attention_factor)[:, :, None, :].astype(x.dtype)

@@ -73,8 +73,8 @@ def _block_products(
     size: int,
     experts: ExpertWeights,
     config: ModelConfig,
-    products: Float[Array, "X D"],
-) -> Float[Array, "X D"]:
+    products: Float[Array, "padded_A D"],
+) -> Float[Array, "padded_A D"]:
     """Write the products of sorted assignments `start : min(start + size, stop)`, which share an expert."""
     D, F = rows.shape[1], config.expert_hidden
     step_in = largest_divisor(F, _CHUNK_BYTES // (D * rows.dtype.itemsize))
@@ -102,8 +102,8 @@ def _block_products(
 
 
 def _chunk_product(
-    x: Float[Array, "B I"], w: Float[Array, "C O I"], slot: Array, first: Array, step: int
-) -> Float[Array, "B X"]:
+    x: Float[Array, "block_R I"], w: Float[Array, "C O I"], slot: Array, first: Array, step: int
+) -> Float[Array, "block_R block_O"]:
     """`x` times output features `first : first + step` of a slot's matrix, in float32."""
     block = slot_block(w, slot, (first, 0), (step, w.shape[2]))
     return jnp.dot(x.astype(block.dtype), block.T, preferred_element_type=jnp.float32)

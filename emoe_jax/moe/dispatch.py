@@ -51,7 +51,7 @@ def slots_of(ids: Int[Array, "..."], slot_of_expert: Int[Array, " E"], capacity:
 
 
 def combine(
-    products: Float[Array, "X D"], groups: Dispatch, weights: Float[Array, "R k"], start: Float[Array, "R D"]
+    products: Float[Array, "padded_A D"], groups: Dispatch, weights: Float[Array, "R k"], start: Float[Array, "R D"]
 ) -> Float[Array, "R D"]:
     """`start` plus each row's weighted products, added in ascending expert id.
 
@@ -81,7 +81,7 @@ def round_to(x: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
 
 def slot_block(
     w: Float[Array, "C O I"], slot: Array, corner: tuple[Array, Array | int], shape: tuple[int, int]
-) -> Float[Array, "o i"]:
+) -> Float[Array, "block_O block_I"]:
     """A part of one slot's matrix, for the CPU backends; bfloat16 comes as float32, by its bits.
 
     XLA:CPU would slice bfloat16 as float32, that is, first convert the whole slab at every call.

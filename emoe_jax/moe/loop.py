@@ -98,7 +98,7 @@ def _visit(
 
 def _vector_product(
     x: Float[Array, "1 I"], w: Float[Array, "C O I"], slot: Array, first: Array, step: int
-) -> Float[Array, "1 X"]:
+) -> Float[Array, "1 block_O"]:
     """`x` times output features `first : first + step` of a slot's matrix, in float32.
 
     `slot` must come from the innermost loop: a slice that outer loops could share would be hoisted, that is, copied.

@@ -55,7 +55,7 @@ def _block_size(assignments: int, num_experts: int) -> int:
     return next((size for size in _BLOCK_SIZES if assignments <= size * num_experts), _BLOCK_SIZES[-1])
 
 
-def _blocks(groups: Dispatch, block: int) -> tuple[Int[Array, " S"], Int[Array, " S"]]:
+def _blocks(groups: Dispatch, block: int) -> tuple[Int[Array, " blocks"], Int[Array, " blocks"]]:
     """First assignment and size of all blocks, expert by expert; trailing ones have size 0."""
     A, E = groups.order.shape[0], groups.size.shape[0]
     number = (groups.size + block - 1) // block
@@ -73,15 +73,15 @@ def _tile(size: int, limit: int) -> int:
 
 
 def _grouped_product(
-    start: Int[Array, " S"],
-    size: Int[Array, " S"],
-    slot: Int[Array, " S"],
-    x: Float[Array, "X I"],
+    start: Int[Array, " blocks"],
+    size: Int[Array, " blocks"],
+    slot: Int[Array, " blocks"],
+    x: Float[Array, "padded_A I"],
     w: Float[Array, "C O I"],
     *,
     block: int,
     interpret: bool,
-) -> Float[Array, "X O"]:
+) -> Float[Array, "padded_A O"]:
     """`x[i] @ w[slot]^T` in float32 for every row of every block; rows of no block are left undefined.
 
     One program per block and tile of output features. The operands stay whole and the kernel indexes them; Pallas

@@ -23,10 +23,10 @@ class AnswerNetwork(NamedTuple):
 
     scale: Float[Any, " ME"]
     bias: Float[Any, " ME"]
-    linear: Float[Any, "Jr ME"]
-    up: Float[Any, "Jr h"]
-    up_bias: Float[Any, " h"]
-    down: Float[Any, "h ME"]
+    linear: Float[Any, "latent ME"]
+    up: Float[Any, "latent hidden"]
+    up_bias: Float[Any, " hidden"]
+    down: Float[Any, "hidden ME"]
 
     def logits(self, log_own: Float[Any, "*lead ME"], linear: Any, hidden: Any) -> Float[Any, "*lead ME"]:
         """`linear` and `hidden` are the latent means times the matrices of those names, the second before its bias."""

@@ -7,8 +7,8 @@ NEVER = np.iinfo(np.uint16).max
 
 
 def next_use(
-    wished: Bool[np.ndarray, "T M E"], after: UInt16[np.ndarray, "M E"] | None = None
-) -> UInt16[np.ndarray, "T M E"]:
+    wished: Bool[np.ndarray, "steps M E"], after: UInt16[np.ndarray, "M E"] | None = None
+) -> UInt16[np.ndarray, "steps M E"]:
     """How many steps from each step until each expert is wished for: 0 in that step itself, `NEVER` after the last.
     `after` is the same of the step that follows these, if one does.
 

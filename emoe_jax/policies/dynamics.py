@@ -35,11 +35,11 @@ class Dynamics(NamedTuple):
     """Half-lives are in steps. Without directions (`r` = 0) nothing is told across experts."""
 
     top_k: int
-    half_lives: Float[np.ndarray, " K"]
-    weights: Float[np.ndarray, " 1+K"]  # of the planned rate, then of each decayed mean
-    latent_half_lives: Float[np.ndarray, " J"]
+    half_lives: Float[np.ndarray, " half_lives"]
+    weights: Float[np.ndarray, " 1+half_lives"]  # of the planned rate, then of each decayed mean
+    latent_half_lives: Float[np.ndarray, " latent_half_lives"]
     directions: Float[np.ndarray, "ME r"]
-    readout: Float[np.ndarray, "Jr ME"]
+    readout: Float[np.ndarray, "latent ME"]
     network: AnswerNetwork | None = None
 
     @staticmethod
@@ -56,12 +56,12 @@ class Dynamics(NamedTuple):
         )
 
     @property
-    def keep(self) -> Float[np.ndarray, " K"]:
+    def keep(self) -> Float[np.ndarray, " half_lives"]:
         """What a decayed mean keeps of itself in one step; the rest is the new value's."""
         return 0.5 ** (1 / self.half_lives)
 
     @property
-    def latent_keep(self) -> Float[np.ndarray, " J"]:
+    def latent_keep(self) -> Float[np.ndarray, " latent_half_lives"]:
         """The factor by which each latent mean decays in one step, `0.5 ** (1 / half-life)`."""
         return 0.5 ** (1 / self.latent_half_lives)
 

@@ -5,11 +5,11 @@ from jaxtyping import Bool, Float, Int
 
 
 def exchange(
-    resident: Bool[np.ndarray, "P M E"],
-    scores: Float[np.ndarray, "P M E"],
-    loadable: Bool[np.ndarray, "P M E"],
-    margin: Float[np.ndarray, "P M"],
-) -> Int[np.ndarray, " P"]:
+    resident: Bool[np.ndarray, "policies M E"],
+    scores: Float[np.ndarray, "policies M E"],
+    loadable: Bool[np.ndarray, "policies M E"],
+    margin: Float[np.ndarray, "policies M"],
+) -> Int[np.ndarray, " policies"]:
     """Change `resident` in place, for several policies side by side; returns how many experts each of them loads.
 
     The nth best of the absent experts in `loadable` replaces the nth worst resident where it is ahead by more than

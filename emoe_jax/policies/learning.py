@@ -34,9 +34,9 @@ _DIRECTION_TOKENS = 1 << 13
 class _Prompts(NamedTuple):
     """Tokens of a trace in order, with each prompt's planned rates."""
 
-    experts: Int[np.ndarray, "N M k"]
-    rank: Int[np.ndarray, " N"]
-    prompt: Int[np.ndarray, " N"]
+    experts: Int[np.ndarray, "tokens M k"]
+    rank: Int[np.ndarray, " tokens"]
+    prompt: Int[np.ndarray, " tokens"]
     rates: Float[np.ndarray, "P M E"]
 
 
@@ -49,14 +49,14 @@ class _Step(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a forecast goes by at `n` tokens, before each of them, and what it should say: wishes in the next steps."""
+    """What a forecast goes by before each of some tokens, and what it should say: wishes in the next steps."""
 
-    own: Float[np.ndarray, "n ME"]  # see `Refresh.own`
-    latent: Float[np.ndarray, "n Jr"]
-    planned: Float[np.ndarray, "n ME"]
-    target: Float[np.ndarray, "n ME"]
-    prompt: Int[np.ndarray, " n"]
-    chosen: Int[np.ndarray, "n M k"]
+    own: Float[np.ndarray, "tokens ME"]  # see `Refresh.own`
+    latent: Float[np.ndarray, "tokens latent"]
+    planned: Float[np.ndarray, "tokens ME"]
+    target: Float[np.ndarray, "tokens ME"]
+    prompt: Int[np.ndarray, " tokens"]
+    chosen: Int[np.ndarray, "tokens M k"]
 
 
 def learn(trace: RoutingTrace, start: Float[np.ndarray, "P M E"], seed: int = 0) -> PolicyWeights:
@@ -79,7 +79,7 @@ def learn_transitions(trace: RoutingTrace) -> Float[np.ndarray, "M1 E E"]:
 
 
 def co_occurrences(
-    first: Integer[np.ndarray, "N k"], second: Integer[np.ndarray, "N k"], num_experts: int
+    first: Integer[np.ndarray, "tokens k"], second: Integer[np.ndarray, "tokens k"], num_experts: int
 ) -> Int[np.ndarray, "E E"]:
     """How many tokens chose each expert of one layer and each of another."""
     pairs = first[:, :, None].astype(np.int64) * num_experts + second[:, None, :]
@@ -115,19 +115,20 @@ def learn_dynamics(trace: RoutingTrace, start: Float[np.ndarray, "P M E"], seed:
     return draft._replace(readout=_readout(halves, len(draft.readout), len(targets)))
 
 
-def non_negative(squares: Float[np.ndarray, "F F"], cross: Float[np.ndarray, " F"]) -> Float[np.ndarray, " F"]:
+def non_negative(
+    squares: Float[np.ndarray, "features features"], cross: Float[np.ndarray, " features"]
+) -> Float[np.ndarray, " features"]:
     """The `w >= 0` of least `w @ squares @ w - 2 w @ cross`, for few features: every set of them is tried.
 
     The planned rate and the slowest mean are nearly alike within a short prompt. Without a bound least squares takes a
     multiple of their difference, which is wrong wherever they differ for another reason.
     """
-    F = len(cross)
-    best, least = np.zeros(F), 0.0
-    for kept in itertools.product((False, True), repeat=F):
+    best, least = np.zeros(len(cross)), 0.0
+    for kept in itertools.product((False, True), repeat=len(cross)):
         features = np.flatnonzero(kept)
         if not len(features):
             continue
-        weights = np.zeros(F)
+        weights = np.zeros(len(cross))
         weights[features] = np.linalg.solve(squares[np.ix_(features, features)], cross[features])
         loss = float(weights @ squares @ weights - 2 * weights @ cross)
         if weights.min() >= 0 and loss < least:
@@ -135,7 +136,7 @@ def non_negative(squares: Float[np.ndarray, "F F"], cross: Float[np.ndarray, " F
     return best
 
 
-def _readout(halves: list[np.ndarray], features: int, num_tokens: int) -> Float[np.ndarray, "Jr ME"]:
+def _readout(halves: list[np.ndarray], features: int, num_tokens: int) -> Float[np.ndarray, "latent ME"]:
     """Ridge regression from the products of both halves of the tokens."""
 
     def solve(products: np.ndarray, tokens: float) -> np.ndarray:
@@ -204,7 +205,7 @@ def _directions(tokens: _Prompts, num_experts: int, seed: int) -> Float[np.ndarr
     return basis
 
 
-def _targets(tokens: _Prompts, num_experts: int) -> Float[np.ndarray, "N ME"]:
+def _targets(tokens: _Prompts, num_experts: int) -> Float[np.ndarray, "tokens ME"]:
     """Of every token, the weighted mean of wishes from it on to the end of its prompt."""
     keep = np.float32(1 - 1 / HORIZON)
     ends = np.append(tokens.prompt[1:] != tokens.prompt[:-1], True)
@@ -223,10 +224,10 @@ def _targets(tokens: _Prompts, num_experts: int) -> Float[np.ndarray, "N ME"]:
 def _run(
     dynamics: Dynamics,
     tokens: _Prompts,
-    targets: Float[np.ndarray, "n ME"],
-    made_of: Callable[[RefreshState, Float[Array, "n ME"], Dynamics], Array],
+    targets: Float[np.ndarray, "tokens ME"],
+    made_of: Callable[[RefreshState, Float[Array, "tokens ME"], Dynamics], Array],
 ) -> Iterator[np.ndarray]:
-    """`made_of` the states before each of the first `n` tokens, by chunks of them, each prompt followed alone."""
+    """`made_of` the states before each of the tokens that have `targets`, by chunks, each prompt followed alone."""
     rule, planned = Refresh(dynamics), jnp.asarray(tokens.rates)
 
     def follow(state: RefreshState, step: _Step) -> tuple[RefreshState, RefreshState]:
@@ -236,7 +237,7 @@ def _run(
         return rule.observe(state, counts), state
 
     @jax.jit
-    def part(state: RefreshState, steps: _Step, targets: Float[Array, "n ME"]) -> tuple[RefreshState, Array]:
+    def part(state: RefreshState, steps: _Step, targets: Float[Array, "tokens ME"]) -> tuple[RefreshState, Array]:
         state, states = jax.lax.scan(follow, state, steps)
         return state, made_of(states, targets.astype(jnp.float32), dynamics)
 
@@ -249,18 +250,22 @@ def _run(
         yield np.asarray(made)
 
 
-def _own(seen: RefreshState) -> Float[Array, "n F ME"]:
+def _own(seen: RefreshState) -> Float[Array, "tokens features ME"]:
     """What weights are learned for: the planned rate and the decayed means of every expert."""
     return jnp.concatenate([seen.rates[:, None], seen.recent], 1).reshape(len(seen.rates), seen.recent.shape[1] + 1, -1)
 
 
-def _own_products(seen: RefreshState, targets: Float[Array, "n ME"], dynamics: Dynamics) -> Float[Array, "F F1"]:
+def _own_products(
+    seen: RefreshState, targets: Float[Array, "tokens ME"], dynamics: Dynamics
+) -> Float[Array, "features features_and_target"]:
     own = _own(seen)
     squares, cross = jnp.einsum("nfx,ngx->fg", own, own), jnp.einsum("nfx,nx->f", own, targets)
     return jnp.concatenate([squares, cross[:, None]], 1)
 
 
-def _latent_products(seen: RefreshState, targets: Float[Array, "n ME"], dynamics: Dynamics) -> Float[Array, "Jr JrME"]:
+def _latent_products(
+    seen: RefreshState, targets: Float[Array, "tokens ME"], dynamics: Dynamics
+) -> Float[Array, "latent latent_and_ME"]:
     latent = seen.latent.reshape(len(targets), -1)
     rest = targets - jnp.einsum("f,nfx->nx", dynamics.weights, _own(seen))
     return latent.T @ jnp.concatenate([latent, rest], 1)

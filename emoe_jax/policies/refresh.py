@@ -16,11 +16,13 @@ docs/explanation/residency.md."""
 
 
 class RefreshState(NamedTuple):
-    """The plan and decayed means of what was observed, per expert (`K` half-lives) and along `r` directions (`J`)."""
+    """The plan and decayed means of what was observed, per expert and along directions, for a few half-lives."""
 
     rates: Matrix  # as planned
-    recent: Float[Any, "*lead K M E"]  # decayed mean of wishes per step, one for each half-life, begun at the plan
-    latent: Float[Any, "*lead J r"]  # decayed mean of how wishes deviate from the plan, along few directions
+    recent: Float[Any, "*lead half_lives M E"]
+    """Decayed means of the wishes per step, one for each half-life. They begin at the plan."""
+    latent: Float[Any, "*lead latent_half_lives r"]
+    """Decayed means of how wishes deviate from the plan, along a few directions."""
 
 
 class Refresh(Rule[RefreshState]):

@@ -56,7 +56,7 @@ class Window:
     """Wishes of consecutive steps, and what of them was resident. All its memory is taken at the start."""
 
     def __init__(self, steps: int, num_layers: int, num_experts: int):
-        self.counts: Int[np.ndarray, "T M E"] = np.zeros((steps, num_layers, num_experts), np.uint16)
+        self.counts: Int[np.ndarray, "steps M E"] = np.zeros((steps, num_layers, num_experts), np.uint16)
         self.tasks: list[tuple[str | None, ...]] = []
         self.first = self.wanted = self.covered = Tally()
         self.clear()
@@ -134,7 +134,7 @@ class Regret:
         self._next_use = np.zeros(self._judged.counts.shape, np.uint16)
         self._at: int | None = None  # the step of the judged window that is judged next; None: there is none to judge
         self._unseen = 0  # steps of it whose next uses are not known yet, the first ones
-        self._resident: Bool[np.ndarray, "P M E"] = np.zeros((len(rules) + 1, M, num_experts), bool)
+        self._resident: Bool[np.ndarray, "policies M E"] = np.zeros((len(rules) + 1, M, num_experts), bool)
         self._tasks: tuple[str | None, ...] | None = None
         self._pace = Pace(REGRET_SHARE)
         self._of_window = [Tally() for _ in range(len(rules) + 1)]
@@ -145,7 +145,9 @@ class Regret:
         self._capacities = ()
         self.use_capacities(capacities, np.broadcast_to(rates, self._resident.shape))
 
-    def use_capacities(self, capacities: Sequence[int], scores: Float[np.ndarray, "P M E"] | None = None) -> None:
+    def use_capacities(
+        self, capacities: Sequence[int], scores: Float[np.ndarray, "policies M E"] | None = None
+    ) -> None:
         """Layers have so many slots from now on. Rivals keep their best experts; what was not judged yet is dropped."""
         if tuple(capacities) == self._capacities:
             return

@@ -57,7 +57,7 @@ MOST_MATRICES = 256
 """Recorded prompts to be matched, the latest; every look at the policy compares with each of them."""
 
 
-def activation_matrices(counts: Int[np.ndarray, "P M E"]) -> Float[np.ndarray, "p M E"]:
+def activation_matrices(counts: Int[np.ndarray, "P M E"]) -> Float[np.ndarray, "n M E"]:
     """What `ActivationMatrix` matches, from how often recorded prompts, in order, chose each expert."""
     counts = counts[counts.sum((1, 2)) > 0][-MOST_MATRICES:]
     return (counts / np.maximum(counts.sum(-1, keepdims=True), 1)).astype(np.float32)

@@ -23,7 +23,7 @@ _FIRST_WEIGHT, _FIRST_WIDTH2 = 4.0, 1.4
 class Placed(NamedTuple):
     """Prompts as points; a `PromptKernel` makes them and compares only its own."""
 
-    names: Float[np.ndarray, "P V"]
+    names: Float[np.ndarray, "P name_parts"]
     embedded: Bool[np.ndarray, " P"]
     at: list[Float[np.ndarray, "P r"]]  # by embedding, once per shape
     first: Float[np.ndarray, "P ME"]
@@ -58,7 +58,7 @@ class PromptKernel:
         self._first_mean = first.mean(0)
         self._first_scale = max(float(np.sqrt(((first - self._first_mean) ** 2).sum(1).mean())), 1e-6)
 
-    def names(self, tasks: Sequence[str]) -> Float[np.ndarray, "P V"]:
+    def names(self, tasks: Sequence[str]) -> Float[np.ndarray, "P name_parts"]:
         """Weighted parts of the task names; parts never seen are left out."""
         rows = np.zeros((len(tasks), len(self._vocabulary)), np.float32)
         for row, task in zip(rows, tasks, strict=True):
@@ -77,7 +77,9 @@ class PromptKernel:
         first = (_first_roots(prompts) - self._first_mean) / (self._first_scale * np.sqrt(_FIRST_WIDTH2))
         return Placed(self.names(prompts.tasks), has_embedding(prompts), [at * scale for scale in self._scales], first)
 
-    def similarity(self, left: Placed, right: Placed, with_first: bool, width: float = 1.0) -> Float[np.ndarray, "P Q"]:
+    def similarity(
+        self, left: Placed, right: Placed, with_first: bool, width: float = 1.0
+    ) -> Float[np.ndarray, "P others"]:
         """Of every pair. `width` stretches the radial functions: a wide one is nearly linear."""
         similarity = _NAME * left.names @ right.names.T
         if left.at:
@@ -115,7 +117,7 @@ def unit_rows(rows: Float[np.ndarray, "P d"]) -> Float[np.ndarray, "P d"]:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
-def radial(left: Float[np.ndarray, "P r"], right: Float[np.ndarray, "Q r"]) -> Float[np.ndarray, "P Q"]:
+def radial(left: Float[np.ndarray, "P r"], right: Float[np.ndarray, "others r"]) -> Float[np.ndarray, "P others"]:
     """exp(-|a - b|^2 / 2) of every pair."""
     squares = (left**2).sum(1)[:, None] + (right**2).sum(1)[None] - 2 * left @ right.T
     return np.exp(-np.maximum(squares, 0) / 2)

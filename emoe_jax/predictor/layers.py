@@ -25,9 +25,9 @@ class LayerPrior:
     are regressed as the prior regresses them (`compress`).
     """
 
-    def __init__(self, matrices: list[Float[np.ndarray, "mE E"]], noise_tokens: float, usual_tokens: float):
-        """`matrices[m]` is layer m's, of `m E` rows. After `noise_tokens` tokens a deviation from the prior is as much
-        chance as not; the matrices were fitted to prompts of `usual_tokens`."""
+    def __init__(self, matrices: list[Float[np.ndarray, "earlier_ME E"]], noise_tokens: float, usual_tokens: float):
+        """`matrices[m]` is layer m's, of `m * E` rows. After `noise_tokens` tokens a deviation from the prior is as
+        much chance as not; the matrices were fitted to prompts of `usual_tokens`."""
         self.matrices, self._noise, self._usual = matrices, noise_tokens, usual_tokens
 
     @staticmethod

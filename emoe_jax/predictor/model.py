@@ -1,8 +1,4 @@
-"""The transformer that corrects the prior: MoE layers are its sequence, experts its vocabulary (Flax NNX).
-
-Axes: B prompts, M MoE layers, E experts, D width, N heads, H width of a head, C input channels, W task-name features,
-R embedding coordinates.
-"""
+"""The transformer that corrects the prior: MoE layers are its sequence, experts its vocabulary (Flax NNX)."""
 
 from __future__ import annotations
 
@@ -22,9 +18,9 @@ class Inputs(NamedTuple):
     """What the network sees of `B` prompts. Frequencies are given as square roots less their mean, see `inputs.py`."""
 
     prior: Float[Array, "B M E"]  # log of the closed-form distribution that is corrected
-    layers: Float[Array, "B M C E"]  # prior, last prompt, earlier prompts (decayed), first answer tokens
-    names: Float[Array, "B W"]
-    embedding: Float[Array, "B R"]
+    layers: Float[Array, "B M channels E"]  # prior, last prompt, earlier prompts (decayed), first answer tokens
+    names: Float[Array, "B name_parts"]
+    embedding: Float[Array, "B r"]
 
 
 class Known(NamedTuple):
@@ -41,7 +37,7 @@ class PerLayer(nnx.Module):
         self.kernel = nnx.Param(jnp.zeros((layers, inputs, outputs)))
         self.bias = nnx.Param(jnp.zeros((layers, outputs)))
 
-    def __call__(self, x: Float[Array, "B M X"]) -> Float[Array, "B M Y"]:
+    def __call__(self, x: Float[Array, "B M I"]) -> Float[Array, "B M O"]:
         return jnp.einsum("bmx,mxy->bmy", x, self.kernel[...]) + self.bias[...]
 
 

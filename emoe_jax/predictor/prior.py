@@ -23,10 +23,10 @@ _MAX_WEIGHT = 4.0  # of a prompt, against the median one
 
 
 class Fit(NamedTuple):
-    """Kernel regression of `J` routing components on `P` prompts."""
+    """Kernel regression of `r` routing components on `P` prompts."""
 
-    weights: Float[np.ndarray, "P J"]
-    left_out: Float[np.ndarray, "P J"]  # each prompt's components predicted from the others
+    weights: Float[np.ndarray, "P r"]
+    left_out: Float[np.ndarray, "P r"]  # each prompt's components predicted from the others
     error: float  # mean square of what those miss, summed over components
 
 
@@ -66,7 +66,7 @@ class KernelPrior:
         """Every remembered prompt's distribution as predicted from the others."""
         return self._distribution(self._second.left_out)
 
-    def predict(self, prompts: Prompts) -> Float[np.ndarray, "Q M E"]:
+    def predict(self, prompts: Prompts) -> Float[np.ndarray, "others M E"]:
         """Distributions over experts, each layer's summing to 1. `prompts.counts` are not looked at."""
         placed = self._kernel.place(prompts)
         similarity = self._similarity(placed, self.width)
@@ -74,10 +74,10 @@ class KernelPrior:
         at = rough[:, :_ALIKE_COMPONENTS] * self._alike_scale
         return self._distribution((similarity + _ALIKE_WEIGHT * radial(at, self._alike)) @ self._second.weights)
 
-    def _similarity(self, placed: Placed, width: float) -> Float[np.ndarray, "Q P"]:
+    def _similarity(self, placed: Placed, width: float) -> Float[np.ndarray, "others P"]:
         return self._kernel.similarity(placed, self._placed, self._with_first, width) + _MEAN_WEIGHT
 
-    def _distribution(self, components: Float[np.ndarray, "Q J"]) -> Float[np.ndarray, "Q M E"]:
+    def _distribution(self, components: Float[np.ndarray, "others r"]) -> Float[np.ndarray, "others M E"]:
         return distribution((components @ self._axes + self._mean).reshape(-1, *self._shape))
 
 
@@ -93,7 +93,7 @@ def distribution(compressed: Float[np.ndarray, "*lead E"]) -> Float[np.ndarray, 
 
 
 def _fit(
-    similarity: Float[np.ndarray, "P P"], components: Float[np.ndarray, "P J"], weight: Float[np.ndarray, " P"]
+    similarity: Float[np.ndarray, "P P"], components: Float[np.ndarray, "P r"], weight: Float[np.ndarray, " P"]
 ) -> Fit:
     """Ridge in the kernel's space with a noise per component; a prompt of twice the `weight` has half of it.
 

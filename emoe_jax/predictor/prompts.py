@@ -25,7 +25,7 @@ class Prompts:
     embedding: Float[np.ndarray, "P d"]  # a row of zeros where there is none; d is 0 where no prompt can have one
     counts: Int[np.ndarray, "P M E"]
     first: Int[np.ndarray, "P M E"]
-    tokens: tuple[Int[np.ndarray, " t"], ...] | None = None  # ids of the prompts' tokens, where these are known
+    tokens: tuple[Int[np.ndarray, " tokens"], ...] | None = None  # ids of the prompts' tokens, where these are known
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -40,7 +40,7 @@ class Prompts:
         counts, first = trace.counts(), trace.counts(first=first_tokens)
         return Prompts(tuple(trace.tasks), embedding.astype(np.float32), counts, first, tokens)
 
-    def take(self, rows: Sequence[int] | Int[np.ndarray, " p"]) -> Prompts:
+    def take(self, rows: Sequence[int] | Int[np.ndarray, " n"]) -> Prompts:
         """The prompts of these rows, in this order; a row may come twice. Arrays are copied."""
         rows = np.asarray(rows, np.int64)
         tasks = tuple(self.tasks[row] for row in rows)

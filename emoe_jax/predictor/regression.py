@@ -12,14 +12,14 @@ from jaxtyping import Float
 class Ridge(NamedTuple):
     """`weights` for new rows; `left_out` is what each row's targets would be predicted to be from the other rows."""
 
-    weights: Float[np.ndarray, "x y"]
-    left_out: Float[np.ndarray, "P y"]
+    weights: Float[np.ndarray, "features targets"]
+    left_out: Float[np.ndarray, "P targets"]
     penalty: float
 
 
 def fit_ridge(
-    features: Float[np.ndarray, "P x"],
-    targets: Float[np.ndarray, "P y"],
+    features: Float[np.ndarray, "P features"],
+    targets: Float[np.ndarray, "P targets"],
     penalties: Sequence[float],
     weight: Float[np.ndarray, " P"] | None = None,
 ) -> Ridge:

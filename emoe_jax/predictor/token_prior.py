@@ -31,7 +31,7 @@ class TokenPrior:
     one (`rests[1]`) once the prior has seen the first answer tokens.
     """
 
-    def __init__(self, table: TokenTable, rests: Sequence[Float[np.ndarray, "x ME"]]):
+    def __init__(self, table: TokenTable, rests: Sequence[Float[np.ndarray, "features ME"]]):
         self.table, self._rests = table, tuple(rests)
 
     @staticmethod
@@ -94,7 +94,7 @@ class TokenPrior:
         return TokenPrior(table, list(rests))
 
 
-def _features(table: TokenTable, said: Shares, prior: Shares) -> Float[np.ndarray, "P x"]:
+def _features(table: TokenTable, said: Shares, prior: Shares) -> Float[np.ndarray, "P features"]:
     constant = np.full((len(said), 1), _CONSTANT, np.float32)
     return np.concatenate([table.coordinates(said), table.coordinates(prior), constant], axis=1)
 

@@ -22,16 +22,18 @@ _SHRINK = 1.5  # occurrences that the shorter run's routing counts as
 _COMPONENTS = 256  # principal directions of routing that are told apart
 _BLOCK = 1 << 14  # tokens handled at a time
 
-Tokens = Int[np.ndarray, " t"]
+Tokens = Int[np.ndarray, " tokens"]
 
 
 class Level(NamedTuple):
     """Runs of one length, by ascending key, and how their routing differs from that of runs one shorter."""
 
-    keys: Int[np.ndarray, " G"]
-    difference: Float[np.ndarray, "G J"]
+    keys: Int[np.ndarray, " runs"]
+    difference: Float[np.ndarray, "runs r"]
 
-    def places(self, keys: Int[np.ndarray, " t"]) -> tuple[Int[np.ndarray, " t"], Bool[np.ndarray, " t"]]:
+    def places(
+        self, keys: Int[np.ndarray, " tokens"]
+    ) -> tuple[Int[np.ndarray, " tokens"], Bool[np.ndarray, " tokens"]]:
         """Where each key is, and whether it is there at all."""
         if not len(self.keys):
             return np.zeros(len(keys), np.int64), np.zeros(len(keys), bool)
@@ -49,12 +51,12 @@ class TokenTable:
     LEVEL = ("keys", "difference", "scale")
     """What `arrays` holds of each length, by name."""
 
-    def __init__(self, mean: Float[np.ndarray, "M E"], basis: Float[np.ndarray, "J ME"], levels: Sequence[Level]):
+    def __init__(self, mean: Float[np.ndarray, "M E"], basis: Float[np.ndarray, "r ME"], levels: Sequence[Level]):
         self._mean, self._basis, self._levels = mean, basis, tuple(levels)
 
     @staticmethod
     def learn(
-        trace: RoutingTrace, prompts: Int[np.ndarray, " p"], most: int
+        trace: RoutingTrace, prompts: Int[np.ndarray, " n"], most: int
     ) -> tuple[TokenTable, Float[np.ndarray, "P M E"]]:
         """The table of these `prompts` of a trace that holds its prompts' tokens, and the shares of all its prompts:
         for those learned from, as the others' tokens alone say. Of each length it keeps the runs that occur most often,
@@ -123,11 +125,11 @@ class TokenTable:
                 row += level.difference[at[found]].sum(0) / max(1, len(ids))
         return self._shares(coordinates)
 
-    def coordinates(self, shares: Float[np.ndarray, "P M E"]) -> Float[np.ndarray, "P J"]:
+    def coordinates(self, shares: Float[np.ndarray, "P M E"]) -> Float[np.ndarray, "P r"]:
         """Shares less the mean, in the directions in which tokens differ."""
         return (shares - self._mean).reshape(len(shares), -1) @ self._basis.T
 
-    def _shares(self, coordinates: Float[np.ndarray, "P J"]) -> Float[np.ndarray, "P M E"]:
+    def _shares(self, coordinates: Float[np.ndarray, "P r"]) -> Float[np.ndarray, "P M E"]:
         raw = (coordinates @ self._basis).reshape(-1, *self._mean.shape) + self._mean
         raw = np.maximum(raw, 1e-4)
         return (raw / raw.sum(-1, keepdims=True)).astype(np.float32)
@@ -159,21 +161,25 @@ class TokenTable:
 class _Runs(NamedTuple):
     """Runs of one length in a trace's prompts."""
 
-    keys: Int[np.ndarray, " G"]
-    run: Int[np.ndarray, " t"]  # of each token
-    counts: Int[np.ndarray, " G"]  # tokens learned from
-    first: Int[np.ndarray, " G"]  # a token of each run
-    pair: Int[np.ndarray, " t"]  # run and prompt of each token
-    own_counts: Int[np.ndarray, " H"]
+    keys: Int[np.ndarray, " runs"]
+    run: Int[np.ndarray, " tokens"]  # of each token
+    counts: Int[np.ndarray, " runs"]  # tokens learned from
+    first: Int[np.ndarray, " runs"]  # a token of each run
+    pair: Int[np.ndarray, " tokens"]  # run and prompt of each token
+    own_counts: Int[np.ndarray, " own_runs"]
 
     @staticmethod
-    def of(keys: Int[np.ndarray, " t"], owner: Int[np.ndarray, " t"], known: Bool[np.ndarray, " t"]) -> _Runs:
+    def of(
+        keys: Int[np.ndarray, " tokens"], owner: Int[np.ndarray, " tokens"], known: Bool[np.ndarray, " tokens"]
+    ) -> _Runs:
         unique, first, run = np.unique(keys, return_index=True, return_inverse=True)
         pairs, pair = np.unique(run * (int(owner.max()) + 1) + owner, return_inverse=True)
         own = np.bincount(pair, known, len(pairs)).astype(np.int64)
         return _Runs(unique, run, np.bincount(run, known, len(unique)).astype(np.int64), first, pair, own)
 
-    def sums(self, rows: Float[np.ndarray, "t J"]) -> tuple[Float[np.ndarray, "G J"], Float[np.ndarray, "H J"]]:
+    def sums(
+        self, rows: Float[np.ndarray, "tokens r"]
+    ) -> tuple[Float[np.ndarray, "runs r"], Float[np.ndarray, "own_runs r"]]:
         """Of each run, and of each run within each prompt."""
         order = np.argsort(self.pair, kind="stable")
         starts = np.searchsorted(self.pair[order], np.arange(len(self.own_counts)))
@@ -181,7 +187,7 @@ class _Runs(NamedTuple):
         run_of_pair = self.run[order[starts]]  # ascending
         return np.add.reduceat(own, np.searchsorted(run_of_pair, np.arange(len(self.keys))), axis=0), own
 
-    def of_first(self, rows: Float[np.ndarray, "t J"]) -> Float[np.ndarray, "G J"]:
+    def of_first(self, rows: Float[np.ndarray, "tokens r"]) -> Float[np.ndarray, "runs r"]:
         return rows[self.first]
 
     def least_count(self, most: int) -> int:
@@ -190,7 +196,7 @@ class _Runs(NamedTuple):
         return 1 if len(ordered) <= most else max(1, int(ordered[-most - 1]) + 1)
 
 
-def run_keys(tokens: Tokens, length: int) -> Int[np.ndarray, " t"]:
+def run_keys(tokens: Tokens, length: int) -> Int[np.ndarray, " tokens"]:
     """A number for each token and the `length` - 1 before it; before the first comes nothing, which has its own."""
     ids = np.minimum(np.asarray(tokens, np.int64), MAX_TOKEN) + 1
     keys = ids.copy()
@@ -201,7 +207,7 @@ def run_keys(tokens: Tokens, length: int) -> Int[np.ndarray, " t"]:
 
 def _prompt_rows(
     trace: RoutingTrace, lengths: Int[np.ndarray, " P"]
-) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, "n M k"]]:
+) -> tuple[Int[np.ndarray, " tokens"], Int[np.ndarray, "tokens M k"]]:
     """Which of the prompts' tokens, end to end, have their routing recorded, and that routing."""
     rows = np.flatnonzero(trace.token_pos < lengths[trace.sample])
     begins = np.cumsum(lengths) - lengths
@@ -209,12 +215,12 @@ def _prompt_rows(
 
 
 def _basis(
-    flat: Int[np.ndarray, "t Mk"],
-    tokens: Int[np.ndarray, " t"],
-    known: Bool[np.ndarray, " t"],
+    flat: Int[np.ndarray, "tokens Mk"],
+    tokens: Int[np.ndarray, " tokens"],
+    known: Bool[np.ndarray, " tokens"],
     mean: Float[np.ndarray, " ME"],
     top_k: int,
-) -> Float[np.ndarray, "J ME"]:
+) -> Float[np.ndarray, "r ME"]:
     """Principal directions in which the mean routing of tokens differs."""
     unique, token = np.unique(tokens[known], return_inverse=True)
     common = np.argsort(np.bincount(token, minlength=len(unique)))[::-1][: 4 * _COMPONENTS * 8]

@@ -37,7 +37,7 @@ class Demand:
         return max(0, self.input_tokens - progress.input_tokens) + left
 
 
-def expected_tokens(requests: Sequence[Demand], tokens: Float[np.ndarray, " R"]) -> Float[np.ndarray, "M E"]:
+def expected_tokens(requests: Sequence[Demand], tokens: Float[np.ndarray, " requests"]) -> Float[np.ndarray, "M E"]:
     """`N_i = (sum_j W_j + T W_o) s f_i` (eMoE eq. 2), summed over task types.
 
     Written as a sum over requests, whose shares may differ within a task; `tokens` is `W_j + W_o` of each. At least one
@@ -47,7 +47,9 @@ def expected_tokens(requests: Sequence[Demand], tokens: Float[np.ndarray, " R"])
     return np.einsum("rm,rme->me", tokens[:, None] * sensitivity, np.stack([request.shares for request in requests]))
 
 
-def expected_rates(requests: Sequence[Demand], tokens: Float[np.ndarray, " R"], top_k: int) -> Float[np.ndarray, "M E"]:
+def expected_rates(
+    requests: Sequence[Demand], tokens: Float[np.ndarray, " requests"], top_k: int
+) -> Float[np.ndarray, "M E"]:
     """Wishes per step while every request feeds one token a step: eq. 2's proportions, `top_k` per request in all.
 
     A layer to which no request is sensitive has their plain proportions, so that a prior is at hand there too.
@@ -62,6 +64,6 @@ def expected_rates(requests: Sequence[Demand], tokens: Float[np.ndarray, " R"], 
     return (top_k * len(requests) * shares).astype(np.float32)
 
 
-def mean_sensitivity(requests: Sequence[Demand], tokens: Float[np.ndarray, " R"]) -> Float[np.ndarray, " M"]:
+def mean_sensitivity(requests: Sequence[Demand], tokens: Float[np.ndarray, " requests"]) -> Float[np.ndarray, " M"]:
     """`s` in each layer averaged over the expected tokens."""
     return (tokens @ np.stack([request.sensitivity for request in requests]) / tokens.sum()).astype(np.float32)

@@ -36,15 +36,15 @@ def _write(parts: TraceParts, draft: Path, scratch: Path) -> None:
     kept = np.flatnonzero(counts)
     number = np.cumsum(counts > 0, dtype=np.int32) - 1
     rows = _sorted(rows, counts, scratch)
-    N, P = len(rows), len(kept)
+    tokens, P = len(rows), len(kept)
     choices = (geometry.num_layers, geometry.top_k)
     with zipfile.ZipFile(draft, "w", zipfile.ZIP_STORED) as archive:
         for name in ("experts", "probs"):
             dtype = rows.dtype[name].base
-            _member(archive, name, dtype, (N, *choices), (block[name] for block in _blocks(rows)))
+            _member(archive, name, dtype, (tokens, *choices), (block[name] for block in _blocks(rows)))
         samples = (number[block["sample"]] for block in _blocks(rows))
-        _member(archive, "sample", np.dtype("<i4"), (N,), samples)
-        _member(archive, "token_pos", np.dtype("<i4"), (N,), (block["token_pos"] for block in _blocks(rows)))
+        _member(archive, "sample", np.dtype("<i4"), (tokens,), samples)
+        _member(archive, "token_pos", np.dtype("<i4"), (tokens,), (block["token_pos"] for block in _blocks(rows)))
         _member(archive, "task", np.dtype("<i2"), (P,), [prompts["task"][kept]])
         _member(archive, "prompt_length", np.dtype("<i4"), (P,), [prompts["length"][kept]])
         if geometry.tokens:
@@ -73,7 +73,7 @@ def _sorted(rows: np.ndarray, counts: Int[np.ndarray, " P"], scratch: Path) -> n
     return result
 
 
-def _tokens(parts: TraceParts, kept: Int[np.ndarray, " p"]) -> Iterator[np.ndarray]:
+def _tokens(parts: TraceParts, kept: Int[np.ndarray, " n"]) -> Iterator[np.ndarray]:
     """Token ids of these prompts."""
     ends, tokens = np.cumsum(parts.prompts()["length"], dtype=np.int64), parts.tokens()
     for some in _blocks(kept):

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Bool, Shaped
 
 
-def best_experts(scores: Shaped[np.ndarray, "*G M E"], capacities: Sequence[int]) -> Bool[np.ndarray, "*G M E"]:
+def best_experts(scores: Shaped[np.ndarray, "*lead M E"], capacities: Sequence[int]) -> Bool[np.ndarray, "*lead M E"]:
     """The experts of the highest scores, as many of each layer as it has slots. Ties go to the lower index."""
     experts = scores.shape[-1]
     order = np.argsort(-scores, axis=-1, kind="stable")
@@ -17,18 +17,18 @@ def best_experts(scores: Shaped[np.ndarray, "*G M E"], capacities: Sequence[int]
 
 
 def covered(
-    wishes: Shaped[np.ndarray, "*G M E"], scores: Shaped[np.ndarray, "*G M E"], capacities: Sequence[int]
-) -> Shaped[np.ndarray, "*G"]:
+    wishes: Shaped[np.ndarray, "*lead M E"], scores: Shaped[np.ndarray, "*lead M E"], capacities: Sequence[int]
+) -> Shaped[np.ndarray, "*lead"]:
     """Wishes for the best experts by `scores`, in each of `G` cases."""
     return np.asarray((wishes * best_experts(scores, capacities)).sum((-2, -1)))
 
 
 def coverage(
-    wishes: Shaped[np.ndarray, "*G M E"], scores: Shaped[np.ndarray, "*G M E"], capacities: Sequence[int]
-) -> Shaped[np.ndarray, "*G"]:
+    wishes: Shaped[np.ndarray, "*lead M E"], scores: Shaped[np.ndarray, "*lead M E"], capacities: Sequence[int]
+) -> Shaped[np.ndarray, "*lead"]:
     """Share of the wishes that find their expert when the best ones by `scores` are resident.
 
-    Each of `G` cases has at least one wish. Worked example, one layer with 2 slots: wishes [3, 1, 0, 4] and scores
+    Each case has at least one wish. Worked example, one layer with 2 slots: wishes [3, 1, 0, 4] and scores
     [0.4, 0.1, 0.3, 0.2] make experts 0 and 2 resident, which 3 of 8 wishes are for: 0.375.
     """
     return np.asarray(covered(wishes, scores, capacities) / wishes.sum((-2, -1)))

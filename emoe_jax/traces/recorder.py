@@ -67,7 +67,7 @@ class TraceRecorder:
         task: str | None,
         length: int,
         embedding: Float[np.ndarray, " d"] | None = None,
-        token_ids: Sequence[int] | Int[np.ndarray, " t"] = (),
+        token_ids: Sequence[int] | Int[np.ndarray, " prompt_tokens"] = (),
     ) -> int:
         """A new prompt of `length` tokens; returns its number, the `sample` of its rows. No task counts as `other`."""
         tokens = np.asarray(token_ids if self._parts.geometry.tokens else (), TOKEN)
@@ -86,10 +86,10 @@ class TraceRecorder:
 
     def add(
         self,
-        samples: Sequence[int] | Int[np.ndarray, " n"],
-        positions: Sequence[int] | Int[np.ndarray, " n"],
-        experts: Shaped[np.ndarray, "n L k"],
-        probs: Float[np.ndarray, "n L k"],
+        samples: Sequence[int] | Int[np.ndarray, " tokens"],
+        positions: Sequence[int] | Int[np.ndarray, " tokens"],
+        experts: Shaped[np.ndarray, "tokens M k"],
+        probs: Float[np.ndarray, "tokens M k"],
     ) -> None:
         """Tokens at `positions` of the prompts `samples`, with their routers' choices, best first."""
         rows = np.empty(len(samples), self._row)

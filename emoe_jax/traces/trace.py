@@ -19,21 +19,21 @@ class TraceError(EmoeError):
 
 @dataclasses.dataclass(frozen=True)
 class RoutingTrace:
-    """The router's unfiltered choices for `N` tokens of `P` prompts in `M` MoE layers of `E` experts, `k` per token.
+    """The router's unfiltered choices for the tokens of `P` prompts in `M` MoE layers of `E` experts, `k` per token.
 
     Prompts are numbered in arrival order. Tokens need not be sorted: prompts that ran side by side interleave.
     """
 
-    experts: Int[np.ndarray, "N M k"]  # uint8 or uint16, best first
-    probs: Float[np.ndarray, "N M k"]  # the router's weights of these experts
-    sample: Int[np.ndarray, " N"]  # the token's prompt
-    token_pos: Int[np.ndarray, " N"]  # the token's position in its sequence
+    experts: Int[np.ndarray, "tokens M k"]  # uint8 or uint16, best first
+    probs: Float[np.ndarray, "tokens M k"]  # the router's weights of these experts
+    sample: Int[np.ndarray, " tokens"]  # the token's prompt
+    token_pos: Int[np.ndarray, " tokens"]  # the token's position in its sequence
     task: Int[np.ndarray, " P"]  # index into task_names
     task_names: tuple[str, ...]
     num_experts: int
     prompt_embedding: Float[np.ndarray, "P d"] | None = None
     prompt_length: Int[np.ndarray, " P"] | None = None  # tokens before the answer; None: only answers are recorded
-    prompt_tokens: Int[np.ndarray, " T"] | None = None  # ids of the prompts' tokens, end to end; lengths are as above
+    prompt_tokens: Int[np.ndarray, " prompt_tokens"] | None = None  # ids, end to end; lengths are as above
     source: str = "trace"  # the file's name, for messages
 
     @staticmethod
@@ -105,7 +105,7 @@ class RoutingTrace:
         """The model's shape for messages: `16 MoE layers of 64 experts, top-8`."""
         return f"{self.num_layers} MoE layers of {self.num_experts} experts, top-{self.top_k}"
 
-    def rank(self) -> Int[np.ndarray, " N"]:
+    def rank(self) -> Int[np.ndarray, " tokens"]:
         """Every token's place among its prompt's recorded tokens: 0 for the first."""
         order = np.lexsort((self.token_pos, self.sample))
         lengths = np.bincount(self.sample, minlength=self.num_prompts)
@@ -125,7 +125,7 @@ class RoutingTrace:
             counts[:, layer] = np.bincount(flat.ravel(), minlength=shape[0] * shape[1]).reshape(shape)
         return counts
 
-    def _answer_begins(self, first: int) -> Bool[np.ndarray, " N"]:
+    def _answer_begins(self, first: int) -> Bool[np.ndarray, " tokens"]:
         """Which tokens are among the `first` of their answer."""
         rank = self.rank()
         if self.prompt_length is not None:
@@ -133,7 +133,7 @@ class RoutingTrace:
             rank = rank - np.bincount(self.sample[of_prompt], minlength=self.num_prompts)[self.sample]
         return (rank >= 0) & (rank < first)
 
-    def select(self, prompts: Sequence[int] | Int[np.ndarray, " p"]) -> RoutingTrace:
+    def select(self, prompts: Sequence[int] | Int[np.ndarray, " n"]) -> RoutingTrace:
         """The trace of these prompts only, renumbered in the order given."""
         wanted = np.asarray(prompts, np.int64)
         if len(wanted) == 0 or wanted.min() < 0 or wanted.max() >= self.num_prompts:
@@ -158,13 +158,13 @@ class RoutingTrace:
             prompt_tokens=self._tokens_of(wanted),
         )
 
-    def tokens_by_prompt(self) -> list[Int[np.ndarray, " t"]]:
+    def tokens_by_prompt(self) -> list[Int[np.ndarray, " tokens"]]:
         """Token ids of every prompt. Raises `TraceError` where the trace does not hold them."""
         if self.prompt_tokens is None or self.prompt_length is None:
             raise TraceError(f"{self.source} does not hold the tokens of its prompts")
         return np.split(self.prompt_tokens, np.cumsum(self.prompt_length)[:-1])
 
-    def _tokens_of(self, prompts: Int[np.ndarray, " p"]) -> Int[np.ndarray, " T"] | None:
+    def _tokens_of(self, prompts: Int[np.ndarray, " n"]) -> Int[np.ndarray, " prompt_tokens"] | None:
         if self.prompt_tokens is None:
             return None
         tokens = self.tokens_by_prompt()

@@ -45,7 +45,7 @@ def test_layers_that_follow_each_other_correlate_and_others_do_not():
 
 def test_the_strongest_follower_by_numpy():
     trace = make_trace(prompts=6)
-    chosen = (trace.experts[..., None] == np.arange(8)).any(2).astype(float)  # [N, M, E]
+    chosen = (trace.experts[..., None] == np.arange(8)).any(2).astype(float)  # [tokens, M, E]
     phi = np.corrcoef(chosen[:, 0].T, chosen[:, 1].T)[:8, 8:]
     expected = np.average(phi.max(1), weights=chosen[:, 0].sum(0))
     numbers = measures.between_layers(trace)

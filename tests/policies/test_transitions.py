@@ -22,7 +22,7 @@ def trace() -> RoutingTrace:
 
 
 def test_transitions_are_shares_of_tokens(trace: RoutingTrace):
-    chosen = (trace.experts[..., None] == np.arange(E)).any(2)  # [N, M, E]
+    chosen = (trace.experts[..., None] == np.arange(E)).any(2)  # [tokens, M, E]
     learned = learn_transitions(trace)
     for layer in range(M - 1):
         for expert in range(E):

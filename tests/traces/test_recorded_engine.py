@@ -45,7 +45,7 @@ def engine(checkpoint: Path) -> Iterator[Engine]:
 
 
 def expected_routing(tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Experts and probabilities `[T, M, k]` of the plain model's routers."""
+    """Experts and probabilities `[tokens, M, k]` of the plain model's routers."""
     model, experts = random_model(RAW)
 
     def moe(rows: jax.Array, ids: jax.Array, weights: jax.Array, layer_experts) -> jax.Array:

@@ -37,17 +37,17 @@ class Recipe:
 
 
 class Batch(NamedTuple):
-    """`B` packed rows of `T` tokens, and the `P` positions (of the B * T flattened) whose next token is learned."""
+    """`B` packed rows of `T` tokens, and the positions (of the B * T flattened) whose next token is learned."""
 
     tokens: Int[Array | np.ndarray, "B T"]
     positions: Int[Array | np.ndarray, "B T"]
     documents: Int[Array | np.ndarray, "B T"]  # number of the piece within its row, from 1; 0 is padding
-    loss_at: Int[Array | np.ndarray, " P"]
-    targets: Int[Array | np.ndarray, " P"]
-    weights: Float[Array | np.ndarray, " P"]
+    loss_at: Int[Array | np.ndarray, " loss_positions"]
+    targets: Int[Array | np.ndarray, " loss_positions"]
+    weights: Float[Array | np.ndarray, " loss_positions"]
     groups: Int[Array | np.ndarray, "B T"]  # index into `GROUPS`; that of padding says nothing
-    slots: Int[Array | np.ndarray, "B L"]  # experts that a row may use in each layer
-    luck: Float[Array | np.ndarray, "B L E"]  # Gumbel noise on which they are
+    slots: Int[Array | np.ndarray, "B M"]  # experts that a row may use in each layer
+    luck: Float[Array | np.ndarray, "B M E"]  # Gumbel noise on which they are
 
 
 class Encoder:

@@ -47,16 +47,16 @@ class Scored(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Of `X` examples of one task: whether greedy decoding gives all scored tokens, their nats, their number, and how
+    """Of some examples of one task: whether greedy decoding gives all scored tokens, their nats, their number, and how
     often each expert was chosen (`usage`, all tokens)."""
 
-    exact: Bool[np.ndarray, " X"]
-    nats: Float[np.ndarray, " X"]
-    tokens: Int[np.ndarray, " X"]
-    usage: Float[np.ndarray, "L E"]
+    exact: Bool[np.ndarray, " examples"]
+    nats: Float[np.ndarray, " examples"]
+    tokens: Int[np.ndarray, " examples"]
+    usage: Float[np.ndarray, "M E"]
 
     @property
-    def shares(self) -> Float[np.ndarray, "L E"]:
+    def shares(self) -> Float[np.ndarray, "M E"]:
         return self.usage / self.usage.sum(axis=1, keepdims=True)
 
     @property
@@ -82,7 +82,7 @@ def _hidden(
 @functools.partial(jax.jit, static_argnames="config")
 def _forward(
     parameters: Parameters, tokens: Int[Array, "B T"], used: Bool[Array, "B T"], config: ModelConfig
-) -> tuple[Int[Array, "B T"], Float[Array, "B T"], Float[Array, "L E"]]:
+) -> tuple[Int[Array, "B T"], Float[Array, "B T"], Float[Array, "M E"]]:
     """The most probable next token everywhere, the nats of the actual next token, and the experts' use."""
     model, x, routings = _hidden(parameters, tokens, used, config)
     logits = model.logits(x)
@@ -241,7 +241,7 @@ def entropy_bits(shares: Float[np.ndarray, "... E"]) -> Float[np.ndarray, ...]:
     return -np.sum(np.where(shares > 0, shares * np.log2(np.where(shares > 0, shares, 1)), 0), axis=-1)
 
 
-def divergence_bits(first: Float[np.ndarray, "L E"], second: Float[np.ndarray, "L E"]) -> Float[np.ndarray, " L"]:
+def divergence_bits(first: Float[np.ndarray, "M E"], second: Float[np.ndarray, "M E"]) -> Float[np.ndarray, " M"]:
     """Jensen-Shannon divergence per layer: 0 for the same use of experts, 1 for disjoint use."""
     return entropy_bits((first + second) / 2) - (entropy_bits(first) + entropy_bits(second)) / 2
 

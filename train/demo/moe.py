@@ -48,7 +48,7 @@ def dropped(ids: Int[Array, "R k"], experts: int) -> Float[Array, ""]:
     return jnp.sum(jnp.maximum(counts - capacity(R, k, experts), 0)) / jnp.maximum(jnp.sum(counts), 1)
 
 
-def _layout(ids: Int[Array, "R k"], experts: int, size: int) -> tuple[Int[Array, " P"], Int[Array, " A"]]:
+def _layout(ids: Int[Array, "R k"], experts: int, size: int) -> tuple[Int[Array, " padded_A"], Int[Array, " A"]]:
     """`source[p]`: the assignment (row * k + choice) in place `p` of the `E * size` places, `R * k` where empty;
     `place[a]`: where assignment `a` lies, `E * size` when dropped."""
     flat = ids.reshape(-1)
@@ -67,14 +67,16 @@ def _layout(ids: Int[Array, "R k"], experts: int, size: int) -> tuple[Int[Array,
 # CPU backend runs one row at a time.
 
 
-def _take(rows: Float[Array, "X D"], index: Array) -> Array:
+def _take(rows: Float[Array, "n D"], index: Array) -> Array:
     """Rows at `index`; an index one past the end gives zeros."""
     last = rows.shape[0] - 1
     return jnp.where((index <= last)[..., None], rows[jnp.minimum(index, last)], 0)
 
 
 @jax.custom_vjp
-def _dispatch(x: Float[Array, "R D"], source: Int[Array, " P"], place: Int[Array, "R k"]) -> Float[Array, "P D"]:
+def _dispatch(
+    x: Float[Array, "R D"], source: Int[Array, " padded_A"], place: Int[Array, "R k"]
+) -> Float[Array, "padded_A D"]:
     return _take(x, source // place.shape[1])
 
 
@@ -90,7 +92,9 @@ _dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 
 
 @jax.custom_vjp
-def _collect(out: Float[Array, "P D"], source: Int[Array, " P"], place: Int[Array, " A"]) -> Float[Array, "A D"]:
+def _collect(
+    out: Float[Array, "padded_A D"], source: Int[Array, " padded_A"], place: Int[Array, " A"]
+) -> Float[Array, "A D"]:
     return _take(out, place)
 
 

@@ -37,8 +37,8 @@ _FACTS = GROUPS.index("facts")  # groups behind it are kinds of real text
 class Restriction(NamedTuple):
     """How many experts each row may use in a layer, and noise on which; see `Batch`."""
 
-    slots: Int[Array, "B L"]
-    luck: Float[Array, "B L E"]
+    slots: Int[Array, "B M"]
+    luck: Float[Array, "B M E"]
 
     def allowed(
         self, layer: int, probabilities: Float[Array, "B T E"], valid: Bool[Array, "B T"]
@@ -146,7 +146,7 @@ def loss(
     return cross_entropy + BALANCE_WEIGHT * balance + concentration * strayed + Z_WEIGHT * router_z, metrics
 
 
-def _mean(values: Array, chosen: Bool[Array, " P"]) -> Float[Array, ""]:
+def _mean(values: Array, chosen: Bool[Array, " loss_positions"]) -> Float[Array, ""]:
     """Over the chosen ones; 0 of none."""
     return jnp.sum(values * chosen) / jnp.maximum(jnp.sum(chosen), 1)
 
@@ -165,7 +165,7 @@ def balance_loss(routing: Routing, valid: Bool[Array, " R"]) -> Float[Array, ""]
     return E * jnp.sum(shares * jnp.sum(probabilities, axis=0) / jnp.maximum(jnp.sum(valid), 1))
 
 
-def concentration_loss(routing: Routing, groups: Float[Array, "R J"]) -> Float[Array, ""]:
+def concentration_loss(routing: Routing, groups: Float[Array, "R groups"]) -> Float[Array, ""]:
     """Mean router probability outside the `GROUP_EXPERTS` share of the experts that a row's group wants most.
 
     `groups` is one-hot, and zero for rows that do not count.
@@ -177,7 +177,7 @@ def concentration_loss(routing: Routing, groups: Float[Array, "R J"]) -> Float[A
     return jnp.sum(probabilities * outside) / jnp.maximum(jnp.sum(groups), 1)
 
 
-def _highest(scores: Float[Array, "X E"], count: Int[Array, " X"]) -> Bool[Array, "X E"]:
+def _highest(scores: Float[Array, "n E"], count: Int[Array, " n"]) -> Bool[Array, "n E"]:
     """Marks the `count` highest scores of each line."""
     rank = jnp.argsort(jnp.argsort(-scores, axis=-1), axis=-1)
     return rank < count[:, None]

@@ -111,7 +111,7 @@ def _is_matrix(leaf: Array) -> bool:
 def _step(
     state: Any,
     own: Float[Array, "B ME"],
-    latent: Float[Array, "B Jr"],
+    latent: Float[Array, "B latent"],
     target: Float[Array, "B ME"],
     scale: float,
     key: PRNGKeyArray,
@@ -148,7 +148,7 @@ def _cross_entropy(log_shares: Float[Array, "B M E"], target: Float[Array, "B ME
 
 def forecast(
     dynamics: Dynamics, tokens: Seen, rows: np.ndarray, shape: tuple[int, int], linear_only: bool = False
-) -> Float[np.ndarray, "n M E"]:
+) -> Float[np.ndarray, "tokens M E"]:
     """What `Refresh.scores` says at these tokens."""
     network = None if linear_only else dynamics.network
     return _scores(dynamics, network, tokens, rows, shape, 1.0)
@@ -161,7 +161,7 @@ def _scores(
     rows: np.ndarray,
     shape: tuple[int, int],
     scale: Any,
-) -> Float[np.ndarray, "n M E"]:
+) -> Float[np.ndarray, "tokens M E"]:
     own, latent = tokens.own[rows].astype(np.float32), tokens.latent[rows].astype(np.float32)
     linear = (own + latent @ dynamics.readout).reshape(-1, *shape)
     if network is None:
@@ -201,7 +201,7 @@ def judge(trace: RoutingTrace, start: Float[np.ndarray, "P M E"], dynamics: Dyna
     return {**result, "tokens": len(rows), "network": dynamics.network is not None, "baselines": numbers}
 
 
-def _judged(scores: Float[np.ndarray, "n M E"], tokens: Seen, rows: np.ndarray, top_k: int) -> dict[str, Any]:
+def _judged(scores: Float[np.ndarray, "tokens M E"], tokens: Seen, rows: np.ndarray, top_k: int) -> dict[str, Any]:
     target, order = tokens.target[rows].astype(np.float32).reshape(scores.shape), np.argsort(-scores, axis=-1)
     ranked = np.take_along_axis(target, order, -1).cumsum(-1)
     E = scores.shape[-1]

@@ -52,7 +52,7 @@ def ridge(trained: Prompts, prompts: Prompts, with_first: bool, with_history: bo
     """
     names = sorted(set(trained.tasks))
 
-    def features(of: Prompts) -> Float[np.ndarray, "P x"]:
+    def features(of: Prompts) -> Float[np.ndarray, "P features"]:
         tasks = np.array([[task == name for name in names] for task in of.tasks], np.float64)
         columns = [tasks, unit_rows(of.embedding)]
         if with_first:

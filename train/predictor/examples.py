@@ -43,8 +43,8 @@ class DataError(EmoeError):
 class HeldOutSplit:
     """Prompt numbers, ascending: to train on, and to choose the best checkpoint by."""
 
-    train: Int[np.ndarray, " t"]
-    held_out: Int[np.ndarray, " v"]
+    train: Int[np.ndarray, " train"]
+    held_out: Int[np.ndarray, " held_out"]
 
     @staticmethod
     def draw(prompts: Prompts, share: float, seed: int) -> HeldOutSplit:
@@ -104,7 +104,7 @@ def _beside(kind: Int[np.ndarray, " B"], array: Any) -> Int[np.ndarray, "B ..."]
 
 
 def closed_forms(
-    prompts: Prompts, rows: Int[np.ndarray, " p"], config: PredictorConfig, trace: RoutingTrace | None = None
+    prompts: Prompts, rows: Int[np.ndarray, " n"], config: PredictorConfig, trace: RoutingTrace | None = None
 ) -> tuple[Predictor, Opinions]:
     """A predictor without networks that learned from the prompts `rows`, and what it says of each of these as learned
     from all others: what it will be like for a new prompt.
@@ -140,7 +140,7 @@ def prepare(
     assert predictor.layers is not None
     of_unseen = Opinions(plain, early, predictor.layers.predict(plain, frequencies(unseen.counts)))
 
-    def examples(rows: Int[np.ndarray, " p"], opinions: Opinions) -> Examples:
+    def examples(rows: Int[np.ndarray, " n"], opinions: Opinions) -> Examples:
         return Examples(predictor, prompts.take(rows), [histories[row] for row in rows], opinions)
 
     return predictor, examples(split.train, of_train), examples(split.held_out, of_unseen)

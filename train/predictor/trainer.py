@@ -120,7 +120,7 @@ def train_step(
     return state, jax.tree.map(jnp.mean, metrics)
 
 
-def held_out_coverage(predictor: Predictor, weights: Weights, held_out: Examples) -> Float[np.ndarray, " Q"]:
+def held_out_coverage(predictor: Predictor, weights: Weights, held_out: Examples) -> Float[np.ndarray, " n"]:
     """Mean over budgets of each question: before any answer token, with the first ones, given earlier layers."""
     config, sizes = predictor.config, predictor.sizes
     layers, rows = config.num_layers, len(held_out)

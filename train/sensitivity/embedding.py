@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from emoe_jax.errors import ConfigError
 
-Embed = Callable[[Sequence[str]], Float[np.ndarray, "X d"]]
+Embed = Callable[[Sequence[str]], Float[np.ndarray, "n d"]]
 """One row per text, of length 1."""
 
 
@@ -24,7 +24,7 @@ def embedding_model(name: str) -> Embed:
     except Exception as error:  # it raises whatever its dependencies raise
         raise ConfigError(f"embedding model {name!r} cannot be loaded: {' '.join(str(error).split())}") from None
 
-    def embed(texts: Sequence[str]) -> Float[np.ndarray, "X d"]:
+    def embed(texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
         return np.asarray(model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False))
 
     return embed

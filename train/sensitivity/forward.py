@@ -59,10 +59,10 @@ class RandomisedModel:
         self,
         cache: KVCache,
         inputs: StepInputs,
-        at: Int[np.ndarray, "B A"],
+        at: Int[np.ndarray, "B answer"],
         sequences: Int[np.ndarray, " B"],
         random_layers: Bool[np.ndarray, " M"],
-    ) -> tuple[KVCache, Float[Array, "B A V"]]:
+    ) -> tuple[KVCache, Float[Array, "B answer V"]]:
         """Compute new tokens and return the logits of those `at` these places among them. Donates `cache`.
 
         `sequences` number the prompts for the random draw; `random_layers` says in which MoE layers it rules.
@@ -103,14 +103,14 @@ def _run(
     experts: tuple[ExpertWeights, ...],
     cache: KVCache,
     inputs: StepInputs,
-    at: Int[Array, "B A"],
+    at: Int[Array, "B answer"],
     sequences: Int[Array, " B"],
     random_layers: Bool[Array, " M"],
     key: Array,
     *,
     skeleton: Skeleton,
     config: ModelConfig,
-) -> tuple[KVCache, Float[Array, "B A V"]]:
+) -> tuple[KVCache, Float[Array, "B answer V"]]:
     model: Decoder = skeleton.join(leaves)
     view = inputs.view()
     valid = view.valid.reshape(-1)

@@ -19,9 +19,9 @@ _ROUND = 64  # tokens that lengths are rounded up to, so that few shapes compile
 class Deviation(NamedTuple):
     """How the model with random layers takes the resident model's answers, token by token, one number per prompt."""
 
-    kl: Float[np.ndarray, " X"]  # KL(resident || random), nats per token, mean over the answer
-    nats: Float[np.ndarray, " X"]  # surprise at the answer's tokens, sum
-    agreement: Float[np.ndarray, " X"]  # share of its tokens that are still the most probable ones
+    kl: Float[np.ndarray, " examples"]  # KL(resident || random), nats per token, mean over the answer
+    nats: Float[np.ndarray, " examples"]  # surprise at the answer's tokens, sum
+    agreement: Float[np.ndarray, " examples"]  # share of its tokens that are still the most probable ones
 
 
 def generate(
@@ -82,11 +82,11 @@ class Follower:
                     field[chosen] = np.asarray(values)[: len(chosen)]
         return found
 
-    def num_tokens(self) -> Int[np.ndarray, " X"]:
+    def num_tokens(self) -> Int[np.ndarray, " examples"]:
         """Of each answer, its end included."""
         return np.array(self._answers)
 
-    def _logits(self, chosen: list[int], random_layers: Bool[np.ndarray, " M"]) -> Float[Array, "B A V"]:
+    def _logits(self, chosen: list[int], random_layers: Bool[np.ndarray, " M"]) -> Float[Array, "B answer V"]:
         """Logits that decide the answers' tokens, left-aligned; what comes after an answer is padding."""
         width = _width([len(self._texts[x]) for x in chosen], self._model.max_tokens)
         tokens, lengths = _padded([self._texts[x] for x in chosen], self._batch, width)
@@ -102,7 +102,7 @@ class Follower:
 
 @jax.jit
 def _compare(
-    resident: Float[Array, "B A V"], random: Float[Array, "B A V"], count: Int[Array, " B"]
+    resident: Float[Array, "B answer V"], random: Float[Array, "B answer V"], count: Int[Array, " B"]
 ) -> tuple[Float[Array, " B"], Float[Array, " B"], Float[Array, " B"]]:
     """Mean KL, summed nats and agreement over the first `count` places of each row."""
     used = jnp.arange(resident.shape[1]) < count[:, None]

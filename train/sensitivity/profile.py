@@ -49,13 +49,15 @@ def by_prompt(
     return found
 
 
-def interval(values: Float[np.ndarray, " X"]) -> list[float]:
+def interval(values: Float[np.ndarray, " examples"]) -> list[float]:
     """95 % interval of the mean: bootstrap over prompts, with equal draws for equally many of them."""
     drawn = np.random.default_rng(0).integers(len(values), size=(_RESAMPLES, len(values)))
     return np.quantile(values[drawn].mean(axis=1), [0.025, 0.975]).tolist()
 
 
-def deviation_numbers(deviation: Deviation, tokens: Int[np.ndarray, " X"], rows: Sequence[int]) -> dict[str, float]:
+def deviation_numbers(
+    deviation: Deviation, tokens: Int[np.ndarray, " examples"], rows: Sequence[int]
+) -> dict[str, float]:
     """Means over the answer tokens of some prompts."""
     chosen = np.asarray(rows)
     weight = tokens[chosen] / tokens[chosen].sum()
@@ -67,7 +69,7 @@ def deviation_numbers(deviation: Deviation, tokens: Int[np.ndarray, " X"], rows:
     }
 
 
-def _standard_error(values: Float[np.ndarray, " X"], weights: Float[np.ndarray, " X"]) -> float:
+def _standard_error(values: Float[np.ndarray, " examples"], weights: Float[np.ndarray, " examples"]) -> float:
     """Of the weighted mean over prompts; of a single one it is not known, and taken to be as large as the value."""
     mean = float(values @ weights)
     if len(values) < 2:
