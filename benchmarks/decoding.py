@@ -24,7 +24,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -36,6 +36,7 @@ from benchmarks import timing
 from benchmarks.peers import MODEL, PROMPT, step_bytes
 from benchmarks.timing import DecodingBatch
 from emoe_jax import EmoeError, Engine
+from emoe_jax.engine_config import PolicyName
 from emoe_jax.errors import one_line
 from emoe_jax.models import config_from_hf, save_checkpoint
 from emoe_jax.models.decoder import Decoder, init_experts
@@ -136,7 +137,7 @@ def _engine(model: str, share: float, policy: str, link_bandwidth: str | None) -
     with Engine.load(
         model,
         expert_memory=f"{100 * share:g}%",
-        policy=policy,
+        policy=cast(PolicyName, policy),  # the engine's options check it
         link_bandwidth=link_bandwidth,
         max_model_len=_CONTEXT,
         max_num_seqs=max(BATCHES),

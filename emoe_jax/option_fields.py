@@ -19,9 +19,9 @@ import os
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar
 
-from emoe_jax.errors import ConfigError
+from emoe_jax.errors import ConfigError, EmoeError
 
 T = TypeVar("T")
 
@@ -304,22 +304,31 @@ def options_of(kind: type) -> tuple[Option, ...]:
     return tuple(options)
 
 
+class KnownNames:
+    """Base of dataclasses that users make: an unknown name is one line with the nearest known one, no `TypeError`."""
+
+    if not TYPE_CHECKING:  # type checkers go by the fields
+
+        def __new__(cls, *values: Any, **named: Any) -> Self:
+            known = [field.name for field in dataclasses.fields(cls) if field.init]
+            for name in named:
+                if name not in known:
+                    raise cls._unknown(name, f"{name!r}; the nearest known one is {nearest(name, known)!r}")
+            return super().__new__(cls)
+
+    @classmethod
+    def _unknown(cls, name: str, problem: str) -> EmoeError:
+        """The error for a name that is no field. `problem` has the name and the nearest known one."""
+        return ConfigError(f"unknown option {problem}")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """Base of classes of options: every value is checked when an object is made."""
+class Options(KnownNames):
+    """Base of classes of options: every name and value is checked when an object is made."""
 
     def __post_init__(self) -> None:
         for one in options_of(type(self)):
             object.__setattr__(self, one.name, one.checked(getattr(self, one.name)))
-
-    @classmethod
-    def of(cls, **values: Any) -> Self:
-        """An object with these values. Raises `ConfigError` for an unknown name, with the nearest known one."""
-        known = [one.name for one in options_of(cls)]
-        for name in values:
-            if name not in known:
-                raise ConfigError(f"unknown option {name!r}; the nearest known one is {nearest(name, known)!r}")
-        return cls(**values)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

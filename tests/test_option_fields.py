@@ -94,10 +94,11 @@ def test_values_that_do_not_fit_are_named(given: dict[str, Any], message: str) -
     ("name", "near"), [("retry", "retries"), ("colours", "colour"), ("zzz", None), ("Loud", "loud"), ("name", "names")]
 )
 def test_unknown_names_are_told_the_nearest_known_one(name: str, near: str | None) -> None:
+    given: dict[str, Any] = {name: 1}
     with pytest.raises(
         ConfigError, match=f"^unknown option '{name}'; the nearest known one is '{near or ''}"
     ) as caught:
-        Settings.of(**{name: 1})
+        Settings(**given)
     assert "\n" not in str(caught.value)
 
 

@@ -9,9 +9,10 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from emoe_jax import Engine, RequestOutput, SamplingParams
+from emoe_jax.engine_config import PolicyName
 from emoe_jax.models import config_from_directory
 from emoe_jax.policies import make_policy
 from emoe_jax.residency.knowledge import RoutingKnowledge
@@ -93,7 +94,7 @@ def engine_of(model: str, share: float, policy: str) -> Iterator[Engine]:
     with Engine.load(
         model,
         expert_memory=f"{100 * share:g}%",
-        policy=policy,
+        policy=cast(PolicyName, policy),  # the engine's options check it
         max_num_seqs=max(BATCHES),
         max_model_len=_CONTEXT,
         prefix_caching=False,

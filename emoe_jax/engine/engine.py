@@ -14,6 +14,7 @@ from emoe_jax.engine.answer import Answer
 from emoe_jax.engine.arrivals import announce
 from emoe_jax.engine.deliveries import Deliveries
 from emoe_jax.engine.intake import Intake, Prompt, as_prompts
+from emoe_jax.engine.keywords import with_options_of
 from emoe_jax.engine.loading import EngineParts, StageProgress, load_parts
 from emoe_jax.engine.loop import StepLoop
 from emoe_jax.engine.quality import Quality
@@ -76,14 +77,14 @@ class Engine:
         )
         self.use_task_profile(parts.profile)
 
+    @with_options_of(EngineConfig)
     @classmethod
     def load(
         cls,
         path: str | Path,
         config: EngineConfig | None = None,
-        *,
         progress: StageProgress | None = None,
-        **keywords: Any,
+        **options: Any,
     ) -> "Engine":
         """Open a checkpoint directory (or hub id) and make as many of its experts resident as fit or are asked for.
 
@@ -97,11 +98,11 @@ class Engine:
         allocated then.
         """
         if config is None:
-            config = EngineConfig.of(**keywords)
+            config = EngineConfig(**options)
         elif not isinstance(config, EngineConfig):
             raise ConfigError(f"config is {type(config).__name__}; expected an EngineConfig")
-        elif keywords:
-            raise ConfigError(f"{next(iter(keywords))} is given beside an EngineConfig; put it there")
+        elif options:
+            raise ConfigError(f"{next(iter(options))} is given beside an EngineConfig; put it there")
         parts = load_parts(path, config, progress)
         try:
             engine = cls(parts)

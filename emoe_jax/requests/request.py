@@ -6,6 +6,7 @@ from typing import Literal
 
 from emoe_jax.errors import RequestError
 from emoe_jax.option_fields import Bounds, option, options_of, shown
+from emoe_jax.requests.parameters import Parameters
 from emoe_jax.requests.structured_params import StructuredOutputsParams
 
 RoutingContract = Literal["resident", "exact"]
@@ -47,7 +48,7 @@ def check_cache_salt(salt: object) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class SLO:
+class SLO(Parameters):
     """Service-level objective of one request, milliseconds from arrival; None leaves it open.
 
     A `strict` one is refused when it cannot be kept; others are then served when no other deadline suffers from that.
@@ -66,7 +67,7 @@ class SLO:
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplingParams:
+class SamplingParams(Parameters):
     """How to choose tokens. Names, defaults and meaning are vLLM's; `temperature=0` is greedy, as is `top_p=0`.
 
     Raises `RequestError` naming the field for anything out of range.

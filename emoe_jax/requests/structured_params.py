@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from emoe_jax.errors import RequestError
+from emoe_jax.requests.parameters import Parameters
 
 MAX_GRAMMAR_CHARS = 2**16
 """Of a schema as JSON, of an expression or grammar, or of all choices together."""
@@ -15,7 +16,7 @@ MAX_SCHEMA_TEXT = 4 * MAX_GRAMMAR_CHARS
 
 
 @dataclasses.dataclass(frozen=True)
-class StructuredOutputsParams:
+class StructuredOutputsParams(Parameters):
     """Exactly one of: a JSON Schema (as text or mapping), a regular expression, texts to choose from, a context-free
     grammar (Lark's notation, or EBNF with `root ::=`), any JSON object.
 

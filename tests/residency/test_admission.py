@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,8 +64,9 @@ def test_a_task_has_usual_deadlines(engine_of: EngineFactory):
 
 
 def test_an_unknown_policy_is_refused_before_loading(tiny_checkpoint: Path):
+    unknown: Any = "lifo"
     with pytest.raises(ConfigError, match="'lifo'; expected one of slo, fcfs"):
-        Engine.load(tiny_checkpoint, scheduling_policy="lifo")
+        Engine.load(tiny_checkpoint, scheduling_policy=unknown)
 
 
 def test_policies_take_turns_and_keep_what_they_learned(engine_of: EngineFactory):

@@ -1,0 +1,33 @@
+"""The keywords of `Engine.load` as type checkers see them: the fields of `EngineConfig`, written nowhere else."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ParamSpec, Protocol, TypeVar
+
+from emoe_jax.engine.loading import StageProgress
+from emoe_jax.engine_config import EngineConfig
+
+OptionsOf = ParamSpec("OptionsOf")
+Made = TypeVar("Made", covariant=True)
+
+
+class Load(Protocol[OptionsOf, Made]):
+    """The type of `Engine.load`. The last parameters are those with which an `EngineConfig` is made."""
+
+    def __call__(
+        self,
+        path: str | Path,
+        config: EngineConfig | None = None,
+        progress: StageProgress | None = None,
+        *args: OptionsOf.args,
+        **options: OptionsOf.kwargs,
+    ) -> Made: ...
+
+
+def with_options_of(kind: Callable[OptionsOf, EngineConfig]) -> Callable[[Callable[..., Made]], Load[OptionsOf, Made]]:
+    """A decorator for type checkers, which read the options off `kind`. The method itself stays as it is."""
+
+    def unchanged(load: Any) -> Any:
+        return load
+
+    return unchanged
