@@ -1,15 +1,41 @@
 """Settings of the whole suite."""
 
+import functools
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
+import optax
 import pytest
 
 from tests.engines import engine_of, tiny_checkpoint
 
 __all__ = ["engine_of", "tiny_checkpoint"]
+
+# Arrays of different ranks or dtypes that meet without a word are a fault more often than a wish.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def _promoting(make: Callable[..., optax.GradientTransformation]) -> Callable[..., optax.GradientTransformation]:
+    """An optimizer of optax may promote dtypes: it divides its integer count of steps by floats."""
+
+    @functools.wraps(make)
+    def made(*arguments: Any, **options: Any) -> optax.GradientTransformation:
+        start, update = make(*arguments, **options)
+
+        def promoting_update(*arguments: Any, **options: Any) -> Any:
+            with jax.numpy_dtype_promotion("standard"):
+                return update(*arguments, **options)
+
+        return optax.GradientTransformation(start, promoting_update)
+
+    return made
+
+
+optax.adamw = _promoting(optax.adamw)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -78,13 +78,13 @@ def _replay(
     within_step: bool,
 ) -> Totals:
     first = jnp.argsort(jnp.argsort(-plans.rates[0], axis=-1), axis=-1)
-    resident = first < capacities[:, :, None]  # [residencies, M, E]
+    resident = first[None] < capacities[:, :, None]  # [residencies, M, E]
 
     def follow(state: Any, step: dict[str, Array]) -> tuple[Any, Any]:
         assert rule is not None
         expected = ExpectedWishes(*(array[step["plan"]] for array in plans))
         before = jax.lax.cond(step["is_new"], rule.plan, lambda state, _: state, state, expected)
-        after = rule.observe(before, _counts(step["experts"], num_experts))
+        after = rule.observe(before, _counts(step["experts"], num_experts).astype(jnp.float32))
         return after, after if within_step else before
 
     def one_chunk(carry: Any, steps: dict[str, Array]) -> tuple[Any, Totals]:
@@ -96,7 +96,7 @@ def _replay(
             scores = rule.scores(seen)
         margin = jnp.zeros(capacities.shape)
         if rule is not None:
-            margin = rule.margin + rule.share_margin * capacities / num_experts
+            margin = rule.margin + rule.share_margin * capacities.astype(jnp.float32) / num_experts
         serve = partial(_serve, num_experts=num_experts, margin=margin, limit=limit, only_wished=rule is None)
         (resident, last), sums = jax.lax.scan(serve, (resident, last), (steps, scores))
         return (state, resident, last), Totals(*(of.sum(0) for of in sums))
@@ -120,16 +120,18 @@ def _serve(
     loadable = last | step["is_new"] if only_wished else jnp.ones_like(last)
     experts, probs = step["experts"].astype(jnp.int32), step["probs"].astype(jnp.float32)
     is_token = experts[:, 0, 0] < num_experts  # [R]
-    at_most = jnp.where(step["is_new"], num_experts, limit) * is_token.any()
+    at_most = jnp.where(step["is_new"], num_experts, limit) * is_token.any().astype(jnp.int32)
     resident, moved = _exchange(resident, scores, loadable, margin, at_most)
     wished = _counts(experts, num_experts) > 0
     index = jnp.minimum(experts, num_experts - 1)[None]  # [1, R, M, k]
-    found = jnp.take_along_axis(resident[:, None], index, axis=-1) | (experts == num_experts)  # [residencies, R, M, k]
+    found = (
+        jnp.take_along_axis(resident[:, None], index, axis=-1) | (experts == num_experts)[None]
+    )  # [residencies, R, M, k]
     sums = Totals(
-        hits=(found & is_token[:, None, None]).sum((1, 2, 3)),
-        free_tokens=(found.all((2, 3)) & is_token).sum(1),
-        missed_weight=jnp.where(found, 0, probs).sum((1, 2, 3)),
-        misses=(wished & ~resident).sum((1, 2)),
+        hits=(found & is_token[None, :, None, None]).sum((1, 2, 3)),
+        free_tokens=(found.all((2, 3)) & is_token[None]).sum(1),
+        missed_weight=jnp.where(found, 0, probs[None]).sum((1, 2, 3)),
+        misses=(wished[None] & ~resident).sum((1, 2)),
         moved=moved,
     )
     return (resident, wished), sums
@@ -146,8 +148,8 @@ def _exchange(
 
     def turn(carry: Any) -> Any:
         resident, moved, turns, _ = carry
-        gained = jnp.where(loadable & ~resident, scores, -jnp.inf)
-        lost = jnp.where(resident, scores, jnp.inf)
+        gained = jnp.where(loadable[None] & ~resident, scores[None], -jnp.inf)
+        lost = jnp.where(resident, scores[None], jnp.inf)
         most, least = gained.max(-1, keepdims=True), lost.min(-1, keepdims=True)
         gains = most - least > margin[..., None]
         changed = _first(gained == most) | _first(lost == least)
@@ -164,12 +166,12 @@ def _exchange(
 
 def _first(found: Bool[Array, "residencies M E"]) -> Bool[Array, "residencies M E"]:
     """Only the first True of every row. XLA does this several times faster than an argmax."""
-    numbers = jnp.arange(found.shape[-1])
+    numbers = jnp.arange(found.shape[-1])[None, None]
     return numbers == jnp.where(found, numbers, found.shape[-1]).min(-1, keepdims=True)
 
 
 def _counts(experts: Int[Array, "R M k"], num_experts: int) -> Int[Array, "M E"]:
-    return (experts[..., None] == jnp.arange(num_experts)).sum((0, 2))
+    return (experts.astype(jnp.int32)[..., None] == jnp.arange(num_experts)[None, None, None]).sum((0, 2))
 
 
 def _wished(experts: Int[np.ndarray, "steps R M k"], num_experts: int) -> Bool[np.ndarray, "steps M E"]:

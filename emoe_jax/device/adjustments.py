@@ -57,5 +57,5 @@ class Adjustments:
         repetition = jnp.asarray(self.repetition)[:, None]
         repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
         adjusted = jnp.where(self.seen, repeated, logits) + self.bias
-        bits = (jnp.asarray(self.allowed)[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+        bits = (jnp.asarray(self.allowed)[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None, :]) & 1
         return jnp.where(bits.reshape(len(logits), -1)[:, : logits.shape[1]] == 1, adjusted, -jnp.inf)

@@ -47,6 +47,11 @@ def gate(hidden: Float[Array, "... Fi"], config: ModelConfig) -> Float[Array, ".
     return act(gate_rows) * up
 
 
+def _for_last_axis(vector: Array, like: Array) -> Array:
+    """A vector with axes of size 1 in front, so that it has the rank of the array whose last axis it goes along."""
+    return jnp.expand_dims(vector, tuple(range(like.ndim - 1)))
+
+
 class Linear(nnx.Module):
     """`y = x W^T (+ b)` with the weight stored `[out, in]`, as checkpoints have it."""
 
@@ -56,7 +61,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         y = jnp.einsum("...i,oi->...o", x, self.weight[...])
-        return y if self.bias is None else y + self.bias[...]
+        return y if self.bias is None else y + _for_last_axis(self.bias[...], y)
 
 
 class RMSNorm(nnx.Module):
@@ -69,7 +74,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return self.weight[...] * x32.astype(x.dtype)
+        return _for_last_axis(self.weight[...], x) * x32.astype(x.dtype)
 
 
 class FeedForward(nnx.Module):

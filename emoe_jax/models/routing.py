@@ -103,5 +103,5 @@ def substituted(routing: Routing, num_experts: int) -> Substituted:
     served = jnp.any(routing.wish_ids[:, :, None] == routing.ids[:, None, :], axis=-1)
     missed = ~served & (routing.ids[:, :1] < num_experts)  # rows without assignments wished for nothing
     wished = jnp.where(routing.known[:, None], routing.wish_probs, 1.0)  # NaN would reach the sums over rows
-    weight = jnp.sum(wished * missed, axis=-1) / jnp.sum(wished, axis=-1)
+    weight = jnp.sum(wished * missed.astype(wished.dtype), axis=-1) / jnp.sum(wished, axis=-1)
     return Substituted(jnp.sum(missed, axis=-1, dtype=jnp.int32), weight)

@@ -30,8 +30,9 @@ class AnswerNetwork(NamedTuple):
 
     def logits(self, log_own: Float[Any, "*lead ME"], linear: Any, hidden: Any) -> Float[Any, "*lead ME"]:
         """`linear` and `hidden` are the latent means times the matrices of those names, the second before its bias."""
-        xp = namespace(log_own)
-        return self.scale * log_own + self.bias + linear + xp.maximum(hidden + self.up_bias, 0) @ self.down
+        xp, lead = namespace(log_own), (1,) * (log_own.ndim - 1)
+        scale, bias, up_bias = (vector.reshape(*lead, -1) for vector in (self.scale, self.bias, self.up_bias))
+        return scale * log_own + bias + linear + xp.maximum(hidden + up_bias, 0) @ self.down
 
 
 def log_own(own: Matrix, requests: Any, top_k: int) -> Float[Any, "*lead ME"]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Integer
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from emoe_jax.policies.dynamics import HALF_LIVES, LATENT_HALF_LIVES, Dynamics
 from emoe_jax.policies.refresh import Refresh, RefreshState
@@ -213,12 +213,17 @@ def _targets(tokens: _Prompts, num_experts: int) -> Float[np.ndarray, "tokens ME
     def step(carry: tuple[Array, Array], token: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
         (total, weight), (experts, is_last) = carry, token
         goes_on = jnp.where(is_last, 0, keep)
-        total = goes_on * total + (experts[..., None] == jnp.arange(num_experts)).any(1)
+        total = goes_on * total + _chosen(experts, num_experts).any(1).astype(jnp.float32)
         weight = goes_on * weight + 1
         return (total, weight), (total / weight).astype(jnp.float16).ravel()
 
     start = (jnp.zeros((tokens.experts.shape[1], num_experts)), jnp.zeros(()))
     return np.asarray(jax.lax.scan(step, start, (jnp.asarray(tokens.experts), jnp.asarray(ends)), reverse=True)[1])
+
+
+def _chosen(experts: Int[Array, "M k"], num_experts: int) -> Bool[Array, "M k E"]:
+    """Which expert each choice of a token is."""
+    return experts.astype(jnp.int32)[..., None] == jnp.arange(num_experts)[None, None]
 
 
 def _run(
@@ -233,8 +238,7 @@ def _run(
     def follow(state: RefreshState, step: _Step) -> tuple[RefreshState, RefreshState]:
         rates, is_first = planned[step.prompt], step.rank == 0
         state = rule.plan(state, ExpectedWishes(rates, jnp.where(is_first, rates, 0), jnp.where(is_first, 0.0, 1.0)))
-        counts = (step.experts[..., None] == jnp.arange(rates.shape[-1])).sum(1)
-        return rule.observe(state, counts), state
+        return rule.observe(state, _chosen(step.experts, rates.shape[-1]).sum(1)), state
 
     @jax.jit
     def part(state: RefreshState, steps: _Step, targets: Float[Array, "tokens ME"]) -> tuple[RefreshState, Array]:

@@ -57,7 +57,7 @@ class Refresh(Rule[RefreshState]):
         """The new plan. Means keep the share of the requests that go on. New requests enter at their planned rates."""
         share = expected.continuing
         share = np.float32(share) if isinstance(share, float) else share
-        return RefreshState(expected.rates, share * state.recent + expected.joined, share * state.latent)
+        return RefreshState(expected.rates, share * state.recent + expected.joined[None], share * state.latent)
 
     def observe(self, state: RefreshState, counts: Shaped[Any, "M E"], steps: int = 1) -> RefreshState:
         """Requests that wish for nothing, since their prompts are read (`read`), stay as they are."""
@@ -73,8 +73,8 @@ class Refresh(Rule[RefreshState]):
         planned = xp.maximum(state.rates.sum(), np.float32(1e-6))
         part = xp.minimum(wishes.sum() / planned, np.float32(1))  # of the requests, as each wishes for `top_k`
         deviation = (wishes - part * state.rates).reshape(-1) @ self._dynamics.directions
-        recent = state.recent + (1 - self._keep**steps) * (wishes - part * state.recent)
-        latent = state.latent + (1 - self._latent_keep**steps) * (deviation - part * state.latent)
+        recent = state.recent + (1 - self._keep**steps) * (wishes[None] - part * state.recent)
+        latent = state.latent + (1 - self._latent_keep**steps) * (deviation[None] - part * state.latent)
         return RefreshState(state.rates, recent, latent)
 
     def own(self, state: RefreshState) -> Matrix:

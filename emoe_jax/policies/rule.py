@@ -56,7 +56,10 @@ class Rule(abc.ABC, Generic[State]):
 
     @abc.abstractmethod
     def observe(self, state: State, counts: Shaped[Any, "M E"], steps: int = 1) -> State:
-        """Take in wishes, resident or not: how many tokens of the next so many steps wanted each expert, in all."""
+        """Take in wishes, resident or not: how many tokens of the next so many steps wanted each expert, in all.
+
+        Arrays of JAX hold them as float32.
+        """
 
     def read(self, state: State, counts: Shaped[Any, "M E"], tokens: int) -> State:
         """Take in the wishes of a chunk of a prompt: so many tokens of one request, read in the step last observed."""

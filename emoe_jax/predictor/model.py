@@ -38,7 +38,7 @@ class PerLayer(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((layers, outputs)))
 
     def __call__(self, x: Float[Array, "B M I"]) -> Float[Array, "B M O"]:
-        return jnp.einsum("bmx,mxy->bmy", x, self.kernel[...]) + self.bias[...]
+        return jnp.einsum("bmx,mxy->bmy", x, self.kernel[...]) + self.bias[...][None]
 
 
 class Attention(nnx.Module):
@@ -65,8 +65,8 @@ class Attention(nnx.Module):
         if self.relative:
             num_layers = (self.distance.shape[0] + 1) // 2
             between = self.distance[place[:, None] - place[None, :keys] + num_layers - 1]  # [Q, S, N, H]
-            scores = jnp.einsum("bqnh,bsnh->bnqs", q + self.content_bias, k)
-            scores += jnp.einsum("bqnh,qsnh->bnqs", q + self.distance_bias, between)
+            scores = jnp.einsum("bqnh,bsnh->bnqs", q + self.content_bias[...][None, None], k)
+            scores += jnp.einsum("bqnh,qsnh->bnqs", q + self.distance_bias[...][None, None], between)
         else:
             scores = jnp.einsum("bqnh,bsnh->bnqs", q, k)
         scores = jnp.where(mask[:, None], scores * q.shape[-1] ** -0.5, -1e9)
@@ -142,7 +142,7 @@ class RoutingTransformer(nnx.Module):
             mask = jnp.concatenate(
                 [
                     jnp.concatenate([sees, jnp.zeros_like(sees)], axis=2),
-                    jnp.concatenate([sees, known.visible | jnp.eye(layers, dtype=bool)], axis=2),
+                    jnp.concatenate([sees, known.visible | jnp.eye(layers, dtype=bool)[None]], axis=2),
                     jnp.concatenate([sees, known.visible], axis=2),
                 ],
                 axis=1,

@@ -67,7 +67,7 @@ def follow(rule: Rule[Any], rng: np.random.Generator, convert: Any) -> list[Any]
 def test_numpy_and_jax_agree_and_states_stack(name: str):
     rule = POLICIES[name].rule(M, E, knowledge(np.random.default_rng(0)))
     ours = follow(rule, np.random.default_rng(1), np.asarray)
-    theirs = follow(rule, np.random.default_rng(1), jnp.asarray)
+    theirs = follow(rule, np.random.default_rng(1), lambda array: jnp.asarray(array, jnp.float32))
     alone = np.stack([rule.scores(state) for state in ours])
     np.testing.assert_allclose(alone, np.stack([rule.scores(state) for state in theirs]), rtol=1e-4, atol=1e-4)
     stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *ours)

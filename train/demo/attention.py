@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 def causal_within_documents(documents: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
     """A token sees itself and what came before it in its document."""
     T = documents.shape[1]
-    return (documents[:, :, None] == documents[:, None, :]) & jnp.tril(jnp.ones((T, T), bool))
+    return (documents[:, :, None] == documents[:, None, :]) & jnp.tril(jnp.ones((T, T), bool))[None]
 
 
 def attend_packed(

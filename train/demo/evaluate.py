@@ -97,7 +97,7 @@ def _next(
     parameters: Parameters, tokens: Int[Array, "B T"], ends: Int[Array, " B"], config: ModelConfig
 ) -> Int[Array, " B"]:
     """The most probable token after the first `ends` ones of each sequence."""
-    model, x, _ = _hidden(parameters, tokens, jnp.arange(tokens.shape[1]) < ends[:, None], config)
+    model, x, _ = _hidden(parameters, tokens, jnp.arange(tokens.shape[1])[None] < ends[:, None], config)
     return jnp.argmax(model.logits(x[jnp.arange(len(ends)), ends - 1]), axis=-1)
 
 

@@ -45,7 +45,9 @@ class Restriction(NamedTuple):
     ) -> Bool[Array, "R E"]:
         """Draws without replacement, in proportion to what the row's tokens want (Gumbel top-k)."""
         B, T, E = probabilities.shape
-        wanted = jnp.sum(jax.lax.stop_gradient(probabilities) * valid[..., None], axis=1) + 1e-6
+        wanted = (
+            jnp.sum(jax.lax.stop_gradient(probabilities) * valid[..., None].astype(probabilities.dtype), axis=1) + 1e-6
+        )
         rows = _highest(jnp.log(wanted) + self.luck[:, layer], self.slots[:, layer])
         return jnp.broadcast_to(rows[:, None], (B, T, E)).reshape(B * T, E)
 
@@ -125,11 +127,12 @@ def loss(
     cross_entropy = jnp.sum(nats * batch.weights) / jnp.sum(batch.weights)
     valid = documents.reshape(-1) > 0
     balance = jnp.mean(jnp.stack([balance_loss(routing, valid) for routing in routings]))
-    router_z = jnp.mean(jnp.stack([jnp.mean(jax.nn.logsumexp(r.logits, axis=-1) ** 2 * valid) for r in routings]))
+    counted = valid.astype(jnp.float32)
+    router_z = jnp.mean(jnp.stack([jnp.mean(jax.nn.logsumexp(r.logits, axis=-1) ** 2 * counted) for r in routings]))
     groups = jnp.asarray(batch.groups).reshape(-1)
     strayed = jnp.float32(0)
     if concentration:
-        marks = jax.nn.one_hot(groups, len(GROUPS)) * valid[:, None]
+        marks = jax.nn.one_hot(groups, len(GROUPS)) * counted[:, None]
         strayed = jnp.mean(jnp.stack([concentration_loss(routing, marks) for routing in routings]))
     weights = jnp.asarray(batch.weights)
     right, group = jnp.argmax(logits, axis=-1) == batch.targets, groups[batch.loss_at]
@@ -148,7 +151,8 @@ def loss(
 
 def _mean(values: Array, chosen: Bool[Array, " loss_positions"]) -> Float[Array, ""]:
     """Over the chosen ones; 0 of none."""
-    return jnp.sum(values * chosen) / jnp.maximum(jnp.sum(chosen), 1)
+    weights = chosen.astype(jnp.float32)
+    return jnp.sum(values.astype(jnp.float32) * weights) / jnp.maximum(jnp.sum(weights), 1)
 
 
 def balance_loss(routing: Routing, valid: Bool[Array, " R"]) -> Float[Array, ""]:
@@ -161,8 +165,9 @@ def balance_loss(routing: Routing, valid: Bool[Array, " R"]) -> Float[Array, ""]
     wishes = jnp.where(valid[:, None], routing.wish_ids, E)
     counts = jnp.bincount(wishes.reshape(-1), length=E).astype(jnp.float32)
     shares = counts / jnp.maximum(jnp.sum(counts), 1)
-    probabilities = jax.nn.softmax(routing.logits, axis=-1) * valid[:, None]
-    return E * jnp.sum(shares * jnp.sum(probabilities, axis=0) / jnp.maximum(jnp.sum(valid), 1))
+    counted = valid.astype(jnp.float32)
+    probabilities = jax.nn.softmax(routing.logits, axis=-1) * counted[:, None]
+    return E * jnp.sum(shares * jnp.sum(probabilities, axis=0) / jnp.maximum(jnp.sum(counted), 1))
 
 
 def concentration_loss(routing: Routing, groups: Float[Array, "R groups"]) -> Float[Array, ""]:
@@ -173,7 +178,7 @@ def concentration_loss(routing: Routing, groups: Float[Array, "R groups"]) -> Fl
     probabilities = jax.nn.softmax(routing.logits, axis=-1)
     wanted = jnp.einsum("rj,re->je", groups, jax.lax.stop_gradient(probabilities))
     count = jnp.full(len(wanted), round(GROUP_EXPERTS * probabilities.shape[1]))
-    outside = groups @ (1.0 - _highest(wanted, count))
+    outside = groups @ (1.0 - _highest(wanted, count).astype(jnp.float32))
     return jnp.sum(probabilities * outside) / jnp.maximum(jnp.sum(groups), 1)
 
 

@@ -126,9 +126,9 @@ def _step(
     logs = log_own(own.reshape(-1, *shape), jnp.ones(len(own)), top_k)
 
     def loss(network: AnswerNetwork) -> Array:
-        hidden = jax.nn.relu(seen_latent @ network.up + network.up_bias)
+        hidden = jax.nn.relu(seen_latent @ network.up + network.up_bias[None])
         hidden = _dropped(hidden, plan.hidden_dropout, hidden_key)
-        logits = network.scale * logs + network.bias + seen_latent @ network.linear + hidden @ network.down
+        logits = network.scale[None] * logs + network.bias[None] + seen_latent @ network.linear + hidden @ network.down
         return _cross_entropy(jax.nn.log_softmax(logits.reshape(-1, *shape)), target, top_k)
 
     updates, moments = _optimizer(plan).update(jax.grad(loss)(network), moments, network)

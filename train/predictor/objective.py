@@ -97,5 +97,5 @@ def visible_layers(config: PredictorConfig, given: Bool[Array, " B"], key: PRNGK
     elif config.arch == "gpt2":
         seen = jnp.broadcast_to(before, (batch, layers, layers))
     else:
-        seen = kept & ~jnp.eye(layers, dtype=bool)
+        seen = kept & ~jnp.eye(layers, dtype=bool)[None]
     return seen & half

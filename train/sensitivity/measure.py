@@ -105,14 +105,15 @@ def _compare(
     resident: Float[Array, "B answer V"], random: Float[Array, "B answer V"], count: Int[Array, " B"]
 ) -> tuple[Float[Array, " B"], Float[Array, " B"], Float[Array, " B"]]:
     """Mean KL, summed nats and agreement over the first `count` places of each row."""
-    used = jnp.arange(resident.shape[1]) < count[:, None]
+    used = jnp.arange(resident.shape[1])[None] < count[:, None]
     wanted, given = jax.nn.log_softmax(resident), jax.nn.log_softmax(random)
     kl = jnp.sum(jnp.exp(wanted) * (wanted - given), axis=-1)
     best = jnp.argmax(wanted, axis=-1)
     nats = -jnp.take_along_axis(given, best[..., None], axis=-1)[..., 0]
     agree = jnp.argmax(given, axis=-1) == best
-    mean = jnp.maximum(count, 1)
-    return jnp.sum(kl * used, 1) / mean, jnp.sum(nats * used, 1), jnp.sum(agree & used, 1) / mean
+    mean, counted = jnp.maximum(count, 1).astype(jnp.float32), used.astype(jnp.float32)
+    agreed = jnp.sum(agree & used, 1).astype(jnp.float32)
+    return jnp.sum(kl * counted, 1) / mean, jnp.sum(nats * counted, 1), agreed / mean
 
 
 def _batches(lengths: Sequence[int], batch: int) -> Iterator[list[int]]:
