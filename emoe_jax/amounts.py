@@ -21,6 +21,7 @@ class ExpertBudget:
 
     kind: Literal["share", "bytes", "slots"]
     amount: Fraction
+    has_unit: bool = True
 
     def __str__(self) -> str:
         if self.kind == "share":
@@ -43,7 +44,7 @@ def parse_expert_memory(text: str, name: str = "expert memory") -> ExpertBudget:
     if unit in ("SLOT", "SLOTS"):
         if number.denominator != 1:
             raise ConfigError(f"{name} {text!r} is not a whole number of slots")
-        return ExpertBudget("slots", number)
+        return ExpertBudget("slots", number, has_unit=match[2] is not None)
     return ExpertBudget("bytes", number * _UNITS[unit])
 
 

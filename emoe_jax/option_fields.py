@@ -31,9 +31,6 @@ Check = Callable[[Any, str], Any]
 _SHOWN = 40
 """Characters of a wrong value that a message repeats."""
 
-_AMOUNT = "the amount"
-"""The name of a value in messages that a command line puts behind the flag."""
-
 _EMPTY = "an empty text is none"
 _MAPPING = 'a JSON object such as {"name": "value"}'
 
@@ -208,17 +205,17 @@ class Option:
             raise ConfigError(f"{self.name}: {error}") from None
 
     def parse(self, text: str) -> Any:
-        """The value that a text on a command line means. Raises `ValueError` that says what is wrong with the text."""
+        """The value that a text on a command line means. Raises `ConfigError` as `checked` does, with the flag."""
         try:
             if self.is_list:
-                return self._item(text, _AMOUNT)
+                return self._item(text, self.flag)
             is_text = text in self.words or self._takes_text
-            return self._fit(text if is_text else self._converted(text), _AMOUNT)
+            return self._fit(text if is_text else self._converted(text), self.flag)
         except _Unfit as error:
             right = self.values if isinstance(error, _OutOfBounds) else error
-            raise ValueError(f"{text[:_SHOWN]!r} is not {right}") from None
+            raise ConfigError(f"{self.flag} is {text[:_SHOWN]!r}; expected {right}") from None
         except ConfigError as error:
-            raise ValueError(str(error)) from None
+            raise ConfigError(str(error) if self.flag in str(error) else f"{self.flag}: {error}") from None
 
     @property
     def _takes_none(self) -> bool:

@@ -98,7 +98,9 @@ class JsonRequest(Request):
         if not hasattr(self, "_body"):
             content_type = self.headers.get("content-type", "").partition(";")[0].strip().lower()
             if content_type != "application/json":
-                raise ApiError(415, "the content type must be application/json", param="content-type")
+                raise ApiError(
+                    415, f"the content type is {content_type[:40]!r}; expected application/json", param="content-type"
+                )
             self._body = await self.app.state.body_reader.read(self.stream())
         return self._body
 

@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command == "serve":
         from serve.main import main as serve  # takes a moment, which --version need not
 
-        return serve(rest)
+        return serve(rest, "emoe serve")
     problem = f"there is no command {command[:40]!r}" if command else "no command was given"
     print(f"error: {problem}; expected one of {', '.join(COMMANDS)}, or --version, or --help", file=sys.stderr)
     return 2

@@ -1,8 +1,8 @@
 """Every answer that is not a success, in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import cast
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from emoe_jax.errors import CheckpointError, RequestError, SloUnattainable
 from serve.refusals import EngineFailure, QueueFull, Unavailable
+from serve.validation import describe_validation
 
 log = logging.getLogger("serve")
 
@@ -77,39 +78,6 @@ def describe(error: Exception) -> tuple[int, ErrorBody, Mapping[str, str] | None
         case _:
             body = ErrorBody(message="internal server error", type="server_error", code="internal_error")
             return 500, body, None
-
-
-def describe_validation(errors: Sequence[Any]) -> tuple[str, str | None]:
-    """Message and field of pydantic's first complaint. The offending value is not repeated: it may be a prompt."""
-    first = errors[0]
-    param = field_path(first["loc"])
-    if param is None:
-        return "the body must be a JSON object", None
-    match first["type"]:
-        case "missing":
-            return f"{param} is missing", param
-        case "too_short" if first["ctx"]["actual_length"] == 0:
-            return f"{param} must not be empty", param
-        case "string_too_short":
-            return f"{param} must have at least {first['ctx']['min_length']} characters", param
-        case "string_too_long":
-            return f"{param} must have at most {first['ctx']['max_length']} characters", param
-        case "too_long":
-            return f"{param} has too many elements; at most {first['ctx']['max_length']} are taken", param
-        case "model_type" | "model_attributes_type" | "dict_type":
-            return f"{param} must be an object", param
-        case "value_error" if first["msg"].startswith("Value error, must be "):
-            return f"{param} {first['msg'].removeprefix('Value error, ')}", param
-    reason = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    return f"{param}: {reason}", param
-
-
-def field_path(location: Sequence[str | int]) -> str | None:
-    """("body", "messages", 0, "content") -> "messages[0].content"; None for the body itself."""
-    path = ""
-    for part in location[1:]:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}"
-    return path.removeprefix(".") or None
 
 
 def error_response(error: Exception) -> Response:

@@ -10,11 +10,15 @@ from typing import Any, NoReturn, TypeVar
 
 import yaml
 
+from emoe_jax.errors import ConfigError
 from emoe_jax.option_fields import Option, Options, nearest, options_of
 
 Kind = TypeVar("Kind", bound=Options)
 
 CONFIG = "--config"
+
+_ARGUMENT = re.compile(r"^argument (--[\w-]+): (?=\1\b)|^argument (?=--)")
+"""What `argparse` puts before a message. Messages of options begin with the flag, as those of the library do."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,7 +29,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the mistake to stderr, after the file's name where it came from a file, and exit."""
-        print(f"error: {self.where}{message}", file=sys.stderr)
+        print(f"error: {self.where}{_ARGUMENT.sub('', message)}", file=sys.stderr)
         raise SystemExit(2)
 
     def values(self, arguments: Sequence[str]) -> dict[str, Any]:
@@ -34,8 +38,8 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flag = unknown[0].partition("=")[0]
             known = [flag for action in self._actions for flag in action.option_strings]
-            hint = f"; the nearest known one is {nearest(flag, known)}" if flag.startswith("--") else ""
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+            hint = f"; the nearest known one is {nearest(flag, known)!r}" if flag.startswith("--") else ""
+            self.error(f"unknown option {flag[:40]!r}{hint}")
         return vars(values)
 
 
@@ -87,7 +91,7 @@ def _converter(option: Option) -> Callable[[str], Any]:
     def convert(text: str) -> Any:
         try:
             return option.parse(text)
-        except ValueError as error:
+        except ConfigError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
     return convert

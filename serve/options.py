@@ -14,6 +14,7 @@ from serve.flags import flag_names, parser_of, read_values
 from serve.logs import LogFormat
 from serve.paths import hides_own_path
 
+COMMAND = "python -m serve.main"
 DEMO_MODEL = demo_model()
 KEEP_ALIVE_SECONDS = 15.0
 """Proxies cut what is silent for longer: nginx after 60 s, many load balancers after 30 s."""
@@ -142,10 +143,13 @@ TITLES = {EngineConfig: "engine", ServerOptions: "server"}
 """What classes of options are about."""
 
 
-def parse_options(arguments: Sequence[str]) -> ServerOptions:
-    """Flags win over the file given with `--config`. Exits with status 2 and one line on any mistake."""
+def parse_options(arguments: Sequence[str], command: str = COMMAND) -> ServerOptions:
+    """Flags win over the file given with `--config`. Exits with status 2 and one line on any mistake.
+
+    `command` is how the server was called, for the help text.
+    """
     description = "Serve a Mixture-of-Experts model over an OpenAI-compatible HTTP API."
-    parser = parser_of(ServerOptions, "python -m serve.main", description, TITLES)
+    parser = parser_of(ServerOptions, command, description, TITLES)
     given = read_values(parser, ServerOptions, arguments)
     for name in ("host", "port"):
         if given.get("uds") is not None and name in given:

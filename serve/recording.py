@@ -11,7 +11,7 @@ def check_trace_file(name: str | Path) -> None:
     """Raise `ConfigError` when `name` is no `.npz`, exists (unless its recording was cut off), or cannot be written."""
     path = Path(name)
     if path.suffix != ".npz":
-        raise ConfigError(f"record_traces: {path} is no name for a trace; it must end in .npz")
+        raise ConfigError(f"record_traces: {path} is no name for a trace; expected one that ends in .npz")
     if path.exists() and not (parts_of(path) / "header.json").exists():
         raise ConfigError(f"record_traces: {path} exists; choose another file or remove it")
     try:

@@ -1,6 +1,5 @@
 """Request bodies. Names, defaults and meaning are OpenAI's, with vLLM's additions; `emoe` is ours."""
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
@@ -36,6 +35,7 @@ from serve.bounds import sampling, within
 from serve.strict import ClosedModel, StrictModel
 from serve.structured import StructuredRequest
 from serve.template import TemplateRequest
+from serve.validation import found
 
 MAX_PROMPTS = 256
 MAX_MESSAGES = 4096
@@ -53,24 +53,14 @@ Bias = Annotated[float, within(BIAS)]
 Milliseconds = Annotated[float, within(MILLISECONDS)]
 
 
-def _found(value: Any) -> str:
-    """What a message says of a JSON value. Texts are not repeated: they may be prompts."""
-    if isinstance(value, str):
-        return "a string"
-    if isinstance(value, list):
-        return "a list"
-    if isinstance(value, dict):
-        return "an object"
-    if type(value) is int and abs(value) > INT32:
-        return "an integer beyond 32 bits"
-    return json.dumps(value)
+_SHAPES = "a string, a list of strings, a list of token ids or a list of lists of them"
 
 
 def _check_token_ids(tokens: list[Any], of: str = "") -> None:
     """`of` names the list where it is one of several."""
     for position, token in enumerate(tokens):
         if type(token) is not int or not 0 <= token <= INT32:
-            raise ValueError(f"element {position}{of} is {_found(token)}; token ids are integers from 0")
+            raise ValueError(f"element {position}{of} is {found(token)}; token ids are integers from 0")
 
 
 def _prompt_list(value: Any) -> list[Prompt]:
@@ -81,12 +71,12 @@ def _prompt_list(value: Any) -> list[Prompt]:
     elif isinstance(value, str):
         value = [value]
     if not isinstance(value, list) or not value or not isinstance(value[0], str | list):
-        raise ValueError("must be a non-empty string, list of token ids, list of strings or list of lists of token ids")
+        raise ValueError(f"is {found(value) if value else 'empty'}; expected {_SHAPES}")
     if len(value) > MAX_PROMPTS:
         raise ValueError(f"has {len(value)} elements; at most {MAX_PROMPTS} prompts are taken")
     for position, prompt in enumerate(value):
         if type(prompt) is not type(value[0]):
-            raise ValueError(f"element {position} is {_found(prompt)}, but element 0 is {_found(value[0])}")
+            raise ValueError(f"element {position} is {found(prompt)}, but element 0 is {found(value[0])}")
         if isinstance(prompt, list):
             _check_token_ids(prompt, f" of prompt {position}")
         if not prompt:
@@ -99,11 +89,13 @@ def _stop_list(value: Any) -> list[str] | None:
         return None
     strings = [value] if isinstance(value, str) else value
     if not isinstance(strings, list) or len(strings) > MAX_STOP_STRINGS:
-        raise ValueError(f"must be a string or a list of at most {MAX_STOP_STRINGS} strings")
-    if not all(isinstance(string, str) for string in strings):
-        raise ValueError("must be strings")
-    if not all(0 < len(string) <= MAX_STOP_LENGTH for string in strings):
-        raise ValueError(f"strings must have 1 to {MAX_STOP_LENGTH} characters")
+        size = f"has {len(strings)} elements" if isinstance(strings, list) else f"is {found(strings)}"
+        raise ValueError(f"{size}; expected a string or a list of at most {MAX_STOP_STRINGS} strings")
+    for position, string in enumerate(strings):
+        if not isinstance(string, str):
+            raise ValueError(f"element {position} is {found(string)}; expected a string")
+        if not 0 < len(string) <= MAX_STOP_LENGTH:
+            raise ValueError(f"element {position} has {len(string)} characters; expected 1 to {MAX_STOP_LENGTH}")
     return strings
 
 
@@ -125,10 +117,10 @@ def _joined_content(value: Any) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise ValueError("must be a string or a list of text parts")
+        raise ValueError(f"is {found(value)}; expected a string or a list of text parts")
     for part in value:
         if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-            raise ValueError('supports only parts of the form {"type": "text", "text": "..."}')
+            raise ValueError('has a part of another form than {"type": "text", "text": "..."}, the only one supported')
     return "\n".join(part["text"] for part in value)
 
 

@@ -23,7 +23,9 @@ class ClosedModel(StrictModel):
         known = [field.alias or name for name, field in cls.model_fields.items()]
         unknown = [name for name in data if name not in known] if isinstance(data, dict) else []
         if unknown:
-            reason = PydanticCustomError("unknown_field", "unknown; allowed are {known}", {"known": ", ".join(known)})
+            reason = PydanticCustomError(
+                "unknown_field", "is no known field; expected one of {known}", {"known": ", ".join(known)}
+            )
             error = InitErrorDetails(type=reason, loc=(unknown[0],), input=None)
             raise ValidationError.from_exception_data(cls.__name__, [error])
         return data

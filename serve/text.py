@@ -171,7 +171,7 @@ class TextCodec:
         if tokenizer is None:
             raise RequestError("this model has no tokenizer, so its token ids have no text", param=param)
         if any(token >= self.vocab_size for token in ids):
-            raise RequestError(f"token ids must be below the vocabulary size of {self.vocab_size}", param)
+            raise RequestError(f"a token id is outside the vocabulary of {self.vocab_size}", param)
         size = BYTES_PER_ID * len(ids)
         with self._lanes.reserve(1, size):
             return await self._lanes.run(size, lambda: tokenizer.decode(ids, skip_special_tokens=False))

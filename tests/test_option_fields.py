@@ -123,20 +123,20 @@ def test_texts_are_read(name: str, text: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("retries", "0", "'0' is not an integer between 1 and 10"),
-        ("retries", "1e3", "'1e3' is not an integer between 1 and 10"),
-        ("share", "inf", "'inf' is not a number above 0 and up to 1"),
-        ("every", "-1", "'-1' is not an integer of at least 1, or auto"),
-        ("limit", "", "'' is not an integer"),
-        ("colour", "blue", "'blue' is not one of red, green"),
-        ("extra", "[1]", "'[1]' is not a JSON object such as"),
-        ("extra", "{", "'{' is not a JSON object such as"),
-        ("pairs", "3", "3 is odd"),
-        ("retries", "9" * 500, f"'{'9' * 40}' is not an integer"),
+        ("retries", "0", "--retries is '0'; expected an integer between 1 and 10"),
+        ("retries", "1e3", "--retries is '1e3'; expected an integer between 1 and 10"),
+        ("share", "inf", "--share is 'inf'; expected a number above 0 and up to 1"),
+        ("every", "-1", "--every is '-1'; expected an integer of at least 1, or auto"),
+        ("limit", "", "--limit is ''; expected an integer"),
+        ("colour", "blue", "--colour is 'blue'; expected one of red, green"),
+        ("extra", "[1]", "--extra is '[1]'; expected a JSON object such as"),
+        ("extra", "{", "--extra is '{'; expected a JSON object such as"),
+        ("pairs", "3", "--pairs: 3 is odd"),
+        ("retries", "9" * 500, f"--retries is '{'9' * 40}'; expected an integer"),
     ],
 )
 def test_texts_that_do_not_fit_are_named(name: str, text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         {one.name: one for one in options_of(Settings)}[name].parse(text)
     assert str(caught.value).startswith(message)
 

@@ -31,7 +31,11 @@ def capacities(
     else:
         slots = int(budget.amount) * num_layers
         if budget.amount > num_experts:
-            raise ConfigError(f"expert memory of {budget} is more than all experts; a layer has {num_experts}")
+            n = int(budget.amount)
+            hint = (
+                "" if budget.has_unit else f"; a number without a unit is slots: say {n}% or {n}MB for a share or bytes"
+            )
+            raise ConfigError(f"expert memory of {budget} is more than all experts; a layer has {num_experts}{hint}")
     if slots < config.top_k * num_layers:
         raise CapacityError(
             f"expert memory of {budget} gives {_per_layer(slots, num_layers)}, but the model routes each token to "

@@ -57,9 +57,12 @@ def test_what_is_no_budget_is_refused(text: str):
         parse_expert_memory(text)
 
 
-@pytest.mark.parametrize("text", ["17", "99 slots"])
-def test_more_slots_than_experts_are_refused(text: str):
-    with pytest.raises(ConfigError, match=r"slots is more than all experts; a layer has 16$"):
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [("99 slots", ""), ("17", "; a number without a unit is slots: say 17% or 17MB for a share or bytes")],
+)
+def test_more_slots_than_experts_are_refused(text: str, hint: str):
+    with pytest.raises(ConfigError, match=rf"slots is more than all experts; a layer has 16{hint}$"):
         capacities(CONFIG, LAYOUT, parse_expert_memory(text))
 
 

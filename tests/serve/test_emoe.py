@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,22 @@ def test_the_script_is_installed_under_its_name() -> None:
 
 def test_serve_gets_the_rest_of_the_line_and_gives_the_status(monkeypatch: pytest.MonkeyPatch) -> None:
     given = []
-    monkeypatch.setattr(server, "main", lambda arguments: given.append(list(arguments)) or 7)
+    monkeypatch.setattr(server, "main", lambda arguments, command: given.append(list(arguments)) or 7)
     assert emoe.main(["serve", "--port", "9000", "--model", "serve"]) == 7
     assert given == [["--port", "9000", "--model", "serve"]]
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "name"),
+    [(emoe.main, ["serve", "--help"], "emoe serve"), (server.main, ["--help"], "python -m serve.main")],
+)
+def test_help_names_the_command_that_was_called(
+    main: Callable[[list[str]], int], arguments: list[str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: {name} [-h]")
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     output = capsys.readouterr().err.strip().splitlines()
     assert output[-1].startswith("error: ")
     assert "Traceback" not in "".join(output)
+    assert not output[-1].startswith("error: argument"), "one form, before the model is read and after"
     return output[-1]
 
 
@@ -45,20 +46,21 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--max-num-seqs", "2000"], "--max-num-batched-tokens (512) is below --max-num-seqs (2000)"),
         (["--max-model-len", "999999999"], "--max-model-len is 999999999"),
         (["--expert-memory", "0"], "--expert-memory: '0' is nothing"),
-        (["--expert-memory", "-5%"], "--expert-memory: the amount '-5%'"),
-        (["--expert-memory", "much"], "--expert-memory: the amount 'much'"),
+        (["--expert-memory", "-5%"], "--expert-memory '-5%' is not an amount"),
+        (["--expert-memory", "much"], "--expert-memory 'much' is not an amount"),
         (["--expert-memory", "9999 slots"], "--expert-memory of 9999 slots is more than all experts; a layer has "),
+        (["--expert-memory", "40"], "a number without a unit is slots: say 40% or 40MB"),
         (["--expert-memory", "1%"], "--expert-memory of 1% gives 0 or 1 expert slots"),
-        (["--host-memory", "40%"], "--host-memory: the amount '40%' is not an amount of bytes"),
+        (["--host-memory", "40%"], "--host-memory '40%' is not an amount of bytes"),
         (
             ["--chat-template", "/nonexistent/x.jinja"],
             "--chat-template is '/nonexistent/x.jinja', which cannot be read",
         ),
-        (["--chat-template-kwargs", "{x"], "--chat-template-kwargs: '{x' is not a JSON object such as"),
-        (["--chat-template-kwargs", "[1]"], "--chat-template-kwargs: '[1]' is not a JSON object such as"),
+        (["--chat-template-kwargs", "{x"], "--chat-template-kwargs is '{x'; expected a JSON object such as"),
+        (["--chat-template-kwargs", "[1]"], "--chat-template-kwargs is '[1]'; expected a JSON object such as"),
         (["--chat-template-kwargs", '{"messages": []}'], "--chat-template-kwargs: cannot set messages"),
-        (["--link-bandwidth", "fast"], "--link-bandwidth: the amount 'fast' is not an amount of bytes"),
-        (["--link-bandwidth", "0GiB"], "--link-bandwidth: the amount is '0GiB'"),
+        (["--link-bandwidth", "fast"], "--link-bandwidth 'fast' is not an amount of bytes"),
+        (["--link-bandwidth", "0GiB"], "--link-bandwidth is '0GiB'"),
         (["--record-traces", "trace.csv"], "--record-traces: trace.csv"),
         (["--record-traces", "/nonexistent/trace.npz"], "--record-traces: /nonexistent/trace.npz"),
         (["--model", ""], "--model"),
@@ -102,7 +104,7 @@ def test_mistakes_are_named(capsys: pytest.CaptureFixture[str], arguments: list[
         ("- 4", "mapping"),
         ("a: [", "YAML"),
         ("config: other.yaml", "config"),
-        ("port: 70000", "argument --port: '70000' is not an integer between"),
+        ("port: 70000", "--port is '70000'; expected an integer between"),
         ("api-key: [a, '']", "--api-key"),
         ("prefix-caching: maybe", "prefix-caching is 'maybe'; expected true or false"),
     ],
@@ -122,7 +124,7 @@ def test_mistakes_beside_a_configuration_file_are_not_the_file_s(
 ) -> None:
     path = tmp_path / "serve.yaml"
     path.write_text("port: 0\n", encoding="utf-8")
-    assert fails(capsys, "--config", str(path), "--seed", "x").startswith("error: argument --seed: ")
+    assert fails(capsys, "--config", str(path), "--seed", "x").startswith("error: --seed is ")
 
 
 def test_flags_win_over_the_configuration_file(tmp_path: Path) -> None:

@@ -55,12 +55,12 @@ def test_a_new_option_is_a_flag_and_a_key_of_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "arguments", "message"),
     [
-        ("warmth: 10", [], "argument --warmth: '10' is not an integer between 0 and 9"),
+        ("warmth: 10", [], "--warmth is '10'; expected an integer between 0 and 9"),
         ("warmt: 5", [], "unknown option 'warmt'; the nearest known one is 'warmth'"),
         ("umbrella: 1", [], "umbrella is '1'; expected true or false"),
-        ("", ["--weather", "snow"], "argument --weather: 'snow' is not one of sun, rain"),
-        ("", ["--warmths", "4"], "unrecognized arguments: --warmths 4; the nearest known one is --warmth"),
-        ("", ["rain"], "unrecognized arguments: rain"),
+        ("", ["--weather", "snow"], "--weather is 'snow'; expected one of sun, rain"),
+        ("", ["--warmths", "4"], "unknown option '--warmths'; the nearest known one is '--warmth'"),
+        ("", ["rain"], "unknown option 'rain'"),
     ],
 )
 def test_mistakes_with_a_new_option_are_named(
