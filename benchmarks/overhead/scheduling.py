@@ -24,8 +24,8 @@ def scheduler_overhead(requests: int = 10_000) -> dict[str, float]:
 
 def schedule_all(policy: str, requests: int, measured: Callable[[Callable[[], object]], None]) -> Scheduler:
     """Schedules requests of five tasks until all have ended; whatever the scheduler does, `measured` runs it."""
-    admission = make_admission_policy(policy, max_num_seqs=PLACES, max_model_len=MODEL_LEN, prefill_chunk=CHUNK)
-    scheduler = Scheduler(PagePool(PAGES + 1, 16), PLACES, STEP_TOKENS, MODEL_LEN, CHUNK, policy=admission)
+    scheduler = Scheduler(PagePool(PAGES + 1, 16), PLACES, STEP_TOKENS, MODEL_LEN, CHUNK)
+    scheduler.use_policy(make_admission_policy(policy, scheduler))
     rng = random.Random(0)
     sequences = [
         Sequence(

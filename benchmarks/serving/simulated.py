@@ -16,7 +16,7 @@ from benchmarks.serving.simulate import capacity, simulate
 from benchmarks.serving.workload import Job, Samples, demo_samples, drawn, replayed, task_slos, trace_samples
 from emoe_jax.errors import ConfigError
 from emoe_jax.requests.request import SLO
-from emoe_jax.residency.admission import admission_policy
+from emoe_jax.residency.admission import ExpertLoading
 from emoe_jax.scheduling.policy import AdmissionPolicy
 from emoe_jax.scheduling.registry import make_admission_policy
 
@@ -132,10 +132,5 @@ def run_simulated(
 def make_policy(name: str, device: Device, experts: SimulatedExperts | None = None) -> AdmissionPolicy:
     """As an engine makes it, where experts are known; else a policy that knows of none."""
     if experts is not None:
-        return admission_policy(name, experts.profile, experts, device)
-    return make_admission_policy(
-        name,
-        max_num_seqs=device.max_num_seqs,
-        max_model_len=device.max_model_len,
-        prefill_chunk=device.prefill_chunk,
-    )
+        return make_admission_policy(name, device, experts.profile, ExpertLoading(experts.profile, experts).seconds)
+    return make_admission_policy(name, device)

@@ -60,11 +60,6 @@ def trace_samples(traces: Mapping[str, Sequence[TraceRow]]) -> dict[str, list[Sa
     return {task: [Sample(row.prompt_tokens, row.output_tokens) for row in rows] for task, rows in traces.items()}
 
 
-def mean_output(samples: Samples) -> dict[str, float]:
-    """Tokens of an answer, per task."""
-    return {task: float(np.mean([sample.output_tokens for sample in rows])) for task, rows in samples.items()}
-
-
 def task_slos(samples: Samples, cost: StepCost, scale: float) -> dict[str, SLO]:
     """Deadlines per task: `scale` times what the task's mean request takes on an idle machine."""
     slos = {}

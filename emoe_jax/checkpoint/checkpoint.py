@@ -46,18 +46,9 @@ class Checkpoint:
         self._refuse_unknown()
 
     @property
-    def tensor_names(self) -> tuple[str, ...]:
-        """All tensors of the checkpoint, as it spells them."""
-        return tuple(self._names.values())
-
-    @property
     def dense_bytes(self) -> int:
         """Bytes on disk of everything but the experts."""
         return sum(self._bytes(part) for parts in self._dense.values() for part in parts)
-
-    def expert_source(self, layer: int, expert: int) -> ExpertSource:
-        """The on-disk layout of an expert of decoder layer `layer`."""
-        return self._sources[self.config.moe_layers.index(layer)][expert]
 
     def read_expert(self, moe_index: int, expert: int, record: np.ndarray, layout: ExpertLayout) -> None:
         """Fill one contiguous record (`ExpertLayout`) with expert `expert` of the `moe_index`-th MoE layer.

@@ -23,8 +23,9 @@ from emoe_jax.errors import ConfigError, RequestError
 from emoe_jax.memory.trade import MemoryTrade
 from emoe_jax.requests.grammar import Grammars
 from emoe_jax.requests.request import SLO, Completion, Delta, RequestOutput, RoutingContract, SamplingParams
-from emoe_jax.residency.admission import admission_policy
+from emoe_jax.residency.admission import ExpertLoading
 from emoe_jax.residency.foresight import Foresight
+from emoe_jax.scheduling.registry import make_admission_policy
 from emoe_jax.tasks import TaskProfile
 from emoe_jax.traces.recorder import TraceRecorder
 
@@ -134,7 +135,9 @@ class Engine:
         """
         scheduler, policies = self._scheduler, self._scheduling_policies
         if name not in policies:
-            policies[name] = admission_policy(name, self.task_profile, self._residency, scheduler)
+            policies[name] = make_admission_policy(
+                name, scheduler, self.task_profile, ExpertLoading(self.task_profile, self._residency).seconds
+            )
         scheduler.use_policy(policies[name])
 
     def record_traces(self, path: str | Path, prompt_tokens: bool = False) -> None:

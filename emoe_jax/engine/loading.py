@@ -25,11 +25,12 @@ from emoe_jax.models import load_tokenizer, open_checkpoint
 from emoe_jax.models.decoder import Decoder
 from emoe_jax.models.loading import load_dense
 from emoe_jax.policies.regret import Regret
-from emoe_jax.residency.admission import admission_policy
+from emoe_jax.residency.admission import ExpertLoading
 from emoe_jax.residency.knowledge import RoutingKnowledge
 from emoe_jax.residency.planner import ResidencyPlanner
 from emoe_jax.residency.residency import Residency
 from emoe_jax.scheduling.pages import PAGE_SIZE, PagePool
+from emoe_jax.scheduling.registry import make_admission_policy
 from emoe_jax.scheduling.scheduler import Scheduler
 from emoe_jax.tasks import TaskProfile
 
@@ -99,7 +100,10 @@ def load_parts(path: str | Path, options: EngineConfig, progress: StageProgress 
     planner = None
     try:
         planner = known.planner(options.policy, config, memory.capacities, options.predict_every)
-        scheduler.use_policy(admission_policy(options.scheduling_policy, known.profile, residency, scheduler))
+        loading_seconds = ExpertLoading(known.profile, residency).seconds
+        scheduler.use_policy(
+            make_admission_policy(options.scheduling_policy, scheduler, known.profile, loading_seconds)
+        )
         residency.fill(report("experts"))
         cache = new_cache(config, memory.num_pages, memory.dtype)
         buckets = Buckets.of(size.sequences, prefill_chunk, memory.max_model_len)

@@ -102,18 +102,13 @@ class Predictor:
 
     @property
     def num_parameters(self) -> int:
-        """Of the networks; the prior's memory is `num_remembered` prompts."""
+        """Of the networks. The prior's memory is the prompts in `memory`."""
         return 0 if self.weights is None else network.count(self.weights)
 
     @property
     def reads_tokens(self) -> bool:
         """Whether it makes use of prompts' tokens."""
         return self.tokens is not None
-
-    @property
-    def num_remembered(self) -> int:
-        """Prompts in the prior's memory: those that it was trained on and those observed since."""
-        return len(self.memory)
 
     def predict(
         self,

@@ -62,10 +62,6 @@ class TokenPrior:
         has_tokens = (np.asarray(lengths) > 0)[:, None, None]
         return np.where(has_tokens, _distribution(said + rest.reshape(said.shape)), prior).astype(np.float32)
 
-    def with_table(self, table: TokenTable) -> TokenPrior:
-        """The same with a table that was learned from more prompts, in the same directions."""
-        return TokenPrior(table, self._rests)
-
     def save(self, path: Path) -> None:
         """Write the table and both regressions to one compressed `.npz`. The regressions are rounded to float16."""
         arrays: dict[str, Any] = {"rests": np.stack(self._rests).astype(np.float16), **self.table.arrays()}

@@ -1,4 +1,4 @@
-"""The admission policy of an engine: what the scheduler may know of its model and its experts."""
+"""The loading time of a request: what an admission policy knows of the experts."""
 
 from typing import Protocol
 
@@ -6,29 +6,8 @@ from emoe_jax.experts.loader import LoaderStats
 from emoe_jax.experts.table import SlotTable
 from emoe_jax.policies import POLICIES
 from emoe_jax.requests.sequence import Sequence
-from emoe_jax.scheduling.policy import AdmissionPolicy
-from emoe_jax.scheduling.registry import make_admission_policy
 from emoe_jax.tasks import TaskProfile
 from emoe_jax.tasks.experts import TaskExperts
-
-
-class Limits(Protocol):
-    """Limits of what runs at the same time. The scheduler has them."""
-
-    @property
-    def max_num_seqs(self) -> int:
-        """The most sequences that run at the same time."""
-        ...
-
-    @property
-    def max_model_len(self) -> int:
-        """The most tokens of prompt and answer together."""
-        ...
-
-    @property
-    def prefill_chunk(self) -> int:
-        """The most prompt tokens of one sequence in one step."""
-        ...
 
 
 class Residents(Protocol):
@@ -53,19 +32,6 @@ class Residents(Protocol):
     def expert_bytes(self) -> int:
         """Bytes of one expert's weights in the slab."""
         ...
-
-
-def admission_policy(name: str, profile: TaskProfile | None, residency: Residents, limits: Limits) -> AdmissionPolicy:
-    """The policy of that name for a scheduler of these limits. Raises `ConfigError` for an unknown name."""
-    loading = ExpertLoading(profile, residency)
-    return make_admission_policy(
-        name,
-        max_num_seqs=limits.max_num_seqs,
-        max_model_len=limits.max_model_len,
-        prefill_chunk=limits.prefill_chunk,
-        profile=profile,
-        loading_seconds=loading.seconds,
-    )
 
 
 class ExpertLoading:

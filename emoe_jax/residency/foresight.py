@@ -133,11 +133,6 @@ class Foresight:
             "tasks": self._accounts.state(),
         }
 
-    def join(self) -> None:
-        """Wait until the predictor has answered every question."""
-        if self._planner is not None:
-            self._planner.join()
-
     def close(self) -> None:
         """Join the threads of loader and predictor."""
         self._residency.close()

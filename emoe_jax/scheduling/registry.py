@@ -1,6 +1,7 @@
 """Admission policies by name."""
 
 import math
+from typing import Protocol
 
 from emoe_jax.errors import ConfigError
 from emoe_jax.scheduling.cost import CostModel
@@ -31,23 +32,40 @@ def check_policy(name: str) -> None:
         raise ConfigError(f"scheduling policy is {name!r}; expected one of {', '.join(SCHEDULING_POLICIES)}")
 
 
+class Limits(Protocol):
+    """Limits of what runs at the same time. The scheduler has them."""
+
+    @property
+    def max_num_seqs(self) -> int:
+        """The most sequences that run at the same time."""
+        ...
+
+    @property
+    def max_model_len(self) -> int:
+        """The most tokens of prompt and answer together."""
+        ...
+
+    @property
+    def prefill_chunk(self) -> int:
+        """The most prompt tokens of one sequence in one step."""
+        ...
+
+
 def make_admission_policy(
-    name: str,
-    *,
-    max_num_seqs: int,
-    max_model_len: int,
-    prefill_chunk: int,
-    profile: TaskProfile | None = None,
-    loading_seconds: LoadingSeconds = loads_nothing,
+    name: str, limits: Limits, profile: TaskProfile | None = None, loading_seconds: LoadingSeconds = loads_nothing
 ) -> AdmissionPolicy:
-    """One of `SCHEDULING_POLICIES` or `VARIANTS`. Raises `ConfigError` for another name."""
+    """One of `SCHEDULING_POLICIES` or `VARIANTS`, for a scheduler of these limits.
+
+    Raises `ConfigError` for another name.
+    """
     check_policy(name)
     if name == "fcfs":
         return FcfsPolicy()
     part = name.removeprefix(_WITHOUT)
-    lengths = OutputLengths(profile, by_task=part != "G")
+    lengths, cost = OutputLengths(profile, by_task=part != "G"), CostModel()
+    sizes = limits.max_num_seqs, limits.max_model_len, limits.prefill_chunk
     return SloPolicy(
-        Estimates(lengths, CostModel(), max_num_seqs, max_model_len, prefill_chunk, learns=part != "c"),
+        Estimates(lengths, cost, *sizes, learns=part != "c"),
         name=name,
         guarded=part != "guard",
         max_wait=math.inf if part == "aging" else MAX_WAIT,

@@ -59,7 +59,7 @@ def test_training_leaves_all_that_is_promised(workplace):
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["prompts"] == 7  # 12 % of 60 were held out
     assert metrics["remembered_prompts"] == 53
-    assert Predictor.load(out).num_remembered == 60
+    assert len(Predictor.load(out).memory) == 60
     np.testing.assert_allclose(load_transitions(out / "transitions.npz", 3, 8, 2).sum(-1), 2, rtol=1e-3)
     assert [json.loads(line)["step"] for line in (out / "history.jsonl").read_text().splitlines()] == list(range(1, 31))
 
@@ -154,7 +154,7 @@ def test_training_that_diverges_stops_and_keeps_earlier_checkpoints(workplace, t
     assert Checkpoints(tmp_path / "out" / "checkpoints").steps() == [5]
     monkeypatch.setattr(examples.Examples, "batch", batch)
     command.main(argv)
-    assert Predictor.load(tmp_path / "out").num_remembered == 60
+    assert len(Predictor.load(tmp_path / "out").memory) == 60
 
 
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path):

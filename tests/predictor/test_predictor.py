@@ -74,10 +74,10 @@ def test_observed_prompts_are_history_at_once_and_memory_after_refitting(predict
     for row in range(30, 40):
         predictor.observe(prompts.tasks[row], prompts.counts[row], prompts.embedding[row], prompts.first[row])
     np.testing.assert_allclose(predictor.history.last, prompts.counts[39] / 80, rtol=1e-6)
-    assert (predictor.num_remembered, predictor.num_unlearned) == (30, 10)
+    assert (len(predictor.memory), predictor.num_unlearned) == (30, 10)
     before = predictor.predict(prompts.tasks[35], prompts.embedding[35])
     predictor.refit()
-    assert (predictor.num_remembered, predictor.num_unlearned) == (40, 0)
+    assert (len(predictor.memory), predictor.num_unlearned) == (40, 0)
     after = predictor.predict(prompts.tasks[35], prompts.embedding[35])
     truth = prompts.counts[35] / 80
     assert np.abs(after - truth).sum() < np.abs(before - truth).sum()
@@ -90,7 +90,7 @@ def test_memory_is_bounded_and_forgets_the_oldest(predictor, prompts, monkeypatc
     for row in range(30, 36):
         predictor.observe(prompts.tasks[row], prompts.counts[row], prompts.embedding[row])
     predictor.refit()
-    assert predictor.num_remembered == 32
+    assert len(predictor.memory) == 32
     np.testing.assert_array_equal(predictor.memory.counts, prompts.counts[4:36])
 
 

@@ -22,15 +22,11 @@ def scheduler_of(name: str, places: int = 2) -> Scheduler:
     profile = TaskProfile(1, 4, 2)
     for task, tokens in LENGTHS.items():
         profile = profile.with_task(task, output_length=Lengths.of([tokens]))
-    policy = make_admission_policy(
-        name,
-        max_num_seqs=places,
-        max_model_len=1000,
-        prefill_chunk=256,
-        profile=profile,
-        loading_seconds=lambda sequence: 5.0 if sequence.task == "away" else 0.0,
-    )
-    return Scheduler(PagePool(401, 16), places, 256, 1000, 256, policy=policy)
+    scheduler = Scheduler(PagePool(401, 16), places, 256, 1000, 256)
+    loading = {"away": 5.0}
+    policy = make_admission_policy(name, scheduler, profile, lambda sequence: loading.get(sequence.task or "", 0.0))
+    scheduler.use_policy(policy)
+    return scheduler
 
 
 def sequence_of(name: str, task: str | None = None, arrival: float = 0.0, prompt: int = 10, **of) -> Sequence:
@@ -47,7 +43,7 @@ def test_there_is_a_variant_for_each_part():
     assert [without(part) for part in PARTS] == list(VARIANTS)
     for name in NAMES:
         check_policy(name)
-        policy = make_admission_policy(name, max_num_seqs=2, max_model_len=100, prefill_chunk=50)
+        policy = make_admission_policy(name, Scheduler(PagePool(11, 16), 2, 50, 100, 50))
         assert policy.name == name
         json.dumps(policy.state(), allow_nan=False)
     with pytest.raises(ConfigError, match="scheduling policy is 'slo-without-luck'; expected one of slo, fcfs"):

@@ -248,7 +248,7 @@ def test_bad_settings():
     with pytest.raises(ConfigError, match="max_wait is 0"):
         Machine(max_wait=0)
     with pytest.raises(ConfigError, match="'lifo'; expected one of slo, fcfs"):
-        make_admission_policy("lifo", max_num_seqs=1, max_model_len=9, prefill_chunk=9)
+        make_admission_policy("lifo", Scheduler(PagePool(2, 16), 1, 9, 9, 9))
 
 
 requests = st.tuples(

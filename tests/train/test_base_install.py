@@ -89,7 +89,7 @@ def test_a_predictor_is_trained_without_extras(trace: Path, tmp_path: Path) -> N
     assert ran.returncode == 0, ran.stderr
     assert "no curves.png: the package matplotlib is missing: pip install 'emoe-jax[" in ran.stdout
     assert not (tmp_path / "curves.png").exists()
-    assert Predictor.load(tmp_path).num_remembered == 24
+    assert len(Predictor.load(tmp_path).memory) == 24
     assert json.loads((tmp_path / "metrics.json").read_text())["prompts"] == 3
 
 
