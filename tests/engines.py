@@ -73,11 +73,12 @@ def engine_of(tiny_checkpoint: Path) -> Iterator[EngineFactory]:
 
 def settle(engine: Engine) -> None:
     """Have every load that was asked for committed."""
-    engine._residency.settle(10)
+    engine.parts.residency.settle(10)
     assert engine.state()["residency"]["loading"] == []
 
 
 def answered(engine: Engine) -> dict[str, Any]:
     """The planner's state once the predictor has answered every question."""
-    engine._foresight.join()
+    assert engine.parts.planner is not None
+    engine.parts.planner.join()
     return engine.state()["planner"]

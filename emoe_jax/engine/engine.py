@@ -42,8 +42,9 @@ class Engine:
     """
 
     def __init__(self, parts: EngineParts):
-        """The parts are the engine's from now on; `close` closes them."""
+        """The parts are the engine's from now on, and to be looked at only; `close` closes them."""
         runner, scheduler, residency = parts.runner, parts.scheduler, parts.residency
+        self.parts = parts
         self.options = parts.options
         """As they were given, with what depends on the device filled in."""
         self.model_name = parts.model_name

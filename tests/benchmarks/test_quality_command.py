@@ -47,7 +47,7 @@ def load(model: str, policy: str, share: float, seed: int = 0, profile: Path | N
 
 
 def resident(engine: Engine) -> list[list[int]]:
-    return [np.flatnonzero(layer).tolist() for layer in engine._residency.table.resident_mask]
+    return [np.flatnonzero(layer).tolist() for layer in engine.parts.residency.table.resident_mask]
 
 
 def nothing() -> None:
@@ -73,8 +73,8 @@ def test_texts_are_read_one_token_per_step(model: str, stream: list[Item], monke
     texts = [item for item in stream if item.answer is None]
     with load(model, "random", 0.5) as engine:
         plans = []
-        dispatch = engine._runner.dispatch
-        monkeypatch.setattr(engine._runner, "dispatch", lambda plan: plans.append(plan) or dispatch(plan))
+        dispatch = engine.parts.runner.dispatch
+        monkeypatch.setattr(engine.parts.runner, "dispatch", lambda plan: plans.append(plan) or dispatch(plan))
         outcomes(engine, texts, 4, nothing)
     assert all(plan.num_tokens == len(plan.sequences) for plan in plans)
     assert sum(plan.num_tokens for plan in plans) == sum(len(item.scored) for item in texts)
@@ -88,8 +88,8 @@ def test_prompts_are_read_wide_and_their_answers_decoded(
     prompts = [item for item in stream if item.answer is not None]
     with load(model, "random", 0.5) as engine:
         plans = []
-        dispatch = engine._runner.dispatch
-        monkeypatch.setattr(engine._runner, "dispatch", lambda plan: plans.append(plan) or dispatch(plan))
+        dispatch = engine.parts.runner.dispatch
+        monkeypatch.setattr(engine.parts.runner, "dispatch", lambda plan: plans.append(plan) or dispatch(plan))
         serve(engine, [(item, given(item)) for item in prompts], 4, nothing)
     assert sum(len(plan.decodes) for plan in plans) == sum(len(item.scored) - 1 for item in prompts)
     assert sum(plan.num_prefill_tokens for plan in plans) == sum(len(item.prompt) for item in prompts)
@@ -103,7 +103,7 @@ def test_concurrency_bounds_what_is_in_the_engine(
         monkeypatch.setattr(
             engine,
             "step",
-            lambda: together.append((engine._scheduler.num_running, engine._scheduler.num_waiting)) or step(),
+            lambda: together.append((engine.parts.scheduler.num_running, engine.parts.scheduler.num_waiting)) or step(),
         )
         ended = []
         outputs = serve(engine, [(item, free()) for item in stream], 4, lambda: ended.append(1))

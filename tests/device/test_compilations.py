@@ -66,7 +66,7 @@ def test_the_default_policy_its_predictor_learning_and_a_trade(
         heard_compilations() as heard,
         Engine.load(tiny_checkpoint, **few, **known, overlap=overlap, predict_every=2) as engine,
     ):
-        planner = engine._foresight._planner
+        planner = engine.parts.planner
         assert planner is not None
         assert planner._invocations is not None
         planner._invocations.forecaster._refit_every = 3

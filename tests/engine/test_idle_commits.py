@@ -14,7 +14,7 @@ from tests.engines import EngineFactory
 
 def wanted(engine: Engine) -> list[int]:
     """Plan for three experts that are absent from layer 0, and for what is there elsewhere."""
-    residency = engine._residency
+    residency = engine.parts.residency
     mask = residency.table.resident_mask
     rates = mask.astype(np.float32)
     experts = np.flatnonzero(~mask[0])[:3]
@@ -28,7 +28,7 @@ def wanted(engine: Engine) -> list[int]:
 def engine(engine_of: EngineFactory) -> Engine:
     engine = engine_of(expert_memory="3 slots", policy="emoe")
     engine.generate([1, 2, 3], SamplingParams(max_tokens=2))
-    engine._residency.settle(10)
+    engine.parts.residency.settle(10)
     return engine
 
 
@@ -43,10 +43,10 @@ def test_the_state_of_an_idle_engine_shows_what_was_staged(engine: Engine) -> No
 def test_a_step_without_work_commits(engine: Engine) -> None:
     experts = wanted(engine)
     deadline = time.monotonic() + 20
-    while engine._residency.table.resident(0).tolist() != experts and time.monotonic() < deadline:
+    while engine.parts.residency.table.resident(0).tolist() != experts and time.monotonic() < deadline:
         assert not engine.has_work()
         assert engine.step() == []
-    assert engine._residency.table.resident(0).tolist() == experts
+    assert engine.parts.residency.table.resident(0).tolist() == experts
 
 
 @pytest.mark.parametrize("staged_before", [False, True])
@@ -57,7 +57,7 @@ def test_a_sleeping_worker_is_woken_by_loads(engine: Engine, staged_before: bool
         worker = EngineWorker(engine, 8)
         experts = []
         if staged_before:
-            residency, deadline = engine._residency, time.monotonic() + 20
+            residency, deadline = engine.parts.residency, time.monotonic() + 20
             staged = residency.loads.staged_bytes + 3 * residency.expert_bytes
             experts = wanted(engine)
             while residency.loads.staged_bytes < staged and time.monotonic() < deadline:
@@ -67,9 +67,9 @@ def test_a_sleeping_worker_is_woken_by_loads(engine: Engine, staged_before: bool
             if not staged_before:
                 experts = await worker.call(lambda _: wanted(engine))
             deadline = time.monotonic() + 20
-            while engine._residency.table.resident(0).tolist() != experts and time.monotonic() < deadline:
+            while engine.parts.residency.table.resident(0).tolist() != experts and time.monotonic() < deadline:
                 await asyncio.sleep(0.01)
-            assert engine._residency.table.resident(0).tolist() == experts
+            assert engine.parts.residency.table.resident(0).tolist() == experts
         finally:
             assert worker.stop(20)
 

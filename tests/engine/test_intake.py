@@ -26,7 +26,7 @@ def test_sequences_that_wait_hold_no_arrays(
     text_stream = engine._intake.text_stream
     monkeypatch.setattr(engine._intake, "text_stream", lambda item: made.append(item.index) or text_stream(item))
     engine.add_request("many", PROMPT, SamplingParams(max_tokens=4, n=64, ignore_eos=True, **params))
-    waiting = engine._scheduler.waiting
+    waiting = engine.parts.scheduler.waiting
     assert len(waiting) == 64
     assert all(sequence.prompt_token_ids is waiting[0].prompt_token_ids for sequence in waiting)
     adjustments = [sequence.adjustment for sequence in waiting if sequence.adjustment is not None]
@@ -35,7 +35,7 @@ def test_sequences_that_wait_hold_no_arrays(
     assert not any({"bias", "seen"} & vars(adjustment).keys() for adjustment in adjustments)
     while not made:
         engine.step()
-    started = {sequence.index for sequence in engine._scheduler.running}
+    started = {sequence.index for sequence in engine.parts.scheduler.running}
     assert set(made) <= started
     assert 0 < sum("bias" in vars(adjustment) for adjustment in adjustments) <= len(started) < 64
     engine.pop("many")

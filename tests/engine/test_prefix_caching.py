@@ -124,7 +124,7 @@ def test_a_step_that_failed_leaves_nothing(engine: Engine, monkeypatch: pytest.M
         raise OSError("the disk is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._runner, "collect", fail)
+        patch.setattr(engine.parts.runner, "collect", fail)
         with pytest.raises(OSError, match="the disk is gone"):
             answer(engine, prompt)
     assert answer(engine, prompt).num_cached_tokens == 0

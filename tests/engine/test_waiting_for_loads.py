@@ -45,7 +45,7 @@ def test_steps_tell_waiting_from_computing(
         return read(store, layer, expert)
 
     monkeypatch.setattr(SloPolicy, "observe", noting)
-    residency = engine._residency
+    residency = engine.parts.residency
     before, loads, began = residency.waited_seconds, residency.loads.waited_loads, time.monotonic()
     with monkeypatch.context() as patch:
         patch.setattr(ExpertStore, "read", slow)
@@ -138,6 +138,6 @@ def test_deadlines_count_from_arrival(engine_of: EngineFactory, early: float) ->
 def test_an_arrival_in_the_future_is_now(engine_of: EngineFactory) -> None:
     engine = engine_of(expert_memory="100%")
     engine.add_request("future", [1, 2], GREEDY, arrival=time.monotonic() + 1000)
-    (sequence,) = engine._scheduler.waiting
+    (sequence,) = engine.parts.scheduler.waiting
     assert sequence.arrival <= time.monotonic()
     engine.pop("future")

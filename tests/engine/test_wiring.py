@@ -97,7 +97,7 @@ def test_a_prediction_goes_by_the_prompts_that_ran_before(
     counts = wishes(engine)
     engine.generate([4, 5, 6], PARAMS, task="even")
     answered(engine)
-    table = engine._runner.embedding_table()
+    table = engine.parts.runner.embedding_table()
     nothing = np.zeros((1, LAYERS, EXPERTS), np.int32)
     asked = Prompts(("even",), mean_row(table, [4, 5, 6])[None], nothing, nothing)
     start = History.empty(LAYERS, EXPERTS)
@@ -235,7 +235,7 @@ def test_background_loads_keep_below_the_links_bandwidth(load: Load, monkeypatch
     engine.generate([1, 2, 3], LONG)
     loads = engine.state()["residency"]["loads"]
     assert loads["in_flight"] > 3
-    assert loads["staged_bytes"] - before <= 2 * engine._residency.slab.layout.nbytes
+    assert loads["staged_bytes"] - before <= 2 * engine.parts.residency.slab.layout.nbytes
 
 
 def test_loads_go_over_the_modelled_link(load: Load) -> None:
@@ -259,6 +259,6 @@ def test_experts_are_read_from_files_once_where_the_host_has_room(load: Load) ->
         engine.generate([1, 2, number], LONG, routing="exact")
     state = engine.state()
     store = state["residency"]["store"]
-    assert state["memory"]["host"] >= LAYERS * EXPERTS * engine._residency.slab.layout.nbytes
+    assert state["memory"]["host"] >= LAYERS * EXPERTS * engine.parts.residency.slab.layout.nbytes
     assert store["reads"] <= LAYERS * EXPERTS
     assert store["hits"] > store["reads"]

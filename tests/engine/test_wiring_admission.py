@@ -51,7 +51,7 @@ def engine(loaded: Engine) -> Iterator[Engine]:
 
 
 def running(engine: Engine) -> list[str]:
-    return [sequence.request_id for sequence in engine._scheduler.running]
+    return [sequence.request_id for sequence in engine.parts.scheduler.running]
 
 
 def start(engine: Engine, *names: str, tokens: tuple[int, ...], task: str | None = None) -> None:
@@ -84,13 +84,13 @@ def test_a_request_whose_experts_take_long_to_come_waits_for_a_deadline(
 def test_answers_are_expected_to_be_as_long_as_those_of_their_task(engine: Engine) -> None:
     """G, from the profile at first, then from the answers that were given."""
     engine.add_request("odd", [1, 2, 3], SamplingParams(max_tokens=50), task="odd")
-    (sequence,) = engine._scheduler.waiting
+    (sequence,) = engine.parts.scheduler.waiting
     assert sequence.expected_tokens == 6
     engine.pop("odd")
     for _ in range(20):
         engine.generate([1, 2, 3], answer_of(3), task="new")
     engine.add_request("new", [1, 2, 3], SamplingParams(max_tokens=50), task="new")
-    (sequence,) = engine._scheduler.waiting
+    (sequence,) = engine.parts.scheduler.waiting
     assert 3 <= sequence.expected_tokens < 5
 
 
@@ -111,7 +111,7 @@ def test_a_sequence_that_has_waited_for_long_goes_first(engine: Engine) -> None:
     start(engine, "one", "two", tokens=(60, 10))
     engine.add_request("long", [1, 2, 3], answer_of(50), arrival=time.monotonic() - 29)
     engine.add_request("short", [1, 2, 3], answer_of(2))
-    line = engine._scheduler.line(time.monotonic(), 2)
+    line = engine.parts.scheduler.line(time.monotonic(), 2)
     assert [sequence.request_id for sequence in line] == ["long", "short"]
     while "two" in running(engine):
         engine.step()

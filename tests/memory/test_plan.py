@@ -207,7 +207,10 @@ def test_where_memory_is_tight_steps_are_compiled_before_it_is_split(tiny_checkp
         assert memory["kv_cache"] >= 7 * PAGE
         assert memory["workspace"] + memory["kv_cache"] > STAGING + 700_000 - PAGE  # nothing lies idle
         assert len(engine.generate([3, 4, 5], SamplingParams(max_tokens=2, ignore_eos=True))[0].token_ids) == 2
-        assert engine.memory.measured(engine._runner.executables.workspace_bytes).workspace_bytes <= memory["workspace"]
+        assert (
+            engine.memory.measured(engine.parts.runner.executables.workspace_bytes).workspace_bytes
+            <= memory["workspace"]
+        )
     with pytest.raises(CapacityError):  # all but what a step takes fits
         Engine.load(tiny_checkpoint, device_memory=device_for(4, 0, 60_000), max_model_len=96, **options)
 

@@ -48,7 +48,7 @@ def expected(engine_of: EngineFactory) -> list[list[int]]:
 
 def check_slab(engine: Engine, checkpoint: Path) -> None:
     """Every resident expert's slot holds its weights."""
-    source, slab, table = open_checkpoint(checkpoint), engine._residency.slab, engine._residency.table
+    source, slab, table = open_checkpoint(checkpoint), engine.parts.residency.slab, engine.parts.residency.table
     record = aligned_record(slab.layout)
     for layer, weights in enumerate(slab.weights):
         assert weights.capacity == slab.capacities[layer] == table.capacities[layer]
@@ -108,7 +108,7 @@ def test_an_expert_on_its_way_finds_its_place_or_not(
 
     monkeypatch.setattr(ExpertStore, "read", slowly)
     run(tight, ["resident"], 2, tiny_checkpoint)
-    tight._residency.settle(10.0)
+    tight.parts.residency.settle(10.0)
     check_slab(tight, tiny_checkpoint)
 
 
@@ -166,7 +166,7 @@ def test_no_more_than_the_plan_is_ever_allocated(tiny_checkpoint: Path, monkeypa
             engine.trade_memory(lean)
             engine.step()
             assert engine.state()["memory_trade"]["lean"] == lean
-            assert engine._residency.slab.nbytes == engine.memory_report()["slab"]
+            assert engine.parts.residency.slab.nbytes == engine.memory_report()["slab"]
         assert len(live) == 1 + 2 * (3 + 3)
         few = 4096  # block tables and the like
         assert max(live) - live[0] <= engine.memory.trade_bytes + few

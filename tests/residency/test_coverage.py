@@ -77,7 +77,7 @@ def test_planner_and_policy_are_told_the_same(engine_of: EngineFactory, monkeypa
     monkeypatch.setattr(residency_module, "FOLLOWING_SHARE", 1e9)
     engine = engine_of(expert_memory="3 slots", policy="emoe", overlap=True, max_num_seqs=1)
     ledger, told = Ledger(engine, monkeypatch), []
-    planner = engine._foresight._planner
+    planner = engine.parts.planner
     assert planner is not None
     monkeypatch.setattr(planner, "observe", lambda *observed: told.append(observed))
     engine.generate(PROMPTS[1], SamplingParams(max_tokens=20, temperature=0, ignore_eos=True), routing="exact")

@@ -71,7 +71,7 @@ def test_experts_stay_with_those_that_run_until_they_end(tiny_checkpoint: Path, 
     with Engine.load(tiny_checkpoint, expert_memory="3 slots", task_profile=path, max_num_seqs=2) as engine:
         for number, task in enumerate(("odd", "even", "odd", "even")):
             engine.add_request(str(number), [3, 1, 4, 1, 5, 9, 2, 6], PARAMS, task=task)
-        planner, scheduler = engine._foresight._planner, engine._scheduler
+        planner, scheduler = engine.parts.planner, engine.parts.scheduler
         assert planner is not None
         while engine.has_work():
             engine.step()
@@ -113,10 +113,10 @@ def test_a_task_that_needs_no_expert_in_particular_loads_none(engine: Engine) ->
 def test_nothing_is_planned_where_all_are_resident(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     planned = []
     with Engine.load(tiny_checkpoint, expert_memory="100%") as engine:
-        monkeypatch.setattr(engine._foresight._planner, "plan_for", planned.append)
+        monkeypatch.setattr(engine.parts.planner, "plan_for", planned.append)
         engine.generate([3, 1, 4, 1, 5], PARAMS)
     with Engine.load(tiny_checkpoint, expert_memory="3 slots") as engine:
-        monkeypatch.setattr(engine._foresight._planner, "plan_for", planned.append)
+        monkeypatch.setattr(engine.parts.planner, "plan_for", planned.append)
         assert planned == []
         engine.generate([3, 1, 4, 1, 5], PARAMS)
     assert planned
@@ -202,7 +202,7 @@ def test_activations_are_those_of_the_requests_at_hand(tiny_checkpoint: Path, pr
         for _ in range(3):
             serve(engine, "odd")
         residents = serve(engine, "odd")
-        state = engine._residency._policy._state
+        state = engine.parts.residency._policy._state
     # The last request's alone: 8 tokens that its plan counts for, at most 5 of the prompt and 6 of the answer.
     tokens = state.counts.sum(-1) / TOP_K
     assert ((tokens > 8 - 1e-3) & (tokens < 8 + 5 + 6 + 1e-3)).all()

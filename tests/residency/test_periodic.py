@@ -101,7 +101,7 @@ def test_under_the_papers_policy_a_forecast_serves_prompts_of_other_tasks(engine
         answered(engine)
         engine.add_request("other", [1, 2, 3], PARAMS, task="even")
         engine.step()
-        planner: Any = engine._foresight._planner
+        planner: Any = engine.parts.planner
         assert (planner._shares(planner._requests["other"]) is planner._newest) is serves
 
 
@@ -109,7 +109,7 @@ def test_prompts_are_asked_about_before_they_start(
     engine_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = engine_of(predict_every=1)
-    planner: Any = engine._foresight._planner
+    planner: Any = engine.parts.planner
     requests = planner._requests
     starts: list[bool] = []
     dispatch = Runner.dispatch
@@ -157,7 +157,7 @@ def test_p_counts_prompts_as_they_are_admitted(engine_of: Callable[..., Engine],
     engine.step()
     engine.add_request("long", [1, 2, 3] * 8, SamplingParams(max_tokens=30, ignore_eos=True), task="long")
     engine.add_request("short", [1, 2, 3], PARAMS, task="short")  # the policy starts it first
-    line = [sequence.request_id for sequence in engine._scheduler.line(time.monotonic(), 2)]
+    line = [sequence.request_id for sequence in engine.parts.scheduler.line(time.monotonic(), 2)]
     assert line == ["short", "long"]
     drain(engine)
     answered(engine)
@@ -182,7 +182,7 @@ def test_an_idle_engine_waits_for_the_prediction_of_a_prompt_and_a_busy_one_does
     waited = engine._foresight.waited_seconds
     engine.step()
     assert sum(told) == pytest.approx(engine._foresight.waited_seconds - waited)  # it is no computing time
-    planner: Any = engine._foresight._planner
+    planner: Any = engine.parts.planner
     assert (planner._requests["asked"].predicted is not None) is idle
     assert (engine._foresight.waited_seconds - waited > 0.25) is idle
     drain(engine)
@@ -204,7 +204,7 @@ def test_the_engine_follows_learned_dynamics_of_every_request_at_hand(
     engine = engine_of(predictor=folder, policy="emoe", predict_every=1)
     long = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
     engine.generate([[3, 1, 4, number] for number in range(requests)], long)
-    policy: Any = engine._residency._policy
+    policy: Any = engine.parts.residency._policy
     scores, state = policy.scores(), policy._state
     turned = float(state.latent.sum())
     assert abs(turned) > 1e-3
