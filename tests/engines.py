@@ -79,6 +79,8 @@ def settle(engine: Engine) -> None:
 
 def answered(engine: Engine) -> dict[str, Any]:
     """The planner's state once the predictor has answered every question."""
-    assert engine.parts.planner is not None
-    engine.parts.planner.join()
+    planner = engine.parts.planner
+    assert planner is not None
+    assert planner.invocations is not None
+    planner.invocations.forecaster.join()
     return engine.state()["planner"]

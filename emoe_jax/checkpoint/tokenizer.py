@@ -45,12 +45,12 @@ class Tokenizer:
         """`prepend_bos_id` replaces the special tokens that the tokenizer would add by this one, in front.
         `eos_token_ids` are the model's.
         """
-        self._tokenizer = tokenizer
+        self.backend = tokenizer
         self._prepend_bos_id = prepend_bos_id
         vocabulary = tokenizer.get_vocab()
         self._size = max(vocabulary.values()) + 1
         self._byte_ids = frozenset(i for token, i in vocabulary.items() if _BYTE_TOKEN.fullmatch(token))
-        self._special_ids = frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+        self.special_ids = frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
         self._is_byte_level = tokenizer.is_fast and _is_byte_level(tokenizer.backend_tokenizer)
         self._eos_ids = frozenset(eos_token_ids)
         self._template: ChatTemplate | None = None
@@ -92,28 +92,26 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         """Whether `chat` works: of several templates, one has to be the default."""
-        template = self._tokenizer.chat_template
+        template = self.backend.chat_template
         return isinstance(template, str) or (template is not None and "default" in template)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The tokenizer's own end-of-text id, if it has one; the model's are in `ModelConfig`."""
-        eos = self._tokenizer.eos_token_id
+        eos = self.backend.eos_token_id
         return () if eos is None else (eos,)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids; special tokens are those that the checkpoint's tokenizer adds to a prompt."""
         if self._prepend_bos_id is not None:
-            ids = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+            ids = self.backend.encode(text, add_special_tokens=False, verbose=False)
             return [self._prepend_bos_id, *ids] if add_special_tokens else ids
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)
+        return self.backend.encode(text, add_special_tokens=add_special_tokens, verbose=False)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of the ids; those beyond the tokenizer's vocabulary (padding of the embedding table) have none."""
         known = [i for i in ids if i < self._size]
-        return self._tokenizer.decode(
-            known, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-        )
+        return self.backend.decode(known, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
 
     def token_text(self, token_id: int) -> str:
         """The text that one token adds in the middle of a sequence (with its leading blank, special tokens by name)."""
@@ -129,7 +127,7 @@ class Tokenizer:
         text = self.decode([token_id]) if opening else self.token_text(token_id)
         if _INCOMPLETE not in text:
             return text.encode()
-        own = self._own_bytes(self._tokenizer.convert_ids_to_tokens(token_id))
+        own = self._own_bytes(self.backend.convert_ids_to_tokens(token_id))
         if own is None:
             return text.encode()  # a piece that spells U+FFFD
         # A decoder that drops the first blank of a text has dropped it here, too.
@@ -175,7 +173,7 @@ class Tokenizer:
     ) -> TemplateText:
         try:
             template, _ = self._chat_template()
-            special = self._tokenizer.special_tokens_map
+            special = self.backend.special_tokens_map
             return template.render(messages, special, add_generation_prompt, continue_final_message, kwargs)
         except RequestError:
             raise
@@ -187,7 +185,7 @@ class Tokenizer:
 
     def _chat_template(self) -> tuple[ChatTemplate, ControlTokens]:
         """Compiled when it is first asked for."""
-        source = self._tokenizer.chat_template
+        source = self.backend.chat_template
         if source is None:
             raise RequestError("this model has no chat template", param="messages")
         if self._template is None or self._control is None:
@@ -201,7 +199,7 @@ class Tokenizer:
                     )
                 source = source["default"]
             template = ChatTemplate(source)
-            self._control = ControlTokens(self._tokenizer, self._control_tokens(template))
+            self._control = ControlTokens(self.backend, self._control_tokens(template))
             self._template = template
         return self._template, self._control
 
@@ -213,9 +211,9 @@ class Tokenizer:
         and `</think>`, or for which the template itself looks in messages. Answers that come back as history contain
         them. transformers, and servers that use it, read them as tokens too.
         """
-        tokenizer, vocabulary = self._tokenizer, self._tokenizer.get_vocab()
+        tokenizer, vocabulary = self.backend, self.backend.get_vocab()
         tokens = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
-        named = {*self._special_ids, *tokenizer.all_special_ids, *(i for i in self._eos_ids if i in tokens)}
+        named = {*self.special_ids, *tokenizer.all_special_ids, *(i for i in self._eos_ids if i in tokens)}
         listed = set(getattr(tokenizer, "chat_control_tokens", None) or ())
 
         def is_markup(token: str) -> bool:
@@ -232,7 +230,7 @@ class Tokenizer:
 
         Raises `AttributeError` for a tokenizer that has no such form.
         """
-        spec = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        spec = json.loads(self.backend.backend_tokenizer.to_str())
         return json.dumps(_without_prefix({**spec, "padding": None, "truncation": None}))
 
     def stream(self, prompt: Sequence[int] = ()) -> "TokenStream":
@@ -240,13 +238,13 @@ class Tokenizer:
         return TokenStream(self, prompt)
 
     def _use_chat_template(self, template: str | Path) -> None:
-        own = self._tokenizer.chat_template
+        own = self.backend.chat_template
         named = own if isinstance(own, dict) else {}
         if str(template) in named:
-            self._tokenizer.chat_template = named[str(template)]
+            self.backend.chat_template = named[str(template)]
             return
         try:
-            self._tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+            self.backend.chat_template = Path(template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not a UTF-8 text file"
             names = f", nor one of this model's templates: {', '.join(sorted(named))}" if named else ""
@@ -278,7 +276,7 @@ class Tokenizer:
 
     def is_silent(self, token_id: int) -> bool:
         """Whether the token has no text of its own: special tokens and ids beyond the vocabulary."""
-        return token_id in self._special_ids or token_id >= self._size
+        return token_id in self.special_ids or token_id >= self._size
 
     def is_byte(self, token_id: int) -> bool:
         """Whether the token is a single byte, whose meaning depends on the bytes that follow."""
@@ -295,7 +293,7 @@ class TokenStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
-        self._tokenizer = tokenizer
+        self.backend = tokenizer
         # Tokens of the last piece, then tokens that have given none yet. The end of the prompt is such a last piece.
         self._window = _text_end(tokenizer, prompt)
         self._emitted = len(self._window)  # of the window, how many tokens have given a piece
@@ -303,25 +301,25 @@ class TokenStream:
 
     def add(self, token_id: int) -> str:
         """Text that has become certain with this token."""
-        if self._tokenizer.is_silent(token_id):
+        if self.backend.is_silent(token_id):
             return ""
         self._window.append(token_id)
-        if self._tokenizer.is_byte(token_id):
+        if self.backend.is_byte(token_id):
             return ""
-        text = self._tokenizer.decode(self._window)
+        text = self.backend.decode(self._window)
         if text.endswith(_INCOMPLETE) or len(text) <= len(self._emitted_text):
             return ""
         return self._emit(text)
 
     def flush(self) -> str:
         """What is left at the end of the sequence; incomplete characters become U+FFFD, as in `decode`."""
-        return self._emit(self._tokenizer.decode(self._window))
+        return self._emit(self.backend.decode(self._window))
 
     def _emit(self, text: str) -> str:
         piece = text[len(self._emitted_text) :]
         self._window = self._window[self._emitted :]
         self._emitted = len(self._window)
-        self._emitted_text = self._tokenizer.decode(self._window)
+        self._emitted_text = self.backend.decode(self._window)
         return piece
 
 

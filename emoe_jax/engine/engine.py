@@ -60,17 +60,17 @@ class Engine:
         self._scheduler = scheduler
         self._scheduling_policies = {scheduler.policy.name: scheduler.policy}
         self._residency = residency
-        self._foresight = Foresight(residency, parts.planner, parts.regret, self.config.top_k)
-        self._trade = MemoryTrade(self.memory, residency, scheduler, runner, self._foresight.slots_changed)
+        self.foresight = Foresight(residency, parts.planner, parts.regret, self.config.top_k)
+        self._trade = MemoryTrade(self.memory, residency, scheduler, runner, self.foresight.slots_changed)
         self._answers: dict[str, Answer] = {}
         self._deliveries = Deliveries()
         self._closed = False
         self._next_id = 0
-        self._loop = StepLoop(
+        self.loop = StepLoop(
             runner,
             scheduler,
             residency,
-            self._foresight,
+            self.foresight,
             self._trade,
             self._answers,
             self._deliveries,
@@ -168,7 +168,7 @@ class Engine:
         """
         self._trade.warm_up(None if progress is None else functools.partial(progress, "compile"))
         self.memory = self.memory.measured(self._runner.executables.workspace_bytes)
-        self._foresight.warm_up()
+        self.foresight.warm_up()
         self.grammars.warm_up()
 
     def generate(
@@ -280,7 +280,7 @@ class Engine:
         except RequestError:
             self._scheduler.abort(request_id)  # those of its sequences that came before the one refused
             raise
-        announce(sequences, self._runner, self._foresight)
+        announce(sequences, self._runner, self.foresight)
         token_ids = sequences[0].prompt_token_ids
         completions = [Completion(index, logprobs=None if params.logprobs is None else []) for index in range(params.n)]
         output = RequestOutput(request_id, token_ids, completions, sequences[0].task, sequences[0].routing)
@@ -316,7 +316,7 @@ class Engine:
         """One step. Raises only what no request's owner will be told of."""
         self._check_open()
         try:
-            self._deliveries.put(self._loop.run())
+            self._deliveries.put(self.loop.run())
         except Exception as error:
             if not self._deliveries.is_assigned(error):
                 raise
@@ -324,7 +324,7 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """End a request and free its pages. Unknown and finished ids are fine."""
         for sequence in self._scheduler.abort(request_id):
-            self._loop.end(sequence, "abort")
+            self.loop.end(sequence, "abort")
 
     def output(self, request_id: str) -> RequestOutput:
         """The request so far. Raises `KeyError` for an unknown id."""
@@ -339,16 +339,16 @@ class Engine:
 
     def state(self) -> dict[str, Any]:
         """What the engine is doing, as JSON-able values. Commits what is staged if no step is in flight."""
-        if not self._loop.in_flight:
+        if not self.loop.in_flight:
             self._residency.commit()
         return {
             "model": self.model_name,
             "family": self.config.family,
             "routing": self.routing,
-            "steps": self._loop.steps,
-            "step_seconds": round(self._loop.step_seconds, 6),
-            "not_finite": self._loop.not_finite,
-            **self._foresight.state(),
+            "steps": self.loop.steps,
+            "step_seconds": round(self.loop.step_seconds, 6),
+            "not_finite": self.loop.not_finite,
+            **self.foresight.state(),
             "scheduler": self._scheduler.state(),
             "memory": self.memory_report(),
             "memory_trade": self._trade.state(),
@@ -373,7 +373,7 @@ class Engine:
         """
         self._closed = True
         self.grammars.close()
-        self._foresight.close()
+        self.foresight.close()
         self.stop_recording()
 
     def __enter__(self) -> "Engine":

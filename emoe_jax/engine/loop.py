@@ -42,7 +42,7 @@ class StepLoop:
         self._runner, self._scheduler, self._residency = runner, scheduler, residency
         self._foresight, self._trade = foresight, trade
         self._answers, self._deliveries = answers, deliveries
-        self._overlap, self._load_wait = overlap, load_wait
+        self.overlap, self._load_wait = overlap, load_wait
         self.in_flight: deque[Dispatched] = deque()  # oldest first, at most two
         self.steps = 0
         self.step_seconds = 0.0
@@ -63,7 +63,7 @@ class StepLoop:
             if due is not None:
                 self._trade.trade(due)
             self._dispatch()
-        if self._overlap and due is None and self.in_flight and not self.in_flight[-1].plan.needs_tokens:
+        if self.overlap and due is None and self.in_flight and not self.in_flight[-1].plan.needs_tokens:
             self._dispatch()
         return self._collect() if self.in_flight else []
 

@@ -43,12 +43,12 @@ class ResidencyPolicy:
         self.num_experts = num_experts
         self._shape = (num_layers, num_experts)
         self._rates = np.zeros(self._shape, np.float32) if rates is None else self._checked(rates)
-        self._rule = rule
-        self._state = rule.start(self._rates)
+        self.rule = rule
+        self.state = rule.start(self._rates)
         self._scores: Float[np.ndarray, "M E"] | None = None
         self._wishes: Float[np.ndarray, "M E"] = np.zeros(self._shape, np.float32)
         self._steps = 0  # whose wishes these are; the rule has not taken them in yet
-        self._sensitivity = np.ones(num_layers, np.float32)
+        self.sensitivity = np.ones(num_layers, np.float32)
         self.layers_spared = 0
         """How often `swaps` left a layer alone in which an exchange was due, because no request is sensitive to it."""
 
@@ -63,10 +63,10 @@ class ResidencyPolicy:
         """
         rates, joined = self._checked(expected.rates), self._checked(expected.joined)
         self._take_in()
-        self._state = self._rule.plan(self._state, ExpectedWishes(rates, joined, float(expected.continuing)))
+        self.state = self.rule.plan(self.state, ExpectedWishes(rates, joined, float(expected.continuing)))
         self._scores = None
         if expected.sensitivity is not None:
-            self._sensitivity = np.asarray(expected.sensitivity, np.float32)
+            self.sensitivity = np.asarray(expected.sensitivity, np.float32)
 
     def observe(self, counts: Int[np.ndarray, "M E"], chunks: Sequence[ChunkWishes] = ()) -> None:
         """Wishes of one step, resident or not: how many tokens wanted each expert, but for those of `chunks`, each of
@@ -77,12 +77,12 @@ class ResidencyPolicy:
         if chunks:
             self._take_in()
             for chunk in chunks:
-                self._state = self._rule.read(self._state, *chunk)
+                self.state = self.rule.read(self.state, *chunk)
 
     def scores(self) -> Float[np.ndarray, "M E"]:
         """The present worth of every expert, comparable within a layer."""
         self._take_in()
-        scores = self._rule.scores(self._state) if self._scores is None else self._scores
+        scores = self.rule.scores(self.state) if self._scores is None else self._scores
         self._scores = scores
         return scores
 
@@ -98,10 +98,10 @@ class ResidencyPolicy:
         if busy is not None:
             loadable, evictable = loadable & ~busy, evictable & ~busy
         gained, lost = np.where(loadable, scores, -np.inf), np.where(evictable, scores, np.inf)
-        margin = self._rule.margin + self._rule.share_margin * resident.mean(1)
+        margin = self.rule.margin + self.rule.share_margin * resident.mean(1)
         is_due = gained.max(1) - lost.min(1) > margin
-        self.layers_spared += int(is_due[self._sensitivity == 0].sum())
-        is_due &= self._sensitivity > 0
+        self.layers_spared += int(is_due[self.sensitivity == 0].sum())
+        is_due &= self.sensitivity > 0
         layers = np.flatnonzero(is_due)[:, None]
         if not len(layers):
             return []
@@ -109,13 +109,13 @@ class ResidencyPolicy:
         evict = np.argsort(lost[layers[:, 0]], axis=1, kind="stable")[:, :limit_per_layer]
         gain = gained[layers, load] - lost[layers, evict]
         row, nth = np.nonzero(gain > margin[layers])  # the best for the worst, the second best for the second worst
-        layer, gain = layers[row, 0], gain[row, nth] * self._sensitivity[layers[row, 0]]
+        layer, gain = layers[row, 0], gain[row, nth] * self.sensitivity[layers[row, 0]]
         swaps = map(Swap, layer.tolist(), load[row, nth].tolist(), evict[row, nth].tolist(), gain.tolist())
         return sorted(swaps, key=operator.attrgetter("gain"), reverse=True)
 
     def _take_in(self) -> None:
         if self._steps:
-            self._state = self._rule.observe(self._state, self._wishes, self._steps)
+            self.state = self.rule.observe(self.state, self._wishes, self._steps)
             self._scores = None
             self._wishes, self._steps = np.zeros(self._shape, np.float32), 0
 

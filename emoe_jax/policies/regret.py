@@ -130,11 +130,13 @@ class Regret:
         self._margins[:-1, :, 0] = np.array([[rule.margin] for rule in rules])
         self._share_margins[:-1, :, 0] = np.array([[rule.share_margin] for rule in rules])
         steps = steps or max(LEAST_STEPS, min(MOST_STEPS, MOST_BYTES // (2 * M * num_experts)))
-        self._recorded, self._judged = Window(steps, M, num_experts), Window(steps, M, num_experts)
-        self._next_use = np.zeros(self._judged.counts.shape, np.uint16)
+        self.recorded, self.judged = Window(steps, M, num_experts), Window(steps, M, num_experts)
+        """The steps that are being noted, and those that policies are being judged by."""
+        self._next_use = np.zeros(self.judged.counts.shape, np.uint16)
         self._at: int | None = None  # the step of the judged window that is judged next; None: there is none to judge
         self._unseen = 0  # steps of it whose next uses are not known yet, the first ones
-        self._resident: Bool[np.ndarray, "policies M E"] = np.zeros((len(rules) + 1, M, num_experts), bool)
+        self.resident: Bool[np.ndarray, "policies M E"] = np.zeros((len(rules) + 1, M, num_experts), bool)
+        """What each rival has resident, Belady's rule last."""
         self._tasks: tuple[str | None, ...] | None = None
         self._pace = Pace(REGRET_SHARE)
         self._of_window = [Tally() for _ in range(len(rules) + 1)]
@@ -143,7 +145,7 @@ class Regret:
         self._steps = self._left_out = self._loads_before = 0
         self._seconds = 0.0
         self._capacities = ()
-        self.use_capacities(capacities, np.broadcast_to(rates, self._resident.shape))
+        self.use_capacities(capacities, np.broadcast_to(rates, self.resident.shape))
 
     def use_capacities(
         self, capacities: Sequence[int], scores: Float[np.ndarray, "policies M E"] | None = None
@@ -153,11 +155,11 @@ class Regret:
             return
         self._capacities = tuple(capacities)
         if scores is None:
-            scores = np.stack([*(rule.scores(state) for rule, state in self._scored()), self._resident[-1]])
-        self._resident = best_experts(scores, capacities)
-        shares = np.array(capacities)[:, None] / self._resident.shape[-1]
+            scores = np.concatenate([self.scores(), self.resident[-1:]])
+        self.resident = best_experts(scores, capacities)
+        shares = np.array(capacities)[:, None] / self.resident.shape[-1]
         self._margin = (self._margins + self._share_margins * shares)[..., 0]
-        for window in (self._recorded, self._judged):
+        for window in (self.recorded, self.judged):
             window.clear()
         self._of_window = [Tally() for _ in self._of_window]
         self._at = None
@@ -174,17 +176,21 @@ class Regret:
         """
         began = time.perf_counter()
         new, self._loads_before = loads - self._loads_before, loads
-        if self._recorded.is_full:
+        if self.recorded.is_full:
             self._left_out += 1
         elif counts.any():
-            self._recorded.add(counts, resident_counts, tuple(tasks), new)
-        if self._recorded.is_full and self._at is None:
-            self._recorded, self._judged = self._judged, self._recorded
-            self._at, self._unseen = 0, len(self._judged)
+            self.recorded.add(counts, resident_counts, tuple(tasks), new)
+        if self.recorded.is_full and self._at is None:
+            self.recorded, self.judged = self.judged, self.recorded
+            self._at, self._unseen = 0, len(self.judged)
         while self._at is not None and self._pace.due:
             with self._pace.timed():
                 self._judge_some()
         self._seconds += time.perf_counter() - began
+
+    def scores(self) -> Float[np.ndarray, "policies M E"]:
+        """The present worth of every expert to each rival but Belady's rule, in the order of `state`."""
+        return np.stack([rule.scores(state) for rule, state in self._scored()])
 
     def state(self) -> dict[str, Any]:
         """Judged windows as JSON-able values; shares are None before the first."""
@@ -192,7 +198,7 @@ class Regret:
         return {
             "steps": self._steps,
             "steps_left_out": self._left_out,
-            "window_steps": len(self._judged.counts),
+            "window_steps": len(self.judged.counts),
             "seconds": round(self._seconds, 6),
             "wishes": wishes,
             "lookups": lookups,
@@ -215,29 +221,27 @@ class Regret:
         """A piece of the work: from the window's end, look when experts are wished for; then judge step by step."""
         if self._unseen:
             first, last = max(0, self._unseen - STEPS_AT_ONCE), self._unseen
-            after = self._next_use[last] if last < len(self._judged) else None
-            self._next_use[first:last] = next_use(self._judged.counts[first:last] > 0, after)
+            after = self._next_use[last] if last < len(self.judged) else None
+            self._next_use[first:last] = next_use(self.judged.counts[first:last] > 0, after)
             self._unseen = first
         else:
             self._judge_step()
 
     def _judge_step(self) -> None:
         """Have every policy exchange experts before the next step of the window, and see what the step finds."""
-        window, step = self._judged, self._at
+        window, step = self.judged, self._at
         assert step is not None
         tasks = window.tasks[step]
         is_new = self._frequency is not None and Counter(tasks) != Counter(self._tasks or ())
         if is_new:
             self._plan(tasks)
         counts = window.counts[step]
-        scores = np.stack(
-            [*(rule.scores(state) for rule, state in self._scored()), -self._next_use[step].astype(np.float32)]
-        )
-        loadable = np.ones_like(self._resident)
+        scores = np.concatenate([self.scores(), -self._next_use[step : step + 1].astype(np.float32)])
+        loadable = np.ones_like(self.resident)
         if step and not is_new:
             loadable[-1] = window.counts[step - 1] > 0
-        moved = exchange(self._resident, scores, loadable, self._margin)
-        found = np.where(self._resident, counts, 0)
+        moved = exchange(self.resident, scores, loadable, self._margin)
+        found = np.where(self.resident, counts, 0)
         wishes, lookups = found.sum((1, 2), dtype=np.int64), np.count_nonzero(found, axis=(1, 2))
         for tally, *numbers in zip(self._of_window, wishes.tolist(), lookups.tolist(), moved.tolist(), strict=True):
             tally.add(Tally(*numbers))
@@ -249,7 +253,7 @@ class Regret:
 
     def _plan(self, tasks: tuple[str | None, ...]) -> None:
         assert self._frequency is not None
-        rates = np.zeros(self._resident.shape[1:], np.float32)
+        rates = np.zeros(self.resident.shape[1:], np.float32)
         for task, count in Counter(tasks).items():
             rates += np.float32(self._top_k * count) * self._frequency(task).astype(np.float32)
         expected = ExpectedWishes(rates, rates, 0.0)
@@ -257,7 +261,7 @@ class Regret:
         self._tasks = tasks
 
     def _close_window(self) -> None:
-        window = self._judged
+        window = self.judged
         for tally, part in zip(self._totals.values(), (window.covered, *self._of_window), strict=True):
             tally.add(part)
         self._wanted.add(window.wanted)

@@ -117,7 +117,7 @@ class Grammars:
         if not self._eos_token_ids:
             raise wanted.error("needs a token that ends a text, which this model lacks")
         try:
-            vocabulary = self._vocabulary
+            vocabulary = self.vocabulary
         except Exception as error:  # the library raises many kinds for a tokenizer that it cannot read
             raise wanted.error(f"cannot be had with this model's tokenizer: {_reason(str(error))}") from None
         try:
@@ -136,7 +136,7 @@ class Grammars:
         return Grammar(matcher, -(-self._vocab_size // 32), self._threads)
 
     @functools.cached_property
-    def _vocabulary(self) -> "LLTokenizer":
+    def vocabulary(self) -> "LLTokenizer":
         from llguidance import LLTokenizer
 
         assert self._tokenizer is not None

@@ -66,7 +66,7 @@ class Forecaster:
         self.seconds = 0.0
         """Seconds that the thread has spent so far, predicting and learning."""
         self._predictor = predictor
-        self._refit_every = refit_every
+        self.refit_every = refit_every
         self._clock = clock
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="expert-predictor")
         self._job: Future[None] | None = None
@@ -173,7 +173,7 @@ class Forecaster:
 
     def _learn(self) -> None:
         """Refit the prior, rarely. Questions that were not in this batch wait for it."""
-        if self._predictor.num_unlearned < self._refit_every or self._clock() < self._learn_after:
+        if self._predictor.num_unlearned < self.refit_every or self._clock() < self._learn_after:
             return
         began = self._clock()
         self._predictor.refit()

@@ -69,22 +69,25 @@ class ResidencyPlanner:
         self._profile, self._top_k, self._capacities = profile, profile.top_k, tuple(capacities)
         self._learns, self._one_forecast = learns, one_forecast
         self._frequencies = TaskFrequencies(profile)
-        self._invocations = None if predictor is None else Invocations(predictor, predict_every, clock)
+        self.invocations = None if predictor is None else Invocations(predictor, predict_every, clock)
+        """Which prompts the predictor is asked about; None without a predictor."""
         self.reads_tokens = isinstance(predictor, Predictor) and predictor.reads_tokens
         """Whether the predictor wants prompts' tokens."""
         self._gate, self._drift = Gate(), Drift()
-        self._requests: dict[str, PlannedRequest] = {}
+        self.requests: dict[str, PlannedRequest] = {}
+        """The requests that have begun and not ended, by id."""
         self._by_task: dict[str, Float[np.ndarray, "M E"]] = {}  # newest predictions
         self._newest: Float[np.ndarray, "M E"] | None = None  # of any task
         self._rivals: list[JudgedPrompt] = []  # of prompts that ended and were not judged yet
-        self._planned: tuple[str, ...] = ()
+        self.planned: tuple[str, ...] = ()
+        """Ids of the requests of the last plan."""
         self._planned_tasks: Counter[str] = Counter()
         self._stale = False  # whether what was planned with has changed
 
     @property
     def predicts(self) -> bool:
         """Whether it has a predictor, which wants prompts' embeddings."""
-        return self._invocations is not None
+        return self.invocations is not None
 
     def use_capacities(self, capacities: Sequence[int]) -> None:
         """Layers have so many slots from now on."""
@@ -105,51 +108,46 @@ class ResidencyPlanner:
         expected = min(self._profile.output_tokens(task, UNKNOWN_OUTPUT_TOKENS), max_tokens)
         sensitivity = self._profile.sensitivity(task)
         demand = Demand(prompt_tokens, expected, sensitivity, self._frequencies.of(task))
-        self._requests[request_id] = PlannedRequest(task, embedding, demand, tokens)
+        self.requests[request_id] = PlannedRequest(task, embedding, demand, tokens)
 
     def admit(self, line: Iterable[str]) -> None:
         """These requests start now or next, in this order; those counted before are left out. Unknown ids are fine."""
-        if self._invocations is None:
+        if self.invocations is None:
             return
         self._take_forecasts()
-        if self._invocations.admit(self._known(line)):
+        if self.invocations.admit(self._known(line)):
             self._drift.restart()
 
     def await_forecasts(self, request_ids: Iterable[str], seconds: float) -> None:
         """Wait until these requests are predicted, as far as they were asked about and predictions count."""
-        if self._invocations is not None and self._counts:
-            self._invocations.wait(self._known(request_ids), seconds)
-
-    def join(self) -> None:
-        """Wait until the predictor has answered every question."""
-        if self._invocations is not None:
-            self._invocations.forecaster.join()
+        if self.invocations is not None and self._counts:
+            self.invocations.wait(self._known(request_ids), seconds)
 
     def end(self, request_id: str, counts: Int[np.ndarray, "M E"] | None) -> None:
         """A request ended, its tokens having wished for experts so often. Unknown ids are fine."""
-        request = self._requests.pop(request_id, None)
+        request = self.requests.pop(request_id, None)
         if request is None:
             return
         if counts is None or not counts.any():
-            if self._invocations is not None:
-                self._invocations.never_started(request)
+            if self.invocations is not None:
+                self.invocations.never_started(request)
             return
         request.counts = counts
-        if self._invocations is not None:
-            self._invocations.cadence.ended()
+        if self.invocations is not None:
+            self.invocations.cadence.ended()
         if not request.unanswered:  # else it is learned from once it is predicted: that must not know the end
             self._learn(request)
 
     def computed(self, seconds: float) -> None:
         """The device computed for so long."""
-        if self._invocations is not None:
-            self._invocations.cadence.computed(seconds)
+        if self.invocations is not None:
+            self.invocations.cadence.computed(seconds)
 
     def observe(self, wishes: int, covered: int, steps: int = 1) -> None:
         """Wishes of the last `steps` steps, and how many of them were resident."""
         self._drift.observe(wishes, covered, steps)
-        if self._drift.drifted and self._invocations is not None and self._gate.is_open and not self._one_forecast:
-            self._invocations.ask_early(self._known(self._planned))
+        if self._drift.drifted and self.invocations is not None and self._gate.is_open and not self._one_forecast:
+            self.invocations.ask_early(self._known(self.planned))
             self._drift.restart()
 
     def is_urgent(self, request_ids: Iterable[str]) -> bool:
@@ -167,10 +165,10 @@ class ResidencyPlanner:
         None while they are the requests of the last call, or where none of them is known.
         """
         self._take_forecasts()
-        wanted = tuple(request_id for request_id in at_hand if request_id in self._requests)
-        if not wanted or (wanted == self._planned and not self._stale):
+        wanted = tuple(request_id for request_id in at_hand if request_id in self.requests)
+        if not wanted or (wanted == self.planned and not self._stale):
             return None
-        before = set(self._planned)
+        before = set(self.planned)
         requests = self._known(wanted)
         demands = [dataclasses.replace(request.demand, shares=self._shares(request)) for request in requests]
         left = [demand.tokens_left(at_hand[id]) for id, demand in zip(wanted, demands, strict=True)]
@@ -181,7 +179,7 @@ class ResidencyPlanner:
         if is_new.any():
             joined = expected_rates(list(itertools.compress(demands, is_new)), tokens[is_new], self._top_k)
         continuing = len(before.intersection(wanted)) / len(before) if before else 0.0
-        self._planned, self._planned_tasks, self._stale = wanted, self._tasks(wanted), False
+        self.planned, self._planned_tasks, self._stale = wanted, self._tasks(wanted), False
         self._drift.promise(self._promised(rates))
         return ExpectedWishes(rates, joined, continuing, mean_sensitivity(demands, tokens))
 
@@ -191,23 +189,23 @@ class ResidencyPlanner:
         return {
             "predictor": self.predicts,
             "open": self.predicts and self._gate.is_open,
-            "error": self._invocations.error if self._invocations is not None else None,
+            "error": self.invocations.error if self.invocations is not None else None,
             "coverage_predicted": _number(self._gate.predicted),
             "coverage_frequency": _number(self._gate.frequency),
             "coverage_promised": _number(self._drift.promised),
             "coverage_recent": _number(self._drift.coverage),
-            **(self._invocations.state() if self._invocations is not None else {}),
+            **(self.invocations.state() if self.invocations is not None else {}),
         }
 
     def warm_up(self) -> None:
         """Compile the predictor, so that no prediction waits for the compiler."""
-        if self._invocations is not None:
-            self._invocations.forecaster.warm_up()
+        if self.invocations is not None:
+            self.invocations.forecaster.warm_up()
 
     def close(self) -> None:
         """Join the predictor's thread."""
-        if self._invocations is not None:
-            self._invocations.forecaster.close()
+        if self.invocations is not None:
+            self.invocations.forecaster.close()
 
     @property
     def _counts(self) -> bool:
@@ -215,45 +213,45 @@ class ResidencyPlanner:
         return self._one_forecast or self._gate.is_open
 
     def _known(self, request_ids: Iterable[str]) -> list[PlannedRequest]:
-        return [self._requests[request_id] for request_id in request_ids if request_id in self._requests]
+        return [self.requests[request_id] for request_id in request_ids if request_id in self.requests]
 
     def _tasks(self, request_ids: Iterable[str]) -> Counter[str]:
         return Counter(request.task for request in self._known(request_ids))
 
     def _shares(self, request: PlannedRequest) -> Float[np.ndarray, "M E"]:
         """What a request is planned with."""
-        predicted = self._forecast_of(request) if self._counts else None
+        predicted = self.forecast_of(request) if self._counts else None
         return self._frequencies.of(request.task) if predicted is None else predicted
 
-    def _forecast_of(self, request: PlannedRequest) -> Float[np.ndarray, "M E"] | None:
+    def forecast_of(self, request: PlannedRequest) -> Float[np.ndarray, "M E"] | None:
         """The prediction that serves a request: its own, or one made for a prompt before it."""
         if self._one_forecast:
             return self._newest
         return self._by_task.get(request.task) if request.predicted is None else request.predicted
 
     def _take_forecasts(self) -> None:
-        if self._invocations is None:
+        if self.invocations is None:
             return
         tasks: set[str] = set()
-        for request, shares in self._invocations.take():
+        for request, shares in self.invocations.take():
             self._newest = self._by_task[request.task] = shares
             tasks.add(request.task)
             if request.counts is not None:
                 self._learn(request)
-        for request in self._invocations.given_up():
+        for request in self.invocations.given_up():
             if request.counts is not None:
                 self._learn(request)
         if tasks and self._counts:
-            self._stale |= self._one_forecast or any(one.task in tasks for one in self._known(self._planned))
+            self._stale |= self._one_forecast or any(one.task in tasks for one in self._known(self.planned))
 
     def _learn(self, request: PlannedRequest) -> None:
         """Judge the prediction that served a request that has ended, then learn from how it was routed."""
         if not self._learns:
             return
         assert request.counts is not None
-        if self._invocations is not None:
-            self._invocations.tell(request)
-            predicted = self._forecast_of(request)
+        if self.invocations is not None:
+            self.invocations.tell(request)
+            predicted = self.forecast_of(request)
             if predicted is not None:
                 frequency, own = self._frequencies.of(request.task), request.predicted is not None
                 self._rivals.append(JudgedPrompt(request.counts, predicted, frequency, own))
@@ -263,13 +261,13 @@ class ResidencyPlanner:
 
     def _judge(self) -> None:
         """Have the gate see what prediction and frequency would have covered of prompts that ended."""
-        assert self._invocations is not None
+        assert self.invocations is not None
         counts, *rivals = (np.stack(field) for field in list(zip(*self._rivals, strict=True))[:3])
         covered = [coverage(counts, shares, self._capacities).tolist() for shares in rivals]
         for predicted, frequency, rival in zip(*covered, self._rivals, strict=True):
             self._gate.observe(predicted, frequency)
             if rival.own:
-                self._invocations.cadence.judged(predicted - frequency)
+                self.invocations.cadence.judged(predicted - frequency)
         self._rivals = []
 
     def _promised(self, rates: Float[np.ndarray, "M E"]) -> float:

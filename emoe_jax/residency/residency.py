@@ -86,7 +86,7 @@ class Residency:
         """
         self.policy_name = policy
         shape = (len(config.moe_layers), config.num_experts)
-        self._policy = make_policy(policy, *shape, rates, knowledge, seed)
+        self.policy = make_policy(policy, *shape, rates, knowledge, seed)
         self.slab = ExpertSlab(layout, capacities)
         self.table = SlotTable(capacities, config.num_experts, sharding=self.slab.sharding)
         self._config = config
@@ -120,7 +120,7 @@ class Residency:
 
     def fill(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Load the policy's initial experts. Raises what the store raises when one cannot be read."""
-        self._loader.fill(self._policy.initial(self.table.capacities), progress)
+        self._loader.fill(self.policy.initial(self.table.capacities), progress)
 
     @property
     def is_full(self) -> bool:
@@ -184,7 +184,7 @@ class Residency:
     def plan(self, expected: ExpectedWishes) -> None:
         """Tell the policy what the running requests are expected to wish for, and ask for whatever it now prefers.
         Loads that have become pointless are given up."""
-        self._policy.plan(expected)
+        self.policy.plan(expected)
         self._follow_policy(self._config.num_experts)
 
     def settle(self, seconds: float) -> None:
@@ -213,7 +213,7 @@ class Residency:
         """
         if resident_counts is None:
             resident_counts = wish_counts * self.table.resident_mask
-        self._policy.observe(wish_counts - sum(chunk.counts for chunk in chunks), chunks)
+        self.policy.observe(wish_counts - sum(chunk.counts for chunk in chunks), chunks)
         self._count(wish_counts, resident_counts)
         if not self._following.due:
             return None
@@ -238,7 +238,7 @@ class Residency:
         """Ask for the best of the absent experts where slots are empty."""
         self._sort_out_tickets()
         absent = ~(self.table.resident_mask | self._loader.in_flight())
-        scores = np.where(absent, self._policy.scores(), -np.inf)
+        scores = np.where(absent, self.policy.scores(), -np.inf)
         for layer, order in enumerate(np.argsort(-scores, axis=1, kind="stable")):
             count = min(len(self.table.empty_slots(layer)), int(absent[layer].sum()))
             for expert in order[:count].tolist():
@@ -272,14 +272,14 @@ class Residency:
         busy = self._loader.in_flight()
         if self._last_error is not None:
             busy |= self._unreadable_until > self._clock()
-        for swap in self._policy.swaps(self.table.resident_mask, limit_per_layer, busy):
+        for swap in self.policy.swaps(self.table.resident_mask, limit_per_layer, busy):
             self._tickets.append(self._loader.request(swap.layer, swap.load, swap.gain, evict=swap.evict))
 
     def _sort_out_tickets(self) -> None:
         """Forget loads that are over, give up those that the policy no longer wants, note those that failed."""
         if not self._tickets:
             return
-        scores, active = self._policy.scores(), []
+        scores, active = self.policy.scores(), []
         for ticket in self._tickets:
             if ticket.state is LoadState.FAILED:
                 self._unreadable_until[ticket.layer, ticket.expert] = self._clock() + SECONDS_BEFORE_RETRY
@@ -317,7 +317,7 @@ class Residency:
                 "in_flight": len(loading),
                 "useful": self._useful,
                 "useless": self._useless,
-                "layers_spared": self._policy.layers_spared,
+                "layers_spared": self.policy.layers_spared,
                 "last_error": self._last_error,
             },
             "ahead": None if ahead is None else dataclasses.asdict(ahead.stats),
@@ -335,4 +335,4 @@ class Residency:
         self.close()
 
     def _eviction_order(self, layer: int) -> Int[np.ndarray, " E"]:
-        return np.argsort(self._policy.scores()[layer], kind="stable")
+        return np.argsort(self.policy.scores()[layer], kind="stable")

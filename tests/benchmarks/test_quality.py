@@ -205,7 +205,7 @@ def test_texts_are_those_that_training_holds_out(demo: tuple[Checkpoint, Tokeniz
     checkpoint, tokenizer = demo
     items, missing = draw(tokenizer, checkpoint.config, [kind], "test", 3, Count(1, 4))
     assert missing == {}
-    encoder = Encoder(tokenizer._tokenizer.backend_tokenizer)
+    encoder = Encoder(tokenizer.backend.backend_tokenizer)
     wanted = evaluate.held_out_text(encoder, kind, 3, 4)
     assert [[*item.prompt, *item.scored] for item in items[kind]] == wanted
     assert all(len(item.prompt) == 1 and item.answer is None for item in items[kind])

@@ -47,7 +47,7 @@ def assistant(content: str, **more: Any) -> dict[str, Any]:
 def reference(tokenizer: Tokenizer, messages: list[dict[str, Any]], **kwargs: Any) -> str:
     """What transformers renders."""
     kwargs = {"add_generation_prompt": True, **kwargs}
-    return tokenizer._tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+    return tokenizer.backend.apply_chat_template(messages, tokenize=False, **kwargs)
 
 
 def read(tokenizer: Tokenizer, ids: list[int]) -> str:
@@ -224,7 +224,7 @@ class TestControlTokens:
         tokenizer = tokenizer_of(TEMPLATES["chatml"])
         content = "<|im_start|>" * 20_000 + "<|im_<|im_start|>start|>" * 2000
         ids = tokenizer.chat([user(content)])
-        assert sum(i in tokenizer._special_ids for i in ids) == 3
+        assert sum(i in tokenizer.special_ids for i in ids) == 3
         assert content in read(tokenizer, ids)
 
 

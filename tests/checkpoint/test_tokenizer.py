@@ -248,7 +248,7 @@ class TestBytes:
     @pytest.mark.parametrize("kind", ["byte_level", "stripping"])
     def test_of_every_byte_of_a_byte_level_vocabulary(self, kind, tmp_path):
         tokenizer = KINDS[kind](tmp_path)
-        vocabulary = tokenizer._tokenizer.get_vocab()
+        vocabulary = tokenizer.backend.get_vocab()
         backend = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         for byte in range(128):  # those that are characters of their own tell the letters of all
             ((letter, _),) = backend.pre_tokenize_str(chr(byte))
@@ -258,7 +258,7 @@ class TestBytes:
 
     def test_of_byte_tokens_beside_words(self, tmp_path):
         tokenizer = byte_fallback(tmp_path)
-        vocabulary = tokenizer._tokenizer.get_vocab()
+        vocabulary = tokenizer.backend.get_vocab()
         assert [tokenizer.token_bytes(vocabulary[f"<0x{byte:02X}>"]) for byte in range(256)] == [
             bytes([byte]) for byte in range(256)
         ]

@@ -68,8 +68,8 @@ def test_the_default_policy_its_predictor_learning_and_a_trade(
     ):
         planner = engine.parts.planner
         assert planner is not None
-        assert planner._invocations is not None
-        planner._invocations.forecaster._refit_every = 3
+        assert planner.invocations is not None
+        planner.invocations.forecaster.refit_every = 3
         engine.warm_up()
         assert heard
         heard.clear()
@@ -90,7 +90,7 @@ def test_the_default_policy_its_predictor_learning_and_a_trade(
                 )
             while engine.has_work():
                 engine.step()
-            planner._invocations.forecaster.join()
+            planner.invocations.forecaster.join()
         state = engine.state()
         assert heard == []
     assert state["planner"]["error"] is None

@@ -66,14 +66,14 @@ def test_a_step_feeds_one_token_of_each_text(engine_of: EngineFactory, monkeypat
 
 def test_steps_overlap_although_tokens_are_forced(engine_of: EngineFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(expert_memory="100%")
-    deepest, collect = 0, engine._loop._collect
+    deepest, collect = 0, engine.loop._collect
 
     def counted() -> Any:
         nonlocal deepest
-        deepest = max(deepest, len(engine._loop.in_flight))
+        deepest = max(deepest, len(engine.loop.in_flight))
         return collect()
 
-    monkeypatch.setattr(engine._loop, "_collect", counted)
+    monkeypatch.setattr(engine.loop, "_collect", counted)
     run(engine, TEXTS, 1)
     assert deepest == 2
 

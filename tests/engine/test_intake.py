@@ -7,7 +7,7 @@ import pytest
 
 from emoe_jax import RequestError, SamplingParams
 from emoe_jax.engine.arrivals import ROWS_AT_ONCE, mean_row
-from emoe_jax.engine.intake import MAX_CLASSIFIED_TOKENS
+from emoe_jax.engine.intake import MAX_CLASSIFIED_TOKENS, Intake
 from emoe_jax.requests.adjustment import LogitAdjustment
 from tests.engines import EngineFactory
 
@@ -23,8 +23,8 @@ def test_sequences_that_wait_hold_no_arrays(
     """Of 64 sequences, only those that have run have arrays over the vocabulary and a stream of text."""
     engine = engine_of(expert_memory="100%")
     made: list[int] = []
-    text_stream = engine._intake.text_stream
-    monkeypatch.setattr(engine._intake, "text_stream", lambda item: made.append(item.index) or text_stream(item))
+    text_stream = Intake.text_stream
+    monkeypatch.setattr(Intake, "text_stream", lambda self, item: made.append(item.index) or text_stream(self, item))
     engine.add_request("many", PROMPT, SamplingParams(max_tokens=4, n=64, ignore_eos=True, **params))
     waiting = engine.parts.scheduler.waiting
     assert len(waiting) == 64

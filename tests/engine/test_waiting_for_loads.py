@@ -108,7 +108,7 @@ def test_a_prompt_that_waits_for_its_plan_computes_no_longer(
         waits.append(0.3)
 
     waits = more_waits(monkeypatch)
-    monkeypatch.setattr(engine._foresight, "settle", settle)
+    monkeypatch.setattr(engine.foresight, "settle", settle)
     engine.generate([1, 2, 3], GREEDY)
     assert sum(waited for _, waited in told) == pytest.approx(0.3)
     assert max(seconds for seconds, _ in told) < 0.3

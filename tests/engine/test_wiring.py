@@ -204,7 +204,7 @@ def test_requests_of_other_tasks_are_planned_for_at_once(
         engine.step()
         settle(engine)
     engine.step()
-    assert engine._loop.in_flight
+    assert engine.loop.in_flight
     assert all({0, 2} < set(layer) for layer in engine.state()["residency"]["experts"])
     drain(engine)
 

@@ -9,6 +9,7 @@ _LENGTHS = f"{_WIRING}::test_answers_are_expected_to_be_as_long_as_those_of_thei
 _AGED = f"{_WIRING}::test_a_sequence_that_has_waited_for_long_goes_first"
 
 _ADMISSION = "emoe_jax/residency/admission.py"
+_LOADING_OF_PARTS = "emoe_jax/engine/loading.py"
 _SLO = "emoe_jax/scheduling/slo.py"
 _ESTIMATES = "emoe_jax/scheduling/estimates.py"
 
@@ -16,9 +17,9 @@ ADMISSION = (
     Mutant(
         "dE: engine",
         "the scheduler does not know how long experts take to load",
-        _ADMISSION,
-        "        loading_seconds=loading.seconds,\n",
-        "",
+        _LOADING_OF_PARTS,
+        "scheduler, known.profile, loading_seconds)",
+        "scheduler, known.profile)",
         (f"{_LOADING}[exact]",),
     ),
     Mutant(
@@ -72,9 +73,9 @@ ADMISSION = (
     Mutant(
         "G: engine",
         "the scheduler does not know the task profile",
-        _ADMISSION,
-        "        profile=profile,\n",
-        "",
+        _LOADING_OF_PARTS,
+        "scheduler, known.profile, loading_seconds)",
+        "scheduler, None, loading_seconds)",
         (_LENGTHS,),
     ),
     Mutant(

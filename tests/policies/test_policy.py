@@ -156,7 +156,7 @@ def test_a_step_loops_over_nothing():
     assert calls(32, 64) == calls(4, 8)
 
 
-def test_a_swap_must_gain_more_where_more_experts_are_resident():
+def test_a_swap_must_gain_more_where_more_experts_are_resident(monkeypatch: pytest.MonkeyPatch):
     """Of the same scores, a layer with few slots swaps what a layer with many leaves alone."""
     rule = POLICIES["emoe"].rule(1, 8, PolicyWeights())
     first, last = rule.margin + rule.share_margin / 8, rule.margin + rule.share_margin * 7 / 8
@@ -166,7 +166,7 @@ def test_a_swap_must_gain_more_where_more_experts_are_resident():
     for capacity in (1, 7):
         policy = ResidencyPolicy(rule, 1, 8, np.array([[1.0] * 7 + [0.0]], np.float32))
         table = filled_table(policy, [capacity])
-        policy._scores = scores
+        monkeypatch.setattr(rule, "scores", lambda state: scores)
         swaps.append([swap.load for swap in policy.swaps(table.resident_mask)])
     assert swaps == [[7], []]
 
@@ -180,10 +180,10 @@ def test_swaps_are_the_best_exchange_again_and_again(seed: int, limit: int):
     busy = rng.random((3, 6)) < 0.2
     rates = rng.random((3, 6)).round(1)
     policy.plan(ExpectedWishes(rates, 0 * rates, 1.0, rng.integers(0, 2, 3) * rng.random(3)))
-    scores, sensitivity = policy.scores().copy(), policy._sensitivity
+    scores, sensitivity = policy.scores().copy(), policy.sensitivity
     expected = []
     for layer in np.flatnonzero(sensitivity).tolist():
-        margin = policy._rule.margin + policy._rule.share_margin * table.capacities[layer] / 6
+        margin = policy.rule.margin + policy.rule.share_margin * table.capacities[layer] / 6
         absent = [e for e in range(6) if not busy[layer, e] and not table.is_resident(layer, e)]
         resident = [e for e in range(6) if not busy[layer, e] and table.is_resident(layer, e)]
         while absent and resident and len([swap for swap in expected if swap[0] == layer]) < limit:

@@ -187,14 +187,13 @@ def test_the_next_use_counts_steps_and_ends_with_the_window() -> None:
 def test_memory_is_bounded_and_steps_without_time_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(regret_module, "REGRET_SHARE", 1e-12)  # due once, for a cost that is not known yet
     regret = Regret((2, 2), 8, 2, steps=10)
-    arrays = regret._recorded.counts, regret._judged.counts
+    arrays = regret.recorded.counts, regret.judged.counts
     counts = np.full((2, 8), 70_000)  # more than a cell of a window can hold
     for _ in range(500):
         regret.record(counts, counts, ["a"], 0)
-    assert {id(regret._recorded.counts), id(regret._judged.counts)} == set(map(id, arrays))
-    assert len(regret._recorded) == 10
-    assert (regret._recorded.tasks, len(regret._judged)) == ([("a",)] * 10, 10)
-    assert (regret._at, regret._unseen) == (0, 0)  # one piece of the work is done
+    assert {id(regret.recorded.counts), id(regret.judged.counts)} == set(map(id, arrays))
+    assert len(regret.recorded) == 10
+    assert (regret.recorded.tasks, len(regret.judged)) == ([("a",)] * 10, 10)
     state = regret.state()
     assert (state["steps"], state["steps_left_out"]) == (0, 480)
     assert all(of["coverage"] is None and of["hit_rate"] is None for of in state["policies"].values())
@@ -204,7 +203,7 @@ def test_a_window_of_many_experts_is_shorter() -> None:
     small, large = Regret((4,) * 8, 32, 4), Regret((64,) * 60, 512, 8)
     assert small.state()["window_steps"] == 256
     assert 16 <= large.state()["window_steps"] < 256
-    assert large._recorded.counts.nbytes <= MOST_BYTES
+    assert large.recorded.counts.nbytes <= MOST_BYTES
 
 
 def test_without_known_tasks_there_is_no_static_task() -> None:
@@ -216,7 +215,7 @@ def test_without_known_tasks_there_is_no_static_task() -> None:
 def test_a_step_without_wishes_is_no_step() -> None:
     regret = Regret((2,), 4, 1, steps=3)
     regret.record(np.zeros((1, 4), int), np.zeros((1, 4), int), ["a"], 0)
-    assert len(regret._recorded) == 0
+    assert len(regret.recorded) == 0
 
 
 def test_rivals_have_as_many_slots_as_the_engine() -> None:
@@ -227,17 +226,17 @@ def test_rivals_have_as_many_slots_as_the_engine() -> None:
     for counted in counts:
         regret.record(counted, counted, ["a"], 0)
     judged = regret.state()["steps"]
-    scores = np.stack([rule.scores(state) for rule, state in zip(regret._rules, regret._states, strict=True)])
+    scores = regret.scores()
     regret.use_capacities((1, 5))
-    assert (regret._resident.sum(-1) == [1, 5]).all()
-    kept = np.where(regret._resident[:-1], scores, np.inf).min(-1)
-    assert (kept >= np.where(regret._resident[:-1], -np.inf, scores).max(-1)).all()
-    assert (len(regret._recorded), len(regret._judged), regret._at) == (0, 0, None)
+    assert (regret.resident.sum(-1) == [1, 5]).all()
+    kept = np.where(regret.resident[:-1], scores, np.inf).min(-1)
+    assert (kept >= np.where(regret.resident[:-1], -np.inf, scores).max(-1)).all()
+    assert (len(regret.recorded), len(regret.judged)) == (0, 0)
     assert judged == 28
     for counted in counts[:7]:
         regret.record(counted, counted, ["a"], 0)
     assert regret.state()["steps"] == judged + 4
-    assert (regret._resident.sum(-1) == [1, 5]).all()
+    assert (regret.resident.sum(-1) == [1, 5]).all()
 
 
 class Turns:
@@ -261,7 +260,6 @@ def test_half_a_judged_window_counts_for_nothing(monkeypatch: pytest.MonkeyPatch
     counts = np.random.default_rng(0).integers(0, 3, (12, 2, 8))
     for counted in counts[:6]:
         regret.record(counted, counted, ["a"], 0)
-    assert regret._at == 3
     assert regret.state()["steps"] == 0
     regret.use_capacities((8, 8))
     monkeypatch.setattr(regret, "_pace", Turns(1000))

@@ -126,8 +126,8 @@ def follows(grammars: Grammars, schema: Any, value: Any) -> bool:
     from llguidance import LLMatcher
 
     text = LLMatcher.grammar_from_json_schema(without_one_of(json.dumps(schema)))
-    matcher = LLMatcher(grammars._vocabulary, text, log_level=0)
-    tokens = grammars._vocabulary.tokenize_str(json.dumps(value))
+    matcher = LLMatcher(grammars.vocabulary, text, log_level=0)
+    tokens = grammars.vocabulary.tokenize_str(json.dumps(value))
     return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
 
 

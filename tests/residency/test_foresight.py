@@ -75,7 +75,7 @@ def test_experts_stay_with_those_that_run_until_they_end(tiny_checkpoint: Path, 
         assert planner is not None
         while engine.has_work():
             engine.step()
-            planned.append((planner._planned, {sequence.request_id for sequence in scheduler.waiting}))
+            planned.append((planner.planned, {sequence.request_id for sequence in scheduler.waiting}))
     assert len({names for names, _ in planned}) > 1
     assert all(waiting.isdisjoint(names) for names, waiting in planned)
 
@@ -99,7 +99,7 @@ def test_the_policy_is_told_prompts_from_answers(engine: Engine, monkeypatch: py
     assert (2 * TOP_K, []) in told
     told.clear()
     engine.add_request("aborted", [2, 7, 1, 8, 2, 8, 1], PARAMS)
-    engine._loop._dispatch()
+    engine.loop._dispatch()
     engine.abort("aborted")
     engine.generate([3, 1, 4], PARAMS)
     assert told[0] == (0, [(7, 7 * TOP_K)])  # what has ended meanwhile is no crowd of single tokens
@@ -202,7 +202,7 @@ def test_activations_are_those_of_the_requests_at_hand(tiny_checkpoint: Path, pr
         for _ in range(3):
             serve(engine, "odd")
         residents = serve(engine, "odd")
-        state = engine.parts.residency._policy._state
+        state = engine.parts.residency.policy.state
     # The last request's alone: 8 tokens that its plan counts for, at most 5 of the prompt and 6 of the answer.
     tokens = state.counts.sum(-1) / TOP_K
     assert ((tokens > 8 - 1e-3) & (tokens < 8 + 5 + 6 + 1e-3)).all()

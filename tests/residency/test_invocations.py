@@ -31,7 +31,8 @@ def burst(planner: ResidencyPlanner, count: int, first: int = 0) -> list[str]:
 
 
 def settle(planner: ResidencyPlanner) -> dict[str, Any]:
-    planner.join()
+    if planner.invocations is not None:
+        planner.invocations.forecaster.join()
     return planner.state()
 
 

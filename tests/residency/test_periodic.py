@@ -102,7 +102,7 @@ def test_under_the_papers_policy_a_forecast_serves_prompts_of_other_tasks(engine
         engine.add_request("other", [1, 2, 3], PARAMS, task="even")
         engine.step()
         planner: Any = engine.parts.planner
-        assert (planner._shares(planner._requests["other"]) is planner._newest) is serves
+        assert (planner.forecast_of(planner.requests["other"]) is not None) is serves
 
 
 def test_prompts_are_asked_about_before_they_start(
@@ -110,7 +110,7 @@ def test_prompts_are_asked_about_before_they_start(
 ) -> None:
     engine = engine_of(predict_every=1)
     planner: Any = engine.parts.planner
-    requests = planner._requests
+    requests = planner.requests
     starts: list[bool] = []
     dispatch = Runner.dispatch
 
@@ -179,12 +179,12 @@ def test_an_idle_engine_waits_for_the_prediction_of_a_prompt_and_a_busy_one_does
     told: list[float] = []
     monkeypatch.setattr(SloPolicy, "observe", lambda _, plan, seconds, waited=0.0: told.append(waited))
     engine.add_request("asked", [1, 2, 3], PARAMS)
-    waited = engine._foresight.waited_seconds
+    waited = engine.foresight.waited_seconds
     engine.step()
-    assert sum(told) == pytest.approx(engine._foresight.waited_seconds - waited)  # it is no computing time
+    assert sum(told) == pytest.approx(engine.foresight.waited_seconds - waited)  # it is no computing time
     planner: Any = engine.parts.planner
-    assert (planner._requests["asked"].predicted is not None) is idle
-    assert (engine._foresight.waited_seconds - waited > 0.25) is idle
+    assert (planner.requests["asked"].predicted is not None) is idle
+    assert (engine.foresight.waited_seconds - waited > 0.25) is idle
     drain(engine)
 
 
@@ -204,8 +204,8 @@ def test_the_engine_follows_learned_dynamics_of_every_request_at_hand(
     engine = engine_of(predictor=folder, policy="emoe", predict_every=1)
     long = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
     engine.generate([[3, 1, 4, number] for number in range(requests)], long)
-    policy: Any = engine.parts.residency._policy
-    scores, state = policy.scores(), policy._state
+    policy: Any = engine.parts.residency.policy
+    scores, state = policy.scores(), policy.state
     turned = float(state.latent.sum())
     assert abs(turned) > 1e-3
     np.testing.assert_array_equal(scores.argmax(1), 7 if turned > 0 else 6)

@@ -60,7 +60,8 @@ def begin(planner: ResidencyPlanner, name: str, task: str | None = "qa") -> None
 
 def settled_plan(planner: ResidencyPlanner, *names: str) -> Any:
     """The plan once all that was asked is answered."""
-    planner.join()
+    if planner.invocations is not None:
+        planner.invocations.forecaster.join()
     return plan_for(planner, *names)
 
 

@@ -54,14 +54,14 @@ def test_static_task_keeps_the_experts_of_the_tasks_that_run(engine: Engine) -> 
     for task, experts in (("odd", [1, 3, 5]), ("even", [0, 2, 4])):
         engine.generate([3, 1, 4, 1, 5], PARAMS, task=task)
         at = list(engine.state()["regret"]["policies"]).index("static-task") - 1
-        assert [np.flatnonzero(layer).tolist() for layer in engine.parts.regret._resident[at]] == [experts] * 3
+        assert [np.flatnonzero(layer).tolist() for layer in engine.parts.regret.resident[at]] == [experts] * 3
 
 
 def test_rivals_get_the_slots_that_a_trade_leaves(engine: Engine) -> None:
     engine.generate([3, 1, 4], PARAMS)
     engine.parts.residency.resize(0, 2)
-    engine._foresight.slots_changed()
-    assert (engine.parts.regret._resident.sum(-1) == [2, 3, 3]).all()
+    engine.foresight.slots_changed()
+    assert (engine.parts.regret.resident.sum(-1) == [2, 3, 3]).all()
 
 
 def test_where_all_are_resident_there_is_nothing_to_regret(

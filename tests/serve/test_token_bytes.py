@@ -115,7 +115,7 @@ def test_places_are_those_of_characters(client: httpx.Client, tokenizer: Tokeniz
 
 
 def test_no_two_tokens_have_one_name(tokenizer: Tokenizer, start_server: StartServer) -> None:
-    vocabulary = tokenizer._tokenizer.get_vocab()
+    vocabulary = tokenizer.backend.get_vocab()
     ids = [i for i in vocabulary.values() if tokenizer.token_bytes(i)[:1] >= b"\x80"]
     engine = Reciter(tokenizer)  # pyright: ignore[reportArgumentType]
     engine.says = [min(ids)]
