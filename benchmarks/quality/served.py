@@ -69,7 +69,7 @@ def config_of(cell: Cell, context: int, concurrency: int, seed: int, profile: Pa
         "task_profile": "auto" if profile is None else profile,
         "seed": seed,
     }
-    return EngineConfig.of(**options | dict(cell.options))
+    return EngineConfig(**options | dict(cell.options))
 
 
 def outcomes(

@@ -39,7 +39,7 @@ def write_predictor(
     if opinionated:
         keys = jax.random.split(jax.random.key(0), len(predictor.weights))
         predictor.weights = {
-            name: value + jax.random.normal(key, value.shape) * name.startswith("head")
+            name: value + jax.random.normal(key, value.shape) * float(name.startswith("head"))
             for key, (name, value) in zip(keys, predictor.weights.items(), strict=True)
         }
     predictor.save(folder)

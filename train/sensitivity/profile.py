@@ -36,7 +36,7 @@ def similarities(
 
 def by_prompt(
     resident: Outputs, other: Outputs, rows: Sequence[int], embed: Embed | None = None
-) -> dict[str, Float[np.ndarray, " X"]]:
+) -> dict[str, Float[np.ndarray, " examples"]]:
     """What `similarities` takes the means of."""
     exact = [resident.tokens[row] == other.tokens[row] for row in rows]
     rouge = [
