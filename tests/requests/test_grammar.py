@@ -364,7 +364,7 @@ def test_a_costly_mask_holds_up_its_own_sequences_alone(
         return advance(self, *args)
 
     monkeypatch.setattr(Grammar, "advance", slow)
-    monkeypatch.setattr(engine.loop, "_overlap", overlap)
+    monkeypatch.setattr(engine.loop, "overlap", overlap)
     engine.add_request("costly", PROMPT, costly)
     try:
         while not all(completion.token_ids for completion in engine.output("costly").completions):
