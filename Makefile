@@ -5,13 +5,16 @@ VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: serve test mutants setup-all lint format docs clean
+.PHONY: serve test reproduce mutants setup-all lint format docs clean
 
 serve: $(VENV)/.base  ## Serve the demo model with 40 % of its experts resident on http://127.0.0.1:8000 (more flags: make serve ARGS="--port 9000")
 	$(BIN)/python -m serve.main --expert-memory 40% $(ARGS)
 
 test: $(VENV)/.test  ## The test suite, without a GPU; names what it skips
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+
+reproduce: $(VENV)/.test  ## Each measured claim of the eMoE paper, measured here (make reproduce ARGS="--quick" in minutes)
+	$(BIN)/python -m benchmarks.paper $(ARGS)
 
 mutants: $(VENV)/.test  ## Cut each mechanism out of a copy of the engine; a test has to fail each time (make mutants ARGS="--list")
 	$(BIN)/python -m tests.mutants $(ARGS)

@@ -13,6 +13,7 @@ from benchmarks.paper import (
     quantised,
     residents,
     sensitivity,
+    transfers,
 )
 from benchmarks.paper.claim import Claim
 
@@ -29,6 +30,7 @@ _ALL: dict[str, Claim] = {
         quantised,
         residents,
         sensitivity,
+        transfers,
     )
     for claim in module.CLAIMS
 }

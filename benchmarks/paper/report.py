@@ -53,12 +53,12 @@ def plots(rows: Sequence[Row], folder: Path) -> dict[str, Path]:
 
 def page(rows: Sequence[Row], described: dict[str, Any], drawn: dict[str, Path], folder: Path) -> str:
     """The page in Markdown, which lies beside `folder`."""
-    headlines = [row for row in rows if row.claim.id.startswith(HEADLINE)]
+    headlines = [row.as_json() for row in rows if row.claim.id.startswith(HEADLINE)]
     figures = [row for row in rows if not row.claim.id.startswith(HEADLINE)]
     lines = [_INTRODUCTION.format(**described)]
     if headlines:
         lines += ["## Headlines", "", markdown_table(headlines), ""]
-    lines += ["## Figures and tables", "", markdown_table(figures), ""]
+    lines += ["## Figures and tables", "", markdown_table([row.as_json() for row in figures]), ""]
     for row in figures:
         lines += [f"## {row.claim.id}", "", _sentence(row.claim.claim), ""]
         lines += [f"- Paper: {row.claim.paper}.", f"- Here: {row.conclusion.here}."]
@@ -72,12 +72,12 @@ def page(rows: Sequence[Row], described: dict[str, Any], drawn: dict[str, Path],
     return "\n".join(lines)
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
-    """Paper, here, how measured, agrees."""
+def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Paper, here, how measured, agrees; of rows as they are in the JSON."""
     lines = ["| | claim | paper | here | how measured | agrees |", "|---|---|---|---|---|---|"]
     for row in rows:
-        cells = (row.claim.id, row.claim.claim, row.claim.paper, row.conclusion.here, row.claim.how)
-        lines.append(f"| {' | '.join(map(_cell, cells))} | {row.conclusion.agrees} |")
+        cells = (_cell(row[name]) for name in ("id", "claim", "paper", "here", "how", "agrees"))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -34,6 +34,9 @@ class Sizes(NamedTuple):
     """Arrival rates, as shares of what the server with all experts can do."""
     batches: tuple[int, ...]
     """Sequences that are decoded together."""
+    repeats: int
+    steps: int
+    """Of a measurement of speed: runs in turns, and tokens of each answer."""
 
 
 FULL = Sizes(
@@ -51,6 +54,8 @@ FULL = Sizes(
     turns=3,
     rates=(0.7, 0.4, 0.9),
     batches=(1, 2, 4, 8, 16, 32, 64),
+    repeats=3,
+    steps=32,
 )
 QUICK = Sizes(
     prompts=4,
@@ -67,4 +72,6 @@ QUICK = Sizes(
     turns=1,
     rates=(0.7,),
     batches=(1, 4),
+    repeats=1,
+    steps=8,
 )

@@ -19,6 +19,7 @@ from benchmarks.paper import (
     report,
     residents,
     sensitivity,
+    transfers,
 )
 from benchmarks.paper.__main__ import main, parse
 from benchmarks.paper.bench import Bench
@@ -235,6 +236,55 @@ def test_quantised() -> None:
     assert quantised.conclude(numbers(0.5)).agrees == "no"
 
 
+def transferred(ahead: float, on_demand: float, emoe: float = 1.0, emoe_e: float = 1.1, infinity: float = 1.4) -> Any:
+    seconds = {
+        "all": 1.0, "emoe": emoe, "emoe-e": emoe_e, "pre-gated": ahead, "infinity": infinity, "on-demand": on_demand,
+    }  # fmt: skip
+    rows = [
+        {
+            "mode": mode,
+            "link": link,
+            "batch": batch,
+            "request_seconds": of,
+            "expert_bytes": 100 if mode == "all" else 40,
+            "transfer_seconds": max(of - 1, 0.1),
+            "compute_seconds": 1.0,
+            "spared_share": 0.3,
+            "loads": 9,
+        }
+        for mode, of in seconds.items()
+        for link in ("machine", "modelled")
+        if (mode, link) != ("all", "modelled")
+        for batch in (1, 4)
+    ]
+    return {"rows": rows, "active": {"1": {"per_prompt": 0.5}, "4": {"per_prompt": 0.7}}}
+
+
+def test_ways_to_have_experts() -> None:
+    paper = transferred(ahead=3.0, on_demand=4.0)
+    assert [of(paper).agrees for of in (transfers.latency, transfers.transfer, transfers.prefetch)] == ["yes"] * 3
+    assert transfers.by_batch(paper).agrees == "yes"
+    assert "70%" in transfers.latency(paper).here
+    fast = transferred(ahead=1.2, on_demand=1.2, emoe=1.3, emoe_e=1.2, infinity=1.1)
+    assert [of(fast).agrees for of in (transfers.latency, transfers.transfer, transfers.prefetch)] == ["no"] * 3
+    assert transfers.by_batch(fast).agrees == "no"
+    assert transfers.latency(transferred(ahead=2.0, on_demand=2.5)).agrees == "partly"
+    assert transfers.prefetch(transferred(ahead=2.0, on_demand=2.5)).agrees == "partly"
+    assert transfers.by_batch(transferred(ahead=1.5, on_demand=2.0)).agrees == "partly"
+
+
+def test_the_readme_has_the_headlines_that_were_measured() -> None:
+    """Made by the command that the file names; `report.markdown_table` of its headlines is what the README shows."""
+    rows = json.loads((REPOSITORY / "docs" / "reproduction" / "rows.json").read_text())
+    headlines = [row for row in rows["rows"] if row["id"].startswith(report.HEADLINE)]
+    assert len(headlines) == 5
+    table = report.markdown_table(headlines)
+    assert table in (REPOSITORY / "README.md").read_text()
+    assert table in (REPOSITORY / "docs" / "reproduction.md").read_text()
+    assert not rows["quick"]
+    assert [row["id"] for row in rows["rows"]] == [*CLAIMS]
+
+
 def test_what_does_not_agree_needs_a_reason() -> None:
     with pytest.raises(ValueError, match="no reason"):
         Conclusion("3x", "no")
@@ -351,4 +401,4 @@ def test_every_row_has_what_a_reader_needs() -> None:
     for claim in CLAIMS.values():
         assert claim.command.startswith("python -m ")
         assert all(dataclasses.asdict(claim)[name] for name in ("id", "claim", "paper", "how"))
-    assert report.markdown_table([Row(stub("a"), {}, Conclusion("x", "yes"), 0.0)]).count("\n") == 2
+    assert report.markdown_table([Row(stub("a"), {}, Conclusion("x", "yes"), 0.0).as_json()]).count("\n") == 2
