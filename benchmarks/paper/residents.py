@@ -15,7 +15,7 @@ _LOAD = Workload(prompt_length=512, batch=4, output_tokens=0)
 
 POLICIES: dict[str, tuple[str, tuple[tuple[str, Any], ...]]] = {
     "emoe": ("emoe", ()),
-    "eMoE-A = eMoE-L (p = 40)": ("emoe-paper", ()),
+    "eMoE-A = eMoE-L (p = 40)": ("emoe-paper", (("predict_every", 40),)),
     "eMoE-E (p = 1)": ("emoe-paper", (("predict_every", 1),)),
     "static-global": ("static-global", ()),
     "random": ("random", ()),

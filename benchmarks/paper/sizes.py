@@ -40,8 +40,8 @@ class Sizes(NamedTuple):
 
 
 FULL = Sizes(
-    prompts=30,
-    stretches=8,
+    prompts=24,
+    stretches=6,
     draws=3,
     shares=(0.8, 0.6, 0.4, 0.2),
     periods=(0, 1, 20, 40, 60, 80),
