@@ -71,8 +71,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--link-gbps",
         type=positive,
         default=0.25,
-        help="GB/s of the modelled link from host to device (default 0.25: the demo's transfers then take about as many "
-        "times its computing as those of the paper's models)",
+        help="GB/s of the modelled link from host to device (default 0.25: the demo's transfers then take about as "
+        "many times its computing as those of the paper's models)",
     )
     add("--seed", type=int, default=0, help="of prompts, arrivals and weights")
     add("--out", type=Path, metavar="OUT", help="write OUT.md, and the rows and plots in the folder OUT")

@@ -69,8 +69,8 @@ def transfer(numbers: Numbers) -> Conclusion:
     ratio = _at(numbers, "on-demand", "transfer_seconds") / _at(numbers, "all", "compute_seconds")
     loads = _at(numbers, "on-demand", "loads")
     here = (
-        f"{ratio:.1f}x the time of computing ({loads:.0f} loads for {_BATCH} requests), over a link that was chosen to be "
-        "about as slow for the demo as the paper's was for its models"
+        f"{ratio:.1f}x the time of computing ({loads:.0f} loads for {_BATCH} requests), over a link that was chosen to "
+        "be about as slow for the demo as the paper's was for its models"
     )
     if ratio >= 2.2:
         return Conclusion(here, "yes")
@@ -86,8 +86,8 @@ def prefetch(numbers: Numbers) -> Conclusion:
     slower = {mode: ahead / _at(numbers, mode, "request_seconds") for mode in ("all", "emoe")}
     spared = _at(numbers, "pre-gated", "spared_share") or 0.0
     here = (
-        f"{faster:.2f}x faster than on demand ({spared:.0%} of the misses are spared), {slower['all']:.1f}x slower than "
-        f"all resident, {slower['emoe']:.1f}x slower than eMoE"
+        f"{faster:.2f}x faster than on demand ({spared:.0%} of the misses are spared), {slower['all']:.1f}x slower "
+        f"than all resident, {slower['emoe']:.1f}x slower than eMoE"
     )
     statements = {
         "1.2 times faster than on demand": faster >= 1.2,
