@@ -41,7 +41,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--prompts", type=Path, metavar="FILE", help="JSONL of task and prompt or messages, instead of drawn prompts")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="tasks to draw prompts of")
     add("--prompts-per-task", type=int, default=64, help="of drawn prompts, and at most so many of a file's")
-    add("--split", choices=("train", "test"), default="test", help="which phrases and names drawn prompts may use")
+    add("--split", choices=("train", "test"), default="train", help="which phrases and names drawn prompts may use")
     add("--seed", type=int, default=0, help="of the prompts and of the random experts")
     add("--max-tokens", type=int, default=48, help="longest answer")
     add("--depths", type=int, default=8, help="how many numbers of first layers to randomise, up to all")
