@@ -25,6 +25,7 @@ from benchmarks.quality.report import print_rows, print_verdicts
 from benchmarks.quality.scores import RESAMPLES, Row
 from benchmarks.quality.served import ANSWER_TOKENS, Cell
 from benchmarks.quality.traffic import ALL_TASKS, BURST, PROMPT_TASKS, TEXT_TASKS, Count
+from benchmarks.quality.without import PARTS
 from benchmarks.results import write_json
 from emoe_jax.errors import EmoeError, one_line
 from emoe_jax.policies import POLICIES
@@ -86,6 +87,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of prompts, their order, random experts and intervals (default 0)")
     add("--random-draws", type=count, default=3, metavar="N", help="sets of random experts to average (default 3)")
     add(
+        "--without",
+        nargs="+",
+        choices=PARTS,
+        default=[],
+        metavar="PART",
+        help=f"also emoe in an engine that lacks a part, of {', '.join(PARTS)}",
+    )
+    add(
         "--task-profile",
         type=Path,
         metavar="FILE",
@@ -97,7 +106,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     given = parser.parse_args(argv)
     if not 0 <= given.seed < 2**31:
         parser.error(f"--seed is {given.seed}; it must be between 0 and {2**31 - 1}")
-    for name in ("policies", "shares", "contracts", "tasks"):
+    for name in ("policies", "shares", "contracts", "tasks", "without"):
         setattr(given, name, list(dict.fromkeys(getattr(given, name))))
     if given.check:
         _check_is_possible(parser, given)
@@ -144,12 +153,18 @@ def run(given: argparse.Namespace, argv: Sequence[str], console: Console) -> int
         for contract in given.contracts
         for share in given.shares
     ]
+    cells += [
+        Cell("emoe", contract, share, without=part)
+        for part in given.without
+        for contract in given.contracts
+        for share in given.shares
+    ]
     rows: list[Row] = []
     results = described(given, argv, traffic)
     for done in _measured(given, cells, traffic, embed, console):
         rows += done.rows
         cell = done.rows[0].cell
-        results["seconds"][f"{cell.policy} {cell.contract} {cell.share:g}"] = round(done.seconds, 1)
+        results["seconds"][f"{cell.name} {cell.contract} {cell.share:g}"] = round(done.seconds, 1)
         results["rows"] = [row.as_json() for row in rows]
         results["yardstick"] = [verdict.as_json() for verdict in yardstick.verdicts(rows)]
         write_json(results, given.json)
@@ -195,7 +210,7 @@ def _measured(
         for done in measure(given.model, cells, traffic, *options, start, embed, given.task_profile):
             if not console.is_terminal:
                 cell = done.rows[0].cell
-                name = "all experts resident" if cell == FULL else f"{cell.policy}, {cell.share:.0%}, {cell.contract}"
+                name = "all experts resident" if cell == FULL else f"{cell.name}, {cell.share:.0%}, {cell.contract}"
                 console.print(f"{name}: {done.seconds:.0f} s", style="dim", highlight=False)
             yield done
 

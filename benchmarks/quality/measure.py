@@ -118,7 +118,7 @@ def measure(
             began, runs, state = time.monotonic(), [], {}
             requests = stream if cell.misnamed is None else misnamed(stream, cell.misnamed, seed)
             for draw_seed in range(seed, seed + (random_draws if cell.policy == "random" else 1)):
-                title = f"{cell.policy}, {cell.share:.0%} resident, {cell.contract} ({number} of {len(cells)})"
+                title = f"{cell.name}, {cell.share:.0%} resident, {cell.contract} ({number} of {len(cells)})"
                 tell = start(title, asked)
                 own = profile if needs_profile(cell.policy) else task_profile
                 try:

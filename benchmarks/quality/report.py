@@ -32,7 +32,7 @@ def print_rows(rows: Sequence[Row], console: Console) -> None:
         for heading in ("resident", *(_COLUMNS[name] for name in names)):
             table.add_column(heading, justify="right")
         for row in some:
-            where = (row.cell.policy, row.cell.contract, f"{row.cell.share:.0%}")
+            where = (row.cell.name, row.cell.contract, f"{row.cell.share:.0%}")
             table.add_row(*where, *(_shown(row, name) for name in names))
         console.print(table)
 

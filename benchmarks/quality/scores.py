@@ -34,7 +34,7 @@ class Row:
     def as_json(self) -> dict[str, Any]:
         """`ci95` has `[low, high]` of every metric that is not null."""
         intervals = {name: list(interval(values)) for name, values in self.resampled.items()}
-        where = {"policy": self.cell.policy, "contract": self.cell.contract, "share": self.cell.share}
+        where = {"policy": self.cell.name, "contract": self.cell.contract, "share": self.cell.share}
         return {**where, "task": self.task, "items": self.items, **self.numbers, "ci95": intervals}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.traffic import Item
+from benchmarks.quality.without import engine_without
 from emoe_jax import EmoeError, Engine, RequestOutput, SamplingParams
 from emoe_jax.engine_config import EngineConfig
 from emoe_jax.requests.request import RoutingContract
@@ -30,9 +31,16 @@ class Cell:
     """Further options of the engine, by name."""
     model: str | None = None
     """Another checkpoint than the reference's, with the same tokenizer."""
+    without: str | None = None
+    """A part of `emoe` that its engine lacks, of `benchmarks.quality.without`."""
     misnamed: float | None = None
     """Share of prompts whose request names another task than its own; the others name their own. None: no request
     names a task, and the engine classifies them."""
+
+    @property
+    def name(self) -> str:
+        """The policy, and what it lacks."""
+        return self.policy if self.without is None else f"{self.policy} without {self.without}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +60,12 @@ def engine_of(
     model: str, cell: Cell, context: int, concurrency: int, seed: int, profile: Path | None = None
 ) -> Iterator[Engine]:
     """A warm engine of a cell; `profile` replaces the checkpoint's own task profile."""
-    with Engine.load(cell.model or model, config_of(cell, context, concurrency, seed, profile)) as engine:
+    config, model = config_of(cell, context, concurrency, seed, profile), cell.model or model
+    if cell.without is not None:
+        with engine_without(cell.without, model, config) as engine:
+            yield engine
+        return
+    with Engine.load(model, config) as engine:
         engine.warm_up()
         yield engine
 

@@ -15,7 +15,7 @@ class Drift:
         self.promised: float | None = None
         self.coverage: float | None = None
         self._keep = 0.5 ** (1 / half_life)
-        self._tolerance, self._patience = tolerance, patience
+        self.tolerance, self._patience = tolerance, patience
         self._steps = 0
 
     def restart(self) -> None:
@@ -43,7 +43,7 @@ class Drift:
         """
         if self.promised is None or self.coverage is None or self._steps < self._patience:
             return False
-        return self.coverage < (1 - self._tolerance) * self.promised
+        return self.coverage < (1 - self.tolerance) * self.promised
 
 
 class Gate:
@@ -53,7 +53,7 @@ class Gate:
         """Closes when prediction is `margin` behind over the last `window` prompts (at least `fewest`), and opens when
         it is as far ahead."""
         self.is_open = True
-        self._fewest, self._margin = fewest, margin
+        self._fewest, self.margin = fewest, margin
         self._window = window
         self._pairs: deque[tuple[float, float]] = deque()
         self._sums = [0.0, 0.0]
@@ -65,9 +65,9 @@ class Gate:
         self._sums = [total + new - old for total, new, old in zip(self._sums, self._pairs[-1], dropped, strict=True)]
         if len(self._pairs) >= self._fewest:
             ahead = self.predicted - self.frequency
-            if self.is_open and ahead < -self._margin:
+            if self.is_open and ahead < -self.margin:
                 self.is_open = False
-            elif not self.is_open and ahead > self._margin:
+            elif not self.is_open and ahead > self.margin:
                 self.is_open = True
 
     @property

@@ -64,8 +64,11 @@ class ResidencyPlanner:
         learns: bool = True,
         one_forecast: bool = False,
         clock: Callable[[], float] = time.perf_counter,
+        gate: Gate | None = None,
+        drift: Drift | None = None,
     ):
-        """Without `learns`, tasks keep their profiled frequencies for ever. `clock` (seconds) measures predictions."""
+        """Without `learns`, tasks keep their profiled frequencies for ever. `clock` (seconds) measures predictions.
+        `gate` and `drift` are the usual ones where none is given."""
         self._profile, self._top_k, self._capacities = profile, profile.top_k, tuple(capacities)
         self._learns, self._one_forecast = learns, one_forecast
         self._frequencies = TaskFrequencies(profile)
@@ -73,7 +76,8 @@ class ResidencyPlanner:
         """Which prompts the predictor is asked about; None without a predictor."""
         self.reads_tokens = isinstance(predictor, Predictor) and predictor.reads_tokens
         """Whether the predictor wants prompts' tokens."""
-        self._gate, self._drift = Gate(), Drift()
+        self.gate, self.drift = gate or Gate(), drift or Drift()
+        """Whether predictions count, and whether they still hold."""
         self.requests: dict[str, PlannedRequest] = {}
         """The requests that have begun and not ended, by id."""
         self._by_task: dict[str, Float[np.ndarray, "M E"]] = {}  # newest predictions
@@ -116,7 +120,7 @@ class ResidencyPlanner:
             return
         self._take_forecasts()
         if self.invocations.admit(self._known(line)):
-            self._drift.restart()
+            self.drift.restart()
 
     def await_forecasts(self, request_ids: Iterable[str], seconds: float) -> None:
         """Wait until these requests are predicted, as far as they were asked about and predictions count."""
@@ -145,10 +149,10 @@ class ResidencyPlanner:
 
     def observe(self, wishes: int, covered: int, steps: int = 1) -> None:
         """Wishes of the last `steps` steps, and how many of them were resident."""
-        self._drift.observe(wishes, covered, steps)
-        if self._drift.drifted and self.invocations is not None and self._gate.is_open and not self._one_forecast:
+        self.drift.observe(wishes, covered, steps)
+        if self.drift.drifted and self.invocations is not None and self.gate.is_open and not self._one_forecast:
             self.invocations.ask_early(self._known(self.planned))
-            self._drift.restart()
+            self.drift.restart()
 
     def is_urgent(self, request_ids: Iterable[str]) -> bool:
         """Whether these requests are of other tasks than those planned for, `URGENT` of them or more."""
@@ -180,7 +184,7 @@ class ResidencyPlanner:
             joined = expected_rates(list(itertools.compress(demands, is_new)), tokens[is_new], self._top_k)
         continuing = len(before.intersection(wanted)) / len(before) if before else 0.0
         self.planned, self._planned_tasks, self._stale = wanted, self._tasks(wanted), False
-        self._drift.promise(self._promised(rates))
+        self.drift.promise(self._promised(rates))
         return ExpectedWishes(rates, joined, continuing, mean_sensitivity(demands, tokens))
 
     def state(self) -> dict[str, Any]:
@@ -188,12 +192,12 @@ class ResidencyPlanner:
         self._take_forecasts()
         return {
             "predictor": self.predicts,
-            "open": self.predicts and self._gate.is_open,
+            "open": self.predicts and self.gate.is_open,
             "error": self.invocations.error if self.invocations is not None else None,
-            "coverage_predicted": _number(self._gate.predicted),
-            "coverage_frequency": _number(self._gate.frequency),
-            "coverage_promised": _number(self._drift.promised),
-            "coverage_recent": _number(self._drift.coverage),
+            "coverage_predicted": _number(self.gate.predicted),
+            "coverage_frequency": _number(self.gate.frequency),
+            "coverage_promised": _number(self.drift.promised),
+            "coverage_recent": _number(self.drift.coverage),
             **(self.invocations.state() if self.invocations is not None else {}),
         }
 
@@ -210,7 +214,7 @@ class ResidencyPlanner:
     @property
     def _counts(self) -> bool:
         """Whether plans go by predictions."""
-        return self._one_forecast or self._gate.is_open
+        return self._one_forecast or self.gate.is_open
 
     def _known(self, request_ids: Iterable[str]) -> list[PlannedRequest]:
         return [self.requests[request_id] for request_id in request_ids if request_id in self.requests]
@@ -265,7 +269,7 @@ class ResidencyPlanner:
         counts, *rivals = (np.stack(field) for field in list(zip(*self._rivals, strict=True))[:3])
         covered = [coverage(counts, shares, self._capacities).tolist() for shares in rivals]
         for predicted, frequency, rival in zip(*covered, self._rivals, strict=True):
-            self._gate.observe(predicted, frequency)
+            self.gate.observe(predicted, frequency)
             if rival.own:
                 self.invocations.cadence.judged(predicted - frequency)
         self._rivals = []

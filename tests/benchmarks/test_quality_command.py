@@ -15,11 +15,13 @@ from benchmarks.quality.measure import Traffic
 from benchmarks.quality.one_prompt import served_by_one
 from benchmarks.quality.served import Cell, engine_of, free, given, outcomes, serve
 from benchmarks.quality.traffic import Count, Item, in_bursts
+from benchmarks.quality.without import PARTS
 from emoe_jax import Engine
 from emoe_jax.errors import EmoeError
 from emoe_jax.models import config_from_directory
 from emoe_jax.policies import POLICIES
 from emoe_jax.tasks import TaskProfile
+from serve.options import DEMO_MODEL
 from tests.benchmarks.quality_samples import write_model
 
 CONTEXT = 192
@@ -159,6 +161,30 @@ def test_one_prompts_experts_serve_the_next_ones(model: str) -> None:
     assert coverage[0] > coverage[2]
     (everything,) = served_by_one(model, [0], 1.0, traffic, 0, lambda *_: nothing)
     assert all(row.numbers["perplexity_ratio"] == pytest.approx(1, rel=1e-4) for row in everything[1].rows)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_an_engine_lacks_the_part_that_it_is_measured_without(part: str) -> None:
+    cell = Cell("emoe", "resident", 0.4, without=part)
+    with engine_of(str(DEMO_MODEL), cell, 64, 1, seed=0) as engine:
+        options, planner = engine.options, engine.parts.planner
+        assert planner is not None
+        has = {
+            "prediction": planner.predicts,
+            "refresh": options.policy == "emoe",
+            "dynamics": options.predictor == "auto",
+            "tasks": engine.task_profile is not None,
+            "drift": planner.drift.tolerance < 1,
+            "gate": planner.gate.margin < 1,
+        }
+    assert [name for name, there in has.items() if not there] == [part]
+
+
+def test_parts_are_cells_of_their_own(model: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    options = ["--model", model, "--policies", "lru", "--shares", "0.5", "--tasks", "facts", "--prompts", "2"]
+    assert command.main([*options, "--without", "refresh", "--json", str(out)]) == 0
+    assert [row["policy"] for row in json.loads(out.read_text())["rows"]] == ["full", "lru", "emoe without refresh"]
 
 
 def test_which_policies_keep_what_is_used_on_average() -> None:
