@@ -215,7 +215,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """`{"ablation": rows, "setting": ...}`."""
-    trained, replayed, predictor, dynamics = read_traces(options.trace, options.train_trace, options.predictor)
+    given = read_traces(options.trace, options.train_trace, options.predictor)
+    trained, replayed, predictor, dynamics = given.trained, given.replayed, given.predictor, given.dynamics
+    if given.warning:
+        console.print(f"warning: {given.warning}", markup=False)
 
     def report(line: str) -> None:
         console.print(line, style="dim")

@@ -119,7 +119,10 @@ def replay_trace(given: argparse.Namespace, console: Console) -> dict[str, Any]:
     for option, values in (("--predict-every", [given.predict_every]), ("--concurrency", given.concurrency)):
         if min(values) < 1:
             raise ConfigError(f"{option} is {min(values)}; it must be at least 1")
-    trained, trace, predictor, dynamics = read_traces(given.trace, given.train_trace, given.predictor)
+    read = read_traces(given.trace, given.train_trace, given.predictor)
+    trained, trace, predictor, dynamics = read.trained, read.replayed, read.predictor, read.dynamics
+    if read.warning:
+        console.print(f"warning: {read.warning}", markup=False)
     console.print(f"{trace.describe()}: learning from {trained.num_prompts} prompts, replaying {trace.num_prompts}")
     learned = learn_from(trained, predictor, dynamics, lambda line: console.print(line, style="dim"))
     by_concurrency = {}

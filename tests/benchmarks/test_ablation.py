@@ -11,6 +11,7 @@ import pytest
 from benchmarks import ablation
 from benchmarks.ablation import PARTS, Ablation, main
 from benchmarks.residency.forecasts import learn_from
+from benchmarks.residency.split import read_traces
 from emoe_jax.predictor import Predictor, network
 from tests.predictor.test_answers import PLAN, phases
 from tests.predictor.test_tokens import told_by_tokens
@@ -111,3 +112,18 @@ def test_what_tokens_tell_is_learned_where_a_trace_holds_them(tmp_path: Path):
     rows = rows_of(tmp_path / "out.json")
     assert "note" not in rows["tokens"]
     assert rows["tokens"]["coverage"] != rows["nothing"]["coverage"]
+
+
+def test_a_predictor_that_has_seen_the_replayed_prompts_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    trace = make_trace(prompts=40)
+    trace.save(tmp_path / "trace.npz")
+    known = learn_from(trace.select(range(35))).predictor
+    monkeypatch.setattr(Predictor, "load", lambda _: known)
+    read = read_traces(tmp_path / "trace.npz", None, tmp_path / "predictor")
+    assert (read.seen, read.replayed.num_prompts) == (5, 10)
+    assert read_traces(tmp_path / "trace.npz", None, None).warning is None
+    argv = ["--trace", str(tmp_path / "trace.npz"), "--predictor", str(tmp_path / "predictor"), "--without", "drift"]
+    assert main(argv) == 0
+    assert "warning: 5 of the 10 replayed prompts" in capsys.readouterr().out
