@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from benchmarks.quality import scores, yardstick
-from benchmarks.quality.measure import FULL
+from benchmarks.quality.measure import FULL, Traffic
 from benchmarks.quality.one_prompt import RoutingBook
 from benchmarks.quality.quantised import quantise, round_trip
 from benchmarks.quality.scores import Row, interval, mean_over, perplexity_ratio, resamples
 from benchmarks.quality.served import Cell, Outcome, config_of
-from benchmarks.quality.traffic import Count, Item, draw, in_bursts, misnamed
+from benchmarks.quality.traffic import PROMPT_TASKS, Count, Item, draw, in_bursts, misnamed
 from emoe_jax import RequestOutput
 from emoe_jax.checkpoint import Checkpoint, Tokenizer
 from emoe_jax.checkpoint.safetensors import SafetensorsFile
@@ -22,8 +22,10 @@ from emoe_jax.models import load_tokenizer, open_checkpoint
 from emoe_jax.requests.request import Completion
 from serve.options import DEMO_MODEL
 from tests.benchmarks.quality_samples import made_row
+from train import prompts as labelled
 from train.demo import evaluate
 from train.demo.batches import Encoder
+from train.sensitivity import __main__ as sensitivity
 from train.tasks import texts
 
 CELL = Cell("lru", "resident", 0.5)
@@ -300,3 +302,15 @@ def test_a_routing_book_says_of_each_request_how_it_was_routed() -> None:
         np.testing.assert_allclose(told.predict_next([("qa", None)], 4)[0], each / 3)
         told.observe("qa", each, None)
     np.testing.assert_allclose(told.predict_next([("qa", None)], 4)[0], 0.25)
+
+
+def test_nothing_that_is_asked_was_learned_from() -> None:
+    """Neither the table of `static-global`, nor the sensitivity that the demo ships by its default command."""
+    traffic = Traffic.of(str(DEMO_MODEL), PROMPT_TASKS, Count(64, 0), seed=0)
+    asked = {item.prompt for items in traffic.items.values() for item in items}
+    assert asked.isdisjoint({item.prompt for items in traffic.calibration.values() for item in items})
+    options = sensitivity.arguments([])
+    drawn = labelled.drawn(options.tasks, options.split, options.seed, options.prompts_per_task)
+    tokenizer = load_tokenizer(DEMO_MODEL)
+    assert tokenizer is not None
+    assert asked.isdisjoint({tuple(prompt.token_ids(tokenizer)) for prompt in drawn})

@@ -205,6 +205,20 @@ def test_drift_asks_early():
     planner.close()
 
 
+def test_drift_asks_nothing_about_tasks_that_are_insensitive_everywhere():
+    profile = PROFILE.with_task("qa", sensitivity=(0.0, 0.0))
+    predictor = FakePredictor(SUM)
+    planner = ResidencyPlanner(profile, CAPACITIES, predictor, predict_every=1)  # pyright: ignore[reportArgumentType]
+    begin(planner, "a", "qa")
+    settled_plan(planner, "a")
+    for _ in range(300):
+        planner.observe(100, 0)
+    settled_plan(planner, "a")
+    assert predictor.asked == []
+    assert planner.state()["early_predictions"] == 0
+    planner.close()
+
+
 def test_tasks_that_are_insensitive_everywhere_trigger_no_prediction():
     profile = PROFILE.with_task("qa", sensitivity=(0.0, 0.0))
     predictor = FakePredictor(SUM)
