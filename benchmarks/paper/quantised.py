@@ -70,12 +70,12 @@ def conclude(numbers: Numbers) -> Conclusion:
     ours, eight = numbers[_EMOE]["similarity"][0], numbers[_INT8]["similarity"][0]
     if ours >= eight:
         return Conclusion(here, "yes")
-    return Conclusion(
-        here,
-        "no",
-        "eight bits change the demo's answers less than missing experts do, at less memory; the two save memory "
-        "together, because fewer experts of fewer bytes are resident",
+    sizes = {name: numbers[name]["bytes"] / plain for name in (_EMOE, _INT8, _BOTH)}
+    reason = (
+        f"eight bits change the demo's answers less than missing experts do, at {sizes[_INT8]:.0%} of the memory "
+        f"against {sizes[_EMOE]:.0%}; both together take {sizes[_BOTH]:.0%}"
     )
+    return Conclusion(here, "no", reason)
 
 
 def plot(numbers: Numbers, figure: Any) -> None:
