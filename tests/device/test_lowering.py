@@ -61,6 +61,10 @@ class Pieces:
         arguments = (self.layer_leaves, self.x, self.cache[0], self.batch.inputs, resident)
         return step.attend_and_route, arguments, statics
 
+    def next_wishes(self) -> Call:
+        statics = {"skeleton": self.layer_skeleton, "config": self.config}
+        return step.next_wishes, (self.layer_leaves, self.x, self.batch.inputs.lengths), statics
+
     def expert_wave(self) -> Call:
         arguments = (self.routed, self.slots[0], self.experts, self.rows)
         return step.expert_wave, arguments, {"config": self.config}
