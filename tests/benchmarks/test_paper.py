@@ -23,7 +23,6 @@ from benchmarks.paper import (
 )
 from benchmarks.paper.__main__ import main, parse
 from benchmarks.paper.bench import Bench
-from benchmarks.paper.cache import Cache, digest_of
 from benchmarks.paper.claim import Claim, Conclusion, Row
 from benchmarks.paper.claims import CLAIMS
 from benchmarks.paper.sizes import QUICK
@@ -288,39 +287,6 @@ def test_the_readme_has_the_headlines_that_were_measured() -> None:
 def test_what_does_not_agree_needs_a_reason() -> None:
     with pytest.raises(ValueError, match="no reason"):
         Conclusion("3x", "no")
-
-
-def test_a_result_is_kept_until_what_it_was_made_from_changes(tmp_path: Path) -> None:
-    source = tmp_path / "model"
-    source.mkdir()
-    (source / "weights").write_text("one")
-    made: list[int] = []
-
-    def value(cache: Cache, **parameters: int) -> Any:
-        return cache.value("number", parameters, ["benchmarks/results.py"], lambda: made.append(1) or len(made)).value
-
-    cache = Cache(tmp_path / "kept", [source])
-    assert [value(cache, n=1), value(cache, n=1), value(cache, n=2)] == [1, 1, 2]
-    assert value(Cache(tmp_path / "kept", [source]), n=1) == 1
-    (source / "weights").write_text("two")
-    digest_of.cache_clear()
-    assert value(Cache(tmp_path / "kept", [source]), n=1) == 3
-    other = cache.path("number", {"n": 1}, ["benchmarks/timing.py"], ".json")
-    assert not other.exists()  # other code
-
-
-def test_a_file_is_kept_with_its_seconds(tmp_path: Path) -> None:
-    cache, made = Cache(tmp_path, []), []
-
-    def make(path: Path) -> None:
-        made.append(path)
-        path.write_text("x")
-
-    first, second = (cache.file("trace", {}, [], ".npz", make) for _ in range(2))
-    assert (len(made), first) == (1, second)
-    first.value.unlink()
-    cache.file("trace", {}, [], ".npz", make)
-    assert len(made) == 2
 
 
 def stub(id: str, agrees: Any = "yes") -> Claim:
