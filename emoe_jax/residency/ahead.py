@@ -1,6 +1,7 @@
 """Loads ahead within a step: experts that the next layer is expected to need, staged while this one computes."""
 
 import dataclasses
+from collections import Counter
 
 import numpy as np
 from jaxtyping import Int
@@ -42,10 +43,15 @@ class LoadsAhead:
     """
 
     def __init__(self, loader: ExpertLoader, table: SlotTable):
-        self.stats = AheadStats()
+        self._totals: Counter[str] = Counter()  # fields of AheadStats
         self._loader = loader
         self._table = table
         self._tickets: dict[int, dict[int, LoadTicket]] = {}  # layer -> expert -> ticket
+
+    @property
+    def stats(self) -> AheadStats:
+        """A copy of the totals since the start."""
+        return AheadStats(**self._totals)
 
     def expect(self, layer: int, counts: Int[np.ndarray, " E"]) -> None:
         """A layer is expected to wish for the experts whose count is above 0: have the absent ones staged."""
@@ -53,22 +59,18 @@ class LoadsAhead:
         for expert in np.flatnonzero((counts > 0) & ~self._table.resident_mask[layer]).tolist():
             if expert not in asked or not asked[expert].is_active:  # not that of a step that failed
                 asked[expert] = self._loader.request(layer, expert, PRIORITY)
-                self._count(asked=1)
+                self._totals.update(asked=1)
 
     def arrive(self, layer: int, needed: Int[np.ndarray, " n"]) -> None:
         """A layer is reached and wishes for these experts: give up the others that were asked for."""
         absent = set(needed[~self._table.resident_mask[layer, needed]].tolist())
-        self._count(misses=len(absent))
+        self._totals.update(misses=len(absent))
         for expert, ticket in self._tickets.pop(layer, {}).items():
             staged = ticket.state is LoadState.READY
             if expert in absent:
-                self._count(spared=int(staged), late=int(not staged))
+                self._totals.update(spared=int(staged), late=int(not staged))
                 continue
             moved = staged or ticket.state is LoadState.STAGING
-            self._count(useless=int(moved), withdrawn=int(not moved))
+            self._totals.update(useless=int(moved), withdrawn=int(not moved))
             if ticket.evict is None:  # others are the policy's, which asked for the expert before
                 self._loader.cancel(ticket)
-
-    def _count(self, **increments: int) -> None:
-        now = {name: getattr(self.stats, name) + increment for name, increment in increments.items()}
-        self.stats = dataclasses.replace(self.stats, **now)
