@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from benchmarks.quality.calibration import calibrated, needs_profile
 from benchmarks.quality.scores import Row, row
 from benchmarks.quality.served import ANSWER_TOKENS, Cell, Outcome, engine_of, outcomes
-from benchmarks.quality.traffic import Count, Item, draw, in_bursts, misnamed
+from benchmarks.quality.traffic import Count, Item, draw, in_bursts, wrongly_named
 from emoe_jax import EmoeError
 from emoe_jax.config import ModelConfig
 from emoe_jax.errors import ConfigError
@@ -116,7 +116,7 @@ def measure(
                 calibrated(engine, calibration, concurrency, tell).save(profile)
         for number, cell in enumerate(cells, start=1):
             began, runs, state = time.monotonic(), [], {}
-            requests = stream if cell.misnamed is None else misnamed(stream, cell.misnamed, seed)
+            requests = stream if cell.misnamed is None else wrongly_named(stream, cell.misnamed, seed)
             for draw_seed in range(seed, seed + (random_draws if cell.policy == "random" else 1)):
                 title = f"{cell.name}, {cell.share:.0%} resident, {cell.contract} ({number} of {len(cells)})"
                 tell = start(title, asked)

@@ -7,6 +7,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from benchmarks.misnamed import misnamed
 from emoe_jax.checkpoint import Tokenizer
 from emoe_jax.config import ModelConfig
 from train.prompts import Prompt, stretch
@@ -77,19 +78,10 @@ def in_bursts(items: Mapping[str, Sequence[Item]], seed: int, burst: int = BURST
     return stream
 
 
-def misnamed(stream: Sequence[Item], share: float, seed: int) -> list[Item]:
-    """The items, where each prompt names another task of the stream's prompts with a chance of `share`. Texts keep the
-    name of their kind. Larger shares misname all that smaller ones do.
-    """
-    rng = random.Random(seed)
-    tasks = sorted({item.task for item in stream if item.answer is not None})
-    named = []
-    for item in stream:
-        others = [task for task in tasks if task != item.task]
-        chance, other = rng.random(), rng.choice(others) if others else item.task
-        wrong = item.answer is not None and chance < share
-        named.append(dataclasses.replace(item, task=other) if wrong else item)
-    return named
+def wrongly_named(stream: Sequence[Item], share: float, seed: int) -> list[Item]:
+    """The items, where prompts name another task of the stream with a chance of `share`. Texts keep theirs."""
+    names = iter(misnamed([item.task for item in stream if item.answer is not None], share, seed))
+    return [item if item.answer is None else dataclasses.replace(item, task=next(names)) for item in stream]
 
 
 def _asked(tokenizer: Tokenizer, config: ModelConfig, task: str, example: Example) -> Item:

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.misnamed import misnamed
 from benchmarks.serving.arrivals import poisson
 from benchmarks.serving.client import Target, closed_loop, connected, open_loop
 from benchmarks.serving.report import Record, summary
 from benchmarks.serving.server import started_server
-from benchmarks.serving.workload import Job, Samples, drawn, misnamed
+from benchmarks.serving.workload import Job, Samples, drawn
 from emoe_jax.requests.request import SLO
 from emoe_jax.scheduling.registry import VARIANTS
 
@@ -75,7 +76,8 @@ class Traffic:
         """The jobs of one part of a run; the same for every server."""
         count = self.requests * (turn + 1) // self.turns - self.requests * turn // self.turns
         jobs = drawn(poisson(rate, count, self._seed(turn)), self.samples, slos, self._seed(turn))
-        return [self.sized(job) for job in misnamed(jobs, self.misnamed, self._seed(turn))]
+        names = misnamed([job.task for job in jobs], self.misnamed, self._seed(turn))
+        return [self.sized(dataclasses.replace(job, task=name)) for job, name in zip(jobs, names, strict=True)]
 
     def _seed(self, turn: int) -> int:
         """Apart from those of other turns and seeds."""

@@ -84,18 +84,6 @@ def drawn(arrivals: Sequence[float], samples: Samples, slos: Mapping[str, SLO], 
     return jobs
 
 
-def misnamed(jobs: Sequence[Job], share: float, seed: int) -> list[Job]:
-    """The jobs, each of which names another task than its own with a chance of `share`; its deadlines stay."""
-    rng = np.random.default_rng(seed)
-    tasks = sorted({job.task for job in jobs})
-    named = []
-    for job in jobs:
-        others = [task for task in tasks if task != job.task]
-        wrong = rng.random() < share and others
-        named.append(dataclasses.replace(job, task=others[int(rng.integers(len(others)))]) if wrong else job)
-    return named
-
-
 def replayed(traces: Mapping[str, Sequence[TraceRow]], slos: Mapping[str, SLO], speed: float) -> list[Job]:
     """The requests of recorded traces as they came, `speed` times as fast."""
     jobs = [

@@ -13,7 +13,7 @@ from benchmarks.quality.one_prompt import RoutingBook
 from benchmarks.quality.quantised import quantise, round_trip
 from benchmarks.quality.scores import Row, interval, mean_over, perplexity_ratio, resamples
 from benchmarks.quality.served import Cell, Outcome, config_of
-from benchmarks.quality.traffic import PROMPT_TASKS, Count, Item, draw, in_bursts, misnamed
+from benchmarks.quality.traffic import PROMPT_TASKS, Count, Item, draw, in_bursts, wrongly_named
 from emoe_jax import RequestOutput
 from emoe_jax.checkpoint import Checkpoint, Tokenizer
 from emoe_jax.checkpoint.safetensors import SafetensorsFile
@@ -247,12 +247,14 @@ def test_rows_are_plain_json() -> None:
 def test_some_prompts_name_another_task_and_texts_none() -> None:
     stream = [Item(task, (1,), (2,), "x") for task in ("qa", "sum", "comp") for _ in range(40)]
     stream += [Item("prose", (1,), (2,), None)] * 5
-    assert misnamed(stream, 0.0, seed=3) == stream
-    wrong = {share: [a != b for a, b in zip(misnamed(stream, share, 3), stream, strict=True)] for share in (0.3, 1.0)}
+    assert wrongly_named(stream, 0.0, seed=3) == stream
+    wrong = {
+        share: [a != b for a, b in zip(wrongly_named(stream, share, 3), stream, strict=True)] for share in (0.3, 1.0)
+    }
     assert sum(wrong[1.0]) == 120
     assert not any(wrong[1.0][120:])
     assert 20 < sum(wrong[0.3]) < 55
-    assert {item.task for item in misnamed(stream, 1.0, 3)} == {"qa", "sum", "comp", "prose"}
+    assert {item.task for item in wrongly_named(stream, 1.0, 3)} == {"qa", "sum", "comp", "prose"}
     assert all(b for a, b in zip(wrong[0.3], wrong[1.0], strict=True) if a)
 
 
