@@ -20,6 +20,7 @@ from emoe_jax import Engine
 from emoe_jax.errors import EmoeError
 from emoe_jax.models import config_from_directory
 from emoe_jax.policies import POLICIES
+from emoe_jax.policies.dynamics import DYNAMICS_FILE
 from emoe_jax.tasks import TaskProfile
 from serve.options import DEMO_MODEL
 from tests.benchmarks.quality_samples import write_model
@@ -172,7 +173,7 @@ def test_an_engine_lacks_the_part_that_it_is_measured_without(part: str) -> None
         has = {
             "prediction": planner.predicts,
             "refresh": options.policy == "emoe",
-            "dynamics": options.predictor == "auto",
+            "dynamics": options.predictor == "auto" or (Path(str(options.predictor)) / DYNAMICS_FILE).exists(),
             "tasks": engine.task_profile is not None,
             "drift": planner.drift.tolerance < 1,
             "gate": planner.gate.margin < 1,
