@@ -18,7 +18,7 @@ from rich.console import Console
 
 from benchmarks.arguments import positive
 from benchmarks.paper import report
-from benchmarks.paper.bench import Bench
+from benchmarks.paper.bench import CONCURRENCY, Bench
 from benchmarks.paper.cache import Cache
 from benchmarks.paper.claim import Claim, Row
 from benchmarks.paper.claims import CLAIMS
@@ -71,8 +71,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--link-gbps",
         type=positive,
         default=0.25,
-        help="GB/s of the modelled link from host to device (default 0.25: the demo's transfers then take about as "
-        "many times its computing as those of the paper's models)",
+        help="GB/s of the modelled link from host to device (default 0.25: an expert of the demo then takes about as "
+        "long as one of its layers computes for one token)",
     )
     add("--seed", type=int, default=0, help="of prompts, arrivals and weights")
     add("--out", type=Path, metavar="OUT", help="write OUT.md, and the rows and plots in the folder OUT")
@@ -141,6 +141,7 @@ def run(given: argparse.Namespace, argv: Sequence[str], console: Console) -> tup
         "quick": given.quick,
         "seed": given.seed,
         "link_gbps": given.link_gbps,
+        "concurrency": CONCURRENCY,
         **sizes._asdict(),
     }
     return rows, described

@@ -18,12 +18,13 @@ from benchmarks.quality.served import Cell
 from benchmarks.quality.traffic import ALL_TASKS, PROMPT_TASKS, Count
 from train import traces
 
-ENGINE = ("emoe_jax", "serve", "train/tasks", "train/prompts.py")
-"""Code that every live result depends on."""
+ENGINE = ("emoe_jax", "serve", "train")
+"""Code that every result depends on, beside its instrument's."""
 
 SHARE = 0.4
 """Experts resident where the paper does not vary them."""
 CONCURRENCY = 16
+"""Sequences computed together where answers are compared."""
 
 
 class Bench:
@@ -36,8 +37,8 @@ class Bench:
         sizes: Sizes,
         cache: Cache,
         report: Callable[[str], None],
-        seed: int = 0,
-        link_gbps: float = 1.0,
+        seed: int,
+        link_gbps: float,
     ):
         """`others` are traces of further models, by the models' names."""
         self.model, self.others, self.sizes, self.seed, self.link_gbps = model, dict(others), sizes, seed, link_gbps
@@ -69,7 +70,7 @@ class Bench:
             traces.record(traces.arguments(argv), Console(quiet=True))
 
         parameters = {"per_task": self.sizes.traced, "seed": self.seed}
-        path, seconds = self._cache.file("trace", parameters, (*ENGINE, "train/traces.py"), ".npz", record)
+        path, seconds = self._cache.file("trace", parameters, ENGINE, ".npz", record)
         self.seconds += seconds
         return path
 
@@ -123,6 +124,7 @@ class Bench:
         }
 
     def start(self, title: str, requests: int) -> Callable[[], None]:
+        """Say what begins; nothing is said of single requests."""
         self.report(f"{title}: {requests} requests")
         return lambda: None
 

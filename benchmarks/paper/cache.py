@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 from benchmarks.results import write_json
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -23,7 +25,8 @@ class Kept(NamedTuple):
 
 
 class Cache:
-    """A folder of results. A result is found again while its name, parameters, code and input files are the same."""
+    """A folder of results. A result is found again while its name, parameters, code, input files and version of JAX are
+    the same."""
 
     def __init__(self, folder: Path, inputs: Sequence[Path]):
         """`inputs` are files and folders that results are made from."""
@@ -66,14 +69,21 @@ class Cache:
 
     def path(self, name: str, parameters: Mapping[str, Any], code: Sequence[str], suffix: str) -> Path:
         """Where such a result is kept, or will be."""
-        told = {"parameters": parameters, "code": [digest_of(REPOSITORY / part) for part in code], **self._inputs}
+        told = {
+            "parameters": parameters,
+            "code": [digest_of(REPOSITORY / part) for part in code],
+            "inputs": self._inputs,
+            "jax": jax.__version__,
+        }
         key = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
         return self._folder / f"{name}-{key[:16]}{suffix}"
 
 
 @functools.cache
 def digest_of(path: Path) -> str:
-    """Of a file's bytes, or of all files below a folder but compiled ones."""
+    """Of a file's bytes, or of all files below a folder but compiled ones. Raises `FileNotFoundError` for neither."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist, so that no result can depend on it")
     digest = hashlib.sha256()
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     for file in files:

@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.memory.compiled import step_bytes
 from benchmarks.memory.geometries import GEOMETRIES
 from benchmarks.memory.needs import Workload, measure
-from benchmarks.paper.bench import Bench
+from benchmarks.paper.bench import ENGINE, Bench
 from benchmarks.paper.claim import Claim, Conclusion, Numbers
 from emoe_jax.models import config_from_hf
 
@@ -30,7 +30,7 @@ def measured(bench: Bench) -> Numbers:
         found = measure(config, "bfloat16", _DEVICE, [1.0, SHARE], _LOAD, lengths, batches)
         return {"needs": found, "step_bytes": step_bytes(config, SHARE, _LOAD.batch, _CHUNK)}
 
-    code = ("emoe_jax", "benchmarks/memory")
+    code = (*ENGINE, "benchmarks/memory")
     return {name: bench.kept(f"memory-{name}", {"model": name}, code, lambda name=name: of(name)) for name in MODELS}
 
 

@@ -8,6 +8,7 @@ from benchmarks.paper.bench import ENGINE, SHARE, Bench, numbers_of
 from benchmarks.paper.claim import Claim, Conclusion, Numbers
 from benchmarks.quality.one_prompt import served_by_one
 from benchmarks.quality.served import Cell
+from benchmarks.quality.traffic import BURST
 
 _TOLERANCE = 1.1
 """Perplexity that still counts as flat, as a multiple of that at the smallest p."""
@@ -60,7 +61,8 @@ def conclude(numbers: Numbers) -> Conclusion:
     covered = {p: of["coverage"] for p, of in paper.items()}
     reason = (
         f"perplexity is higher from p = {soonest} on: the experts cover {covered[str(min(ratios))]:.0%} of the choices "
-        f"at p = {min(ratios)}, and {covered[str(soonest)]:.0%} at {soonest}; prompts of one topic come five in a row"
+        f"at p = {min(ratios)}, and {covered[str(soonest)]:.0%} at {soonest}; topics "
+        f"change every {BURST} prompts"
     )
     return Conclusion(here, "no", reason)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.paper.bench import SHARE, Bench
+from benchmarks.paper.bench import ENGINE, SHARE, Bench
 from benchmarks.paper.claim import Claim, Conclusion, Numbers
 from benchmarks.quality.served import Cell
 from emoe_jax.predictor.config import ARCHITECTURES
@@ -26,10 +26,9 @@ def accuracy(bench: Bench) -> Numbers:
         options = compare.arguments(argv)
         return compare.compare(RoutingTrace.load(path), options, Console(quiet=True))
 
-    code = ("emoe_jax/predictor", "emoe_jax/traces", "train/predictor")
     steps = {"steps": bench.sizes.network_steps}
     return {
-        name: bench.kept(f"predictors-{name}", {"trace": path.name, **steps}, code, lambda path=path: of(path))
+        name: bench.kept(f"predictors-{name}", {"trace": path.name, **steps}, ENGINE, lambda path=path: of(path))
         for name, path in bench.traces.items()
     }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.memory.needs import Needs
-from benchmarks.paper.bench import ENGINE, SHARE, Bench, numbers_of
+from benchmarks.paper.bench import CONCURRENCY, ENGINE, SHARE, Bench, numbers_of
 from benchmarks.paper.claim import Claim, Conclusion, Numbers
 from benchmarks.quality.measure import measure
 from benchmarks.quality.quantised import quantise
@@ -37,7 +37,7 @@ def measured(bench: Bench) -> Numbers:
                 sizes[bits] = quantise(directory, out, bits)
                 grid[f"all experts, int{bits}"] = Cell("static", "resident", 1.0, model=str(out))
             grid[_BOTH] = Cell("emoe", "resident", SHARE, model=str(Path(folder) / "int8"))
-            done = measure(bench.model, [*grid.values()], bench.traffic(), 16, bench.seed, 1, bench.start)
+            done = measure(bench.model, [*grid.values()], bench.traffic(), CONCURRENCY, bench.seed, 1, bench.start)
             next(done)  # the reference
             for name, cell in zip(grid, done, strict=True):
                 found[name] = numbers_of(cell)["means"]["similarity"]

@@ -114,5 +114,5 @@ measured claims, measured here on something that anyone can run:
 
 A row agrees when the paper's numbers, or its statement, hold here. *Similarity* is the share of equal tokens, compared
 with the model with all experts resident. Intervals are 95 %. Seed {seed}; {prompts} prompts of each task, {stretches}
-stretches of each kind of text, 16 sequences at a time; {requests} requests of each run under load.
+stretches of each kind of text, {concurrency} sequences at a time; {requests} requests of each run under load.
 """

@@ -58,8 +58,8 @@ def accuracy(numbers: Numbers) -> Conclusion:
     kept = [share for share, of in ours.items() if of[0] >= 0.93]
     most = max(ours, key=float)
     reason = (
-        f"with {float(most):.0%} of its 32 experts per layer resident, {numbers['substituted'][most]:.0%} of the "
-        "demo's choices are already substituted: it uses its experts evenly"
+        f"with {float(most):.0%} of the experts resident, {numbers['substituted'][most]:.0%} of the routers' choices "
+        "are substituted already"
     )
     return Conclusion(here, "partly" if kept else "no", reason)
 

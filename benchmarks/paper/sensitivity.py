@@ -19,11 +19,11 @@ _LONG = ("conv", "qa", "sum")
 def randomised(bench: Bench) -> Numbers:
     """Similarity to the resident model's answers, by task and share of last layers that are routed exactly."""
     sizes = bench.sizes
-    argv = ["--model", bench.model, "--split", "test", "--seed", str(bench.seed)]
+    argv = ["--split", "test", "--seed", str(bench.seed)]
     argv += ["--prompts-per-task", str(sizes.sensitivity_prompts), "--depths", str(sizes.depths)]
 
     def make() -> Numbers:
-        found = sensitivity.measure(sensitivity.arguments(argv), Console(quiet=True))
+        found = sensitivity.measure(sensitivity.arguments(["--model", bench.model, *argv]), Console(quiet=True))
         layers = found["num_layers"]
         return {
             task: {
@@ -33,11 +33,11 @@ def randomised(bench: Bench) -> Numbers:
             for task, entry in found["tasks"].items()
         }
 
-    return bench.kept("sensitivity", {"argv": argv}, (*ENGINE, "train/sensitivity", "train/similarity.py"), make)
+    return bench.kept("sensitivity", {"argv": argv}, ENGINE, make)
 
 
 def conclude_randomised(numbers: Numbers) -> Conclusion:
-    """The paper's three statements, each by itself."""
+    """The paper's four statements, each by itself."""
 
     def at(task: str, share: float) -> float:
         known = numbers[task]

@@ -24,9 +24,9 @@ def measured(bench: Bench) -> Numbers:
         steps=bench.sizes.steps,
         seed=bench.seed,
     )
-    return bench.kept(
-        "transfers", settings._asdict(), (*ENGINE, "benchmarks/transfers"), lambda: measure(settings, bench.report)
-    )
+    parameters = settings._asdict() | {"model": None}  # its content tells results apart, not where it lies
+    code = (*ENGINE, "benchmarks/transfers", "benchmarks/quality", "benchmarks/timing.py")
+    return bench.kept("transfers", parameters, code, lambda: measure(settings, bench.report))
 
 
 def _by_batch(numbers: Numbers, mode: str, value: str) -> dict[int, float]:
@@ -36,11 +36,16 @@ def _by_batch(numbers: Numbers, mode: str, value: str) -> dict[int, float]:
     return {row["batch"]: row[value] for row in rows}
 
 
+def _batch(numbers: Numbers) -> int:
+    """The measured batch that is nearest to `_BATCH`."""
+    return min((row["batch"] for row in numbers["rows"]), key=lambda batch: abs(batch - _BATCH))
+
+
 def _at(numbers: Numbers, mode: str, value: str, link: str | None = None) -> float:
-    batches = sorted({row["batch"] for row in numbers["rows"]})
-    batch = min(batches, key=lambda batch: abs(batch - _BATCH))
+    """A value of a mode at that batch."""
     link = link or ("machine" if mode == "all" else "modelled")
-    (row,) = [row for row in numbers["rows"] if (row["mode"], row["link"], row["batch"]) == (mode, link, batch)]
+    at = (mode, link, _batch(numbers))
+    (row,) = [row for row in numbers["rows"] if (row["mode"], row["link"], row["batch"]) == at]
     return row[value]
 
 
@@ -50,7 +55,7 @@ def latency(numbers: Numbers) -> Conclusion:
     slower = _at(numbers, "on-demand", "request_seconds") / full
     unmodelled = _at(numbers, "on-demand", "request_seconds", "machine") / full
     memory = _at(numbers, "all", "expert_bytes") / _at(numbers, "on-demand", "expert_bytes")
-    active = numbers["active"][min(numbers["active"], key=lambda batch: abs(int(batch) - _BATCH))]["per_prompt"]
+    active = numbers["active"][str(_batch(numbers))]["per_prompt"]
     here = (
         f"on demand {slower:.1f}x slower ({unmodelled:.1f}x over this machine's own link), {memory:.1f}x less expert "
         f"memory; a prompt uses {active:.0%} of the experts"
@@ -65,18 +70,19 @@ def latency(numbers: Numbers) -> Conclusion:
 
 
 def transfer(numbers: Numbers) -> Conclusion:
-    """Transfers take 2.2 and 3.6 times as long as computing."""
+    """Transfers take 2.2 and 3.6 times as long as computing. The link is ours to choose, so that this is no proof."""
     ratio = _at(numbers, "on-demand", "transfer_seconds") / _at(numbers, "all", "compute_seconds")
+    own = _at(numbers, "on-demand", "transfer_seconds", "machine") / _at(numbers, "all", "compute_seconds")
     loads = _at(numbers, "on-demand", "loads")
     here = (
-        f"{ratio:.1f}x the time of computing ({loads:.0f} loads for {_BATCH} requests), over a link that was chosen to "
-        "be about as slow for the demo as the paper's was for its models"
+        f"{ratio:.1f}x the time of computing over the modelled link, {own:.1f}x over this machine's own ({loads:.0f} "
+        f"loads for {_batch(numbers)} requests)"
     )
-    if ratio >= 2.2:
+    if own >= 2.2:
         return Conclusion(here, "yes")
-    return Conclusion(
-        here, "partly" if ratio >= 1 else "no", "an expert of the demo is small against what a step of it computes"
-    )
+    if ratio >= 1:
+        return Conclusion(here, "partly", "the ratio follows from the bandwidth of the modelled link, which was chosen")
+    return Conclusion(here, "no", "the transfers of a request take less time than its computing")
 
 
 def prefetch(numbers: Numbers) -> Conclusion:
@@ -129,7 +135,7 @@ def by_batch(numbers: Numbers) -> Conclusion:
 def plot_latency(numbers: Numbers, figure: Any) -> None:
     """Bars of every mode at one batch, with the machine's own link beside the modelled one."""
     axis = figure.subplots()
-    rows = [row for row in numbers["rows"] if row["batch"] == min({r["batch"] for r in numbers["rows"]}, key=_distance)]
+    rows = [row for row in numbers["rows"] if row["batch"] == _batch(numbers)]
     for offset, link in ((-0.2, "modelled"), (0.2, "machine")):
         some = [row for row in rows if row["link"] == link]
         places = [sorted({row["mode"] for row in rows}).index(row["mode"]) + offset for row in some]
@@ -137,10 +143,6 @@ def plot_latency(numbers: Numbers, figure: Any) -> None:
     axis.set_xticks(range(len({row["mode"] for row in rows})), sorted({row["mode"] for row in rows}))
     axis.set(ylabel="seconds of a request")
     axis.legend()
-
-
-def _distance(batch: int) -> int:
-    return abs(batch - _BATCH)
 
 
 def plot_by_batch(numbers: Numbers, figure: Any) -> None:

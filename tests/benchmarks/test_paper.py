@@ -267,6 +267,11 @@ def test_ways_to_have_experts() -> None:
     fast = transferred(ahead=1.2, on_demand=1.2, emoe=1.3, emoe_e=1.2, infinity=1.1)
     assert [of(fast).agrees for of in (transfers.latency, transfers.transfer, transfers.prefetch)] == ["no"] * 3
     assert transfers.by_batch(fast).agrees == "no"
+    slow_link = transferred(ahead=3.0, on_demand=4.0)
+    for row in slow_link["rows"]:
+        row["transfer_seconds"] *= 0.1 if row["link"] == "machine" else 1
+    assert transfers.transfer(slow_link).agrees == "partly"
+    assert "was chosen" in transfers.transfer(slow_link).because
     assert transfers.latency(transferred(ahead=2.0, on_demand=2.5)).agrees == "partly"
     assert transfers.prefetch(transferred(ahead=2.0, on_demand=2.5)).agrees == "partly"
     assert transfers.by_batch(transferred(ahead=1.5, on_demand=2.0)).agrees == "partly"

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from benchmarks.paper.cache import Cache, digest_of
 
 
@@ -23,6 +25,11 @@ def test_a_result_is_kept_until_what_it_was_made_from_changes(tmp_path: Path) ->
     assert value(Cache(tmp_path / "kept", [source]), n=1) == 3
     other = cache.path("number", {"n": 1}, ["benchmarks/timing.py"], ".json")
     assert not other.exists()  # other code
+
+
+def test_a_result_cannot_depend_on_code_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="benchmarks/nothing does not exist"):
+        Cache(tmp_path, []).path("number", {}, ["benchmarks/nothing"], ".json")
 
 
 def test_a_file_is_kept_with_its_seconds(tmp_path: Path) -> None:
