@@ -11,6 +11,12 @@ count.
 - `floor_ratio_b16`: what the bytes that a step reads allow.
 
 JSON: `{"0.4": {"decode_ratio_b1": x, ...}, ...}`.
+
+With `--expert-format` the comparison is another: all experts resident in that format, over all resident in float32.
+
+- `decode_ratio_b1`, `decode_ratio_b8`: tokens per second by batch.
+
+With `--context` another curve is measured: decode and prefill by length of the context (`decoding_context`).
 """
 
 from __future__ import annotations
@@ -24,7 +30,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import jax
 import numpy as np
@@ -33,15 +39,17 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import timing
+from benchmarks.decoding_context import long_config, measure_contexts, show_contexts
 from benchmarks.peers import MODEL, PROMPT, step_bytes
 from benchmarks.timing import DecodingBatch
 from emoe_jax import EmoeError, Engine
-from emoe_jax.engine_config import PolicyName
+from emoe_jax.engine_config import ExpertFormat, PolicyName
 from emoe_jax.errors import one_line
 from emoe_jax.models import config_from_hf, save_checkpoint
 from emoe_jax.models.decoder import Decoder, init_experts
 
 BATCHES = (1, 16)
+FORMAT_BATCHES = (1, 8)
 _CONTEXT = 128
 _STEPS = 8  # per trial
 
@@ -52,20 +60,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.6, 0.4, 0.2], help="of experts resident")
     parser.add_argument("--policy", default="emoe", help="which experts are kept (default %(default)s)")
     parser.add_argument("--link-bandwidth", metavar="BYTES", help="of background loads, such as 256MiB (no limit)")
-    parser.add_argument("--repetitions", type=int, default=15, help="trials of each engine (default %(default)s)")
+    parser.add_argument("--repetitions", type=int, help="trials of each engine (default 15), or of each context (3)")
+    parser.add_argument(
+        "--context", type=int, nargs="+", metavar="TOKENS", help="measure decode and prefill at these contexts instead"
+    )
+    parser.add_argument(
+        "--expert-format",
+        choices=get_args(ExpertFormat)[1:],
+        help="measure all experts resident in this format instead",
+    )
     options = parser.parse_args(argv)
+    if options.repetitions is None:
+        options.repetitions = 15 if options.context is None else 3
     if options.repetitions < 1:
         parser.error(f"--repetitions is {options.repetitions}; it must be at least 1")
     if not all(0 < share < 1 for share in options.shares):
         parser.error("--shares must lie between 0 and 1")
+    if options.context is not None and min(options.context) < 1:
+        parser.error(f"--context has {min(options.context)}; a context is at least 1 token")
     try:
         with tempfile.TemporaryDirectory() as directory:
-            write_random_checkpoint(Path(directory), MODEL)
-            numbers = {
-                f"{share:g}": measure(directory, share, options.policy, options.link_bandwidth, options.repetitions)
-                for share in options.shares
-            }
-        show(numbers, options.policy, Console())
+            if options.context is not None:
+                write_random_checkpoint(Path(directory), long_config(options.context))
+                numbers = measure_contexts(directory, options.context, options.repetitions)
+                show_contexts(numbers, Console())
+            elif options.expert_format is not None:
+                write_random_checkpoint(Path(directory), MODEL)
+                numbers = measure_format(directory, options.expert_format, options.repetitions)
+                for batch in FORMAT_BATCHES:
+                    ratio, step = numbers[f"decode_ratio_b{batch}"], 1e3 * numbers[f"step_s_b{batch}"]
+                    print(
+                        f"batch {batch}: {options.expert_format} decodes {ratio:.2f}x as fast as float32, {step:.1f} ms"
+                    )
+            else:
+                write_random_checkpoint(Path(directory), MODEL)
+                numbers = {
+                    f"{share:g}": measure(directory, share, options.policy, options.link_bandwidth, options.repetitions)
+                    for share in options.shares
+                }
+                show(numbers, options.policy, Console())
         if options.json is not None:
             options.json.write_text(json.dumps(numbers, indent=2) + "\n")
     except (EmoeError, OSError) as error:
@@ -119,6 +152,23 @@ def measure(model: str, share: float, policy: str, link_bandwidth: str | None, r
     return numbers | {"floor_ratio_b16": read / (read - 4 * config.num_layers * idle * config.expert_params)}
 
 
+def measure_format(model: str, expert_format: ExpertFormat, repetitions: int) -> dict[str, float]:
+    """Decoding with all experts resident, by batch: the format's speed over that of float32, measured in turns."""
+    with contextlib.ExitStack() as stack:
+        engines = [
+            stack.enter_context(_engine(model, 1.0, "static", None, name, max(FORMAT_BATCHES)))
+            for name in ("auto", expert_format)
+        ]
+        numbers = {}
+        for batch in FORMAT_BATCHES:
+            for engine in engines:
+                decode_seconds(engine, batch, 0)  # warms up
+            trials = [[decode_seconds(engine, batch, n) for engine in engines] for n in range(1, repetitions + 1)]
+            plain, other = (statistics.median(times) for times in zip(*trials, strict=True))
+            numbers |= {f"decode_ratio_b{batch}": plain / other, f"step_s_b{batch}": other}
+    return numbers
+
+
 def _totals(engine: Engine) -> dict[str, float]:
     """What an engine has done so far. Filling the slab and compiling are in it: only differences count."""
     state = engine.state()
@@ -133,14 +183,24 @@ def _totals(engine: Engine) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _engine(model: str, share: float, policy: str, link_bandwidth: str | None) -> Iterator[Engine]:
+def _engine(
+    model: str,
+    share: float,
+    policy: str,
+    link_bandwidth: str | None,
+    expert_format: ExpertFormat = "auto",
+    most: int = max(BATCHES),
+) -> Iterator[Engine]:
     with Engine.load(
         model,
         expert_memory=f"{100 * share:g}%",
         policy=cast(PolicyName, policy),  # the engine's options check it
+        routing="resident",
+        audit_rate=0.0,
         link_bandwidth=link_bandwidth,
         max_model_len=_CONTEXT,
-        max_num_seqs=max(BATCHES),
+        max_num_seqs=most,
+        expert_format=expert_format,
         prefix_caching=False,
     ) as engine:
         yield engine

@@ -3,11 +3,14 @@
 - `stage_commit_fraction`: bytes/s of `ExpertLoader` from host memory into the slab, as a share of what `memcpy` reaches
   on records of the same size, measured in turns.
 - `commit_scaling`: time to commit one expert in a slab of 128 slots over that in one of 16, measured in turns.
+- `tier_share`: of exchanges after the start, those whose expert came from host memory. It has room for the experts that
+  are not on the device. `tier_share_unfilled` is the same where nothing fills it but loads.
 - `peak_rss_fraction`: what loading a checkpoint adds to the peak resident memory of a process, beyond the slab and the
   weights that are not experts, as a share of the expert bytes. Worst of loading half and all of the experts.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
@@ -27,10 +30,10 @@ from rich.table import Table
 from emoe_jax.amounts import parse_expert_memory
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.loader import ExpertLoader
+from emoe_jax.experts.record_format import RecordFormat
 from emoe_jax.experts.slab import ExpertSlab
 from emoe_jax.experts.store import ExpertStore, aligned_record
 from emoe_jax.experts.table import SlotTable
-from emoe_jax.experts.weights import ExpertLayout
 from emoe_jax.memory.budget import capacities
 from emoe_jax.models import config_from_hf, family_of, load_dense, open_checkpoint
 from emoe_jax.policies import make_policy
@@ -79,7 +82,7 @@ def write_sparse_checkpoint(directory: Path, raw: dict[str, Any]) -> ModelConfig
 def measure_stage_commit(directory: Path, rounds: int) -> dict[str, float]:
     """Bytes/s of memcpy and of the loader, from the host tier and from files in the page cache, in turns."""
     config = write_sparse_checkpoint(directory, MODEL)
-    layout = ExpertLayout.of(config, "float32")
+    layout = RecordFormat.of(config, "float32")
     E, half = config.num_experts, config.num_experts // 2
     reader = open_checkpoint(directory)
     slab = ExpertSlab(layout, [half])
@@ -121,9 +124,32 @@ def measure_stage_commit(directory: Path, rounds: int) -> dict[str, float]:
     }
 
 
+def measure_tier(directory: Path, exchanges: int, filled: bool, pause: float = 0.05) -> float:
+    """Share of loads from host memory. Experts of one layer, half of which are resident, are exchanged at random."""
+    config = write_sparse_checkpoint(directory, MODEL)
+    layout, E = RecordFormat.of(config, "float32"), config.num_experts
+    store = ExpertStore(open_checkpoint(directory), layout, 1, E, E // 2 * layout.nbytes)
+    slab = ExpertSlab(layout, [E // 2])
+    table = SlotTable([E // 2], E, sharding=slab.sharding)
+    rng = np.random.default_rng(0)
+    with contextlib.closing(store), ExpertLoader(store, slab, table) as loader:
+        loader.fill([range(E // 2)])
+        if filled:
+            store.start_filling((0, expert) for expert in range(E))
+            while store.stats.host_bytes < E // 2 * layout.nbytes:
+                time.sleep(0.01)
+        for _ in range(exchanges):
+            absent, resident = np.flatnonzero(~table.resident_mask[0]), table.resident(0)
+            loader.request(0, int(rng.choice(absent)), evict=int(rng.choice(resident)))
+            loader.wait_idle()
+            loader.commit()
+            time.sleep(pause)  # steps that the exchanged experts serve
+        return store.stats.hits / exchanges
+
+
 def measure_commit_scaling(rounds: int, small: int = 16, large: int = 128) -> dict[str, float]:
     """Seconds to commit one 6 MB expert in slabs of two sizes, in turns."""
-    layout = ExpertLayout((2048, 512), (512, 1024), np.dtype(np.float32))
+    layout = RecordFormat.plain((2048, 512), (512, 1024), np.dtype(np.float32))
     record = aligned_record(layout)
     record[:] = 1
     slabs = {slots: ExpertSlab(layout, [slots]) for slots in (small, large)}
@@ -149,23 +175,25 @@ def measure_commit_scaling(rounds: int, small: int = 16, large: int = 128) -> di
 
 
 def measure_peak_rss(
-    directory: Path, raw: dict[str, Any], budgets: tuple[str, ...] = ("50%", "100%")
+    directory: Path, raw: dict[str, Any], budgets: tuple[str, ...] = ("50%", "100%"), expert_format: str | None = None
 ) -> dict[str, Any]:
-    """Load a checkpoint in a process of its own for each budget; the worst fraction and all numbers."""
+    """Load a checkpoint in a process of its own for each budget; the worst fraction and all numbers. Experts are kept
+    in `expert_format`, or in the checkpoint's dtype."""
     write_sparse_checkpoint(directory, raw)
     probes = []
     for budget in budgets:
         command = [sys.executable, "-m", "benchmarks.loading", "--probe", str(directory), budget]
+        command.append(expert_format or raw["torch_dtype"])
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         probes.append({"budget": budget, **json.loads(output.splitlines()[-1])})
     return {"peak_rss_fraction": max(probe["fraction"] for probe in probes), "peak_rss": probes}
 
 
-def probe_peak_rss(directory: Path, budget: str) -> dict[str, float]:
+def probe_peak_rss(directory: Path, budget: str, expert_format: str) -> dict[str, float]:
     """Load dense weights and experts as the engine does; bytes of peak memory by what they are for."""
     checkpoint = open_checkpoint(directory)
     config = checkpoint.config
-    layout = ExpertLayout.of(config, config.dtype)
+    layout = RecordFormat.of(config, expert_format)
     jax.block_until_ready(jnp.zeros(8) + 1)
     before = _memory("VmRSS")
     slots = capacities(config, layout, parse_expert_memory(budget))
@@ -232,6 +260,8 @@ def _show(results: dict[str, Any]) -> None:
     table.add_row("  as a share of memcpy", f"{results['stage_commit_fraction']:.3f}", ">= 0.80")
     table.add_row("stage + commit from files (page cache)", rate("from_file_bytes_per_s"), "")
     table.add_row("  as a share of memcpy", f"{results['from_file_fraction']:.3f}", "")
+    table.add_row("exchanges from host memory, filled in the background", f"{results['tier_share']:.0%}", ">= 95%")
+    table.add_row("  filled by loads alone", f"{results['tier_share_unfilled']:.0%}", "")
     for slots in (16, 128):
         milliseconds = results[f"commit_seconds_{slots}_slots"] * 1e3
         table.add_row(f"commit of one 6 MB expert, {slots} slots", f"{milliseconds:.3f} ms", "")
@@ -250,15 +280,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loading", description="Measure how experts are loaded.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
     parser.add_argument("--rounds", type=int, default=61, help="rounds of each timing (default 61)")
-    parser.add_argument("--probe", nargs=2, metavar=("DIR", "BUDGET"), help=argparse.SUPPRESS)
+    parser.add_argument("--probe", nargs=3, metavar=("DIR", "BUDGET", "FORMAT"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.probe:
-        print(json.dumps(probe_peak_rss(Path(options.probe[0]), options.probe[1])))
+        print(json.dumps(probe_peak_rss(Path(options.probe[0]), *options.probe[1:])))
         return
     with tempfile.TemporaryDirectory() as temporary:
         # 4 layers x 16 experts of 25 MB: 1.6 GB of experts.
         results = measure_peak_rss(Path(temporary) / "gigabyte", MODEL | {"num_hidden_layers": 4})
         results |= measure_stage_commit(Path(temporary) / "one_layer", options.rounds)
+        for name, filled in (("tier_share", True), ("tier_share_unfilled", False)):
+            results[name] = measure_tier(Path(temporary) / "one_layer", options.rounds, filled)
         results |= measure_commit_scaling(4 * options.rounds)
     _show(results)
     if options.json is not None:

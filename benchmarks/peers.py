@@ -37,10 +37,12 @@ from benchmarks import timing
 from benchmarks.arguments import count
 from benchmarks.timing import DecodingBatch
 from emoe_jax import Engine, SamplingParams
-from emoe_jax.attention.paged import paged_attend
 from emoe_jax.config import ModelConfig
+from emoe_jax.device.batch import empty_batch
+from emoe_jax.device.inputs import FlatBatch
 from emoe_jax.device.kv_cache import KVCache, new_cache
-from emoe_jax.device.step import Skeleton, StepInputs, resident_step
+from emoe_jax.device.shapes import Buckets, Shape
+from emoe_jax.device.step import Skeleton, whole_step
 from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models import config_from_hf
 from emoe_jax.models.decoder import Decoder, init_experts
@@ -280,28 +282,30 @@ def read_bandwidth() -> float:
     return array.nbytes / min(seconds() for _ in range(7))
 
 
-@partial(jax.jit, static_argnames=("skeleton", "config"), donate_argnames=("cache",))
+@partial(jax.jit, static_argnames=("skeleton", "config", "shape"), donate_argnames=("cache",))
 def plain_step(
     leaves: tuple[Array, ...],
     experts: tuple[ExpertWeights, ...],
     cache: KVCache,
-    inputs: StepInputs,
+    inputs: Int[Array, " words"],
     *,
     skeleton: Skeleton,
     config: ModelConfig,
+    shape: Shape,
 ) -> tuple[KVCache, Array]:
-    """`resident_step` without a slab: expert `e` is row `e` of the stacked weights, and nothing is counted."""
+    """`whole_step` without a slab: expert `e` is row `e` of the stacked weights, and nothing is counted."""
     model: Decoder = skeleton.join(leaves)
-    view = inputs.view()
-    x = model.embed(jnp.asarray(inputs.tokens))
+    batch = FlatBatch.unpack(inputs, shape)
+    x = model.embed(jnp.asarray(batch.inputs.tokens)[None])
     new: list[Any] = []
     for index, (layer, weights) in enumerate(zip(model.layers, experts, strict=True)):
-        x, layer_cache = layer.attention(x, view.positions, paged_attend(config, None, cache[index], view))
+        attend_fn = batch.attend_function(config, None, cache[index])
+        x, layer_cache = layer.attention(x, batch.positions[None], attend_fn)
         new.append(layer_cache)
-        rows, routing = layer.moe_input(x, None, view.valid.reshape(-1))
+        rows, routing = layer.moe_input(x, None, batch.valid)
         slots = jnp.arange(config.num_experts, dtype=jnp.int32)
         x = layer.moe_output(x, rows, moe_ffn(rows, routing.ids, routing.weights, slots, weights, config))
-    return tuple(new), model.logits(x[:, -1])
+    return tuple(new), model.logits(batch.last_hidden(x))
 
 
 def slab_overhead(repetitions: int) -> dict[str, Any]:
@@ -313,22 +317,21 @@ def slab_overhead(repetitions: int) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     table: Int[np.ndarray, "M E"] = np.stack([rng.permutation(config.num_experts) for _ in experts]).astype(np.int32)
     pages = pages_for(CONTEXT)
-    inputs = StepInputs(
-        np.full((1, 1), 7, np.int32),
-        np.full(1, PROMPT, np.int32),
-        np.ones(1, np.int32),
-        1 + np.arange(pages, dtype=np.int32)[None],
-    )
+    batch = empty_batch(Buckets.of(1, 1, CONTEXT).fit(1))
+    inputs = batch.inputs
+    inputs.tokens[:], inputs.starts[:], inputs.lengths[:] = 7, PROMPT, 1
+    inputs.block_tables[:] = 1 + np.arange(pages, dtype=np.int32)
     kept = np.zeros(1, np.int32)
+    statics = {"skeleton": skeleton, "config": config, "shape": batch.shape}
     caches = {name: new_cache(config, pages + 1, "float32") for name in ("slab", "plain")}
 
     def run_slab() -> None:
-        arguments = (leaves, experts, table, caches["slab"], inputs, kept)
-        caches["slab"], out = resident_step(*arguments, skeleton=skeleton, config=config)
-        jax.device_get((out.logits, out.wish_counts, out.substituted))
+        arguments = (leaves, experts, table, caches["slab"], batch.words, kept)
+        caches["slab"], out = whole_step(*arguments, **statics)
+        jax.device_get((out.logits, out.report))
 
     def run_plain() -> None:
-        caches["plain"], logits = plain_step(leaves, experts, caches["plain"], inputs, skeleton=skeleton, config=config)
+        caches["plain"], logits = plain_step(leaves, experts, caches["plain"], batch.words, **statics)
         jax.device_get(logits)
 
     medians = interleave({"slab": run_slab, "plain": run_plain}, 3 * repetitions, DECODE_STEPS)

@@ -92,7 +92,7 @@ class Soak:
             "max_completion_tokens": draw.randint(1, MAX_TOKENS),
             "temperature": draw.choice((0, 0.8)),
             "n": draw.choice((1, 1, 1, 3)),
-            "emoe": {"routing": draw.choice(("resident", "resident", "exact"))},
+            "emoe": {"routing": draw.choice(("resident", "resident", "bounded", "exact"))},
         }
         if draw.random() < 0.2:
             body |= {"logprobs": True, "top_logprobs": 3, "presence_penalty": 0.5, "stop": ["."]}

@@ -41,7 +41,10 @@ Axes that are rarer have words as names:
     blocks               blocks of assignments
     page, pages          positions of a page, and pages of the KV cache
     pages_per_sequence   the width of a block table
-    places               sequences that a batch may hold
+    splits               parts of a contraction, or of a context, that are computed side by side
+    places               tokens that are kept on the device for the next step
+    row_groups, tiles    decoding rows and tiles of the rows of prompts; the tiles alone
+    words                32-bit words of a buffer
     numbers              numbers of an expert's record
     tokens               tokens of a trace or of a prompt, one after another
     prompt_tokens        tokens of prompts, one after another
@@ -91,6 +94,34 @@ class RopeConfig:
     beta_slow: float = 1.0
     attention_factor: float = 1.0
     truncate: bool = True
+    fraction: float = 1.0
+    """Of a head, the part that is rotated, from its first number on."""
+
+    def rotated(self, head_dim: int) -> int:
+        """How many numbers of a head are rotated."""
+        return int(head_dim * self.fraction)
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterConfig:
+    """How a router's logits become choices and weights. `emoe_jax.models.routing.route` says what each part does."""
+
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """What makes scores of the logits: of all experts together, or of each alone."""
+    norm_topk_prob: bool = True
+    """Whether the weights of a token's experts are made to sum to 1 before they are scaled."""
+    scale: float = 1.0
+    """Multiplies all weights."""
+    bias: bool = False
+    """Whether the linear map that makes the logits has a bias."""
+    choice_bias: bool = False
+    """Whether experts are ranked by score plus a bias, which has no part in the weights (DeepSeek-V3)."""
+    groups: int = 1
+    """Groups of neighbouring experts; wishes are of the best `chosen_groups` of them."""
+    chosen_groups: int = 1
+    capacity_factor: float | None = None
+    """Above None, OpenMoE's dropping of tokens over an expert's capacity."""
+    min_capacity: int = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,25 +143,36 @@ class ModelConfig:
     norm_eps: float = 1e-6
     rope: RopeConfig = RopeConfig()
     attention_scale: float = 1.0
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    """Multiplies what attention and feed-forward parts add to the residual stream."""
+    logits_divisor: float = 1.0
     qkv_bias: bool = False
     output_bias: bool = False
+    attention_sinks: bool = False
+    """Whether each head has a logit that takes part in the softmax over the keys and has no value."""
     qk_norm: Literal["none", "head", "full"] = "none"
     clip_qkv: float | None = None
     sliding_windows: tuple[int | None, ...] = ()
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
-    ffn: Literal["glu", "double_glu"] = "glu"
+    ffn: Literal["glu", "double_glu", "clamped_glu"] = "glu"
+    glu_alpha: float = 1.702
+    glu_limit: float = 7.0
+    """Of `clamped_glu`: what the sigmoid's argument is multiplied by, and where gate and up are cut off."""
+    expert_bias: bool = False
     dense_hidden: int = 0
     shared_expert_hidden: int = 0
     extra_ffn: bool = False
-    norm_topk_prob: bool = True
-    router_capacity_factor: float | None = None
-    router_min_capacity: int = 4
+    shared_expert_gate: bool = False
+    router: RouterConfig = RouterConfig()
     tie_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
     prepend_bos_id: int | None = None
     dtype: str = "float32"
+    expert_format: str | None = None
+    """What the checkpoint stores experts in, such as `int8`; None where that is `dtype`."""
 
     def __post_init__(self) -> None:
         if not self.moe_layers:
@@ -141,8 +183,11 @@ class ModelConfig:
             raise ConfigError(f"top-k of {self.top_k} does not fit {self.num_experts} experts")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"{self.num_heads} query heads are not a multiple of {self.num_kv_heads} kv heads")
-        if self.head_dim % 2:
-            raise ConfigError(f"head_dim is {self.head_dim}; rotary positions need an even size")
+        rotated = self.rope.rotated(self.head_dim)
+        if rotated % 2 or not rotated:
+            what = "head_dim is" if self.rope.fraction == 1 else f"the rotated part of head_dim {self.head_dim} is"
+            raise ConfigError(f"{what} {rotated}; rotary positions need an even size")
+        self._check_groups()
         if self.sliding_windows and len(self.sliding_windows) != self.num_layers:
             raise ConfigError(f"{len(self.sliding_windows)} sliding windows given for {self.num_layers} layers")
 
@@ -163,8 +208,19 @@ class ModelConfig:
 
     @property
     def expert_params(self) -> int:
-        """Weights of one expert in one layer, both projections together; a count, not bytes."""
-        return math.prod(self.expert_in_shape) + math.prod(self.expert_out_shape)
+        """Weights of one expert in one layer, both projections with their biases; a count, not bytes."""
+        biases = self.expert_in_shape[0] + self.expert_out_shape[0] if self.expert_bias else 0
+        return math.prod(self.expert_in_shape) + math.prod(self.expert_out_shape) + biases
+
+    def _check_groups(self) -> None:
+        groups, chosen = self.router.groups, self.router.chosen_groups
+        if self.num_experts % groups:
+            raise ConfigError(f"{self.num_experts} experts are not a multiple of {groups} groups of experts")
+        if not 1 <= chosen <= groups:
+            raise ConfigError(f"{chosen} chosen groups of experts do not fit {groups} groups")
+        size = self.num_experts // groups
+        if groups > 1 and (size < 2 or chosen * size < self.top_k):
+            raise ConfigError(f"top-k of {self.top_k} does not fit {chosen} groups of {size} experts, at least 2 each")
 
     def is_moe(self, layer: int) -> bool:
         """Whether the decoder layer of this index has experts; False for an index beyond the model."""

@@ -1,15 +1,18 @@
 """`EngineConfig`: every option of the engine, once. No JAX here."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 from emoe_jax.amounts import parse_bandwidth, parse_bytes, parse_expert_memory
 from emoe_jax.errors import ConfigError
 from emoe_jax.option_fields import Options, option
-from emoe_jax.requests.request import RoutingContract
+from emoe_jax.requests.contract import TOLERANCE, USUAL_TOLERANCE, Allowance, QualityTargets, RoutingContract
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+ExpertFormat = Literal["auto", "int8"]
+"""How experts are kept and multiplied; the record formats of `emoe_jax.experts`."""
 PredictEvery = int | Literal["auto"]
 """Prompts that share a prediction; "auto" is chosen by cost and gain (`Cadence`)."""
 
@@ -33,6 +36,9 @@ class StepSize(NamedTuple):
     tokens: int
 
 
+USUAL_TARGET = "1%"
+"""The quality target under `auto`."""
+
 CPU_STEP = StepSize(16, 512)
 ACCELERATOR_STEP = StepSize(256, 8192)
 
@@ -45,6 +51,11 @@ def _expert_memory(value: Any, name: str) -> Any:
 
 def _bytes(value: Any, name: str) -> Any:
     parse_bytes(name, value)
+    return value
+
+
+def _quality_target(value: Any, name: str) -> Any:
+    QualityTargets.parse(str(value), name)
     return value
 
 
@@ -68,11 +79,53 @@ class EngineConfig(Options):
         metavar="SIZE",
         check=_expert_memory,
     )
-    routing: RoutingContract = option("resident", "routing contract of requests that name none")
+    routing: RoutingContract | Literal["auto"] = option(
+        "auto",
+        "routing contract of requests that name none; auto is bounded, with a quality target of 1%, which waits for "
+        "nothing and substitutes nothing where all experts are resident",
+    )
+    quality_target: str | None = option(
+        None,
+        "under bounded: by how much the perplexity of answers may be expected to lie above that under all experts, for "
+        "example 1%, or 1%,sum=3% with a target for a task; the tolerance of each task follows from audits",
+        metavar="PERCENT",
+        default_text="1% with --routing auto, else none",
+        check=_quality_target,
+    )
+    audit_rate: float = option(
+        0.01,
+        "share of the answers that are computed once more under all experts, in idle moments or between steps, to tell "
+        "what their contract costs; 0 is none",
+        low=0,
+        high=1,
+        metavar="SHARE",
+    )
+    tolerance: float | None = option(
+        None,
+        "under bounded: an absent expert may be left out where its router weight is below this share of the weight of "
+        "all experts that the token wishes for in the layer",
+        low=TOLERANCE.low,
+        high=TOLERANCE.high,
+        default_text=f"{USUAL_TOLERANCE} of an even share: {USUAL_TOLERANCE / 4:g} for a router that chooses 4 experts",
+    )
+    substitution_budget: float | None = option(
+        None,
+        "under bounded: what the shares that one token gives up may add up to, over its layers",
+        low=0,
+        default_text="no limit",
+        metavar="SHARES",
+    )
+    sacred: int = option(1, "under bounded: so many first choices of each layer are never left out", low=0, high=1024)
     dtype: Dtype = option(
         "auto",
         "dtype of weights and slab; auto is the checkpoint's on an accelerator, and float32 on a CPU, where "
         "half-precision matrix products are slow",
+    )
+    expert_format: ExpertFormat = option(
+        "auto",
+        "how experts are kept on the device and in host memory: int8 takes a quarter of float32's bytes, has a scale "
+        "per output channel, and is made while loading from any checkpoint; auto is what the checkpoint has, in dtype "
+        "where its experts are not quantised",
     )
     max_model_len: int | None = option(
         None, "tokens that prompt and answer may have together", low=1, metavar="TOKENS", default_text="the model's own"
@@ -206,6 +259,30 @@ class EngineConfig(Options):
         super().__post_init__()
         if self.record_prompt_tokens and self.record_traces is None:
             raise ConfigError("record_prompt_tokens needs record_traces: there is no trace to hold them")
+
+        if self.quality_target is not None and self.tolerance is not None:
+            raise ConfigError("quality_target and tolerance are both given; the tolerance follows from the target")
+        if self.quality_target is not None and not self.audit_rate:
+            raise ConfigError("quality_target needs an audit_rate above 0: audits tell whether it is kept")
+
+    @property
+    def contract(self) -> RoutingContract:
+        """Of requests that name none."""
+        return "bounded" if self.routing == "auto" else self.routing
+
+    @property
+    def targets(self) -> QualityTargets | None:
+        """What the tolerances of tasks are tuned to; None where they stay what they are."""
+        given = self.quality_target
+        if given is None and self.routing == "auto" and self.tolerance is None and self.audit_rate:
+            given = USUAL_TARGET
+        return None if given is None else QualityTargets.parse(given)
+
+    def bounded(self, top_k: int) -> Allowance:
+        """What tokens may give up under the contract `bounded`, by a router that chooses so many experts."""
+        tolerance = USUAL_TOLERANCE / top_k if self.tolerance is None else self.tolerance
+        budget = math.inf if self.substitution_budget is None else self.substitution_budget
+        return Allowance(tolerance, budget, self.sacred)
 
     def step_size(self, platform: str) -> StepSize:
         """Sequences and tokens of a step on a platform of JAX. `auto` tokens do not go by the sequences that are given,

@@ -24,11 +24,16 @@ class Usage(BaseModel):
 
 
 class EmoeAnswer(BaseModel):
-    """What the server decided for this request, and the share of expert assignments that were substituted."""
+    """What the server decided for this request, and what other experts stood in for."""
 
     task: str | None
     routing: str
+    tolerance: Annotated[float | None, Field(exclude_if=lambda value: value is None)] = None
+    """Under `bounded`: the share of a token's router weight below which an absent expert could be left out."""
     substituted: float
+    """Share of expert assignments."""
+    substituted_weight: float
+    """Share of router weight."""
     slo_unattainable: Annotated[bool, Field(exclude_if=lambda value: not value)] = False
     """Whether deadlines were given up while the request waited; left out when not."""
 

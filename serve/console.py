@@ -74,8 +74,10 @@ def start_up_table(
     url: str,
     step: StepSize | None = None,
     sampling: Mapping[str, object] | None = None,
+    pool_share: float | None = None,
 ) -> Table:
-    """`memory` in bytes by purpose; `resident` experts on the device, one number per MoE layer."""
+    """`memory` in bytes by purpose; `resident` experts on the device, one number per MoE layer. `pool_share` is the
+    part of a GPU's memory that JAX takes for itself, where it does."""
     table = Table(show_header=False, title="eMoE-JAX", title_justify="left")
     table.add_row("model", escape(f"{model} ({family})"))
     if not has_tokenizer:
@@ -84,6 +86,8 @@ def start_up_table(
         table.add_row("chat template", "none, or several without a default: /v1/completions only, no chat")
     planned = format_bytes(memory["device"])
     table.add_row("device", escape(f"CPU, {planned} of host RAM" if device == "cpu" else f"{device}, {planned}"))
+    if pool_share is not None:
+        table.add_row("memory: JAX's pool", f"{pool_share:.0%} of the card (XLA_CLIENT_MEM_FRACTION)")
     for purpose, name in MEMORY.items():
         if purpose == "host" and not memory[purpose]:
             continue

@@ -14,6 +14,7 @@ GAUGES = (
     ("expert_coverage", "Share of the routers' wishes that were resident, since the start.", "residency.coverage"),
     ("expert_loads_in_flight", "Experts on their way to the device.", "residency.loads.in_flight"),
     ("link_bandwidth_bytes_per_second", "Measured from store to device, staging.", "residency.loads.bandwidth"),
+    ("audits_waiting", "Answers that wait for their audit.", "audit.waiting"),
     ("memory_lean", "Whether experts have made room for the KV cache (1).", "memory_trade.lean"),
     ("predictor_open", "Whether predictions count (1), or decayed frequency covers more (0).", "planner.open"),
     ("predict_every", "Prompts that share a prediction at present.", "planner.predict_every"),
@@ -30,6 +31,8 @@ COUNTERS = (
     ("answers_not_finite", "Answers ended because the model computed NaN or infinity.", "not_finite"),
     ("engine_steps", "Steps of the engine.", "steps"),
     ("engine_step_seconds", "Time spent in steps.", "step_seconds"),
+    ("expert_wait_loads", "Experts that a step waited for.", "residency.loads.waited_loads"),
+    ("expert_wait_seconds", "Time that steps waited for them.", "residency.loads.wait_seconds"),
     ("expert_loads", "Experts brought to the device.", "residency.loads.loads"),
     ("expert_loaded_bytes", "Bytes of experts brought to the device.", "residency.loads.loaded_bytes"),
     ("expert_loads_useful", "Loaded in the background and then wished for.", "residency.loads.useful"),
@@ -37,6 +40,9 @@ COUNTERS = (
     ("expert_layers_spared", "Exchanges not made: no request is sensitive there.", "residency.loads.layers_spared"),
     ("expert_loads_cancelled", "Given up before they were there.", "residency.loads.cancelled"),
     ("expert_load_failures", "Experts that could not be read.", "residency.loads.failures"),
+    ("audits", "Answers computed once more under all experts.", "audit.audits"),
+    ("audits_given_up", "For want of time, pages, or because they failed.", "audit.given_up"),
+    ("audit_seconds", "Time that audits took.", "audit.seconds"),
     ("memory_trades", "Times that experts and KV cache traded places.", "memory_trade.trades"),
     ("memory_trade_seconds", "Time that it took.", "memory_trade.trade_seconds"),
     ("predictions", "Prompts predicted because it was their turn.", "planner.predictions"),
@@ -60,6 +66,13 @@ RIVALS = (
 )
 """Name, documentation, and the number of each policy; `engine` is what was resident."""
 
+AUDITED = (
+    ("audit_kl", "KL(all experts || as served) per token, in nats."),
+    ("audit_top1_agreement", "Share of tokens of which both have the same most probable one."),
+    ("audit_perplexity_ratio", "Expected perplexity over that under all experts."),
+)
+"""Name, documentation; each by contract, task and estimate: mean, and low and high end of its 95 % interval."""
+
 PLANNER_COVERAGES = ("predicted", "frequency", "promised", "recent")
 
 BY_TASK = (
@@ -82,6 +95,8 @@ def engine_families(state: Mapping[str, Any], model_name: str) -> Iterator[Metri
     yield from _family(GaugeMetricFamily, "kv_cache_usage_perc", "Share of pages in use.", model_name, "", {"": usage})
     documentation = "Planned bytes by purpose; those of slab and KV cache change places."
     yield from _family(GaugeMetricFamily, "memory_bytes", documentation, model_name, "of", _at(state, "memory") or {})
+    documentation = "Of batches that may need absent experts: in one call, once more after a miss, or layer by layer."
+    yield from _family(CounterMetricFamily, "forwards", documentation, model_name, "way", _at(state, "forwards") or {})
     yield from _residency(_at(state, "residency") or {}, model_name)
     coverages = {name: _at(state, f"planner.coverage_{name}") for name in PLANNER_COVERAGES}
     documentation = "Of the last prompts by prediction and by frequency; promised by the plan; of recent steps."
@@ -90,6 +105,7 @@ def engine_families(state: Mapping[str, Any], model_name: str) -> Iterator[Metri
     for name, documentation, key in RIVALS:
         values = {policy: numbers.get(key) for policy, numbers in rivals.items()}
         yield from _family(CounterMetricFamily, name, documentation, model_name, "policy", values)
+    yield from _audits(_at(state, "audit") or {}, model_name)
     for kind, name, documentation, path, key in BY_TASK:
         tasks = _at(state, path) or {}
         shown = sorted(tasks, key=lambda task: -tasks[task].get("requests", 0))[:MAX_TASKS]
@@ -111,6 +127,22 @@ def _residency(residency: Mapping[str, Any], model_name: str) -> Iterator[Metric
     covered = round((residency.get("coverage") or 0) * sum(wishes.values()))
     documentation = "Those of all layers that were resident."
     yield from _family(CounterMetricFamily, "expert_wishes_resident", documentation, model_name, "", {"": covered})
+
+
+def _audits(audit: Mapping[str, Any], model_name: str) -> Iterator[Metric]:
+    """What answers lose, by contract and task, as means and ends of their intervals; and the tuned tolerances."""
+    for name, documentation in AUDITED:
+        family = GaugeMetricFamily(f"emoe:{name}", documentation, labels=["model_name", "contract", "task", "estimate"])
+        for contract, tasks in audit.get("contracts", {}).items():
+            for task, numbers in tasks.items():
+                for estimate, value in zip(("mean", "low", "high"), numbers[name.removeprefix("audit_")], strict=True):
+                    if value is not None:
+                        family.add_metric([model_name, contract, task, estimate], value)
+        if family.samples:
+            yield family
+    tolerances = {task: tuned["tolerance"] for task, tuned in (_at(audit, "target.tasks") or {}).items()}
+    documentation = "Under which requests are served that name none, tuned to the quality target."
+    yield from _family(GaugeMetricFamily, "tolerance", documentation, model_name, "task", tolerances)
 
 
 def _family(

@@ -4,7 +4,8 @@ import asyncio
 import dataclasses
 from collections.abc import AsyncIterator, Callable
 
-from emoe_jax.requests.request import SLO, Delta, RequestOutput, RoutingContract, SamplingParams
+from emoe_jax.requests.contract import RoutingContract
+from emoe_jax.requests.request import SLO, Delta, RequestOutput, SamplingParams
 from serve.refusals import EngineFailure, Unavailable
 from serve.stats import RequestStats
 
@@ -20,6 +21,7 @@ class Submission:
     params: SamplingParams
     task: str | None = None
     routing: RoutingContract | None = None
+    tolerance: float | None = None
     slo: SLO | None = None
     cache_salt: str | None = None
     grammar: object = None

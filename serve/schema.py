@@ -17,6 +17,7 @@ from pydantic import (
 from pydantic_core import PydanticKnownError
 
 from emoe_jax.errors import RequestError
+from emoe_jax.requests.contract import TOLERANCE, RoutingContract
 from emoe_jax.requests.request import (
     BIAS,
     INT32,
@@ -28,7 +29,6 @@ from emoe_jax.requests.request import (
     SAMPLING_BOUNDS,
     SLO,
     TOKEN_ID,
-    RoutingContract,
     SamplingParams,
 )
 from serve.bounds import sampling, within
@@ -151,10 +151,11 @@ class SloHeaders(BaseModel):
 
 
 class EmoeRequest(ClosedModel):
-    """The request extension: task type, routing contract, deadlines. Here unknown fields are refused."""
+    """The request extension: task type, routing contract and its tolerance, deadlines. Unknown fields are refused."""
 
     task: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     routing: RoutingContract | None = None
+    tolerance: Annotated[float, within(TOLERANCE)] | None = None
     slo: SloRequest | None = None
 
 

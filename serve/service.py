@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 import hashlib
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -109,7 +109,7 @@ class Service:
         deadlines, salt = slo.to_slo(emoe.slo), salt_of(request.state.tenant, cache_salt)
         generation = self.worker.submit(
             [
-                Submission(prompt, sampling, emoe.task, emoe.routing, deadlines, salt, grammar)
+                Submission(prompt, sampling, emoe.task, emoe.routing, emoe.tolerance, deadlines, salt, grammar)
                 for prompt, sampling in zip(prompts, params, strict=True)
             ],
             request.state.stats,
@@ -166,12 +166,17 @@ def usage_of(outputs: Sequence[RequestOutput]) -> Usage:
 def emoe_of(outputs: Sequence[RequestOutput]) -> EmoeAnswer:
     """One extension for the whole answer: prompts weigh in by their tokens; a task only when all share it."""
     tokens = [len(output.prompt_token_ids) + _completion_tokens(output) for output in outputs]
-    substituted = sum(output.substituted * count for output, count in zip(outputs, tokens, strict=True))
+
+    def mean(values: Iterable[float]) -> float:
+        return round(sum(value * count for value, count in zip(values, tokens, strict=True)) / max(1, sum(tokens)), 6)
+
     tasks = {output.task for output in outputs}
     return EmoeAnswer(
         task=tasks.pop() if len(tasks) == 1 else None,
         routing=outputs[0].routing,
-        substituted=round(substituted / max(1, sum(tokens)), 6),
+        tolerance=outputs[0].tolerance,
+        substituted=mean(output.substituted for output in outputs),
+        substituted_weight=mean(output.substituted_weight for output in outputs),
         slo_unattainable=any(output.slo_unattainable for output in outputs),
     )
 

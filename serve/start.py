@@ -13,6 +13,7 @@ import jax
 from rich.console import Console
 
 from emoe_jax import EmoeError, Engine
+from emoe_jax.memory.device_settings import pool_share
 from serve.app import create_app
 from serve.console import loading_progress, start_up_table
 from serve.hosts import hosts_for
@@ -77,14 +78,14 @@ def serve(options: ServerOptions, engine: Engine, listener: socket.socket, provi
     url = url_of(listener)
     names = tuple(options.served_model_name or [engine.model_name])
     tasks = None if engine.task_profile is None else tuple(engine.task_profile.tasks)
-    step = engine.options.step_size(jax.default_backend())
+    step, state = engine.options.step_size(jax.default_backend()), engine.state()
     table = start_up_table(
         model=names[0],
         family=engine.config.family,
-        routing=options.routing,
+        routing=_routing(options, state["tolerance"]),
         device=jax.devices()[0].device_kind,
         memory=engine.memory_report(),
-        resident=[len(layer) for layer in engine.state()["residency"]["experts"]],
+        resident=[len(layer) for layer in state["residency"]["experts"]],
         num_experts=engine.config.num_experts,
         has_tokenizer=engine.tokenizer is not None,
         has_chat_template=engine.tokenizer is not None and engine.tokenizer.has_chat_template,
@@ -92,6 +93,7 @@ def serve(options: ServerOptions, engine: Engine, listener: socket.socket, provi
         step=step,
         sampling=engine.sampling_defaults,
         url=url,
+        pool_share=pool_share(os.environ, jax.devices()[0].platform),
     )
     Console().print(table)
     worker = EngineWorker(engine, step.sequences + options.max_num_queued_reqs)
@@ -131,3 +133,15 @@ def serve(options: ServerOptions, engine: Engine, listener: socket.socket, provi
             engine.close()
         if provider is not None:
             provider.shutdown()  # sends what is left
+
+
+def _routing(options: ServerOptions, tolerance: float) -> str:
+    """The contract of requests that name none, as the start-up table says it."""
+    contract, targets = options.contract, options.targets
+    if contract != "bounded":
+        return contract
+    kept = f"tolerance {tolerance:g}"
+    if targets is not None:
+        of_tasks = "".join(f", {task} {100 * share:g}%" for task, share in targets.of_tasks.items())
+        kept = f"quality target {100 * targets.usual:g}%{of_tasks}"
+    return f"{contract}, {kept}"

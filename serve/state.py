@@ -26,6 +26,8 @@ class LoadsState(Described):
     failures: Annotated[int, Field(description="Experts that could not be read, after all retries.")] = 0
     retries: int = 0
     last_error: str | None = None
+    waited_loads: Annotated[int, Field(description="Those that a step waited for.")] = 0
+    wait_seconds: Annotated[float, Field(description="How long steps waited for them.")] = 0.0
 
 
 class AheadState(Described):
@@ -151,12 +153,68 @@ class MemoryTradeState(Described):
     error: Annotated[str | None, Field(description="Why there are no more trades.")] = None
 
 
+class ForwardsState(Described):
+    """How batches were computed whose rows may need absent experts. Counts since the start."""
+
+    whole: Annotated[int, Field(description="In one call, as if nothing were missing.")] = 0
+    again: Annotated[int, Field(description="Once more, after experts that were missing had been loaded.")] = 0
+    layered: Annotated[int, Field(description="With a stop at every router.")] = 0
+
+
+Interval = Annotated[
+    list[float | None], Field(description="Mean per token, low and high end of its 95 % interval; null is none.")
+]
+
+
+class FoundState(Described):
+    """What audits found of the newest answers of a task under one contract."""
+
+    audits: Annotated[int, Field(description="Since the start.")] = 0
+    tolerance: Annotated[float | None, Field(description="Of the newest; null where the contract has none.")] = None
+    tokens: Annotated[int, Field(description="Of the newest answers under it, which the estimates are of.")] = 0
+    kl: Interval = []
+    top1_agreement: Interval = []
+    perplexity_ratio: Interval = []
+
+
+class TunedState(Described):
+    """The tolerance of a task that a quality target led to."""
+
+    tolerance: float = 0.0
+    settled: Annotated[bool, Field(description="Whether the next larger one is known to lose too much.")] = False
+
+
+class TargetState(Described):
+    """Targets are expected perplexities over those of all experts, less 1."""
+
+    usual: float = 0.0
+    of_tasks: dict[str, float] = {}
+    tasks: dict[str, TunedState] = {}
+
+
+class AuditState(Described):
+    """Answers computed once more under all experts, to tell what their contract cost. Counts since the start."""
+
+    rate: Annotated[float, Field(description="Share of the answers that are audited.")] = 0.0
+    audits: int = 0
+    given_up: Annotated[int, Field(description="For want of time, pages, or because they failed.")] = 0
+    waiting: int = 0
+    seconds: Annotated[float, Field(description="What audits took of the engine's time.")] = 0.0
+    contracts: Annotated[dict[str, dict[str, FoundState]], Field(description="By contract and task.")] = {}
+    target: Annotated[TargetState | None, Field(description="Null where tolerances stay what they are.")] = None
+
+
 class EngineState(Described):
     """The engine between two steps. Times are in seconds, sizes in bytes, shares from 0 to 1."""
 
     model: str = ""
     family: str = ""
     routing: str = ""
+    tolerance: Annotated[
+        float, Field(description="Under `bounded`, of requests that name none; a target of `audit` goes before it.")
+    ] = 0.0
+    audit: AuditState = AuditState()
+    forwards: ForwardsState = ForwardsState()
     steps: int = 0
     step_seconds: Annotated[float, Field(description="Time spent in them.")] = 0.0
     not_finite: Annotated[int, Field(description="Answers ended because the model computed NaN or infinity.")] = 0

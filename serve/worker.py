@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from emoe_jax.errors import CheckpointError, RequestError
-from emoe_jax.requests.request import SLO, Delta, RequestOutput, RoutingContract, SamplingParams
+from emoe_jax.requests.contract import RoutingContract
+from emoe_jax.requests.request import SLO, Delta, RequestOutput, SamplingParams
 from serve.generation import Generation, Submission, Update
 from serve.refusals import EngineFailure, QueueFull, Unavailable
 from serve.stats import RequestStats
@@ -44,6 +45,7 @@ class ServedEngine(Protocol):
         *,
         task: str | None = None,
         routing: RoutingContract | None = None,
+        tolerance: float | None = None,
         slo: SLO | None = None,
         arrival: float | None = None,
         cache_salt: str | None = None,
@@ -303,6 +305,7 @@ class EngineWorker:
                 item.params,
                 task=item.task,
                 routing=item.routing,
+                tolerance=item.tolerance,
                 slo=item.slo,
                 arrival=generation.stats.arrived,
                 cache_salt=item.cache_salt,

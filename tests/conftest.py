@@ -9,10 +9,15 @@ from typing import Any
 import jax
 import optax
 import pytest
+from hypothesis import settings
 
 from tests.engines import engine_of, tiny_checkpoint
 
 __all__ = ["engine_of", "tiny_checkpoint"]
+
+# Machines are shared: how long an example takes says nothing.
+settings.register_profile("suite", deadline=None)
+settings.load_profile("suite")
 
 # Arrays of different ranks or dtypes that meet without a word are a fault more often than a wish.
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -40,15 +45,23 @@ optax.adamw = _promoting(optax.adamw)
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Engines of many tests compile the same steps; a cache that lives as long as the session compiles them once.
+    """Engines of many tests compile the same steps. A cache for the session compiles them once for all workers, and
+    for the processes that tests start.
 
     With `JAX_COMPILATION_CACHE_DIR` set, that cache serves later sessions too.
     """
-    directory = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(tmp_path_factory.mktemp("xla"))
-    jax.config.update("jax_compilation_cache_dir", directory)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-    yield
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    options = {
+        "jax_compilation_cache_dir": os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(shared / "xla"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in options.items():
+            jax.config.update(name, value)
+            patch.setenv(name.upper(), str(value))
+        yield
     jax.config.update("jax_compilation_cache_dir", None)
 
 

@@ -29,6 +29,9 @@ TINY: dict[str, Any] = {
     "eos_token_id": 60,
 }
 
+RESIDENT: dict[str, Any] = {"routing": "resident", "audit_rate": 0.0}
+"""Options under which nothing but what a test does changes which experts are resident."""
+
 EngineFactory = Callable[..., Engine]
 
 
@@ -54,13 +57,14 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine_of(tiny_checkpoint: Path) -> Iterator[EngineFactory]:
     """`engine_of(expert_memory="2 slots", ...)`: one engine per set of options for the whole session.
 
-    Without prefix caching, so that no test rests on what another one has computed.
+    Without prefix caching, so that no test rests on what another one has computed, and `RESIDENT` unless a test says
+    otherwise.
     """
     engines: dict[tuple, Engine] = {}
 
     def make(**options: Any) -> Engine:
         defaults = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "policy": "static", "prefix_caching": False}
-        options = defaults | options
+        options = defaults | RESIDENT | options
         key = tuple(sorted(options.items()))
         if key not in engines:
             engines[key] = Engine.load(tiny_checkpoint, **options)

@@ -46,7 +46,7 @@ def test_options_load_no_jax() -> None:
         ({"kv_memory": -1}, "kv_memory is -1; expected a positive number of bytes"),
         ({"device_memory": "all"}, "device_memory 'all' is not an amount of bytes"),
         ({"link_bandwidth": "-1GiB"}, "link_bandwidth '-1GiB' is not an amount of bytes"),
-        ({"routing": "best"}, "routing is 'best'; expected one of resident, exact"),
+        ({"routing": "best"}, "routing is 'best'; expected one of resident, bounded, exact"),
         ({"dtype": "int4"}, "dtype is 'int4'; expected one of auto, float32, bfloat16, float16"),
         ({"load_wait_ms": -1}, "load_wait_ms is -1; expected at least 0"),
         ({"router_capacity_factor": 0.0}, "router_capacity_factor is 0.0; expected more than 0"),

@@ -10,8 +10,8 @@ import jax
 from flax import nnx
 
 from emoe_jax.config import ModelConfig
-from emoe_jax.device.batch import Buckets
 from emoe_jax.device.executables import Executables
+from emoe_jax.device.shapes import Buckets
 from emoe_jax.memory.plan import MemoryPlan
 from emoe_jax.memory.workspace import step_workspace
 from emoe_jax.models.decoder import Decoder

@@ -8,7 +8,8 @@ from typing import Any
 
 import uvicorn
 
-from emoe_jax.requests.request import Completion, Delta, RequestOutput, RoutingContract, SamplingParams
+from emoe_jax.requests.contract import RoutingContract
+from emoe_jax.requests.request import Completion, Delta, RequestOutput, SamplingParams
 from serve.app import create_app
 from serve.server import bind, url_of
 from serve.service import Service
@@ -34,6 +35,7 @@ class ScriptedEngine:
         *,
         task: str | None = None,
         routing: RoutingContract | None = None,
+        tolerance: float | None = None,
         slo: Any = None,
         arrival: float | None = None,
         cache_salt: str | None = None,

@@ -34,9 +34,8 @@ class Replayed:
 
 def host_overhead(model: str | Path, batch: int, steps: int) -> dict[str, float]:
     """Milliseconds per decode step of so many sequences: of the clock, and of the engine's thread on a CPU."""
-    with Engine.load(
-        model, max_num_seqs=batch, max_model_len=PROMPT + steps + 24, prefix_caching=False, expert_memory="40%"
-    ) as engine:
+    usual = {"prefix_caching": False, "expert_memory": "40%", "audit_rate": 0.0}
+    with Engine.load(model, max_num_seqs=batch, max_model_len=PROMPT + steps + 24, **usual) as engine:
         rng = np.random.default_rng(0)
         params = SamplingParams(max_tokens=steps + 20, temperature=0.0, ignore_eos=True)
         for number in range(batch):

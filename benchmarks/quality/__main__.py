@@ -8,6 +8,7 @@ docs/explanation/quality.md.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shlex
 import sys
 import time
@@ -27,9 +28,10 @@ from benchmarks.quality.served import ANSWER_TOKENS, Cell
 from benchmarks.quality.traffic import ALL_TASKS, BURST, PROMPT_TASKS, TEXT_TASKS, Count
 from benchmarks.quality.without import PARTS
 from benchmarks.results import write_json
+from emoe_jax.engine_config import ExpertFormat
 from emoe_jax.errors import EmoeError, one_line
 from emoe_jax.policies import POLICIES
-from emoe_jax.requests.request import RoutingContract
+from emoe_jax.requests.contract import CONTRACTS
 from serve.options import DEMO_MODEL
 from serve.start import keep_compilations
 from train.progress import progress_bar
@@ -38,7 +40,6 @@ from train.sensitivity.embedding import Embed, embedding_model
 
 DEFAULT_POLICIES = ("emoe", "emoe-paper", "static-global", "random")
 DEFAULT_SHARES = (0.8, 0.6, 0.4, 0.2)
-CONTRACTS: tuple[RoutingContract, ...] = get_args(RoutingContract)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,6 +101,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="instead of the checkpoint's, for policies that plan by requests",
     )
+    add(
+        "--expert-format",
+        choices=get_args(ExpertFormat),
+        default="auto",
+        help="how the experts of every row but the first are kept (default auto: as the first row's)",
+    )
     add("--embedding-model", metavar="NAME", help="also compare answers by this model; needs sentence-transformers")
     add("--check", action="store_true", help="exit with status 1 unless the yardstick holds")
     add("--json", type=Path, metavar="FILE", help="write the numbers here, after every cell")
@@ -159,6 +166,8 @@ def run(given: argparse.Namespace, argv: Sequence[str], console: Console) -> int
         for contract in given.contracts
         for share in given.shares
     ]
+    options = (("expert_format", given.expert_format),)
+    cells = [dataclasses.replace(cell, options=options) for cell in cells]
     rows: list[Row] = []
     results = described(given, argv, traffic)
     for done in _measured(given, cells, traffic, embed, console):
@@ -187,6 +196,7 @@ def described(given: argparse.Namespace, argv: Sequence[str], traffic: Traffic) 
         "left_out": traffic.missing,
         "concurrency": given.concurrency,
         "random_draws": given.random_draws,
+        "expert_format": given.expert_format,
         "burst": BURST,
         "answer_tokens": ANSWER_TOKENS,
         "text_tokens": TEXT_TOKENS,

@@ -12,7 +12,7 @@ from benchmarks.quality.traffic import Item
 from benchmarks.quality.without import engine_without
 from emoe_jax import EmoeError, Engine, RequestOutput, SamplingParams
 from emoe_jax.engine_config import EngineConfig
-from emoe_jax.requests.request import RoutingContract
+from emoe_jax.requests.contract import RoutingContract
 
 ANSWER_TOKENS = 64
 
@@ -79,6 +79,7 @@ def config_of(cell: Cell, context: int, concurrency: int, seed: int, profile: Pa
         "max_num_seqs": concurrency,
         "max_model_len": context,
         "prefix_caching": False,
+        "audit_rate": 0.0,
         "task_profile": "auto" if profile is None else profile,
         "seed": seed,
     }
@@ -124,10 +125,12 @@ def serve(
     tell: Tell,
     name_tasks: bool = False,
     waiting: int | None = None,
+    first: int = 0,
 ) -> list[RequestOutput]:
     """All outputs, in order. `concurrency` requests are computed together, and `waiting` (as many) wait for their turn.
 
-    Requests name no task unless `name_tasks`: the engine classifies them. Raises `EmoeError` where one failed.
+    Requests name no task unless `name_tasks`: the engine classifies them. Their ids are numbers from `first` on. Raises
+    `EmoeError` where one failed.
     """
     outputs: dict[int, RequestOutput] = {}
     at_once = concurrency + (concurrency if waiting is None else waiting)
@@ -135,11 +138,11 @@ def serve(
     while len(outputs) < len(requests):
         while added < len(requests) and added - len(outputs) < at_once:
             item, params = requests[added]
-            engine.add_request(str(added), item.prompt, params, task=item.task if name_tasks else None)
+            engine.add_request(str(first + added), item.prompt, params, task=item.task if name_tasks else None)
             added += 1
         for delta in engine.step():
             if delta.finish_reason is not None:
-                number = int(delta.request_id)
+                number = int(delta.request_id) - first
                 outputs[number] = engine.pop(delta.request_id)
                 if delta.error is not None:
                     raise EmoeError(f"a prompt of {requests[number][0].task} failed: {delta.error}")

@@ -35,7 +35,10 @@ class Verdict:
 def verdicts(rows: Sequence[Row]) -> list[Verdict]:
     """Under the contract `resident`, at 40 % of the experts."""
     cells = [FULL, *(Cell(policy, "resident", SHARE) for policy in NEEDS)]
-    at = {cell.policy: {row.task: row for row in rows if row.cell == cell} for cell in cells}
+    at = {
+        cell.policy: {row.task: row for row in rows if dataclasses.replace(row.cell, options=()) == cell}
+        for cell in cells
+    }
     return [
         _exact_match(at[FULL.policy], at["random"]),
         _perplexity(at["random"]),

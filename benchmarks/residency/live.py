@@ -95,6 +95,8 @@ def engine_of(model: str, share: float, policy: str) -> Iterator[Engine]:
         model,
         expert_memory=f"{100 * share:g}%",
         policy=cast(PolicyName, policy),  # the engine's options check it
+        routing="resident",
+        audit_rate=0.0,
         max_num_seqs=max(BATCHES),
         max_model_len=_CONTEXT,
         prefix_caching=False,

@@ -24,6 +24,7 @@ from benchmarks.serving.simulated import machine_of, poisson_workload, run_simul
 from benchmarks.serving.tables import plot_runs, print_intervals, print_ratios, print_runs
 from benchmarks.serving.workload import demo_samples
 from emoe_jax.errors import ConfigError, EmoeError, one_line, require
+from emoe_jax.requests.contract import CONTRACTS
 from emoe_jax.scheduling.registry import PARTS, SCHEDULING_POLICIES, VARIANTS, without
 
 
@@ -164,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--without", nargs="+", choices=PARTS, default=[], metavar="PART", help="also slo less one of its parts")
     add("--residency", nargs="+", metavar="SHARE", help="resident experts, for example 100%% 40%%: a setting each")
-    add("--routing", nargs="+", choices=("resident", "exact"), metavar="CONTRACT", help="of all requests, likewise")
+    add("--routing", nargs="+", choices=CONTRACTS, metavar="CONTRACT", help="of all requests, likewise")
     add("--rates", nargs="+", type=positive, default=[0.7, 0.95], metavar="SHARE", help="arrival rates over capacity")
     add("--requests", type=count, default=2000, help="requests of a Poisson run")
     add("--slo-scale", type=positive, default=5.0, help="deadlines, as multiples of an idle machine's times")

@@ -11,13 +11,13 @@ from benchmarks.serving.devices import ExpertTimes
 from benchmarks.serving.settings import ALL, Setting
 from emoe_jax.amounts import parse_expert_memory
 from emoe_jax.config import ModelConfig
-from emoe_jax.experts.loader import LoaderStats
+from emoe_jax.experts.loader_stats import LoaderStats
+from emoe_jax.experts.record_format import RecordFormat
 from emoe_jax.experts.table import SlotTable
-from emoe_jax.experts.weights import ExpertLayout
 from emoe_jax.memory.budget import capacities
 from emoe_jax.models import config_from_directory
 from emoe_jax.policies import Swap, make_policy
-from emoe_jax.requests.request import RoutingContract
+from emoe_jax.requests.contract import RoutingContract
 from emoe_jax.requests.sequence import Sequence
 from emoe_jax.residency.foresight import progress_of
 from emoe_jax.residency.knowledge import RoutingKnowledge
@@ -71,7 +71,7 @@ class SimulatedExperts:
     def __init__(self, model: ModelExperts, setting: Setting, times: ExpertTimes, seed: int = 0):
         """Raises `ConfigError` for a residency that the model cannot have."""
         config, known = model.config, model.knowledge
-        layout = ExpertLayout.of(config, "float32")
+        layout = RecordFormat.of(config, "float32")
         slots = tuple(capacities(config, layout, parse_expert_memory(setting.residency or ALL)))
         slots = known.split(slots, config)
         shape = (len(config.moe_layers), config.num_experts)

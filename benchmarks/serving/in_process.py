@@ -17,7 +17,7 @@ from benchmarks.serving.settings import Setting
 from benchmarks.serving.workload import Job
 from emoe_jax import Engine, SamplingParams
 from emoe_jax.errors import RequestError
-from emoe_jax.requests.request import RoutingContract
+from emoe_jax.requests.contract import RoutingContract
 from serve.generation import Submission
 from serve.metrics import RequestMetrics
 from serve.options import parse_options
@@ -48,7 +48,7 @@ class EngineClient:
         prompt = self._engine.tokenizer.chat(list(job.sample.messages))
         fixed = job.answer_tokens
         params = SamplingParams(max_tokens=fixed or self._max_tokens, temperature=0, ignore_eos=fixed is not None)
-        submission = Submission(prompt, params, job.task, self._routing, job.slo)
+        submission = Submission(prompt, params, job.task, self._routing, slo=job.slo)
         times: list[float] = []
         try:
             generation = self._worker.submit([submission], RequestStats(RequestMetrics()))

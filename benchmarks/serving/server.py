@@ -18,8 +18,9 @@ from emoe_jax.errors import EmoeError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODULE = "serve.main"
-FIXED = ("--no-prefix-caching", "--expert-memory", "40%")
-"""What is measured computes a prompt each time it is drawn, and has experts to load. Later flags win."""
+FIXED = ("--no-prefix-caching", "--expert-memory", "40%", "--routing", "resident", "--audit-rate", "0")
+"""What is measured computes a prompt each time it is drawn, has experts to load, and does nothing besides. Later flags
+win."""
 READY_SECONDS = 900.0
 """A first start compiles every shape that a step can have."""
 STOP_SECONDS = 15.0

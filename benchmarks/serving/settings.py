@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from emoe_jax.requests.request import RoutingContract
+from emoe_jax.requests.contract import RoutingContract
 
 ALL = "100%"
 

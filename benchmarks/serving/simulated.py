@@ -79,6 +79,8 @@ class Machine:
 
 def machine_of(device: Device, setting: Setting, traced: bool) -> Machine:
     """The demo model's experts are known, and so is their routing in its five tasks; nothing is known of a trace's."""
+    if setting.routing == "bounded":
+        raise ConfigError("--simulate knows no router weights, by which `bounded` goes; measure it on a server")
     if device.experts is not None and not traced:
         return Machine(device, setting, ModelExperts.demo())
     if setting != Setting():

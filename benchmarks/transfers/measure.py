@@ -188,6 +188,7 @@ def _engine(settings: Settings, cell: Cell) -> Iterator[Engine]:
         max_model_len=CONTEXT,
         scheduling_policy="fcfs",
         prefix_caching=False,
+        audit_rate=0.0,
     ) as engine:
         yield engine
 

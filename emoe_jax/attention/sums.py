@@ -1,7 +1,9 @@
 """Softmax attention as sums over the keys seen so far. All attention backends are made of it."""
 
+from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -50,25 +52,37 @@ class AttentionSums(NamedTuple):
         does one that sees no key at all.
         """
         grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
-        scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k, preferred_element_type=jnp.float32) * scale
+        # A GPU would round the operands of float32 products to 10 bits (TF32).
+        precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+        product = partial(jnp.einsum, preferred_element_type=jnp.float32, precision=precision)
+        scores = product("BTKGH,BSKH->BKGTS", grouped, k) * scale
         scores = jnp.where(mask[:, None, None, :, :], scores, _MASKED)
         highest = jnp.maximum(self.highest, jnp.max(scores, axis=-1))
         kept = jnp.exp(self.highest - highest)
         powers = jnp.where(mask[:, None, None, :, :], jnp.exp(scores - highest[..., None]), 0.0)
         if mask.shape[1] == 1:  # one query: what it does not see is not there
             v = jnp.where(mask[:, 0, :, None, None], v, 0)
-            added = jnp.einsum("BKGTS,BSKH->BKGTH", powers.astype(v.dtype), v, preferred_element_type=jnp.float32)
+            added = product("BKGTS,BSKH->BKGTH", powers.astype(v.dtype), v)
         else:  # a query must not be reached by what only a later one sees
             finite = jnp.isfinite(v)
             v = jnp.where(finite, v, 0)
-            added = jnp.einsum("BKGTS,BSKH->BKGTH", powers.astype(v.dtype), v, preferred_element_type=jnp.float32)
+            added = product("BKGTS,BSKH->BKGTH", powers.astype(v.dtype), v)
             lost = jnp.any(mask & ~jnp.all(finite, axis=(2, 3))[:, None, :], axis=-1)
             added = jnp.where(lost[:, None, None, :, None], jnp.nan, added)
         weight = self.weight * kept + jnp.sum(powers, axis=-1)
         return AttentionSums(highest, weight, self.values * kept[..., None] + added)
 
-    def output(self, dtype: jnp.dtype) -> Float[Array, "B T N H"]:
-        """The weighted means in `dtype`, heads in the order of `q`. A query that saw no key gets NaN."""
+    def output(self, dtype: jnp.dtype, sinks: Float[Array, " N"] | None = None) -> Float[Array, "B T N H"]:
+        """The weighted means in `dtype`, heads in the order of `q`. A query that saw no key gets NaN.
+
+        `sinks` are logits, one per head, of a key more that every query sees and whose value is zero.
+        """
         B, K, G, T, H = self.values.shape
-        mean = self.values / self.weight[..., None]
+        weight, values = self.weight, self.values
+        if sinks is not None:
+            logits = sinks.astype(jnp.float32).reshape(1, K, G, 1)
+            highest = jnp.maximum(self.highest, logits)
+            kept = jnp.exp(self.highest - highest)
+            weight, values = weight * kept + jnp.exp(logits - highest), values * kept[..., None]
+        mean = values / weight[..., None]
         return mean.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H).astype(dtype)

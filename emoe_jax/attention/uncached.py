@@ -14,7 +14,8 @@ BLOCK = 512
 
 def causal_attend(config: ModelConfig, window: int | None, positions: Int[Array, "B T"]) -> AttendFunction:
     """Attention of sequences to themselves, without a cache."""
-    return lambda q, k, v: (attend_causally(q, k, v, positions, window, config.attention_scale), None)
+    scale = config.attention_scale
+    return lambda q, k, v, sinks: (attend_causally(q, k, v, positions, window, scale, sinks), None)
 
 
 def attend_causally(
@@ -24,11 +25,12 @@ def attend_causally(
     positions: Int[Array, "B T"],
     window: int | None,
     scale: float,
+    sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Sequences of equal positions attend to themselves. Scores exist for `BLOCK` queries and keys at a time."""
     T = q.shape[1]
     if T <= BLOCK:
-        return attend(q, k, v, attention_mask(positions, positions[0], window), scale)
+        return attend(q, k, v, attention_mask(positions, positions[0], window), scale, sinks)
     number = -(-T // BLOCK)
     padding = ((0, 0), (0, number * BLOCK - T))
     q, k, v = (jnp.pad(x, (*padding, (0, 0), (0, 0))) for x in (q, k, v))
@@ -44,7 +46,7 @@ def attend_causally(
             mask = attention_mask(at, part(positions, index)[0], window)
             return sums.add(queries, part(k, index), part(v, index), mask, scale)
 
-        return jax.lax.fori_loop(0, number, add, AttentionSums.zero(queries, k.shape[2])).output(q.dtype)
+        return jax.lax.fori_loop(0, number, add, AttentionSums.zero(queries, k.shape[2])).output(q.dtype, sinks)
 
     blocks = jax.lax.map(attended, jnp.arange(number, dtype=jnp.int32))
     return jnp.moveaxis(blocks, 0, 1).reshape(q.shape)[:, :T]
@@ -56,6 +58,7 @@ def attend(
     v: Float[Array, "B S K H"],
     mask: Bool[Array, "B T S"],
     scale: float,
+    sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Softmax attention in float32 over all keys at once."""
-    return AttentionSums.zero(q, k.shape[2]).add(q, k, v, mask, scale).output(q.dtype)
+    return AttentionSums.zero(q, k.shape[2]).add(q, k, v, mask, scale).output(q.dtype, sinks)

@@ -12,32 +12,59 @@ class Part:
     """A run of rows of one of our arrays as a checkpoint stores it.
 
     `shape` is that of the tensor on disk; `index` selects one expert of a fused `[E, ...]` tensor, and `transposed`
-    means that what is selected is stored `[in, out]`.
+    means that what is selected is stored `[in, out]`. With `turns` of 2 the rows of the first and the second half are
+    stored in turn.
     """
 
     name: str
     shape: tuple[int, ...]
     index: int | None = None
     transposed: bool = False
+    turns: int = 1
 
     @property
     def rows(self) -> int:
         """Rows that this part fills of the array it belongs to."""
-        selected = self.shape if self.index is None else self.shape[1:]
-        return selected[-1] if self.transposed else selected[0]
+        return self.selected[-1] if self.transposed else self.selected[0]
+
+    @property
+    def selected(self) -> tuple[int, ...]:
+        """The shape of what is selected, as stored."""
+        return self.shape if self.index is None else self.shape[1:]
+
+    @property
+    def scales(self) -> "Part":
+        """Where a checkpoint with quantised experts stores the scales of these rows, one for each row. Those of a fused
+        tensor are one tensor for all experts."""
+        stack = () if self.index is None else self.shape[:1]
+        return Part(f"{self.name}_scale", (*stack, self.rows), self.index)
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpertSource:
-    """One on-disk layout of one expert: `w_in` is its parts concatenated along rows."""
+    """One on-disk layout of one expert: `w_in` is its parts concatenated along rows.
+
+    `biases` are those of `w_in` and of `w_out`, where the family has any.
+    """
 
     w_in: tuple[Part, ...]
     w_out: Part
+    biases: tuple[Part, ...] = ()
+
+    @property
+    def arrays(self) -> tuple[tuple[Part, ...], ...]:
+        """The parts of `w_in`, of `w_out` and of their biases, each in the order of their rows."""
+        return (*self.projections, *((bias,) for bias in self.biases))
+
+    @property
+    def projections(self) -> tuple[tuple[Part, ...], ...]:
+        """The parts of `w_in` and of `w_out`."""
+        return self.w_in, (self.w_out,)
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """The parts of `w_in` in the order of their rows, then `w_out`."""
-        return (*self.w_in, self.w_out)
+        """All parts, array by array."""
+        return tuple(part for parts in self.arrays for part in parts)
 
 
 DenseTensors = dict[str, tuple[Part, ...]]
@@ -51,6 +78,7 @@ class Family:
     `dense_tensors(config)` covers all weights but the experts. `expert_sources(config, layer, expert)` lists the
     layouts that are understood, one tensor per expert or fused; `layer` is the decoder's layer index. `aliases` maps
     the ending of a tensor name that some checkpoints use to the ending that `dense_tensors` uses.
+    `ignored(config, name)` says whether a tensor may be there although nothing reads it.
     """
 
     name: str
@@ -60,6 +88,7 @@ class Family:
     dense_tensors: Callable[[ModelConfig], DenseTensors]
     expert_sources: Callable[[ModelConfig, int, int], tuple[ExpertSource, ...]]
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    ignored: Callable[[ModelConfig, str], bool] = lambda config, name: False
 
     def canonical(self, name: str) -> str:
         """The name under which `dense_tensors` knows the checkpoint tensor `name`."""

@@ -13,7 +13,7 @@ CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = [
     "*.json",
@@ -73,11 +73,17 @@ def open_weights(directory: Path) -> dict[str, SafetensorsFile]:
         return dict.fromkeys(file.tensors, file)
     if (directory / INDEX).exists():
         return _open_shards(directory, _weight_map(directory / INDEX))
-    pickles = sorted(p.name for p in directory.iterdir() if p.suffix in _PICKLES)
+    pickles = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLES)
     if pickles:
         raise CheckpointError(
             f"{directory} holds its weights as {pickles[0]}; pickle files can run code and are never loaded, "
             f"convert them to safetensors"
+        )
+    packed = sorted(path.name for path in directory.glob("*.gguf"))
+    if packed:
+        raise CheckpointError(
+            f"{directory} holds its weights as {packed[0]}; GGUF is not read, use the safetensors checkpoint that "
+            "it was made from with --expert-format int8"
         )
     raise CheckpointError(f"{directory} has neither {SINGLE} nor {INDEX}")
 

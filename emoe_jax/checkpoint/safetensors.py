@@ -27,6 +27,9 @@ _PANEL = 64
 
 WEIGHT_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 
+STORED_DTYPES = WEIGHT_DTYPES | {"I8": np.dtype(np.int8)}
+"""Those of all tensors that can be read, quantised ones included."""
+
 _BITS = {"BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F64": 64, "C64": 64}
 _BITS |= {f"{sign}{bits}": bits for sign in "IU" for bits in (8, 16, 32, 64)}
 _BITS |= {name: 8 * dtype.itemsize for name, dtype in WEIGHT_DTYPES.items()}
@@ -61,22 +64,29 @@ class SafetensorsFile:
             raise CheckpointError(f"{self.path}: cannot be read: {error.strerror or error}") from None
         weakref.finalize(self, os.close, self._fd)
 
+    def dtype(self, name: str) -> np.dtype:
+        """That of a tensor that can be read. Raises `CheckpointError` for others."""
+        return STORED_DTYPES[self._weight(name).dtype]
+
     def tensor(self, name: str) -> np.ndarray:
         """A read-only copy of a tensor, in the dtype of the file."""
         info = self._weight(name)
-        out = np.empty(info.shape, WEIGHT_DTYPES[info.dtype])
+        out = np.empty(info.shape, STORED_DTYPES[info.dtype])
         self._fill(name, info.start, out)
         out.flags.writeable = False
         return out
 
-    def read_into(self, name: str, out: np.ndarray, index: int | None = None, transposed: bool = False) -> None:
+    def read_into(
+        self, name: str, out: np.ndarray, index: int | None = None, transposed: bool = False, turns: int = 1
+    ) -> None:
         """Read a tensor (its slice `index` of axis 0; transposed) into `out`, converting to `out`'s dtype.
 
+        `turns` is how many equal parts of the rows of `out` are stored in turn: a row of the first, one of the second.
         Raises `CheckpointError` when the shapes differ, and when the file was changed since it was opened; what is in
         `out` then is undefined. Holds at most a few MiB beside `out`.
         """
         info = self._weight(name)
-        shape, dtype, start = info.shape, WEIGHT_DTYPES[info.dtype], info.start
+        shape, dtype, start = info.shape, STORED_DTYPES[info.dtype], info.start
         if index is not None:
             if not 0 <= index < shape[0]:
                 raise CheckpointError(f"{self.path}: {name} has {shape[0]} slices; slice {index} was asked for")
@@ -87,19 +97,23 @@ class SafetensorsFile:
             raise CheckpointError(f"{self.path}: {name} has shape {wanted}; expected {out.shape}")
         if not out.size:
             return
-        if not transposed and out.dtype == dtype and out.flags.c_contiguous:
+        if out.shape[0] % turns:
+            raise CheckpointError(f"{self.path}: {name} has {out.shape[0]} rows; expected a multiple of {turns}")
+        if not transposed and turns == 1 and out.dtype == dtype and out.flags.c_contiguous:
             self._fill(name, start, out)
             return
         row_bytes = math.prod(shape[1:]) * dtype.itemsize
-        rows = min(max(_PANEL, 4 * _CHUNK // row_bytes), shape[0])
+        rows = min(max(_PANEL, 4 * _CHUNK // row_bytes // _PANEL * _PANEL), shape[0])
         chunk = _scratch(rows * row_bytes).view(dtype).reshape(rows, *shape[1:])
         for first in range(0, shape[0], rows):
             part = chunk[: shape[0] - first]
             self._fill(name, start + first * row_bytes, part)
-            if transposed:
-                _copy_transposed(part, out[:, first : first + rows])
-            else:
-                np.copyto(out[first : first + rows], part, casting="unsafe")
+            for turn, target in enumerate(np.split(out, turns)):
+                if transposed:
+                    _copy_transposed(part[:, turn::turns], target[:, first : first + rows])
+                else:
+                    at = first // turns
+                    np.copyto(target[at : at + rows // turns], part[turn::turns], casting="unsafe")
 
     def same_bytes(self, name: str, other: "SafetensorsFile", other_name: str) -> bool:
         """Whether two tensors agree in dtype, shape and every bit. Raises `CheckpointError` like `read_into`."""
@@ -143,8 +157,8 @@ class SafetensorsFile:
         info = self.tensors.get(name)
         if info is None:
             raise CheckpointError(f"{self.path}: tensor {name} is missing")
-        if info.dtype not in WEIGHT_DTYPES:
-            known = ", ".join(WEIGHT_DTYPES)
+        if info.dtype not in STORED_DTYPES:
+            known = ", ".join(STORED_DTYPES)
             raise CheckpointError(f"{self.path}: tensor {name} is {info.dtype}; weights must be one of {known}")
         return info
 

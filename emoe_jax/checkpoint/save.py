@@ -14,17 +14,19 @@ from flax import nnx
 
 from emoe_jax.checkpoint.family import Family, Part
 from emoe_jax.checkpoint.files import CONFIG, INDEX, SINGLE
-from emoe_jax.checkpoint.safetensors import WEIGHT_DTYPES
+from emoe_jax.checkpoint.safetensors import STORED_DTYPES
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.weights import ExpertWeights
 
 Layout = Literal["per_expert", "fused"]
 
-_DTYPE_NAMES = {dtype: name for name, dtype in WEIGHT_DTYPES.items()}
+MAX_SHARD_BYTES = 2 << 30
+
+_DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 
 
 @dataclasses.dataclass
-class _Tensor:
+class Tensor:
     """A tensor to write: its shape, and its bytes as pieces that are made when their turn comes."""
 
     shape: tuple[int, ...]
@@ -33,6 +35,7 @@ class _Tensor:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor in the file."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
@@ -44,16 +47,30 @@ def write_checkpoint(
     decoder_state: nnx.State,
     experts: Sequence[ExpertWeights],
     layout: Layout = "per_expert",
-    max_shard_bytes: int = 2 << 30,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write `config.json` and safetensors (sharded with an index above `max_shard_bytes`) in the arrays' own dtypes.
 
     `experts` holds all `E` experts of each MoE layer; it may be a lazy sequence, of which one layer at a time is held.
-    `"fused"` writes `[E, ...]` stacks, the layout that transformers 5 saves unconverted (OpenMoE: that of the hub).
+    `"fused"` writes `[E, ...]` stacks, the layout that transformers 5 saves unconverted (OpenMoE: that of the hub). A
+    family that has nothing but stacks on the hub is written as there by `"per_expert"`.
+    See `write_files`. Raises `ValueError` for quantised experts, which `convert` writes.
+    """
+    tensors = _dense_tensors(family, config, decoder_state) | _expert_tensors(family, config, experts, layout)
+    write_files(directory, tensors, raw_config, max_shard_bytes)
+
+
+def write_files(
+    directory: str | Path,
+    tensors: Mapping[str, Tensor],
+    raw_config: Mapping[str, Any],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write `config.json` and these tensors, in their order, piece by piece.
+
     Files are written beside their place and moved into it, `config.json` last: a directory that has it is complete.
     A checkpoint that was there before is replaced; its tokenizer files stay.
     """
-    tensors = _dense_tensors(family, config, decoder_state) | _expert_tensors(family, config, experts, layout)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
@@ -65,7 +82,7 @@ def write_checkpoint(
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _dense_tensors(family: Family, config: ModelConfig, state: nnx.State) -> dict[str, _Tensor]:
+def _dense_tensors(family: Family, config: ModelConfig, state: nnx.State) -> dict[str, Tensor]:
     values = {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
     tensors = {}
     for path, parts in family.dense_tensors(config).items():
@@ -73,32 +90,33 @@ def _dense_tensors(family: Family, config: ModelConfig, state: nnx.State) -> dic
         row = 0
         for part in parts:
             piece = _rows(lambda a=array: np.asarray(a), row, part)
-            tensors[part.name] = _Tensor(part.shape, np.dtype(array.dtype), [piece])
+            tensors[part.name] = Tensor(part.shape, np.dtype(array.dtype), [piece])
             row += part.rows
     return tensors
 
 
 def _expert_tensors(
     family: Family, config: ModelConfig, experts: Sequence[ExpertWeights], layout: Layout
-) -> dict[str, _Tensor]:
+) -> dict[str, Tensor]:
     if len(experts) != len(config.moe_layers):
         raise ValueError(f"experts of {len(experts)} layers given; the model has {len(config.moe_layers)} MoE layers")
+    if experts[0].in_scales is not None:
+        raise ValueError("experts are quantised; emoe_jax.checkpoint.convert writes such a checkpoint")
     fetch = _LayerCache(experts)
     dtype = np.dtype(experts[0].w_in.dtype)
-    tensors: dict[str, _Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for m, layer in enumerate(config.moe_layers):
         for expert in range(config.num_experts):
             sources = family.expert_sources(config, layer, expert)
-            fused = [s for s in sources if s.w_out.index is not None]
             separate = [s for s in sources if s.w_out.index is None]
-            source = (separate if layout == "per_expert" else fused)[0]
-            row = 0
-            for part in source.w_in:
-                piece = _rows(lambda m=m, e=expert: fetch(m)[0][e], row, part)
-                tensors.setdefault(part.name, _Tensor(part.shape, dtype, [])).pieces.append(piece)
-                row += part.rows
-            piece = _rows(lambda m=m, e=expert: fetch(m)[1][e], 0, source.w_out)
-            tensors.setdefault(source.w_out.name, _Tensor(source.w_out.shape, dtype, [])).pieces.append(piece)
+            fused = [s for s in sources if s.w_out.index is not None]
+            source = (separate or fused)[0] if layout == "per_expert" else fused[-1]
+            for number, parts in enumerate(source.arrays):
+                row = 0
+                for part in parts:
+                    piece = _rows(lambda m=m, n=number, e=expert: fetch(m)[n][e], row, part)
+                    tensors.setdefault(part.name, Tensor(part.shape, dtype, [])).pieces.append(piece)
+                    row += part.rows
     return tensors
 
 
@@ -108,12 +126,13 @@ class _LayerCache:
     def __init__(self, experts: Sequence[ExpertWeights]):
         self._experts = experts
         self._index = -1
-        self._arrays: tuple[np.ndarray, np.ndarray] = (np.empty(0), np.empty(0))
+        self._arrays: list[np.ndarray] = []
 
-    def __call__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, index: int) -> list[np.ndarray]:
         if index != self._index:
             layer = self._experts[index]
-            self._arrays = (np.asarray(layer.w_in), np.asarray(layer.w_out))
+            arrays = (layer.w_in, layer.w_out, layer.b_in, layer.b_out)
+            self._arrays = [np.asarray(array) for array in arrays if array is not None]
             self._index = index
         return self._arrays
 
@@ -123,12 +142,14 @@ def _rows(array: Callable[[], np.ndarray], row: int, part: Part) -> Callable[[],
 
     def piece() -> np.ndarray:
         rows = array()[row : row + part.rows]
+        if part.turns > 1:
+            rows = rows.reshape(part.turns, -1, *rows.shape[1:]).swapaxes(0, 1).reshape(rows.shape)
         return rows.T if part.transposed else rows
 
     return piece
 
 
-def _write_weights(directory: Path, tensors: dict[str, _Tensor], max_shard_bytes: int) -> None:
+def _write_weights(directory: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
     shards = list(_shards(tensors, max_shard_bytes))
     if len(shards) == 1:
         _write_file(directory / SINGLE, tensors)
@@ -142,7 +163,7 @@ def _write_weights(directory: Path, tensors: dict[str, _Tensor], max_shard_bytes
     _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _shards(tensors: dict[str, _Tensor], max_shard_bytes: int) -> Iterator[list[str]]:
+def _shards(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> Iterator[list[str]]:
     names: list[str] = []
     size = 0
     for name, tensor in tensors.items():
@@ -154,7 +175,7 @@ def _shards(tensors: dict[str, _Tensor], max_shard_bytes: int) -> Iterator[list[
     yield names
 
 
-def _write_file(path: Path, tensors: Mapping[str, _Tensor]) -> None:
+def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files that do not say so
     offset = 0
     for name, tensor in tensors.items():

@@ -9,6 +9,17 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, UInt32
 
 from emoe_jax.requests.adjustment import LogitAdjustment
+from emoe_jax.requests.sequence import Sequence
+
+
+def adjustments_of(sequences: Rows[Sequence], size: int) -> "Adjustments | None":
+    """What changes the logits of these sequences' next tokens, padded to `size` rows; None where nothing does."""
+    for sequence in sequences:
+        if sequence.adjustment is not None:
+            sequence.adjustment.update(sequence.generated)
+    return Adjustments.of(
+        [sequence.adjustment for sequence in sequences], [sequence.num_sampled for sequence in sequences], size
+    )
 
 
 @jax.tree_util.register_dataclass

@@ -1,16 +1,21 @@
-"""From a step plan to padded arrays: batches in a few fixed shapes."""
+"""From a step plan to flat batches, each in one of a few shapes."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int, Int32
 
-from emoe_jax.device.sampler import SamplingArrays
-from emoe_jax.device.step import StepInputs
-from emoe_jax.requests.request import RoutingContract
+from emoe_jax.device.block_tables import BlockTables
+from emoe_jax.device.inputs import StepInputs
+from emoe_jax.device.sampler import Choice
+from emoe_jax.device.shapes import Buckets, Shape
+from emoe_jax.requests.contract import Allowance
 from emoe_jax.requests.sequence import Sequence
+from emoe_jax.requests.served import ServedLogits
 from emoe_jax.scheduling.pages import pages_for
 from emoe_jax.scheduling.plan import StepPlan
 
@@ -18,47 +23,8 @@ UNCACHED_ROWS = 512
 """Tokens that an uncached forward computes at a time. Up to so many attend to each other in one block."""
 
 
-class Shape(NamedTuple):
-    """`B` sequences of `T` new tokens each, with block tables of `pages` pages each."""
-
-    sequences: int
-    tokens: int
-    pages: int
-
-
 @dataclasses.dataclass(frozen=True)
-class Buckets:
-    """The shapes that batches are padded to. A decode has one token per sequence, a prefill chunk one sequence.
-
-    Block tables always have room for the longest sequence: attention goes no further than it must.
-    """
-
-    sequences: tuple[int, ...]
-    chunk_tokens: tuple[int, ...]
-    pages: int
-
-    @classmethod
-    def of(cls, max_num_seqs: int, prefill_chunk: int, max_model_len: int) -> "Buckets":
-        """The buckets of an engine's limits. `prefill_chunk` and `max_model_len` are in tokens."""
-        return cls(
-            sequences=_ladder(1, max_num_seqs),
-            chunk_tokens=_ladder(min(32, prefill_chunk), prefill_chunk),
-            pages=pages_for(max_model_len),
-        )
-
-    @property
-    def shapes(self) -> tuple[Shape, ...]:
-        """All shapes that `fit` may return, decodes first. The engine compiles each of them."""
-        batches = [(B, 1) for B in self.sequences] + [(1, T) for T in self.chunk_tokens if T > 1]
-        return tuple(Shape(B, T, self.pages) for B, T in batches)
-
-    def fit(self, sequences: int, tokens: int) -> Shape:
-        """The smallest shape that holds so many."""
-        chunk = 1 if tokens == 1 else _fit(tokens, self.chunk_tokens)
-        return Shape(_fit(sequences, self.sequences), chunk, self.pages)
-
-
-class Piece(NamedTuple):
+class Piece:
     """Tokens of one sequence that a step feeds; the last piece of a prompt, and every decode, samples."""
 
     sequence: Sequence
@@ -66,57 +32,130 @@ class Piece(NamedTuple):
     length: int
     samples: bool
 
+    @property
+    def token(self) -> int:
+        """The number within the answer of the token that it samples."""
+        return self.start + self.length - len(self.sequence.prompt_token_ids)
 
-class Batch(NamedTuple):
-    """Pieces that run in one call, and the arrays they were padded to."""
+
+class AuditedRows(NamedTuple):
+    """The rows of a batch whose logits an audit compares."""
+
+    served: ServedLogits
+    positions: Int[np.ndarray, " n"]
+    rows: Int[np.ndarray, " n"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Pieces that run in one call. The piece at index `p` has place `p`, and the rows from `first_rows[p]` on."""
 
     pieces: tuple[Piece, ...]
-    routing: RoutingContract
     shape: Shape
-    inputs: StepInputs
-    sampling: SamplingArrays
-    want_logprobs: np.ndarray
+    words: Int32[np.ndarray, " words"]
+    """What the device is told, laid out by `StepInputs.packing`."""
+    first_rows: tuple[int, ...] = ()
+
+    @functools.cached_property
+    def inputs(self) -> StepInputs:
+        """Views of `words`."""
+        return StepInputs(**StepInputs.packing(self.shape).views(self.words))
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """By place."""
+        return [piece.sequence for piece in self.pieces]
+
+    @property
+    def choice(self) -> Choice:
+        """What the sampler has to do."""
+        return Choice.of([piece.sequence for piece in self.pieces if piece.samples])
+
+    @functools.cached_property
+    def may_need(self) -> bool:
+        """Whether some row may need an expert that is absent: one that is not under `resident`."""
+        return bool(np.isfinite(self.inputs.tolerances[: max(1, len(self.pieces))]).any())
+
+    @functools.cached_property
+    def kept_places(self) -> list[int]:
+        """The places whose logits are kept for an audit."""
+        return [
+            place
+            for place, piece in enumerate(self.pieces)
+            if piece.samples
+            and piece.sequence.served is not None
+            and piece.sequence.served.slot(piece.token) is not None
+        ]
+
+    @functools.cached_property
+    def audited_rows(self) -> AuditedRows | None:
+        """None where no text is audited: there is at most one."""
+        for first, piece in zip(self.first_rows, self.pieces, strict=True):
+            served = piece.sequence.compared_with
+            if served is not None:
+                positions = served.positions
+                positions = positions[(positions >= piece.start) & (positions < piece.start + piece.length)]
+                return AuditedRows(served, positions, first + positions - piece.start)
+        return None
+
+    def rows(self, place: int) -> slice:
+        """The rows of a piece."""
+        return slice(self.first_rows[place], self.first_rows[place] + self.pieces[place].length)
+
+    def keep_tokens(self, places: dict[Sequence, int], first: int) -> None:
+        """Keep the tokens that the batch samples for the plan that follows, from place `first` on behind those in
+        `places`, which learns of them.
+        """
+        kept = self.inputs.token_places
+        for place, piece in enumerate(self.pieces):
+            if piece.samples:
+                kept[place] = places[piece.sequence] = first + len(places)
 
     def await_tokens(self, places: Mapping[Sequence, int]) -> None:
         """Feed tokens that the host does not know from where the plan before has put them on the device."""
-        for row, (sequence, start, *_) in enumerate(self.pieces):
-            if start >= sequence.num_known:
-                self.inputs.tokens[row, 0] = -1 - places[sequence]
+        tokens = self.inputs.tokens
+        for place, piece in enumerate(self.pieces):
+            if piece.start >= piece.sequence.num_known:
+                tokens[self.first_rows[place]] = -1 - places[piece.sequence]
 
-    def prompt_targets(self) -> np.ndarray | None:
-        """Of a prompt's chunk, the token that follows each of its own (0 past the prompt): `[T]`.
+    def prompt_targets(self) -> Int32[np.ndarray, " R"] | None:
+        """For each row of a prompt whose sequence asks for log probabilities, the token that follows; 0 elsewhere.
 
-        None when the sequence does not ask for their log probabilities.
+        None when no row has one.
         """
-        if len(self.pieces) != 1 or self.pieces[0].sequence.params.prompt_logprobs is None:
-            return None
-        sequence, start, length, _ = self.pieces[0]
-        following = sequence.prompt_token_ids[start + 1 : start + 1 + length]
-        if not following:
-            return None
-        targets = np.zeros(self.shape.tokens, np.int32)
-        targets[: len(following)] = following
+        targets = None
+        for first, piece in zip(self.first_rows, self.pieces, strict=True):
+            if following := self.following(piece):
+                targets = np.zeros(self.shape.rows, np.int32) if targets is None else targets
+                targets[first : first + len(following)] = following
         return targets
 
-
-def batches_of(plan: StepPlan, buckets: Buckets) -> list[Batch]:
-    """At most one batch of decodes per routing contract, and one per prompt chunk."""
-    decodes = [Piece(sequence, sequence.num_computed, 1, True) for sequence in plan.decodes]
-    groups = [[piece for piece in decodes if piece.sequence.routing == routing] for routing in ("resident", "exact")]
-    groups += [[Piece(chunk.sequence, chunk.start, chunk.length, chunk.is_last)] for chunk in plan.prefills]
-    return [_pad(pieces, buckets) for pieces in groups if pieces]
+    def following(self, piece: Piece) -> list[int]:
+        """The tokens of a prompt after each of a piece's own; none for a sequence that does not ask for theirs."""
+        if piece.sequence.params.prompt_logprobs is None:
+            return []
+        return piece.sequence.prompt_token_ids[piece.start + 1 : piece.start + 1 + piece.length]
 
 
-def empty_batch(shape: Shape, routing: RoutingContract) -> Batch:
+def batches_of(plan: StepPlan, buckets: Buckets, tables: BlockTables, *, alone: bool = False) -> list[Batch]:
+    """One batch, and further ones where the prompts do not fit its tiles. Rows keep the contracts of their sequences.
+
+    With `alone` each prompt is in a batch of its own, and so are the sequences that decode.
+    """
+    decodes = [Piece(each, each.num_computed, 1, True) for each in plan.decodes]
+    chunks = [Piece(chunk.sequence, chunk.start, chunk.length, chunk.is_last) for chunk in plan.prefills]
+    parts = [decodes, *([chunk] for chunk in chunks)] if alone else _parts(decodes, chunks, buckets)
+    return [_filled(part, buckets, tables) for part in parts if part]
+
+
+def empty_batch(shape: Shape) -> Batch:
     """Nothing but padding, which writes to the trash page only."""
-    B, T, pages = shape
-    inputs = StepInputs(
-        np.zeros((B, T), np.int32), np.zeros(B, np.int32), np.zeros(B, np.int32), np.zeros((B, pages), np.int32)
-    )
-    return Batch((), routing, shape, inputs, SamplingArrays.of([], B), np.asarray(False))
+    batch = Batch((), shape, StepInputs.packing(shape).empty())
+    batch.inputs.token_places[:] = np.iinfo(np.int32).max
+    return batch
 
 
-def uncached_batches(token_ids: Rows[int], routing: RoutingContract) -> list[Batch]:
+def uncached_batches(token_ids: Rows[int], allowance: Allowance) -> list[Batch]:
     """A text in batches of at most `UNCACHED_ROWS` tokens, for a forward that has pages `1, 2, ...` to itself.
 
     A text that fits one batch needs no pages. The shapes are powers of two, so that few are compiled.
@@ -126,38 +165,65 @@ def uncached_batches(token_ids: Rows[int], routing: RoutingContract) -> list[Bat
     pages = pages_for(1 << (length - 1).bit_length()) if length > rows else 0
     batches = []
     for start in range(0, length, rows):
-        batch = empty_batch(Shape(1, rows, pages), routing)
+        batch = empty_batch(uncached_shape(rows, pages))
         count = min(rows, length - start)
-        batch.inputs.tokens[0, :count] = token_ids[start : start + count]
-        batch.inputs.starts[0], batch.inputs.lengths[0] = start, count
-        batch.inputs.block_tables[0] = np.arange(1, pages + 1)
+        inputs = batch.inputs
+        inputs.tokens[:count] = token_ids[start : start + count]
+        inputs.starts[0], inputs.lengths[0] = start, count
+        _allow(inputs, [allowance])
+        inputs.block_tables[0] = np.arange(1, pages + 1)
         batches.append(batch)
     return batches
 
 
-def _pad(pieces: list[Piece], buckets: Buckets) -> Batch:
-    shape = buckets.fit(len(pieces), max(piece.length for piece in pieces))
-    inputs = empty_batch(shape, "resident").inputs
-    for row, piece in enumerate(pieces):
+def uncached_shape(rows: int, pages: int) -> Shape:
+    """Of one sequence whose rows are one tile."""
+    return Shape(sequences=1, decodes=0, tiles=1, tile=rows, pages=pages)
+
+
+def _chunks(pieces: Rows[Piece]) -> list[int]:
+    """The lengths of the pieces that need tiles: one token has the row of its place."""
+    return [piece.length for piece in pieces if piece.length > 1]
+
+
+def _parts(decodes: list[Piece], chunks: list[Piece], buckets: Buckets) -> list[list[Piece]]:
+    """The sequences that decode, and as many prompts with them as there are tiles for; then further prompts."""
+    parts = [decodes]
+    for chunk in chunks:
+        if not buckets.fits(_chunks([*parts[-1], chunk])):
+            parts.append([])
+        parts[-1].append(chunk)
+    return parts
+
+
+def _filled(pieces: list[Piece], buckets: Buckets, tables: BlockTables) -> Batch:
+    batch = empty_batch(buckets.fit(len(pieces), _chunks(pieces)))
+    shape, inputs = batch.shape, batch.inputs
+    tile = shape.tile
+    tokens, starts, lengths, tile_places, last_rows = (np.asarray(array) for array in inputs[:5])
+    first_rows, next_tile = [], 0
+    for place, piece in enumerate(pieces):
+        row, group, needed = place, place, 1
+        if piece.length > 1:
+            row, group = shape.decodes + next_tile * tile, shape.decodes + next_tile
+            needed = -(-piece.length // tile)
+            tile_places[next_tile : next_tile + needed] = place
+            next_tile += needed
+        before = tile * np.arange(needed, dtype=np.int32)
+        starts[group : group + needed] = piece.start + before
+        lengths[group : group + needed] = np.minimum(piece.length - before, tile)
         known = piece.sequence.tokens(piece.start, piece.length)
-        inputs.tokens[row, : len(known)] = known
-        inputs.starts[row], inputs.lengths[row] = piece.start, piece.length
-        inputs.block_tables[row, : len(piece.sequence.pages)] = piece.sequence.pages
-    sequences = [piece.sequence for piece in pieces]
-    wants = any(sequence.params.logprobs is not None for sequence in sequences)
-    sampling = SamplingArrays.of(sequences, shape.sequences)
-    return Batch(tuple(pieces), sequences[0].routing, shape, inputs, sampling, np.asarray(wants))
+        tokens[row : row + len(known)] = known
+        last_rows[place] = row + piece.length - 1
+        first_rows.append(row)
+    _allow(inputs, [piece.sequence.allowance for piece in pieces])
+    tables.copy([piece.sequence for piece in pieces], np.asarray(inputs.block_tables))
+    return Batch(tuple(pieces), shape, batch.words, tuple(first_rows))
 
 
-def _ladder(first: int, last: int) -> tuple[int, ...]:
-    """`first`, then twice as much each time below `last`, then `last`."""
-    sizes = []
-    size = first
-    while size < last:
-        sizes.append(size)
-        size *= 2
-    return (*sizes, last)
-
-
-def _fit(size: int, ladder: tuple[int, ...]) -> int:
-    return next(bucket for bucket in ladder if bucket >= size)
+def _allow(inputs: StepInputs, allowances: Rows[Allowance]) -> None:
+    """What the sequences of the first places may give up."""
+    count = len(allowances)
+    inputs.tolerances[:count] = [each.tolerance for each in allowances]
+    inputs.budgets[:count] = [each.budget for each in allowances]
+    inputs.sacred[:count] = [each.sacred for each in allowances]

@@ -1,6 +1,5 @@
 """What the runner and the memory plan both compile, and what tells the executables of memory splits apart."""
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -9,9 +8,9 @@ import numpy as np
 
 from emoe_jax.device import step
 from emoe_jax.device.adjustments import Adjustments
-from emoe_jax.device.batch import Buckets
 from emoe_jax.device.executables import Executables
-from emoe_jax.device.sampler import SamplingArrays
+from emoe_jax.device.sampler import CHOICES, SamplingArrays
+from emoe_jax.device.shapes import Buckets
 
 
 class MemoryShapes(NamedTuple):
@@ -22,12 +21,16 @@ class MemoryShapes(NamedTuple):
     """By layer."""
 
 
-def compile_adjusted_choice(
+def compile_choices(
     executables: Executables, buckets: Buckets, B: int, V: int, sharding: jax.sharding.Sharding
 ) -> None:
-    """The sampler for a batch in which a row has penalties, biases or a grammar."""
+    """All that may follow a forward of `B` places: changed logits, each choice of tokens, log probabilities."""
     logits = jax.ShapeDtypeStruct((B, V), jnp.float32, sharding=sharding)
-    sampling = dataclasses.replace(SamplingArrays.of([], B), adjustments=Adjustments.none(B, V))
-    last_tokens = jax.ShapeDtypeStruct(buckets.sequences[-1:], np.int32, sharding=sharding)
-    places = np.zeros(B, np.int32)
-    executables.compile(step.choose_tokens, (B, True), logits, sampling, np.asarray(False), last_tokens, places)
+    tokens = jax.ShapeDtypeStruct((B,), np.int32, sharding=sharding)
+    last_tokens = jax.ShapeDtypeStruct((buckets.token_places,), np.int32, sharding=sharding)
+    executables.compile(step.adjust_logits, B, logits, Adjustments.none(B, V))
+    executables.compile(step.chosen_logprobs, B, logits, tokens)
+    executables.compile(step.take_rows, logits.shape[:-1], logits, np.zeros(1, np.int32))
+    sampling, places = SamplingArrays.pack([], B), np.zeros(B, np.int32)
+    for choice in CHOICES:
+        executables.compile(step.choose_tokens, (B, choice), logits, sampling, places, last_tokens, choice=choice)

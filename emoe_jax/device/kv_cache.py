@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from emoe_jax.attention.paged import LayerKV
+from emoe_jax.attention import LayerKV
 from emoe_jax.config import ModelConfig
 from emoe_jax.scheduling.pages import PAGE_SIZE
 
@@ -22,8 +22,9 @@ def page_bytes(config: ModelConfig, dtype: str) -> int:
 
 def new_cache(config: ModelConfig, num_pages: int, dtype: str) -> KVCache:
     """Zeroed pages for every layer."""
-    shape = (num_pages, PAGE_SIZE, config.num_kv_heads, config.head_dim)
-    return tuple(LayerKV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
+    return tuple(
+        LayerKV.zeros(num_pages, config.num_kv_heads, config.head_dim, dtype) for _ in range(config.num_layers)
+    )
 
 
 @partial(jax.jit, donate_argnames=("cache",))

@@ -1,22 +1,22 @@
-"""The forward that stops at every router: the `exact` contract's, and the one without a KV cache."""
+"""The forward that stops at every router: for steps that miss experts often, and the one without a KV cache."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int32
 
-from emoe_jax.attention.paged import LayerKV
-from emoe_jax.device import step
+from emoe_jax.attention import LayerKV
+from emoe_jax.device import layer_steps as step
 from emoe_jax.device.batch import Batch, uncached_batches
 from emoe_jax.device.executables import Executables
+from emoe_jax.device.step import Routed, Skeleton, StepOutputs
 from emoe_jax.errors import RequestError
 from emoe_jax.models.decoder import Decoder
-from emoe_jax.models.routing import Substituted
-from emoe_jax.requests.request import RoutingContract
+from emoe_jax.requests.contract import Allowance
 from emoe_jax.residency.residency import Residency
 
 
@@ -30,16 +30,16 @@ class LayeredForward:
         self.config = model.config
         self._residency = residency
         self._executables = executables
-        self._skeleton, _ = step.Skeleton.split(model)
+        self._skeleton, _ = Skeleton.split(model)
         self._leaves = leaves
         sharding = residency.slab.sharding
-        layers = [step.Skeleton.split(layer) for layer in model.layers]
+        layers = [Skeleton.split(layer) for layer in model.layers]
         self._layers = [(skeleton, jax.device_put(leaves, sharding)) for skeleton, leaves in layers]
         kinds = [(skeleton, self.config.sliding_window(index)) for index, (skeleton, _) in enumerate(layers)]
         self._kinds = [kinds.index(kind) for kind in kinds]  # the number of the first layer of a kind stands for it
 
     def logits(
-        self, token_ids: Rows[int], routing: RoutingContract, like: LayerKV, last_tokens: Int[Array, " places"]
+        self, token_ids: Rows[int], allowance: Allowance, like: LayerKV, last_tokens: Int[Array, " places"]
     ) -> Float[np.ndarray, "T V"]:
         """Float32 logits of one forward without a KV cache, as `Runner.logits` describes it.
 
@@ -48,128 +48,112 @@ class LayeredForward:
         length = len(token_ids)
         if not 0 < length <= self.config.max_position:
             raise RequestError(f"{length} tokens given; expected 1 to {self.config.max_position}", param="token_ids")
-        batches = uncached_batches(token_ids, routing)
+        batches = uncached_batches(token_ids, allowance)
         alone = len(batches) == 1  # then nothing is attended to but the batch itself
         states: list[Any] = []
+        budgets: list[Float[Array, " R"]] = []
         for batch in batches:
-            tokens, shape = batch.inputs.tokens, batch.shape[:2]
-            x = self._executables.call(step.embed, shape, self._leaves, tokens, last_tokens, skeleton=self._skeleton)
+            x, budget = self._embedded(batch, batch.words, last_tokens)
             states.append(x if alone else np.asarray(x))  # the device holds one batch at a time
+            budgets.append(budget)
         pages = None if alone else self._blank_pages(batches[0].shape.pages + 1, like)
         for index in range(len(self._layers)):
             for number, batch in enumerate(batches):
                 x = jax.device_put(states[number], self._residency.slab.sharding)
-                pages, x, *_ = self._layer(index, batch, x, pages)
+                pages, x, stopped = self._layer(index, batch, batch.words, x, budgets[number], pages)
+                if stopped is not None:
+                    budgets[number] = stopped.budget
                 states[number] = x if alone else np.asarray(x)
         logits = np.empty((length, self.config.vocab_size), np.float32)
         for batch, x in zip(batches, states, strict=True):
             x = jax.device_put(x, self._residency.slab.sharding)
-            rows = self._executables.call(step.all_logits, batch.shape[:2], self._leaves, x, skeleton=self._skeleton)
+            rows = self._executables.call(step.all_logits, batch.shape.rows, self._leaves, x, skeleton=self._skeleton)
             start, count = batch.inputs.starts[0], batch.inputs.lengths[0]
-            logits[start : start + count] = np.asarray(rows)[0, :count]
+            logits[start : start + count] = np.asarray(rows)[:count]
         return logits
 
-    def run(self, batch: Batch, cache: list[LayerKV], last_tokens: Int[Array, " places"]) -> step.StepOutputs:
-        """One batch of a step. Donates the arrays of `cache`, and puts the new ones in their place as it goes.
+    def run(
+        self, batch: Batch, words: Int32[Array, " words"], cache: list[LayerKV], last_tokens: Int[Array, " places"]
+    ) -> StepOutputs:
+        """One batch of a step, whose `words` are on the device. Donates the arrays of `cache`, and puts the new ones in
+        their place as it goes.
 
-        `last_tokens` are the tokens of the steps before. Raises what the expert store raises; `cache` stays usable.
+        Raises what the expert store raises; `cache` stays usable.
         """
-        x, wish_counts, wishes = self._hidden(batch, cache, last_tokens)
-        logits, finite = self._executables.call(
-            step.last_logits, batch.shape[:2], self._leaves, x, batch.inputs.lengths, skeleton=self._skeleton
-        )
-        nothing = Substituted(*np.zeros((2, batch.shape.sequences)))  # pyright: ignore[reportArgumentType]
-        return step.StepOutputs(x, logits, np.stack(wish_counts), nothing, finite, wishes)
-
-    def _hidden(
-        self, batch: Batch, cache: list[LayerKV], last_tokens: Int[Array, " places"]
-    ) -> tuple[Float[Array, "B T D"], list[Int[np.ndarray, " E"]], list[step.Wishes]]:
-        """The last hidden states, the wish counts and (still on the device) the wishes per MoE layer."""
-        x = self._executables.call(
-            step.embed, batch.shape[:2], self._leaves, batch.inputs.tokens, last_tokens, skeleton=self._skeleton
-        )
-        wish_counts: list[np.ndarray] = []
-        wishes: list[step.Wishes] = []
+        x, budget = self._embedded(batch, words, last_tokens)
+        kept: list[Routed] = []
         for index in range(len(self._layers)):
             keep = functools.partial(cache.__setitem__, index)
-            _, x, counts, layer_wishes = self._layer(index, batch, x, cache[index], keep)
-            if layer_wishes is not None:
-                wish_counts.append(counts)
-                wishes.append(layer_wishes)
-        return x, wish_counts, wishes
+            _, x, stopped = self._layer(index, batch, words, x, budget, cache[index], keep)
+            if stopped is not None:
+                budget = stopped.budget
+                kept.append(stopped.routed)
+        statics = {"skeleton": self._skeleton, "config": self.config, "shape": batch.shape}
+        arguments = (self._leaves, x, words, tuple(kept), last_tokens)
+        return self._executables.call(step.close_layers, batch.shape, *arguments, **statics)
+
+    def _embedded(
+        self, batch: Batch, words: Int32[Array | np.ndarray, " words"], last_tokens: Int[Array, " places"]
+    ) -> tuple[Float[Array, "1 R D"], Float[Array, " R"]]:
+        statics = {"skeleton": self._skeleton, "shape": batch.shape}
+        return self._executables.call(step.embed, batch.shape, self._leaves, words, last_tokens, **statics)
 
     def _layer(
         self,
         index: int,
         batch: Batch,
-        x: Float[Array, "B T D"],
+        words: Int32[Array | np.ndarray, " words"],
+        x: Float[Array, "1 R D"],
+        budget: Float[Array, " R"],
         layer_cache: LayerKV | None,
         keep: Callable[[LayerKV], None] | None = None,
-    ) -> tuple[LayerKV | None, Float[Array, "B T D"], Int[np.ndarray, " E"], step.Wishes | None]:
-        """One layer that stops at its router. Donates `layer_cache`; without one, sequences attend to themselves only.
+    ) -> tuple[LayerKV | None, Float[Array, "1 R D"], step.Stopped | None]:
+        """One layer that stops at its router. Donates `layer_cache`; without one, a sequence attends to itself only.
 
-        Returns the cache, the hidden states, the wish counts and the wishes (None of a layer without experts). `keep`
-        gets the cache before anything can fail: the old arrays are gone by then.
+        Returns the cache, the hidden states and how the layer stopped (None of a layer without experts). `keep` gets
+        the cache before anything can fail: the old arrays are gone by then.
         """
-        config, shape, inputs = self.config, batch.shape, batch.inputs
+        config, shape = self.config, batch.shape
         skeleton, leaves = self._layers[index]
         kind, window = self._kinds[index], config.sliding_window(index)
         pages = 0 if layer_cache is None else layer_cache.k.shape[0]
-        statics = {"skeleton": skeleton, "config": config, "window": window}
+        statics = {"skeleton": skeleton, "config": config, "window": window, "shape": shape}
         if not config.is_moe(index):
             layer_cache, x = self._executables.call(
-                step.dense_layer, (kind, *shape, pages), leaves, x, layer_cache, inputs, **statics
+                step.dense_layer, (kind, shape, pages), leaves, x, layer_cache, words, **statics
             )
             if keep is not None and layer_cache is not None:
                 keep(layer_cache)
-            return layer_cache, x, np.zeros(0, np.int32), None
+            return layer_cache, x, None
         m = config.moe_layers.index(index)
-        restricted = batch.routing == "resident"
-        layer_cache, routed, total, wishes = self._executables.call(
-            step.attend_and_route,
-            (kind, *shape, pages, restricted),
-            leaves,
-            x,
-            layer_cache,
-            inputs,
-            self._residency.table.resident_mask[m],
-            restricted=restricted,
-            **statics,
+        arguments = (leaves, x, layer_cache, words, self._residency.table.resident_mask[m], budget)
+        layer_cache, stopped, total = self._executables.call(
+            step.attend_and_route, (kind, shape, pages), *arguments, **statics
         )
         if keep is not None and layer_cache is not None:
             keep(layer_cache)
-        ahead = None if restricted or m + 1 == len(config.moe_layers) else self._residency.waves.ahead
-        guess = None if ahead is None else self._next_wishes(m, routed, batch)
-        counts = np.asarray(routed.wish_counts)
-        for slots in self._waves(m, counts, batch.routing):
+        ahead = self._residency.waves.ahead if batch.may_need and m + 1 < len(config.moe_layers) else None
+        guess = None if ahead is None else self._next_wishes(m, stopped, batch, words)
+        for slots in self._residency.waves.waves(m, np.asarray(stopped.used)):
             if ahead is not None:
                 # This layer's first wave is there: the link is free for the next layer while this one computes.
                 ahead.expect(m + 1, np.asarray(guess))
                 ahead = None
             experts = self._residency.slab.weights[m]
-            wave = (*shape[:2], experts.capacity)
-            total = self._executables.call(step.expert_wave, wave, routed, slots, experts, total, config=config)
-        x = self._executables.call(step.close_moe, (kind, *shape[:2]), leaves, routed, total, skeleton=skeleton)
-        return layer_cache, x, counts, wishes
+            wave = (shape.rows, experts.capacity)
+            total = self._executables.call(step.expert_wave, wave, stopped, slots, experts, total, config=config)
+        x = self._executables.call(step.close_moe, (kind, shape.rows), leaves, stopped, total, skeleton=skeleton)
+        return layer_cache, x, stopped
 
-    def _next_wishes(self, m: int, routed: step.Routed, batch: Batch) -> Int[Array, " E"]:
+    def _next_wishes(
+        self, m: int, stopped: step.Stopped, batch: Batch, words: Int32[Array | np.ndarray, " words"]
+    ) -> Int[Array, " E"]:
         """What the router of the next MoE layer makes of this one's input, still on the device."""
         index = self.config.moe_layers[m + 1]
         skeleton, leaves = self._layers[index]
-        key = (self._kinds[index], *batch.shape[:2])
-        lengths = batch.inputs.lengths
-        return self._executables.call(
-            step.next_wishes, key, leaves, routed.x, lengths, skeleton=skeleton, config=self.config
-        )
-
-    def _waves(
-        self, m: int, wish_counts: Int[np.ndarray, " E"], routing: RoutingContract
-    ) -> Iterator[Int[np.ndarray, " E"]]:
-        """Slots of the experts that take part, per call of the MoE op: the resident ones, or the wished in waves."""
-        if routing == "resident":
-            yield self._residency.table.slot_of_expert[m].copy()
-        else:
-            yield from self._residency.waves.waves(m, wish_counts)
+        statics = {"skeleton": skeleton, "config": self.config, "shape": batch.shape}
+        key = (self._kinds[index], batch.shape)
+        return self._executables.call(step.next_wishes, key, leaves, stopped.x, words, **statics)
 
     def _blank_pages(self, count: int, like: LayerKV) -> LayerKV:
         """Pages of one layer for an uncached forward."""

@@ -1,8 +1,8 @@
-"""Runs step plans on the device: picks executables, keeps the donated cache, reads the tokens back."""
+"""Computes batches on the device: picks executables, keeps weights, the donated KV cache and the newest tokens."""
 
 import dataclasses
-import functools
 import os
+import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 from concurrent.futures import ThreadPoolExecutor
@@ -10,54 +10,73 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int32
 
 from emoe_jax.config import ModelConfig
 from emoe_jax.device import step
-from emoe_jax.device.batch import Batch, Buckets, Shape, batches_of, empty_batch
-from emoe_jax.device.compiling import MemoryShapes, compile_adjusted_choice
+from emoe_jax.device.adjustments import Adjustments, adjustments_of
+from emoe_jax.device.batch import Batch, empty_batch
+from emoe_jax.device.compiling import MemoryShapes, compile_choices
 from emoe_jax.device.executables import Executables
+from emoe_jax.device.inputs import StepInputs
 from emoe_jax.device.kv_cache import KVCache, move_pages, resize_pages
 from emoe_jax.device.layered import LayeredForward
-from emoe_jax.device.readback import keep_prompt_logprobs, not_finite, sampled_token
-from emoe_jax.device.recording import counts_by_sequence, record_wishes, without_probs
-from emoe_jax.device.sampler import TokenLogprobs
+from emoe_jax.device.sampler import Choice, SamplingArrays, TokenLogprobs
+from emoe_jax.device.shapes import Buckets, Shape
+from emoe_jax.device.ways import Way
 from emoe_jax.models.decoder import Decoder
-from emoe_jax.policies.policy import ChunkWishes
 from emoe_jax.progress import Progress
-from emoe_jax.requests.request import RoutingContract
-from emoe_jax.requests.sequence import Sequence
-from emoe_jax.residency.residency import Residency, StepWishes
-from emoe_jax.scheduling.plan import SampledToken, StepPlan, StepResult
+from emoe_jax.requests.contract import Allowance
+from emoe_jax.requests.served import MOST_KEPT
+from emoe_jax.residency.residency import Residency
 from emoe_jax.traces.recorder import TraceRecorder
+
+EMBEDDINGS_AT_ONCE = (64, 512, 4096)
+"""Tokens of a prompt whose embeddings are added up in one call: the sizes that are compiled."""
 
 PAGES_MOVED = 32
 """KV pages that are copied in one call."""
 
 
-class Dispatched(NamedTuple):
-    """A plan that the device is computing."""
+class Outputs(NamedTuple):
+    """What a batch leaves on the device for the host."""
 
-    plan: StepPlan
-    batches: list[Batch]
-    outputs: list[tuple[Any, ...]]
-    residents: list[Bool[np.ndarray, "M E"]]
-    """The experts that were there when each batch was dispatched, before an `exact` one loaded what it missed."""
+    report: Int32[Array, " words"]
+    """A `Report`, packed."""
+    tokens: Int32[Array, " B"] | None
+    """None where those of the report were chosen."""
+    logprobs: TokenLogprobs | None
+    prompt_logprobs: TokenLogprobs | None
+    wish_probs: Float[Array, "M R k"] | None
+    """None where no recorder asks for them."""
+    kept: tuple[Float[Array, "1 V"], ...]
+    """The logits of the batch's `kept_places`."""
+    comparison: step.Comparison | None
+    """Of the rows of `audited_rows`; None where no text is audited."""
 
 
-@dataclasses.dataclass(frozen=True)
-class RunResult(StepResult):
-    """A step's tokens, and how often its routers wished for each expert."""
+@dataclasses.dataclass(eq=False)
+class BatchRun:
+    """A batch on the device, with all that is needed to compute it once more."""
 
-    wishes: StepWishes
+    batch: Batch
+    way: Way
+    began: float = dataclasses.field(default_factory=time.monotonic)
+    """Seconds of `time.monotonic`."""
+    resident: Bool[np.ndarray, "M E"] | None = None
+    """The experts that were there when it was first dispatched, before it loaded what it missed."""
+    seen: Bool[np.ndarray, "M E"] | None = None
+    """The experts that were there when it was dispatched last."""
+    outputs: Outputs | None = None
+    read: Any = None
+    """The same on the host, once it is known that no expert that was needed was absent."""
+    sampling: Int32[np.ndarray, " words"] | None = None
+    """How its tokens are drawn, as its sequences were when it was first dispatched; so are the adjustments."""
+    adjustments: Adjustments | None = None
 
 
 class Runner:
-    """Owns the weights and the KV cache on the device; the experts belong to `residency`.
-
-    All calls of a plan are dispatched before the first result is read, so a `resident` step waits for the device once.
-    The next plan may be dispatched before that: it finds the tokens that it feeds on the device.
-    """
+    """Owns the weights and the KV cache on the device; the experts belong to `residency`."""
 
     def __init__(
         self,
@@ -72,76 +91,49 @@ class Runner:
         self.buckets = buckets
         self.executables = executables or Executables()
         self.recorder: TraceRecorder | None = None
-        self._places: dict[Sequence, int] = {}  # of the tokens that the newest plan samples, in `_last_tokens`
-        self._embedding_table: np.ndarray | None = None
         self._residency = residency
         sharding = residency.slab.sharding
         self._cache = list(jax.device_put(cache, sharding))
         self._shapes = self._memory_shapes()
-        self._last_tokens = jax.device_put(np.zeros(buckets.sequences[-1], np.int32), sharding)
+        self._last_tokens = jax.device_put(np.zeros(buckets.token_places, np.int32), sharding)
         self._skeleton, leaves = step.Skeleton.split(model)
         self._leaves = jax.device_put(leaves, sharding)
+        self._embedding: Float[Array, "V D"] = self._skeleton.join(self._leaves).embedding[...]
         self._layered = LayeredForward(model, self._leaves, residency, self.executables)
 
-    def dispatch(self, plan: StepPlan) -> Dispatched:
-        """Start computing a plan, whose sequences may wait for tokens of the plan before.
+    def compute(self, run: BatchRun) -> Outputs:
+        """Dispatch a batch, for the first time or again. Tokens are chosen, and what changes logits is made, while the
+        forward runs. The outputs are on their way to the host.
 
-        Raises what the expert store raises under the `exact` contract; the cache stays usable.
+        Raises what the expert store raises where the batch is computed layer by layer; the cache stays usable.
         """
-        batches = batches_of(plan, self.buckets)
-        places, last_tokens = self._places, self._last_tokens
-        self._places = {}
-        for batch in batches:
-            batch.await_tokens(places)
-        outputs, residents = [], []
-        for batch in batches:
-            residents.append(self._residency.table.resident_mask)
-            outputs.append(self._run_batch(batch, last_tokens))
-        return Dispatched(plan, batches, outputs, residents)
-
-    def waits_within(self, plan: StepPlan) -> bool:
-        """Whether `dispatch` waits for the device: where routers say which experts are to be loaded."""
-        return not self._residency.is_full and any(sequence.routing == "exact" for sequence in plan.sequences)
-
-    def wait(self, dispatched: Dispatched) -> None:
-        """Wait until the device is done with a plan. What went wrong is raised by `collect`."""
-        _is_readable(dispatched.outputs)
-
-    def collect(self, dispatched: Dispatched) -> RunResult:
-        """Wait for a plan's tokens, and count the expert assignments of each sequence that has not ended meanwhile."""
-        batches, outputs = dispatched.batches, dispatched.outputs
-        if self.recorder is None:
-            outputs = [(*output, without_probs(wishes)) for *output, wishes in outputs]
-        outputs = jax.device_get(outputs)
-        sampled: dict[Sequence, SampledToken] = {}
-        lost: set[Sequence] = set()
-        choices = len(self.config.moe_layers) * self.config.top_k
-        wish_counts = np.zeros((len(self.config.moe_layers), self.config.num_experts), np.int64)
-        resident_counts = np.zeros_like(wish_counts)
-        chunks: list[ChunkWishes] = []
-        for batch, output, resident in zip(batches, outputs, dispatched.residents, strict=True):
-            tokens, prompt_logprobs, counts, substituted, finite, wishes = output
-            wish_counts += counts
-            resident_counts += counts * resident
-            spoilt = not_finite(batch, finite, prompt_logprobs)
-            lost |= spoilt
-            if self.recorder is not None:
-                record_wishes(self.recorder, batch, wishes, spoilt)
-            routed = counts_by_sequence(batch, wishes, self.config.num_experts)
-            for row, piece in enumerate(batch.pieces):
-                if piece.length > 1 and piece.sequence not in spoilt:
-                    chunks.append(ChunkWishes(routed[row], piece.length))  # of an ended sequence too: `counts` has them
-                if piece.sequence.finished or piece.sequence in spoilt:
-                    continue
-                piece.sequence.add_routing(routed[row])
-                piece.sequence.substituted += int(substituted.choices[row])
-                piece.sequence.substituted_weight += float(substituted.weight[row])
-                piece.sequence.assigned += piece.length * choices
-                if prompt_logprobs is not None:
-                    keep_prompt_logprobs(piece, prompt_logprobs)
-                if piece.samples:
-                    sampled[piece.sequence] = sampled_token(piece.sequence, tokens, row)
-        return RunResult(sampled, StepWishes(wish_counts, resident_counts, chunks), not_finite=frozenset(lost))
+        batch = run.batch
+        run.seen = self._residency.table.resident_mask
+        if run.resident is None:
+            run.resident = run.seen
+        words = jax.device_put(batch.words, self._residency.slab.sharding)
+        if run.way == "layered":
+            outputs = self._layered.run(batch, words, self._cache, self._last_tokens)
+        else:
+            arguments = self._whole_arguments(words)
+            cache, outputs = self.executables.call(
+                step.whole_step, (batch.shape, self._shapes), *arguments, shape=batch.shape, **self._statics
+            )
+            self._cache = list(cache)
+        self._last_tokens = outputs.last_tokens
+        tokens, logprobs = self._choose(run, outputs.logits)
+        run.outputs = Outputs(
+            outputs.report,
+            tokens,
+            logprobs,
+            self._prompt_logprobs(batch, outputs.hidden),
+            None if self.recorder is None else outputs.wish_probs,
+            tuple(self._logits_at(outputs.logits, place) for place in batch.kept_places),
+            self._comparison(batch, outputs.hidden),
+        )
+        for array in jax.tree.leaves(run.outputs):
+            array.copy_to_host_async()
+        return run.outputs
 
     def mend(self) -> bool:
         """After a failed step, with none in flight: replace device arrays that it has taken along.
@@ -180,35 +172,43 @@ class Runner:
         """Slab or KV cache have other shapes: find the executables of these from now on."""
         self._shapes = self._memory_shapes()
 
-    def embedding_table(self) -> Float[np.ndarray, "V D"]:
-        """The model's input embeddings on the host: a view on CPU, a copy elsewhere."""
-        if self._embedding_table is None:
-            self._embedding_table = np.asarray(self._skeleton.join(self._leaves).embedding[...])
-        return self._embedding_table
+    def mean_embedding(self, token_ids: Rows[int]) -> Float[Array, " D"]:
+        """The mean of a prompt's input embeddings in float32, on its way to the host. Does not wait for the device."""
+        tokens, most = np.asarray(token_ids, np.int32), EMBEDDINGS_AT_ONCE[-1]
+        mean = jax.device_put(np.zeros(self.config.hidden_size, np.float32), self._residency.slab.sharding)
+        for start in range(0, len(tokens), most):
+            part = tokens[start : start + most]
+            padded = np.zeros(next(size for size in EMBEDDINGS_AT_ONCE if size >= len(part)), np.int32)
+            padded[: len(part)] = part
+            counts = np.int32(len(part)), np.float32(len(tokens))
+            mean = self.executables.call(step.add_embeddings, len(padded), mean, self._embedding, padded, *counts)
+        mean.copy_to_host_async()
+        return mean
 
-    def logits(self, token_ids: Rows[int], routing: RoutingContract) -> Float[np.ndarray, "T V"]:
-        """Float32 logits of one uncached forward under a routing contract; NaN where the model computes NaN.
+    def logits(self, token_ids: Rows[int], allowance: Allowance) -> Float[np.ndarray, "T V"]:
+        """Float32 logits of one uncached forward that may substitute so much; NaN where the model computes NaN.
 
         Layer by layer, and within a layer at most `UNCACHED_ROWS` tokens at a time. Beside what a step of so many
         tokens takes, the device holds the keys and values of one layer; scores exist for one block of keys.
         """
-        return self._layered.logits(token_ids, routing, self._cache[0], self._last_tokens)
+        return self._layered.logits(token_ids, allowance, self._cache[0], self._last_tokens)
 
     def warm_up(self, progress: Progress | None = None) -> None:
-        """Compile every shape that `run` can meet: whole forwards on a pool of threads, the rest beside it."""
+        """Compile every shape that `compute` can meet: whole forwards on a pool of threads, the rest beside it."""
         shapes = self.buckets.shapes
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            forwards = [pool.submit(self._compile_resident, shape) for shape in shapes]
+            forwards = [pool.submit(self._compile_whole, shape) for shape in shapes]
             V, sharding = self.config.vocab_size, self._residency.slab.sharding
             forwards += [
-                pool.submit(compile_adjusted_choice, self.executables, self.buckets, B, V, sharding)
+                pool.submit(compile_choices, self.executables, self.buckets, B, V, sharding)
                 for B in self.buckets.sequences
             ]
-            forwards += [pool.submit(self._compile_prompt_logprobs, T) for T in sorted({1, *self.buckets.chunk_tokens})]
+            forwards += [pool.submit(self._compile_after_prompts, shape.rows) for shape in shapes]
+            forwards.append(pool.submit(self._compile_comparison))
             total, done = len(shapes) + len(forwards), 0
             for shape in shapes:
                 if not self._residency.is_full:
-                    jax.block_until_ready(self._run_batch(empty_batch(shape, "exact"), self._last_tokens))
+                    jax.block_until_ready(self.compute(BatchRun(empty_batch(shape), "layered")))
                 done += 1
                 if progress is not None:
                     progress(done, total)
@@ -218,69 +218,71 @@ class Runner:
                 if progress is not None:
                     progress(done, total)
         for shape in shapes:
-            jax.block_until_ready(self._run_batch(empty_batch(shape, "resident"), self._last_tokens))
+            jax.block_until_ready(self.compute(BatchRun(empty_batch(shape), "whole")))
         self.move_pages({0: 0})
+        for size in EMBEDDINGS_AT_ONCE:
+            jax.block_until_ready(self.mean_embedding([0] * size))
 
-    def _run_batch(self, batch: Batch, last_tokens: Int[Array, " places"]) -> tuple[Any, ...]:
-        """Dispatch one batch: its tokens, log probabilities of prompts, wish counts, substituted choices, which of its
-        sequences are finite, and wishes, still on the device.
-
-        `last_tokens` are those of the steps before. Tokens of earlier batches of the same step are not among them.
-        """
-        if batch.routing == "exact" and not self._residency.is_full:
-            outputs = self._layered.run(batch, self._cache, last_tokens)
-        else:
-            arguments = self._resident_arguments(batch, last_tokens)
-            cache, outputs = self.executables.call(
-                step.resident_step, (batch.shape, self._shapes), *arguments, **self._statics
-            )
-            self._cache = list(cache)
-        adjusted = batch.sampling.adjustments is not None
-        sampled, self._last_tokens = self.executables.call(
+    def _choose(
+        self, run: BatchRun, logits: Float[Array, "B V"]
+    ) -> tuple[Int32[Array, " B"] | None, TokenLogprobs | None]:
+        """Tokens and log probabilities of a batch in which a row asks for more than the most probable token."""
+        B, sequences, choice = run.batch.shape.sequences, run.batch.sequences, run.batch.choice
+        wants_logprobs = any(sequence.params.logprobs is not None for sequence in sequences)
+        if run.adjustments is None:
+            run.adjustments = adjustments_of(sequences, B)
+        if choice == Choice() and run.adjustments is None and not wants_logprobs:
+            return None, None
+        if run.sampling is None:
+            run.sampling = SamplingArrays.pack(sequences, B)
+        adjusted = logits
+        if run.adjustments is not None:
+            adjusted = self.executables.call(step.adjust_logits, B, logits, run.adjustments)
+        tokens, self._last_tokens = self.executables.call(
             step.choose_tokens,
-            (batch.shape.sequences, adjusted),
-            outputs.logits,
-            batch.sampling,
-            batch.want_logprobs,
+            (B, choice),
+            adjusted,
+            run.sampling,
+            np.asarray(run.batch.inputs.token_places),
             self._last_tokens,
-            self._places_for(batch),
+            choice=choice,
         )
-        return (
-            sampled,
-            self._prompt_logprobs(batch, outputs.hidden),
-            outputs.wish_counts,
-            outputs.substituted,
-            outputs.finite,
-            outputs.wishes,
-        )
+        return tokens, self.executables.call(step.chosen_logprobs, B, logits, tokens) if wants_logprobs else None
 
-    def _places_for(self, batch: Batch) -> Int[np.ndarray, " B"]:
-        """Where the tokens that a batch samples are kept for the plan that follows."""
-        places = np.full(batch.shape.sequences, self._last_tokens.shape[0], np.int32)
-        for row, piece in enumerate(batch.pieces):
-            if piece.samples:
-                places[row] = self._places[piece.sequence] = len(self._places)
-        return places
-
-    def _resident_arguments(self, batch: Batch, last_tokens: Int[Array, " places"]) -> tuple[Any, ...]:
+    def _whole_arguments(self, words: Any) -> tuple[Any, ...]:
         residency = self._residency
         return (
             self._leaves,
             residency.slab.weights,
             residency.table.device_table(),
             tuple(self._cache),
-            batch.inputs,
-            last_tokens,
+            words,
+            self._last_tokens,
         )
 
-    def _prompt_logprobs(self, batch: Batch, hidden: Float[Array, "B T D"]) -> TokenLogprobs | None:
-        """Log probabilities of the prompt's tokens that follow those of a chunk, for a sequence that asks for them."""
+    def _prompt_logprobs(self, batch: Batch, hidden: Float[Array, "1 R D"]) -> TokenLogprobs | None:
+        """Log probabilities of the prompts' tokens that follow those of a batch, for sequences that ask for them."""
         targets = batch.prompt_targets()
         if targets is None:
             return None
         return self.executables.call(
-            step.prompt_logprobs, batch.shape.tokens, self._leaves, hidden, targets, skeleton=self._skeleton
+            step.prompt_logprobs, batch.shape.rows, self._leaves, hidden, targets, skeleton=self._skeleton
         )
+
+    def _logits_at(self, logits: Float[Array, "B V"], place: int) -> Float[Array, "1 V"]:
+        return self.executables.call(step.take_rows, logits.shape[:-1], logits, np.array([place], np.int32))
+
+    def _comparison(self, batch: Batch, hidden: Float[Array, "1 R D"]) -> step.Comparison | None:
+        """Of the text that an audit computes with what was served, as far as it is in this batch."""
+        audited = batch.audited_rows
+        if audited is None or not len(audited.rows):
+            return None
+        served = np.zeros((MOST_KEPT, self.config.vocab_size), np.float32)
+        served[: len(audited.rows)] = audited.served.logits(audited.positions)
+        rows = np.zeros(MOST_KEPT, np.int32)
+        rows[: len(audited.rows)] = audited.rows
+        x = self.executables.call(step.take_rows, hidden.shape[:-1], hidden, rows)
+        return self.executables.call(step.compare_logits, MOST_KEPT, self._leaves, x, served, skeleton=self._skeleton)
 
     def _memory_shapes(self) -> MemoryShapes:
         return MemoryShapes(self._residency.slab.capacities, tuple(layer.k.shape[0] for layer in self._cache))
@@ -289,19 +291,26 @@ class Runner:
     def _statics(self) -> dict[str, Any]:
         return {"skeleton": self._skeleton, "config": self.config}
 
-    def _compile_resident(self, shape: Shape) -> None:
+    def _compile_whole(self, shape: Shape) -> None:
         shapes = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
-            self._resident_arguments(empty_batch(shape, "resident"), self._last_tokens),
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._residency.slab.sharding),
+            self._whole_arguments(StepInputs.packing(shape).empty()),
         )
-        self.executables.compile(step.resident_step, (shape, self._shapes), *shapes, **self._statics)
+        self.executables.compile(step.whole_step, (shape, self._shapes), *shapes, shape=shape, **self._statics)
 
-    def _compile_prompt_logprobs(self, T: int) -> None:
-        targets = np.zeros(T, np.int32)
-        embed = functools.partial(step.embed, skeleton=self._skeleton)
-        hidden = jax.eval_shape(embed, self._leaves, targets[None], self._last_tokens)
-        hidden = jax.ShapeDtypeStruct(hidden.shape, hidden.dtype, sharding=self._residency.slab.sharding)
-        self.executables.compile(step.prompt_logprobs, T, self._leaves, hidden, targets, skeleton=self._skeleton)
+    def _compile_after_prompts(self, R: int) -> None:
+        hidden, targets = self._hidden(1, R), np.zeros(R, np.int32)
+        self.executables.compile(step.prompt_logprobs, R, self._leaves, hidden, targets, skeleton=self._skeleton)
+        self.executables.compile(step.take_rows, hidden.shape[:-1], hidden, np.zeros(MOST_KEPT, np.int32))
+
+    def _compile_comparison(self) -> None:
+        served = np.zeros((MOST_KEPT, self.config.vocab_size), np.float32)
+        arguments = (self._leaves, self._hidden(MOST_KEPT), served)
+        self.executables.compile(step.compare_logits, MOST_KEPT, *arguments, skeleton=self._skeleton)
+
+    def _hidden(self, *rows: int) -> jax.ShapeDtypeStruct:
+        shape = (*rows, self.config.hidden_size)
+        return jax.ShapeDtypeStruct(shape, self._leaves[0].dtype, sharding=self._residency.slab.sharding)
 
 
 def _is_readable(arrays: Any) -> bool:

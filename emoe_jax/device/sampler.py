@@ -1,23 +1,24 @@
-"""Choosing the next token, for a batch whose rows all ask for something else, with one compilation.
+"""Choosing the next token, for a batch whose rows all ask for something else.
 
-Whatever the parameters, the compiled function is the same (a second one takes the penalties and biases of rows that
-have any); what is costly (noise over the vocabulary, the filters, top log probabilities) runs only in steps in which a
-row needs it. A row's token depends on its own logits and parameters alone, never on the rest of the batch.
+The host knows what the rows of a batch ask for, and picks the function that does that and no more: `Choice` says which
+there are. So no step waits for a condition on the device, and noise over the vocabulary and filters cost only those
+steps in which a row needs them. A row's token depends on its own logits and parameters alone, never on the rest of the
+batch and not on the `Choice`, as long as that covers what the row asks for.
 
 The filters search a threshold by bisection over the bits of the logits instead of sorting: on CPU 25 times faster at a
 vocabulary of 32,000. Their sums are of integers, so the order of summation, and with it the batch, cannot matter.
 """
 
-import dataclasses
+import functools
 from collections.abc import Sequence as Rows
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
 
-from emoe_jax.device.adjustments import Adjustments
+from emoe_jax.device.packing import Packing
 from emoe_jax.requests.request import MAX_LOGPROBS
 from emoe_jax.requests.sequence import Sequence
 
@@ -28,47 +29,66 @@ _ONE = 2**30
 """Probability 1 in integers; a vocabulary's rounded probabilities still sum to less than 2**31."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SamplingArrays:
-    """Sampling parameters of `B` rows, in `SamplingParams`' meaning. Rows that pad the batch are greedy."""
+class Choice(NamedTuple):
+    """What the rows of a batch ask of the sampler, all together."""
 
-    temperature: Float[Array | np.ndarray, " B"]
-    top_p: Float[Array | np.ndarray, " B"]
-    min_p: Float[Array | np.ndarray, " B"]
-    top_k: Int32[Array | np.ndarray, " B"]
-    seed: UInt32[Array | np.ndarray, "B 2"]
-    step: Int32[Array | np.ndarray, " B"]
-    adjustments: Adjustments | None = None
-    """None, and another compilation, where no row changes its logits."""
+    random: bool = False
+    """Whether any row draws its token; the others take the most probable one."""
+    top_k: bool = False
+    top_p: bool = False
 
     @classmethod
-    def of(cls, sequences: Rows[Sequence], size: int) -> "SamplingArrays":
-        """NumPy arrays for the sequences, in order, padded to `size` rows."""
+    def of(cls, sequences: Rows[Sequence]) -> "Choice":
+        """The least that covers all these sequences."""
+        drawn = [sequence.params for sequence in sequences if not is_greedy(sequence)]
+        return cls(bool(drawn), any(params.top_k > 0 for params in drawn), any(params.top_p < 1 for params in drawn))
+
+
+CHOICES = (Choice(), *(Choice(True, top_k, top_p) for top_k in (False, True) for top_p in (False, True)))
+"""All that `Choice.of` returns, greedy first."""
+
+
+class SamplingArrays(NamedTuple):
+    """Sampling parameters of `B` rows, in `SamplingParams`' meaning. Rows that pad the batch are greedy."""
+
+    temperature: Float[Any, " B"]
+    top_p: Float[Any, " B"]
+    min_p: Float[Any, " B"]
+    top_k: Int32[Any, " B"]
+    seed: UInt32[Any, "B 2"]
+    step: Int32[Any, " B"]
+
+    @staticmethod
+    @functools.cache
+    def packing(size: int) -> Packing:
+        """How the parameters of `size` rows lie in one buffer."""
+        floats, ints = ((size,), np.float32), ((size,), np.int32)
+        return Packing(
+            temperature=floats, top_p=floats, min_p=floats, top_k=ints, seed=((size, 2), np.uint32), step=ints
+        )
+
+    @classmethod
+    def pack(cls, sequences: Rows[Sequence], size: int) -> Int32[np.ndarray, " words"]:
+        """The buffer for these sequences, in order, padded to `size` rows."""
         if len(sequences) > size:
             raise ValueError(f"{len(sequences)} sequences do not fit a batch of {size}")
-        arrays = cls(
-            temperature=np.zeros(size, np.float32),
-            top_p=np.ones(size, np.float32),
-            min_p=np.zeros(size, np.float32),
-            top_k=np.zeros(size, np.int32),
-            seed=np.zeros((size, 2), np.uint32),
-            step=np.zeros(size, np.int32),
-        )
+        packing = cls.packing(size)
+        buffer = packing.empty()
+        arrays = cls(**packing.views(buffer))
+        arrays.top_p[:] = 1.0
         for row, sequence in enumerate(sequences):
             params = sequence.params
-            arrays.temperature[row] = 0.0 if params.is_greedy else params.temperature
-            arrays.top_p[row] = params.top_p
-            arrays.min_p[row] = params.min_p
-            arrays.top_k[row] = params.top_k
-            arrays.seed[row] = seed_words(sequence.seed, sequence.index)
-            arrays.step[row] = sequence.num_sampled
-            if sequence.adjustment is not None:
-                sequence.adjustment.update(sequence.generated)
-        adjustments = Adjustments.of(
-            [sequence.adjustment for sequence in sequences], [sequence.num_sampled for sequence in sequences], size
-        )
-        return dataclasses.replace(arrays, adjustments=adjustments)
+            temperature = 0.0 if is_greedy(sequence) else params.temperature
+            values = (temperature, params.top_p, params.min_p, params.top_k)
+            seed = seed_words(sequence.seed, sequence.index)
+            for array, value in zip(arrays, (*values, seed, sequence.num_sampled), strict=True):
+                array[row] = value
+        return buffer
+
+
+def is_greedy(sequence: Sequence) -> bool:
+    """Whether a sequence takes the most probable token each time."""
+    return sequence.params.is_greedy or sequence.params.temperature < GREEDY_BELOW
 
 
 class TokenLogprobs(NamedTuple):
@@ -82,15 +102,6 @@ class TokenLogprobs(NamedTuple):
     top_logprobs: Float[Array, "B n"]
 
 
-class Sampled(NamedTuple):
-    """The fields besides `tokens` are those of `TokenLogprobs`, zero when not wanted."""
-
-    tokens: Int32[Array, " B"]
-    logprob: Float[Array, " B"]
-    top_ids: Int32[Array, "B n"]
-    top_logprobs: Float[Array, "B n"]
-
-
 def seed_words(seed: int, index: int) -> tuple[int, int]:
     """Key words of a 64-bit seed; the completions of one request (`index`) get different ones."""
     bits = seed & (2**64 - 1)
@@ -98,39 +109,18 @@ def seed_words(seed: int, index: int) -> tuple[int, int]:
 
 
 @jax.named_scope("sampler")
-def sample(
-    logits: Float[Array, "B V"],
-    sampling: SamplingArrays,
-    want_logprobs: Bool[Array, ""],
-    num_top: int = MAX_LOGPROBS,
-) -> Sampled:
+def sample(logits: Float[Array, "B V"], sampling: SamplingArrays, choice: Choice) -> Int32[Array, " B"]:
     """One token per row: argmax at temperature 0, else a draw from the filtered distribution.
 
-    Penalties and biases come first. Filters in order: temperature, top-k, top-p (the smallest set of most probable
-    tokens that reaches `p` of what top-k left), min-p (relative to the most probable token). The noise of a row comes
-    from its seed and the number of tokens it has generated, so a seed gives the same tokens in any batch and after a
-    preemption.
+    Filters in order: temperature, top-k, top-p (the smallest set of most probable tokens that reaches `p` of what top-k
+    left), min-p (relative to the most probable token). The noise of a row comes from its seed and the number of tokens
+    it has generated, so a seed gives the same tokens in any batch and after a preemption.
     """
-    raw_logits = logits.astype(jnp.float32)
-    logits = raw_logits if sampling.adjustments is None else sampling.adjustments.apply(raw_logits)
-    greedy = _argmax(logits)
+    best = most_probable(logits)
+    if not choice.random:
+        return best
     is_random = jnp.asarray(sampling.temperature) >= GREEDY_BELOW
-    tokens = jax.lax.cond(
-        jnp.any(is_random),
-        lambda: jnp.where(is_random, _draw(logits, sampling, is_random), greedy),
-        lambda: greedy,
-    )
-    n = min(num_top, logits.shape[-1])
-    logprobs = jax.lax.cond(
-        want_logprobs,
-        lambda: token_logprobs(raw_logits, tokens, n),
-        lambda: TokenLogprobs(
-            jnp.zeros(tokens.shape, jnp.float32),
-            jnp.zeros((*tokens.shape, n), jnp.int32),
-            jnp.zeros((*tokens.shape, n), jnp.float32),
-        ),
-    )
-    return Sampled(tokens, *logprobs)
+    return jnp.where(is_random, _draw(logits.astype(jnp.float32), sampling, is_random, choice), best)
 
 
 def token_logprobs(logits: Float[Array, "B V"], tokens: Int[Array, " B"], num_top: int = MAX_LOGPROBS) -> TokenLogprobs:
@@ -141,39 +131,40 @@ def token_logprobs(logits: Float[Array, "B V"], tokens: Int[Array, " B"], num_to
     return TokenLogprobs(logprob, top_ids.astype(jnp.int32), top_logprobs)
 
 
-def _draw(logits: Float[Array, "B V"], sampling: SamplingArrays, is_random: Bool[Array, " B"]) -> Int32[Array, " B"]:
+def _draw(
+    logits: Float[Array, "B V"], sampling: SamplingArrays, is_random: Bool[Array, " B"], choice: Choice
+) -> Int32[Array, " B"]:
     """Gumbel-argmax over the tokens that the filters keep. Rows that are not random get a meaningless token."""
     temperature = jnp.where(is_random, sampling.temperature, 1.0)[:, None]
     scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
-    off = ~is_random  # a greedy row switches no filter on
-    keep = kept(
-        scaled,
-        jnp.where(off, 0, sampling.top_k),
-        jnp.where(off, 1.0, sampling.top_p),
-        jnp.where(off, 0.0, sampling.min_p),
-    )
+    top_k = jnp.where(is_random, sampling.top_k, 0) if choice.top_k else None
+    top_p = jnp.where(is_random, sampling.top_p, 1.0) if choice.top_p else None
+    keep = kept(scaled, top_k, top_p, jnp.where(is_random, sampling.min_p, 0.0))  # a greedy row switches no filter on
     noise = jax.vmap(_noise, in_axes=(0, 0, None))(
         jnp.asarray(sampling.seed), jnp.asarray(sampling.step), logits.shape[-1]
     )
-    return _argmax(jnp.where(keep, scaled + noise, -jnp.inf))
+    return most_probable(jnp.where(keep, scaled + noise, -jnp.inf))
 
 
 def kept(
-    scaled: Float[Array, "B V"], top_k: Int32[Array, " B"], top_p: Float[Array, " B"], min_p: Float[Array, " B"]
+    scaled: Float[Array, "B V"],
+    top_k: Int32[Array, " B"] | None,
+    top_p: Float[Array, " B"] | None,
+    min_p: Float[Array, " B"],
 ) -> Bool[Array, "B V"]:
     """Which tokens the filters leave. `scaled`: logits over temperature, shifted so that each row's best is 0.
 
-    Worked example, probabilities [.5, .2, .2, .1]: top-k 2 keeps tokens 0 and 1 (of equals the lower id); top-p 0.6 and
-    0.7 the same two, 0.75 also token 2; min-p 0.3 keeps those above .15, the first three.
+    None where no row has that filter. Worked example, probabilities [.5, .2, .2, .1]: top-k 2 keeps tokens 0 and 1 (of
+    equals the lower id); top-p 0.6 and 0.7 the same two, 0.75 also token 2; min-p 0.3 keeps those above .15, the first
+    three.
     """
     V = scaled.shape[-1]
-    top_k = jnp.where(top_k > 0, jnp.minimum(top_k, V), V)
-    keep = jax.lax.cond(
-        jnp.any(top_k < V),
-        lambda: _least(_distance(scaled), jnp.ones(scaled.shape, jnp.int32), top_k) | (top_k == V)[:, None],
-        lambda: jnp.ones(scaled.shape, jnp.bool_),
-    )
-    keep = jax.lax.cond(jnp.any(top_p < 1.0), lambda: _top_p(scaled, keep, top_p), lambda: keep)
+    keep = jnp.ones(scaled.shape, jnp.bool_)
+    if top_k is not None:
+        top_k = jnp.where(top_k > 0, jnp.minimum(top_k, V), V)
+        keep = _least(_distance(scaled), jnp.ones(scaled.shape, jnp.int32), top_k) | (top_k == V)[:, None]
+    if top_p is not None:
+        keep = _top_p(scaled, keep, top_p)
     return keep & (scaled >= jnp.log(min_p)[:, None])
 
 
@@ -201,16 +192,8 @@ def _least(keys: Int32[Array, "B V"], weights: Int32[Array, "B V"], target: Int3
     ids = jnp.broadcast_to(jnp.arange(V, dtype=jnp.int32)[None, :], keys.shape)
     bound = _first_reaching(keys, weights, target, 31)[:, None]
     below, tied = keys < bound, keys == bound
-    last_tied = jax.lax.cond(
-        jnp.any(jnp.sum(tied, axis=-1) > 1),
-        lambda: _first_reaching(
-            ids,
-            jnp.where(tied, weights, 0),
-            target - jnp.sum(jnp.where(below, weights, 0), axis=-1),
-            V.bit_length(),
-        ),
-        lambda: jnp.full(target.shape, V, jnp.int32),
-    )
+    rest = target - jnp.sum(jnp.where(below, weights, 0), axis=-1)
+    last_tied = _first_reaching(ids, jnp.where(tied, weights, 0), rest, V.bit_length())
     return below | (tied & (ids <= last_tied[:, None]))
 
 
@@ -228,8 +211,8 @@ def _first_reaching(
     return jax.lax.fori_loop(0, bits, body, jnp.zeros(target.shape, jnp.int32))
 
 
-def _argmax(x: Float[Array, "B V"]) -> Int32[Array, " B"]:
-    """`jnp.argmax`, lowest id first; 8 times faster on CPU, where plain reductions vectorise and it does not."""
+def most_probable(x: Float[Array, "B V"]) -> Int32[Array, " B"]:
+    """`jnp.argmax` of each row, lowest id first; 8 times faster on CPU, where plain reductions vectorise."""
     V = x.shape[-1]
     ids = jnp.arange(V, dtype=jnp.int32)[None, :]
     first = jnp.min(jnp.where(x == jnp.max(x, axis=-1, keepdims=True), ids, V), axis=-1)

@@ -1,13 +1,15 @@
 """The jitted functions of a step, pure over the weights, the slab and the KV cache.
 
-`resident_step` is a whole forward in one call. The `exact` contract stops between each layer's router and its experts
-so that the host can load what is missing: `embed`, then per layer `attend_and_route`, `expert_wave` (once per wave)
-and `close_moe` (or `dense_layer`), then `last_logits`. Between router and experts, `next_wishes` guesses what the next
-layer will ask for, where the policy looks ahead. Without a cache the same pieces make an uncached forward.
-`choose_tokens` follows either, compiled twice per batch size (with and without penalties), and `prompt_logprobs` where
-a request asks for them. Tokens are kept on the device, where the next step finds those that the host has not read yet.
+`whole_step` is a forward in one call, and takes the most probable tokens. Where a sequence asks for another
+choice, `adjust_logits`, `choose_tokens` and `chosen_logprobs` follow, each only where it is needed. `prompt_logprobs`
+is for prompts. The forward that stops at every router is in `layer_steps`.
+
+No function has a condition or a loop of unknown length, which would make a GPU wait for the host: the host picks the
+functions, and lengths are masks. Tokens are kept on the device, where the next step finds those that the host has not
+read yet.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
@@ -17,21 +19,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Int32, Shaped
 
-from emoe_jax.attention.paged import KVView, LayerKV, paged_attend
-from emoe_jax.attention.uncached import causal_attend
+from emoe_jax.attention import LayerKV
 from emoe_jax.config import ModelConfig
+from emoe_jax.device.adjustments import Adjustments
+from emoe_jax.device.inputs import FlatBatch
 from emoe_jax.device.kv_cache import KVCache
-from emoe_jax.device.sampler import Sampled, SamplingArrays, TokenLogprobs, sample, token_logprobs
+from emoe_jax.device.report import Report
+from emoe_jax.device.sampler import Choice, SamplingArrays, TokenLogprobs, most_probable, sample, token_logprobs
+from emoe_jax.device.shapes import Shape
 from emoe_jax.experts.weights import ExpertWeights
-from emoe_jax.models.decoder import AttendFunction, Decoder, Layer
-from emoe_jax.models.routing import Routing, Substituted, substituted
+from emoe_jax.models.decoder import Decoder
+from emoe_jax.models.routing import Routing
 from emoe_jax.moe import moe_ffn
-from emoe_jax.traces.parts import expert_dtype
+from emoe_jax.platforms import tracing_for
 
 PROMPT_ROWS = 32
 """Rows of a prompt whose logits exist together while their log probabilities are computed."""
+
+Words = Int32[Array | np.ndarray, " words"]
+"""A buffer that a `Packing` laid out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,300 +48,262 @@ class Skeleton:
 
     graph: nnx.GraphDef
     tree: Any
+    places: tuple[tuple[int, int | None], ...]
+    """By weight: the leaf that holds it, and the row of that leaf where it shares one."""
 
     @classmethod
     def split(cls, module: nnx.Module) -> tuple["Skeleton", tuple[Array, ...]]:
-        """The skeleton of a module and its weights as a flat tuple, the cheapest argument there is to dispatch."""
+        """The skeleton of a module and its weights as a flat tuple, the cheapest argument there is to dispatch.
+
+        Every leaf costs time at each call. So vectors of one length and dtype, such as the norms of all layers, become
+        rows of one leaf; they are few numbers, and what a function reads of them is copied.
+        """
         graph, state = nnx.split(module)
-        leaves, tree = jax.tree.flatten(state)
-        return cls(graph, tree), tuple(leaves)
+        weights, tree = jax.tree.flatten(state)
+        leaves: list[list[Array]] = []
+        shared: dict[tuple[Any, ...], int] = {}
+        places: list[tuple[int, int | None]] = []
+        for weight in weights:
+            kind = (weight.shape, weight.dtype)
+            if weight.ndim != 1 or kind not in shared:
+                shared[kind] = len(leaves)
+                leaves.append([])
+            index = shared[kind] if weight.ndim == 1 else len(leaves) - 1
+            places.append((index, len(leaves[index]) if weight.ndim == 1 else None))
+            leaves[index].append(weight)
+        rows = {index for index, row in places if row is not None}
+        stacked = tuple(_stacked(parts) if index in rows else parts[0] for index, parts in enumerate(leaves))
+        return cls(graph, tree, tuple(places)), stacked
 
     def join(self, leaves: Sequence[Array]) -> Any:
-        """The module with these leaves as its weights, in the order in which they were split off. Copies nothing."""
-        return nnx.merge(self.graph, jax.tree.unflatten(self.tree, leaves))
+        """The module with these leaves as its weights, in the order in which they were split off. Copies no matrix."""
+        weights = [leaves[index] if row is None else leaves[index][row] for index, row in self.places]
+        return nnx.merge(self.graph, jax.tree.unflatten(self.tree, weights))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class StepInputs:
-    """A padded batch: `lengths` new tokens of each sequence, the first at position `starts`. Built on the host.
-
-    A token of `-1 - p` is the one at place `p` of the `last_tokens` that earlier steps sampled.
-    """
-
-    tokens: Int[Array | np.ndarray, "B T"]
-    starts: Int[Array | np.ndarray, " B"]
-    lengths: Int[Array | np.ndarray, " B"]
-    block_tables: Int[Array | np.ndarray, "B pages_per_sequence"]
-
-    def view(self) -> KVView:
-        """The positions `[B, T]` of the new tokens, which of them are no padding, and where their pages are."""
-        offsets = jnp.arange(self.tokens.shape[1], dtype=jnp.int32)[None, :]
-        return KVView(
-            jnp.asarray(self.starts)[:, None] + offsets,
-            offsets < self.lengths[:, None],
-            jnp.asarray(self.block_tables),
-        )
-
-
-class Wishes(NamedTuple):
-    """The routers' unfiltered choices, best first, in the dtypes of a routing trace (padding rows included).
-
-    `probs` stay on the device unless a recorder asks for them. Fields of one layer have no axis `M`.
-    """
-
-    experts: Shaped[Array | np.ndarray, "*M R k"]
-    probs: Float[Array | np.ndarray, "*M R k"] | None
-
-    @classmethod
-    def of(cls, routing: Routing, num_experts: int) -> "Wishes":
-        """The wishes of one layer. Probabilities become float16, and ids the smallest dtype for `num_experts`."""
-        return cls(routing.wish_ids.astype(expert_dtype(num_experts)), routing.wish_probs.astype(jnp.float16))
-
-
-class StepOutputs(NamedTuple):
-    """Hidden states of all tokens, logits of each sequence's last one, what the routers wished for, and what of it was
-    substituted.
-    """
-
-    hidden: Float[Array, "B T D"]
-    logits: Float[Array, "B V"]
-    wish_counts: Int[Array | np.ndarray, "M E"]
-    substituted: Substituted
-    """By sequence, summed over its new tokens and all layers."""
-    finite: Bool[Array, " B"]
-    """By sequence: whether the last hidden states of its new tokens, and its logits, are finite."""
-    wishes: Wishes | list[Wishes]
-    """Of all MoE layers, or a list by layer."""
+def _stacked(vectors: list[Array]) -> Array:
+    if any(isinstance(vector, jax.ShapeDtypeStruct) for vector in vectors):
+        return jax.eval_shape(lambda *parts: jnp.stack(parts), *vectors)
+    return jnp.stack(vectors)
 
 
 class Routed(NamedTuple):
-    """A layer stopped between router and experts. `wish_counts` says which experts the rows ask for."""
+    """What is kept of the routers' choices in MoE layers; fields of one layer have no axis `M`."""
 
-    x: Float[Array, "B T D"]
-    rows: Float[Array, "R D"]
-    ids: Int[Array, "R k"]
-    weights: Float[Array, "R k"]
-    wish_counts: Int[Array, " E"]
+    wishes: Int[Array, "*M R k"]
+    """Unfiltered, best first."""
+    probs: Float[Array, "*M R k"]
+    """Their probabilities in the dtype of a routing trace. They stay on the device unless a recorder asks for them."""
+    wish_counts: Int[Array, "*M E"]
+    needed: Bool[Array, "*M E"]
+    """Which experts a row wishes for and may not be without: where one was absent, the layer's output is void."""
+    substituted_choices: Int[Array, "*M R"]
+    substituted_weight: Float[Array, "*M R"]
+    """Of the wishes' weight, the share of those that were substituted."""
 
-
-def _with_last_tokens(tokens: Int[Array | np.ndarray, "B T"], last_tokens: Int[Array, " places"]) -> Int[Array, "B T"]:
-    tokens = jnp.asarray(tokens)
-    return jnp.where(tokens < 0, last_tokens.at[-1 - tokens].get(mode="clip"), tokens)
-
-
-def _wish_counts(routing: Routing, valid: Bool[Array, " R"], num_experts: int) -> Int[Array, " E"]:
-    wishes = jnp.where((valid & routing.known)[:, None], routing.wish_ids, num_experts)
-    return jnp.zeros((num_experts,), jnp.int32).at[wishes.reshape(-1)].add(1, mode="drop")
-
-
-def _attend_function(config: ModelConfig, window: int | None, cache: LayerKV | None, view: KVView) -> AttendFunction:
-    if cache is None:
-        return causal_attend(config, window, view.positions)
-    return paged_attend(config, window, cache, view)
-
-
-def _last_hidden(x: Float[Array, "B T D"], lengths: Int[Array, " B"]) -> Float[Array, "B D"]:
-    last = jnp.maximum(lengths - 1, 0)
-    return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-
-
-def _all_finite(x: Float[Array, "B T D"], valid: Bool[Array, "B T"], logits: Float[Array, "B V"]) -> Bool[Array, " B"]:
-    """A key, value or router logit that is NaN makes its token's residual stream NaN, which stays so to the end."""
-    tokens = jnp.all(jnp.isfinite(x), axis=-1) | ~valid
-    return jnp.all(tokens, axis=-1) & jnp.all(jnp.isfinite(logits), axis=-1)
+    @classmethod
+    def of(cls, routing: Routing, valid: Bool[Array, " R"], num_experts: int) -> "Routed":
+        """Of one layer. Padding rows, and those whose router computed NaN, count for no expert."""
+        counts = jnp.zeros((num_experts,), jnp.int32)
+        counted = (valid & routing.known)[:, None]
+        wished = jnp.where(counted, routing.wish_ids, num_experts)
+        needed = jnp.where(counted & ~routing.substituted, routing.wish_ids, num_experts)
+        return cls(
+            routing.wish_ids,
+            routing.wish_probs.astype(jnp.float16),
+            counts.at[wished.reshape(-1)].add(1, mode="drop"),
+            counts.at[needed.reshape(-1)].add(1, mode="drop") > 0,
+            jnp.sum(routing.substituted, axis=-1, dtype=jnp.int32),
+            routing.substituted_weight,
+        )
 
 
-@partial(jax.jit, static_argnames=("skeleton", "config"), donate_argnames=("cache",))
-def resident_step(
+class StepOutputs(NamedTuple):
+    """What a forward leaves on the device. The host reads `report`."""
+
+    hidden: Float[Array, "1 R D"]
+    logits: Float[Array, "B V"]
+    report: Int32[Array, " words"]
+    wish_probs: Float[Array, "M R k"]
+    last_tokens: Int[Array, " places"]
+    """With the most probable token of every sequence at its place."""
+
+
+def full_precision(dtype: jnp.dtype) -> contextlib.AbstractContextManager[Any]:
+    """Within it, products of float32 are of float32. A GPU would otherwise round their factors to TF32."""
+    return jax.default_matmul_precision("highest") if dtype == jnp.float32 else contextlib.nullcontext()
+
+
+def close_step(
+    model: Decoder,
+    batch: FlatBatch,
+    x: Float[Array, "1 R D"],
+    routed: Sequence[Routed],
+    last_tokens: Int[Array, " places"],
+    config: ModelConfig,
+) -> StepOutputs:
+    """From the last layer's output to logits, the most probable tokens and the report. Part of a jitted function."""
+    logits = model.logits(batch.last_hidden(x))
+    every: Routed = jax.tree.map(lambda *layers: jnp.stack(layers), *routed)
+    rows = batch.of_sequences()
+    # A key, value or router logit that is NaN makes its token's residual stream NaN, which stays so to the end.
+    lost = jnp.any(rows & ~jnp.all(jnp.isfinite(x[0]), axis=-1)[None, :], axis=-1)
+    tokens = most_probable(logits)
+
+    def by_sequence(of_layers: Shaped[Array, "M R"]) -> Shaped[Array, " B"]:
+        return jnp.sum(jnp.where(rows, jnp.sum(of_layers, axis=0)[None, :], 0), axis=-1)
+
+    outcome = Report(
+        tokens=tokens,
+        substituted_choices=by_sequence(every.substituted_choices),
+        substituted_weight=by_sequence(every.substituted_weight),
+        wish_counts=every.wish_counts,
+        needed=every.needed,
+        wishes=every.wishes,
+        finite=~lost & jnp.all(jnp.isfinite(logits), axis=-1),
+    )
+    report = Report.packing(batch.shape, config).pack(outcome._asdict())
+    last_tokens = last_tokens.at[batch.inputs.token_places].set(tokens, mode="drop")
+    return StepOutputs(x, logits, report, every.probs, last_tokens)
+
+
+@partial(jax.jit, static_argnames=("skeleton", "config", "shape", "platform"), donate_argnames=("cache",))
+def whole_step(
     leaves: tuple[Array, ...],
     experts: tuple[ExpertWeights, ...],
     slots: Int[Array, "M E"],
     cache: KVCache,
-    inputs: StepInputs,
+    inputs: Words,
     last_tokens: Int[Array, " places"],
     *,
     skeleton: Skeleton,
     config: ModelConfig,
+    shape: Shape,
+    platform: str | None = None,
 ) -> tuple[KVCache, StepOutputs]:
-    """A forward under the `resident` contract: routers choose among resident experts only. Donates `cache`."""
+    """A forward in one call, in which routers do without absent experts as far as each row allows. Donates `cache`.
+
+    Where the report says that an absent expert was needed, everything from that layer on is void.
+    """
     model: Decoder = skeleton.join(leaves)
-    view = inputs.view()
-    B, T = inputs.tokens.shape
-    valid = view.valid.reshape(-1)
-    x = model.embed(_with_last_tokens(inputs.tokens, last_tokens))
+    batch = FlatBatch.unpack(inputs, shape)
+    positions, valid = batch.positions[None], batch.valid
+    x = model.embed(batch.tokens(last_tokens))
     new_cache: list[LayerKV] = []
-    counts: list[Array] = []
-    wishes: list[Wishes] = []
-    replaced: list[Substituted] = []
-    for index, layer in enumerate(model.layers):
-        attend_fn = paged_attend(config, config.sliding_window(index), cache[index], view)
-        x, layer_cache = layer.attention(x, view.positions, attend_fn)
-        new_cache.append(layer_cache)
-        if not config.is_moe(index):
-            x = layer.dense(x)
-            continue
-        m = len(counts)
-        allowed = None
-        if experts[m].capacity < config.num_experts:
-            allowed = jnp.broadcast_to((slots[m] < experts[m].capacity)[None, :], (B * T, config.num_experts))
-        rows, routing = layer.moe_input(x, allowed, valid)
-        out = moe_ffn(rows, routing.ids, routing.weights, slots[m], experts[m], config)
-        x = layer.moe_output(x, rows, out)
-        counts.append(_wish_counts(routing, valid, config.num_experts))
-        wishes.append(Wishes.of(routing, config.num_experts))
-        replaced.append(substituted(routing, config.num_experts))
-    logits = model.logits(_last_hidden(x, jnp.asarray(inputs.lengths)))
-    stacked = Wishes(*(jnp.stack(field) for field in zip(*wishes, strict=True)))
-    missed = Substituted(
-        *(jnp.sum(jnp.stack(field).reshape(-1, B, T), axis=(0, 2)) for field in zip(*replaced, strict=True))
-    )
-    finite = _all_finite(x, view.valid, logits)
-    return tuple(new_cache), StepOutputs(x, logits, jnp.stack(counts), missed, finite, stacked)
+    routed: list[Routed] = []
+    allowances = batch.allowances()
+    with full_precision(x.dtype), tracing_for(platform):
+        for index, layer in enumerate(model.layers):
+            attend_fn = batch.attend_function(config, config.sliding_window(index), cache[index])
+            x, layer_cache = layer.attention(x, positions, attend_fn)
+            new_cache.append(layer_cache)
+            if not config.is_moe(index):
+                x = layer.dense(x)
+                continue
+            m = len(routed)
+            allowed = None
+            if experts[m].capacity < config.num_experts:
+                resident = slots[m] < experts[m].capacity
+                allowed = jnp.broadcast_to(resident[None, :], (shape.rows, config.num_experts))
+            rows, routing = layer.moe_input(x, allowed, valid, allowances)
+            allowances = allowances.after(routing)
+            out = moe_ffn(rows, routing.ids, routing.weights, slots[m], experts[m], config)
+            x = layer.moe_output(x, rows, out)
+            routed.append(Routed.of(routing, valid, config.num_experts))
+        return tuple(new_cache), close_step(model, batch, x, routed, last_tokens, config)
 
 
-@partial(jax.jit, static_argnames=("skeleton",))
-def embed(
-    leaves: tuple[Array, ...],
-    tokens: Int[Array | np.ndarray, "B T"],
-    last_tokens: Int[Array, " places"],
-    *,
-    skeleton: Skeleton,
-) -> Float[Array, "B T D"]:
-    """Embeddings of a padded batch. A token of `-1 - p` is first replaced by the one at place `p` of `last_tokens`."""
-    return skeleton.join(leaves).embed(_with_last_tokens(tokens, last_tokens))
-
-
-@partial(jax.jit, static_argnames=("skeleton", "config", "window", "restricted"), donate_argnames=("cache",))
-def attend_and_route(
-    leaves: tuple[Array, ...],
-    x: Float[Array, "B T D"],
-    cache: LayerKV | None,
-    inputs: StepInputs,
-    resident: Bool[Array | np.ndarray, " E"],
-    *,
-    skeleton: Skeleton,
-    config: ModelConfig,
-    window: int | None,
-    restricted: bool,
-) -> tuple[LayerKV | None, Routed, Float[Array, "R D"], Wishes]:
-    """A MoE layer up to its router's choice: among the `resident` experts when `restricted`, else among all.
-
-    Donates `cache`; with `cache=None` the sequences attend to themselves only. Also returns the zeros from which the
-    first `expert_wave` accumulates: made here, they are placed like the result of a wave and nothing compiles twice.
-    """
-    layer: Layer = skeleton.join(leaves)
-    view = inputs.view()
-    x, cache = layer.attention(x, view.positions, _attend_function(config, window, cache, view))
-    valid = view.valid.reshape(-1)
-    allowed = jnp.broadcast_to(resident[None, :], (valid.shape[0], config.num_experts)) if restricted else None
-    rows, routing = layer.moe_input(x, allowed, valid)
-    counts = _wish_counts(routing, valid, config.num_experts)
-    routed = Routed(x, rows, routing.ids, routing.weights, counts)
-    return cache, routed, jnp.zeros_like(rows), Wishes.of(routing, config.num_experts)
-
-
-@partial(jax.jit, static_argnames=("skeleton", "config"))
-def next_wishes(
-    leaves: tuple[Array, ...],
-    x: Float[Array, "B T D"],
-    lengths: Int[Array | np.ndarray, " B"],
-    *,
-    skeleton: Skeleton,
-    config: ModelConfig,
-) -> Int[Array, " E"]:
-    """How often the router of this MoE layer would wish for each expert if `x` were its input (Pre-gated MoE).
-
-    `x` is `Routed.x` of the MoE layer before, which is known before that layer's experts have run.
-    """
-    layer: Layer = skeleton.join(leaves)
-    valid = jnp.arange(x.shape[1], dtype=jnp.int32)[None, :] < jnp.asarray(lengths)[:, None]
-    _, routing = layer.moe_input(x)
-    return _wish_counts(routing, valid.reshape(-1), config.num_experts)
-
-
-@partial(jax.jit, static_argnames=("config",), donate_argnames=("accumulator",))
-def expert_wave(
-    routed: Routed,
-    slots: Int[Array | np.ndarray, " E"],
-    experts: ExpertWeights,
-    accumulator: Float[Array, "R D"],
-    *,
-    config: ModelConfig,
-) -> Float[Array, "R D"]:
-    """Add what the experts in `slots` contribute. Experts of other waves have slot `C`. Donates `accumulator`."""
-    slots = jnp.asarray(slots)
-    return moe_ffn(routed.rows, routed.ids, routed.weights, slots, experts, config, accumulator=accumulator)
-
-
-@partial(jax.jit, static_argnames=("skeleton",))
-def close_moe(
-    leaves: tuple[Array, ...], routed: Routed, experts_out: Float[Array, "R D"], *, skeleton: Skeleton
-) -> Float[Array, "B T D"]:
-    """The rest of a MoE layer after all waves."""
-    return skeleton.join(leaves).moe_output(routed.x, routed.rows, experts_out)
-
-
-@partial(jax.jit, static_argnames=("skeleton", "config", "window"), donate_argnames=("cache",))
-def dense_layer(
-    leaves: tuple[Array, ...],
-    x: Float[Array, "B T D"],
-    cache: LayerKV | None,
-    inputs: StepInputs,
-    *,
-    skeleton: Skeleton,
-    config: ModelConfig,
-    window: int | None,
-) -> tuple[LayerKV | None, Float[Array, "B T D"]]:
-    """A whole layer without experts. Donates `cache`."""
-    layer: Layer = skeleton.join(leaves)
-    view = inputs.view()
-    x, cache = layer.attention(x, view.positions, _attend_function(config, window, cache, view))
-    return cache, layer.dense(x)
-
-
-@partial(jax.jit, static_argnames=("skeleton",))
-def last_logits(
-    leaves: tuple[Array, ...], x: Float[Array, "B T D"], lengths: Int[Array | np.ndarray, " B"], *, skeleton: Skeleton
-) -> tuple[Float[Array, "B V"], Bool[Array, " B"]]:
-    """Float32 logits of the last token of each sequence, and whether all that it computed is finite."""
-    lengths = jnp.asarray(lengths)
-    logits = skeleton.join(leaves).logits(_last_hidden(x, lengths))
-    valid = jnp.arange(x.shape[1], dtype=jnp.int32)[None, :] < lengths[:, None]
-    return logits, _all_finite(x, valid, logits)
-
-
-@partial(jax.jit, static_argnames=("skeleton",))
-def all_logits(leaves: tuple[Array, ...], x: Float[Array, "B T D"], *, skeleton: Skeleton) -> Float[Array, "B T V"]:
-    """Float32 logits of every position."""
-    return skeleton.join(leaves).logits(x)
-
-
-@partial(jax.jit, static_argnames=("skeleton",))
+@partial(jax.jit, static_argnames=("skeleton", "platform"))
 def prompt_logprobs(
     leaves: tuple[Array, ...],
-    x: Float[Array, "1 T D"],
-    targets: Int[Array | np.ndarray, " T"],
+    x: Float[Array, "1 R D"],
+    targets: Int[Array | np.ndarray, " R"],
     *,
     skeleton: Skeleton,
+    platform: str | None = None,
 ) -> TokenLogprobs:
-    """How probable each target was after the hidden states of the same row, a few rows of logits at a time."""
+    """Log probabilities of `targets`, the tokens that follow those whose hidden states these are.
+
+    Logits exist for `PROMPT_ROWS` rows at a time.
+    """
     model: Decoder = skeleton.join(leaves)
 
     def of_row(row: tuple[Float[Array, " D"], Int[Array, ""]]) -> TokenLogprobs:
         return jax.tree.map(lambda field: field[0], token_logprobs(model.logits(row[0][None]), row[1][None]))
 
-    return jax.lax.map(of_row, (x[0], jnp.asarray(targets)), batch_size=min(PROMPT_ROWS, x.shape[1]))
+    with full_precision(x.dtype), tracing_for(platform):
+        return jax.lax.map(of_row, (x[0], jnp.asarray(targets)), batch_size=min(PROMPT_ROWS, x.shape[1]))
 
 
 @jax.jit
+def take_rows(table: Float[Array, "... n"], rows: Int32[Array | np.ndarray, " R"]) -> Float[Array, "R n"]:
+    """Some rows of logits, or of hidden states."""
+    return table.reshape(-1, table.shape[-1])[rows]
+
+
+class Comparison(NamedTuple):
+    """Of logits with those of the same rows under all experts."""
+
+    kl: Float[Array, " n"]
+    """KL(all experts || others), in nats."""
+    agrees: Bool[Array, " n"]
+    """Whether both have the same most probable token."""
+
+
+@partial(jax.jit, static_argnames=("skeleton", "platform"))
+def compare_logits(
+    leaves: tuple[Array, ...],
+    x: Float[Array, "n D"],
+    served: Float[Array | np.ndarray, "n V"],
+    *,
+    skeleton: Skeleton,
+    platform: str | None = None,
+) -> Comparison:
+    """Compare `served` with the logits of these hidden states, which all experts computed."""
+    model: Decoder = skeleton.join(leaves)
+    with full_precision(x.dtype), tracing_for(platform):
+        ours = jax.nn.log_softmax(model.logits(x), axis=-1)
+    theirs = jax.nn.log_softmax(jnp.asarray(served), axis=-1)
+    kl = jnp.sum(jnp.where(ours > -jnp.inf, jnp.exp(ours) * (ours - theirs), 0.0), axis=-1)
+    return Comparison(kl, jnp.argmax(ours, axis=-1) == jnp.argmax(theirs, axis=-1))
+
+
+@jax.jit
+def add_embeddings(
+    total: Float[Array, " D"],
+    table: Float[Array, "V D"],
+    tokens: Int32[Array | np.ndarray, " n"],
+    count: Int32[Array | np.ndarray, ""],
+    length: Float[Array | np.ndarray, ""],
+) -> Float[Array, " D"]:
+    """`total` plus the embeddings of the first `count` of these tokens over `length`, in float32."""
+    rows = table[tokens].astype(jnp.float32)
+    counted = jnp.arange(rows.shape[0], dtype=jnp.int32) < count
+    return total + jnp.sum(jnp.where(counted[:, None], rows, 0), axis=0) / length
+
+
+@jax.jit
+def adjust_logits(logits: Float[Array, "B V"], adjustments: Adjustments) -> Float[Array, "B V"]:
+    """Logits with penalties, biases and grammars, for a batch in which a row has any."""
+    return adjustments.apply(logits)
+
+
+@partial(jax.jit, static_argnames=("choice",))
 def choose_tokens(
     logits: Float[Array, "B V"],
-    sampling: SamplingArrays,
-    want_logprobs: Bool[Array | np.ndarray, ""],
+    sampling: Words,
+    token_places: Int32[Array | np.ndarray, " B"],
     last_tokens: Int[Array, " places"],
-    places: Int[Array | np.ndarray, " B"],
-) -> tuple[Sampled, Int[Array, " places"]]:
-    """The next tokens, and `last_tokens` with them at `places`; the number of places is no place."""
-    sampled = sample(logits, sampling, jnp.asarray(want_logprobs))
-    return sampled, last_tokens.at[places].set(sampled.tokens, mode="drop")
+    *,
+    choice: Choice,
+) -> tuple[Int32[Array, " B"], Int[Array, " places"]]:
+    """The next tokens, and `last_tokens` with them at their places; the number of places is no place."""
+    packing = SamplingArrays.packing(logits.shape[0])
+    tokens = sample(logits, SamplingArrays(**packing.unpack(jnp.asarray(sampling))), choice)
+    return tokens, last_tokens.at[token_places].set(tokens, mode="drop")
+
+
+@jax.jit
+def chosen_logprobs(logits: Float[Array, "B V"], tokens: Int32[Array, " B"]) -> TokenLogprobs:
+    """Of the tokens that were chosen, and of the best alternatives, from the logits before they were adjusted."""
+    return token_logprobs(logits, tokens)

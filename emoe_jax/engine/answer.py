@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from emoe_jax.requests.request import Delta, FinishReason, RequestOutput, TokenLogprob
+from emoe_jax.requests.request import Completion, Delta, FinishReason, RequestOutput, TokenLogprob
 from emoe_jax.requests.sequence import Sequence
 from emoe_jax.requests.text import TextStream
 from emoe_jax.scheduling.plan import SampledToken
@@ -24,6 +24,17 @@ class Answer:
         self._text_stream = text_stream
         self._top_k = top_k
         self._streams: dict[int, TextStream] = {}
+
+    @classmethod
+    def of(cls, sequences: list[Sequence], text_stream: Callable[[Sequence], TextStream], top_k: int) -> "Answer":
+        """To the request whose sequences these are, before their first token."""
+        first = sequences[0]
+        wants_logprobs = first.params.logprobs is not None
+        completions = [Completion(each.index, logprobs=[] if wants_logprobs else None) for each in sequences]
+        output = RequestOutput(first.request_id, first.prompt_token_ids, completions, first.task, first.routing)
+        output.tolerance = first.bounded.tolerance if first.routing == "bounded" else None
+        output.prompt_logprobs = None if first.params.prompt_logprobs is None else []
+        return cls(output, sequences, text_stream, top_k)
 
     @property
     def sequences(self) -> list[Sequence]:

@@ -9,20 +9,22 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from emoe_jax.audit.auditor import Auditor
 from emoe_jax.config import ModelConfig
 from emoe_jax.engine.answer import Answer
 from emoe_jax.engine.arrivals import announce
 from emoe_jax.engine.deliveries import Deliveries
 from emoe_jax.engine.intake import Intake, Prompt, as_prompts
-from emoe_jax.engine.keywords import with_options_of
+from emoe_jax.engine.keywords import config_of, with_options_of
 from emoe_jax.engine.loading import EngineParts, StageProgress, load_parts
 from emoe_jax.engine.loop import StepLoop
 from emoe_jax.engine.quality import Quality
 from emoe_jax.engine_config import EngineConfig
-from emoe_jax.errors import ConfigError, RequestError
+from emoe_jax.errors import RequestError
 from emoe_jax.memory.trade import MemoryTrade
+from emoe_jax.requests.contract import RoutingContract, allowance_of
 from emoe_jax.requests.grammar import Grammars
-from emoe_jax.requests.request import SLO, Completion, Delta, RequestOutput, RoutingContract, SamplingParams
+from emoe_jax.requests.request import SLO, Delta, RequestOutput, SamplingParams
 from emoe_jax.residency.admission import ExpertLoading
 from emoe_jax.residency.foresight import Foresight
 from emoe_jax.scheduling.registry import make_admission_policy
@@ -51,11 +53,10 @@ class Engine:
         self.sampling_defaults = parts.sampling_defaults
         """Fields of `SamplingParams` for requests that leave them open, as the checkpoint says."""
         self.tokenizer = parts.tokenizer
-        self.routing: RoutingContract = parts.options.routing
         self.config: ModelConfig = runner.config
         self.memory = parts.memory
         self.grammars = Grammars(self.tokenizer, self.config.vocab_size, self.config.eos_token_ids)
-        self._intake = Intake(self.config, self.tokenizer, self.grammars, parts.options.seed)
+        self._intake = Intake(self.config, self.tokenizer, self.grammars, parts.options)
         self._runner = runner
         self._scheduler = scheduler
         self._scheduling_policies = {scheduler.policy.name: scheduler.policy}
@@ -66,17 +67,8 @@ class Engine:
         self._deliveries = Deliveries()
         self._closed = False
         self._next_id = 0
-        self.loop = StepLoop(
-            runner,
-            scheduler,
-            residency,
-            self.foresight,
-            self._trade,
-            self._answers,
-            self._deliveries,
-            overlap=parts.options.overlap,
-            load_wait=parts.options.load_wait_ms / 1e3,
-        )
+        self.auditor = Auditor(parts.dispatcher, residency, scheduler, parts.options, self._intake.target)
+        self.loop = StepLoop(parts, self.foresight, self._trade, self.auditor, self._answers, self._deliveries)
         self.use_task_profile(parts.profile)
 
     @with_options_of(EngineConfig)
@@ -99,12 +91,7 @@ class Engine:
         `CheckpointError`, `ConfigError` or `CapacityError` with one line that names what is wrong; nothing stays
         allocated then.
         """
-        if config is None:
-            config = EngineConfig(**options)
-        elif not isinstance(config, EngineConfig):
-            raise ConfigError(f"config is {type(config).__name__}; expected an EngineConfig")
-        elif options:
-            raise ConfigError(f"{next(iter(options))} is given beside an EngineConfig; put it there")
+        config = config_of(config, options)
         parts = load_parts(path, config, progress)
         try:
             engine = cls(parts)
@@ -149,9 +136,9 @@ class Engine:
         Raises `ConfigError` when the file exists or cannot be written.
         """
         self.stop_recording()
-        config, table = self.config, self._runner.embedding_table()
+        config = self.config
         choices = (len(config.moe_layers), config.num_experts, config.top_k)
-        self._runner.recorder = TraceRecorder(path, *choices, embedding_size=table.shape[1], tokens=prompt_tokens)
+        self._runner.recorder = TraceRecorder(path, *choices, embedding_size=config.hidden_size, tokens=prompt_tokens)
 
     def stop_recording(self) -> None:
         """Finish the trace, if one is being recorded. Raises `ConfigError` when it could not be written."""
@@ -178,6 +165,7 @@ class Engine:
         *,
         task: str | None = None,
         routing: RoutingContract | None = None,
+        tolerance: float | None = None,
         slo: SLO | None = None,
         cache_salt: str | None = None,
     ) -> list[RequestOutput]:
@@ -189,11 +177,12 @@ class Engine:
         if not isinstance(params, SamplingParams | None):
             raise RequestError(f"params are {type(params).__name__}; expected one SamplingParams for all prompts")
         params = params or SamplingParams(**self.sampling_defaults)
+        options = {"task": task, "routing": routing, "tolerance": tolerance, "slo": slo, "cache_salt": cache_salt}
         ids = []
         try:
             for prompt in as_prompts(prompts):
                 ids.append(self._new_id())
-                self.add_request(ids[-1], prompt, params, task=task, routing=routing, slo=slo, cache_salt=cache_salt)
+                self.add_request(ids[-1], prompt, params, **options)
                 self._deliveries.open(ids[-1], keep=False)
             while not all(self.output(request_id).finished for request_id in ids):
                 self._advance()
@@ -211,6 +200,7 @@ class Engine:
         *,
         task: str | None = None,
         routing: RoutingContract | None = None,
+        tolerance: float | None = None,
         slo: SLO | None = None,
         cache_salt: str | None = None,
     ) -> Iterator[Delta]:
@@ -221,7 +211,8 @@ class Engine:
         """
         request_id = self._new_id()
         params = params or SamplingParams(**self.sampling_defaults)
-        self.add_request(request_id, prompt, params, task=task, routing=routing, slo=slo, cache_salt=cache_salt)
+        options = {"task": task, "routing": routing, "tolerance": tolerance, "slo": slo, "cache_salt": cache_salt}
+        self.add_request(request_id, prompt, params, **options)
         self._deliveries.open(request_id)
         answer = self._answers[request_id]
         try:
@@ -233,11 +224,14 @@ class Engine:
         finally:
             self._forget(request_id)
 
-    def logits(self, token_ids: Rows[int], routing: RoutingContract | None = None) -> Float[np.ndarray, "T V"]:
+    def logits(
+        self, token_ids: Rows[int], routing: RoutingContract | None = None, tolerance: float | None = None
+    ) -> Float[np.ndarray, "T V"]:
         """Float32 logits of one uncached forward under the routing contract; NaN where the model computes NaN."""
         self._check_open()
         self._intake.check_tokens(token_ids)
-        return self._runner.logits(token_ids, routing or self.routing)
+        contract, bounded = self._intake.contract(routing, tolerance)
+        return self._runner.logits(token_ids, allowance_of(contract, bounded or self._intake.bounded))
 
     def quality(self, text: Prompt) -> Quality:
         """Perplexity of a text under the present residents and under all experts, and the KL between the two.
@@ -258,6 +252,7 @@ class Engine:
         *,
         task: str | None = None,
         routing: RoutingContract | None = None,
+        tolerance: float | None = None,
         slo: SLO | None = None,
         arrival: float | None = None,
         cache_salt: str | None = None,
@@ -270,10 +265,8 @@ class Engine:
         self._check_open()
         if request_id in self._answers:
             raise RequestError(f"request id {request_id!r} is in use", param="request_id")
-        if routing not in (None, "resident", "exact"):
-            raise RequestError(f"routing is {routing!r}; expected 'resident' or 'exact'", param="routing")
-        routing = routing or self.routing
-        sequences = self._intake.sequences(request_id, prompt, params, task, routing, slo, arrival, cache_salt)
+        contract = self._intake.contract(routing, tolerance)
+        sequences = self._intake.sequences(request_id, prompt, params, task, contract, slo, arrival, cache_salt)
         try:
             for sequence in sequences:
                 self._scheduler.add(sequence)
@@ -281,16 +274,13 @@ class Engine:
             self._scheduler.abort(request_id)  # those of its sequences that came before the one refused
             raise
         announce(sequences, self._runner, self.foresight)
-        token_ids = sequences[0].prompt_token_ids
-        completions = [Completion(index, logprobs=None if params.logprobs is None else []) for index in range(params.n)]
-        output = RequestOutput(request_id, token_ids, completions, sequences[0].task, sequences[0].routing)
-        output.prompt_logprobs = None if params.prompt_logprobs is None else []
-        self._answers[request_id] = Answer(output, sequences, self._intake.text_stream, self.config.top_k)
-        return token_ids
+        self.auditor.arrived(sequences)
+        self._answers[request_id] = Answer.of(sequences, self._intake.text_stream, self.config.top_k)
+        return sequences[0].prompt_token_ids
 
     def has_work(self) -> bool:
-        """Whether `step` has something to do or to return."""
-        return self._scheduler.has_work or self._deliveries.has_others
+        """Whether `step` has something to do or to return; without requests that is to audit answers."""
+        return self._scheduler.has_work or self._deliveries.has_others or self.auditor.has_work
 
     def on_staged(self, call: Callable[[], None]) -> None:
         """Have `call` called, from another thread, when experts are staged: a sleeping owner may `step` then."""
@@ -344,7 +334,10 @@ class Engine:
         return {
             "model": self.model_name,
             "family": self.config.family,
-            "routing": self.routing,
+            "routing": self.options.routing,
+            "tolerance": self._intake.bounded.tolerance,
+            "audit": self.auditor.state(),
+            "forwards": dict(self.loop.dispatcher.forwards),
             "steps": self.loop.steps,
             "step_seconds": round(self.loop.step_seconds, 6),
             "not_finite": self.loop.not_finite,

@@ -1,16 +1,20 @@
 """From a request to its sequences. A request is checked, and fields that it leaves open are filled in."""
 
+import dataclasses
 import time
 from collections.abc import Sequence as Rows
 
 import numpy as np
 
+from emoe_jax.audit.target import QualityTarget
 from emoe_jax.checkpoint import Tokenizer
 from emoe_jax.config import ModelConfig
+from emoe_jax.engine_config import EngineConfig
 from emoe_jax.errors import RequestError
 from emoe_jax.requests.adjustment import LogitAdjustment
+from emoe_jax.requests.contract import CONTRACTS, TOLERANCE, Allowance, RoutingContract
 from emoe_jax.requests.grammar import Grammars
-from emoe_jax.requests.request import SLO, RoutingContract, SamplingParams, check_cache_salt
+from emoe_jax.requests.request import SLO, SamplingParams, check_cache_salt, check_number
 from emoe_jax.requests.sequence import Sequence
 from emoe_jax.requests.text import TextStream
 from emoe_jax.tasks import TaskClassifier, TaskProfile
@@ -24,13 +28,19 @@ Prompt = str | Rows[int]
 class Intake:
     """Tokenizer, task classifier, grammars and seeds of an engine. Raises `RequestError` for what cannot be served."""
 
-    def __init__(self, config: ModelConfig, tokenizer: Tokenizer | None, grammars: Grammars, seed: int):
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer | None, grammars: Grammars, options: EngineConfig):
         self.task_profile: TaskProfile | None = None
         self._config = config
         self._tokenizer = tokenizer
         self._grammars = grammars
         self._classifier: TaskClassifier | None = None
-        self._seeds = np.random.default_rng(seed)
+        self.bounded = options.bounded(config.top_k)
+        """What requests under `bounded` may give up that name no tolerance, but for what the target says."""
+        self._routing: RoutingContract = options.contract
+        targets = options.targets
+        self.target = None if targets is None else QualityTarget(targets, config.top_k)
+        """The tolerances that are tuned, by task."""
+        self._seeds = np.random.default_rng(options.seed)
 
     def use_task_profile(self, profile: TaskProfile | None) -> None:
         """Classify requests that name no task by this profile. Raises `ConfigError` when it is of another model."""
@@ -38,6 +48,22 @@ class Intake:
             profile.check(self._config)
         self.task_profile = profile
         self._classifier = None if profile is None else TaskClassifier(profile)
+
+    def contract(
+        self, routing: RoutingContract | None, tolerance: float | None
+    ) -> tuple[RoutingContract, Allowance | None]:
+        """The contract of a request, and what it lets go under `bounded`, if it says so: a tolerance asks for that."""
+        bounded = None
+        if tolerance is not None:
+            check_number("tolerance", tolerance, TOLERANCE)
+            if routing not in (None, "bounded"):
+                message = f"a tolerance is given with routing {routing!r}; it belongs to 'bounded'"
+                raise RequestError(message, param="tolerance")
+            routing, bounded = "bounded", dataclasses.replace(self.bounded, tolerance=float(tolerance))
+        if routing not in (None, *CONTRACTS):
+            *others, last = map(repr, CONTRACTS)
+            raise RequestError(f"routing is {routing!r}; expected {', '.join(others)} or {last}", param="routing")
+        return routing or self._routing, bounded
 
     def tokenize(self, prompt: Prompt) -> list[int]:
         """The prompt as a new list of token ids.
@@ -69,7 +95,7 @@ class Intake:
         prompt: Prompt,
         params: SamplingParams,
         task: str | None,
-        routing: RoutingContract,
+        contract: tuple[RoutingContract, Allowance | None],
         slo: SLO | None,
         arrival: float | None = None,
         cache_salt: str | None = None,
@@ -88,6 +114,12 @@ class Intake:
         seed = params.seed if params.seed is not None else int(self._seeds.integers(2**63))
         if task is None:
             task = self._classify(prompt, token_ids)
+        routing, bounded = contract
+        tuned = routing == "bounded" and bounded is None and self.target is not None
+        if tuned and self.target is not None:
+            search = self.target.search(task)
+            search.arrived()
+            bounded = dataclasses.replace(self.bounded, tolerance=search.tolerance)
         return [
             Sequence(
                 request_id,
@@ -95,6 +127,8 @@ class Intake:
                 params,
                 index=index,
                 routing=routing,
+                bounded=bounded or self.bounded,
+                tuned=tuned,
                 task=task,
                 slo=slo or self._usual_slo(task),
                 arrival=now if arrival is None else min(arrival, now),

@@ -1,4 +1,4 @@
-"""The keywords of `Engine.load` as type checkers see them: the fields of `EngineConfig`, written nowhere else."""
+"""The keywords of `Engine.load`: the fields of `EngineConfig`, written nowhere else."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 from emoe_jax.engine.loading import StageProgress
 from emoe_jax.engine_config import EngineConfig
+from emoe_jax.errors import ConfigError
 
 OptionsOf = ParamSpec("OptionsOf")
 Made = TypeVar("Made", covariant=True)
@@ -31,3 +32,14 @@ def with_options_of(kind: Callable[OptionsOf, EngineConfig]) -> Callable[[Callab
         return load
 
     return unchanged
+
+
+def config_of(config: EngineConfig | None, options: dict[str, Any]) -> EngineConfig:
+    """The configuration, given as such or as keywords. Raises `ConfigError` for both, and for something else."""
+    if config is None:
+        return EngineConfig(**options)
+    if not isinstance(config, EngineConfig):
+        raise ConfigError(f"config is {type(config).__name__}; expected an EngineConfig")
+    if options:
+        raise ConfigError(f"{next(iter(options))} is given beside an EngineConfig; put it there")
+    return config

@@ -11,16 +11,18 @@ from flax import nnx
 
 from emoe_jax.amounts import parse_bandwidth
 from emoe_jax.checkpoint import Checkpoint, Tokenizer
-from emoe_jax.device.batch import Buckets
+from emoe_jax.device.dispatcher import Dispatcher
 from emoe_jax.device.executables import Executables
 from emoe_jax.device.kv_cache import new_cache
 from emoe_jax.device.runner import Runner
+from emoe_jax.device.shapes import Buckets
 from emoe_jax.engine.defaults import model_name, sampling_defaults
 from emoe_jax.engine_config import EngineConfig
 from emoe_jax.experts.link import ModelledLink
-from emoe_jax.experts.weights import ExpertLayout
-from emoe_jax.memory.plan import MemoryPlan, allow_pinned_memory, machine_memory, usable_memory
-from emoe_jax.memory.workspace import measured_plan
+from emoe_jax.experts.record_format import RecordFormat
+from emoe_jax.memory.device_settings import prepare_devices
+from emoe_jax.memory.plan import MemoryPlan, machine_memory, usable_memory
+from emoe_jax.memory.workspace import compile_steps, measured_plan
 from emoe_jax.models import load_tokenizer, open_checkpoint
 from emoe_jax.models.decoder import Decoder
 from emoe_jax.models.loading import load_dense
@@ -49,6 +51,7 @@ class EngineParts:
     memory: MemoryPlan
     profile: TaskProfile | None
     runner: Runner
+    dispatcher: Dispatcher
     scheduler: Scheduler
     residency: Residency
     planner: ResidencyPlanner | None
@@ -66,6 +69,7 @@ def load_parts(path: str | Path, options: EngineConfig, progress: StageProgress 
 
     Raises `CheckpointError`, `ConfigError` or `CapacityError`; nothing stays allocated then.
     """
+    prepare_devices(machine_memory())
     platform = jax.devices()[0].platform
     options, size = options.resolved(platform), options.step_size(platform)
     checkpoint = open_checkpoint(path, router_capacity_factor=options.router_capacity_factor)
@@ -93,9 +97,12 @@ def load_parts(path: str | Path, options: EngineConfig, progress: StageProgress 
         prefill_chunk,
         config.eos_token_ids,
         # Where routers drop tokens over capacity, what a token gets depends on the rows it was computed with.
-        prefix_caching=options.prefix_caching and config.router_capacity_factor is None,
+        prefix_caching=options.prefix_caching and config.router.capacity_factor is None,
     )
     model = model or load_model(memory.dtype)
+    buckets = Buckets.of(size.sequences, prefill_chunk, memory.max_model_len)
+    if compiles_first(platform):
+        compile_steps(model, memory, buckets, executables, buckets.shapes, report("compile"))
     residency = _empty_residency(checkpoint, memory, options, known)
     planner = None
     try:
@@ -106,7 +113,7 @@ def load_parts(path: str | Path, options: EngineConfig, progress: StageProgress 
         )
         residency.fill(report("experts"))
         cache = new_cache(config, memory.num_pages, memory.dtype)
-        buckets = Buckets.of(size.sequences, prefill_chunk, memory.max_model_len)
+        runner = Runner(model, residency, cache, buckets, executables)
         return EngineParts(
             options=options,
             model_name=model_name(path),
@@ -114,7 +121,8 @@ def load_parts(path: str | Path, options: EngineConfig, progress: StageProgress 
             sampling_defaults=defaults,
             memory=memory,
             profile=known.profile,
-            runner=Runner(model, residency, cache, buckets, executables),
+            runner=runner,
+            dispatcher=Dispatcher(runner, residency),
             scheduler=scheduler,
             residency=residency,
             planner=planner,
@@ -127,15 +135,22 @@ def load_parts(path: str | Path, options: EngineConfig, progress: StageProgress 
         raise
 
 
+def compiles_first(platform: str) -> bool:
+    """Whether steps are compiled before there are a slab and a KV cache: not on a CPU, where the compiler tries nothing
+    out, and steps that never run need not be compiled.
+    """
+    return platform != "cpu"
+
+
 def _planned(checkpoint: Checkpoint, options: EngineConfig, max_num_seqs: int) -> Callable[..., MemoryPlan]:
     """The memory plan of these options, less what is known of steps and layers."""
-    allow_pinned_memory()
     return functools.partial(
         MemoryPlan.of,
         checkpoint.config,
         platform=jax.devices()[0].platform,
         device_bytes=usable_memory(options.device_memory),
         dtype=options.dtype,
+        expert_format=options.expert_format,
         expert_memory=options.expert_memory,
         host_memory=options.host_memory,
         machine_bytes=machine_memory(),
@@ -151,7 +166,7 @@ def _empty_residency(
 ) -> Residency:
     """Slab, store and loader of a checkpoint, still empty. Raises `ConfigError` for a policy that cannot be had."""
     config = checkpoint.config
-    layout = ExpertLayout.of(config, memory.dtype)
+    layout = RecordFormat.of(config, memory.expert_format)
     return Residency(
         config,
         layout,

@@ -5,17 +5,17 @@ import time
 from collections import deque
 from collections.abc import Mapping
 
-from emoe_jax.device.runner import Dispatched, Runner
+from emoe_jax.audit.auditor import Auditor
+from emoe_jax.device.dispatcher import Dispatched
 from emoe_jax.engine.answer import Answer
 from emoe_jax.engine.deliveries import Deliveries
+from emoe_jax.engine.loading import EngineParts
 from emoe_jax.memory.trade import MemoryTrade
 from emoe_jax.requests.guide import settle
 from emoe_jax.requests.request import Delta, FinishReason
 from emoe_jax.requests.sequence import Sequence, SequenceStatus
 from emoe_jax.residency.foresight import Foresight
-from emoe_jax.residency.residency import Residency
 from emoe_jax.scheduling.plan import StepPlan, StepResult
-from emoe_jax.scheduling.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
@@ -27,23 +27,21 @@ class StepLoop:
 
     def __init__(
         self,
-        runner: Runner,
-        scheduler: Scheduler,
-        residency: Residency,
+        parts: EngineParts,
         foresight: Foresight,
         trade: MemoryTrade,
+        auditor: Auditor,
         answers: Mapping[str, Answer],
         deliveries: Deliveries,
-        *,
-        overlap: bool,
-        load_wait: float,
     ):
-        """`answers` are the engine's, by request. `load_wait` is how many seconds a prompt waits for its experts."""
-        self._runner, self._scheduler, self._residency = runner, scheduler, residency
-        self._foresight, self._trade = foresight, trade
+        """`answers` are the engine's, by request."""
+        self._runner, self._scheduler, self._residency = parts.runner, parts.scheduler, parts.residency
+        self.dispatcher = parts.dispatcher
+        self._foresight, self._trade, self._auditor = foresight, trade, auditor
         self._answers, self._deliveries = answers, deliveries
-        self.overlap, self._load_wait = overlap, load_wait
-        self.in_flight: deque[Dispatched] = deque()  # oldest first, at most two
+        self.overlap = parts.options.overlap
+        self._load_wait = parts.options.load_wait_ms / 1e3  # seconds that a prompt waits for its experts
+        self.in_flight = self.dispatcher.in_flight  # at most two
         self.steps = 0
         self.step_seconds = 0.0
         self.not_finite = 0
@@ -59,13 +57,30 @@ class StepLoop:
         if self.in_flight and all(sequence.finished for sequence in self.in_flight[0].plan.sequences):
             self._collect()  # no sequence waits for it
         due = self._trade.look()
+        audits = self._auditor.due(idle=not self._scheduler.has_work)
         if not self.in_flight:
             if due is not None:
+                self._auditor.give_up()
                 self._trade.trade(due)
+            elif audits:
+                self._audit()
             self._dispatch()
-        if self.overlap and due is None and self.in_flight and not self.in_flight[-1].plan.needs_tokens:
+            audits = False
+        alone = due is not None or audits  # what is due next finds no step in flight
+        if self.overlap and not alone and self.in_flight and self._may_build_on(self.in_flight[-1]):
             self._dispatch()
         return self._collect() if self.in_flight else []
+
+    def _audit(self) -> None:
+        """Compute a piece of an audit. What goes wrong ends the audit, and no request."""
+        try:
+            self._auditor.step()
+        except Exception:
+            log.exception("an audit came to nothing")
+            self._suspect = True
+
+    def _may_build_on(self, dispatched: Dispatched) -> bool:
+        return not dispatched.plan.needs_tokens and not self.dispatcher.is_doubtful(dispatched)
 
     def _dispatch(self) -> None:
         """Have the device begin the next step, if there is anything to do."""
@@ -82,6 +97,7 @@ class StepLoop:
             if self._runner.mend():
                 count = self._scheduler.num_running
                 log.error("a failed step lost the KV cache; %d running sequences are computed again", count)
+                self._auditor.give_up()
                 self._scheduler.pages_lost()
             self._suspect = False
         self._residency.commit()
@@ -94,11 +110,11 @@ class StepLoop:
             return
         if not self.in_flight:
             self._foresight.settle(plan, self._load_wait)
-        elif self._runner.waits_within(plan):  # most of this step is over once it is dispatched: it is timed apart
-            self._runner.wait(self.in_flight[0])
+        elif self.dispatcher.waits_within(plan):  # most of this step is over once it is dispatched: it is timed apart
+            self.dispatcher.wait(self.in_flight[0])
             self._over = time.monotonic(), self._foresight.waited_seconds
         try:
-            self.in_flight.append(self._runner.dispatch(plan))
+            self.dispatcher.dispatch(plan)
             self._waited_before.append(waited)
         except Exception as error:
             self._fail(plan, error)
@@ -110,7 +126,7 @@ class StepLoop:
         dispatched, waited_before = self.in_flight.popleft(), self._waited_before.popleft()
         plan = dispatched.plan
         try:
-            result = self._runner.collect(dispatched)
+            result = self.dispatcher.collect(dispatched)
         except Exception as error:
             self._over = None
             self._fail(plan, error)
@@ -136,6 +152,8 @@ class StepLoop:
             if stopped:
                 self._scheduler.finish(sequence, "stop")
             deltas.append(delta)
+            if sequence.finished:
+                self._auditor.ended(sequence)
             if sequence.adjustment is not None and not sequence.finished:
                 sequence.adjustment.update(sequence.generated)
             if answer.finished:

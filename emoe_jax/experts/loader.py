@@ -1,57 +1,24 @@
 """The loader moves experts into the slab: a worker thread stages them, and the owner of the step commits them."""
 
 import contextlib
-import dataclasses
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Num
 
 from emoe_jax.errors import CapacityError
+from emoe_jax.experts.half_written import HalfWritten
 from emoe_jax.experts.link import ModelledLink
+from emoe_jax.experts.loader_stats import BusyTime, LoaderStats
+from emoe_jax.experts.pieces import HostRecord, default_window, staged_ahead
 from emoe_jax.experts.slab import ExpertSlab
-from emoe_jax.experts.store import ExpertStore, HostRecord
+from emoe_jax.experts.store import ExpertStore
 from emoe_jax.experts.table import EMPTY, SlotTable
 from emoe_jax.experts.tickets import LoadState, LoadTicket, TicketQueue
 from emoe_jax.experts.writes import Writes
-
-_WINDOW_BYTES = 64 << 20
-
-
-def _default_window(record_bytes: int) -> int:
-    return min(max(_WINDOW_BYTES // record_bytes, 4), 32)
-
-
-def staging_bytes(record_bytes: int) -> int:
-    """The most that experts on their way to the slab take on the device, `load_now` running."""
-    return 2 * _default_window(record_bytes) * record_bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class LoaderStats:
-    """Totals since the loader was made. `busy_seconds`: time with at least one thread staging. `wait_seconds`: time in
-    `load_now`, of which `waited_loads` are the experts.
-    """
-
-    loads: int = 0
-    loaded_bytes: int = 0
-    staged_bytes: int = 0
-    busy_seconds: float = 0.0
-    commit_seconds: float = 0.0
-    retries: int = 0
-    failures: int = 0
-    cancelled: int = 0
-    wasted: int = 0
-    waited_loads: int = 0
-    wait_seconds: float = 0.0
-
-    @property
-    def bandwidth(self) -> float | None:
-        """Measured bytes/s from the store to the device while staging; None before the first load."""
-        return self.staged_bytes / self.busy_seconds if self.busy_seconds else None
 
 
 class ExpertLoader:
@@ -59,9 +26,14 @@ class ExpertLoader:
 
     `commit`, `load_now` and `fill` change the slab and its table and belong to the owner of the step alone; the other
     methods may be called from any thread. A failing read is tried `retries` more times, `backoff` seconds later and
-    twice that each further time, and never ends the worker. `bandwidth` (bytes/s) says how often background loads may
-    start, and a modelled `link` how long any load takes. At most `window` experts (by default as many as 64 MiB
-    hold, 4 to 32) are held between store and slab, and as many again while `load_now` runs.
+    twice that each further time, and never ends a worker. `bandwidth` (bytes/s) says how often background loads may
+    start, and a modelled `link` how long any load takes. With two `workers`, one reads while the other copies. At most
+    `window` experts (by default as many as 64 MiB hold, 4 to 32) are held between store and slab, and as many again
+    while `load_now` runs.
+
+    Large records come in rounds of a few pieces (`slab.rounds`), and `window` counts rounds. With the first round the
+    expert that makes room leaves the table, with the last one the new expert enters it: no step reads a slot that is
+    written in part.
 
     No mark protects a slot that the running step may read. Three facts do:
     - One thread dispatches steps and changes slots, so nothing changes while the arguments of a step are collected.
@@ -82,23 +54,25 @@ class ExpertLoader:
         window: int | None = None,
         retries: int = 2,
         backoff: float = 0.05,
+        workers: int = 1,
     ):
         self._store = store
         self._slab = slab
         self._table = table
         nbytes = store.layout.nbytes
-        self._window = window or _default_window(nbytes)
+        self._window = window or default_window(nbytes)
         self._retries = retries
         self._backoff = backoff
         self._link = link
-        self._queue = TicketQueue(nbytes, self._window, bandwidth)
-        self._lock = threading.Lock()  # guards the three fields below
+        self._queue = TicketQueue(nbytes, self._window, bandwidth, len(slab.rounds))
+        self._half_written = HalfWritten(table, self._queue, lambda layer, expert: self._lose(layer, [expert]))
+        self._lock = threading.Lock()  # guards the two fields below
         self._totals: Counter[str] = Counter()  # fields of LoaderStats
         self._lost: dict[int, list[int]] = {}  # layer -> experts that a failed commit cost
-        self._staging = 0
-        self._busy_since = 0.0
-        self._worker = threading.Thread(target=self._work, name="expert-loader", daemon=True)
-        self._worker.start()
+        self._busy = BusyTime()
+        self._workers = [threading.Thread(target=self._work, name="expert-loader", daemon=True) for _ in range(workers)]
+        for worker in self._workers:
+            worker.start()
 
     @property
     def wait_seconds(self) -> float:
@@ -109,22 +83,22 @@ class ExpertLoader:
     def stats(self) -> LoaderStats:
         """A copy of the totals since the loader was made. Any thread may ask."""
         with self._lock:
-            return LoaderStats(**self._totals)
+            return LoaderStats(**self._totals, busy_seconds=self._busy.seconds)
 
     def request(self, layer: int, expert: int, priority: float = 0.0, *, evict: int | None = None) -> LoadTicket:
         """Ask for an expert, in place of resident expert `evict` or in an empty slot. Higher priorities come first.
 
         A second request for the same expert returns the first one's ticket, with the higher of the priorities.
         """
-        self._check_expert(layer, expert)
+        self._table.check_expert(layer, expert)
         if evict is not None:
-            self._check_expert(layer, evict)
+            self._table.check_expert(layer, evict)
         if evict == expert:
             raise ValueError(f"expert {expert} of layer {layer} cannot replace itself")
         return self._queue.request(layer, expert, priority, evict)
 
     def cancel(self, ticket: LoadTicket) -> bool:
-        """Give up a request. False when it is over already, or `load_now` is waiting for it."""
+        """Give up a request. False when it is over already, written in part, or `load_now` is waiting for it."""
         cancelled = self._queue.cancel(ticket)
         self._count(cancelled=int(cancelled))
         return cancelled
@@ -145,11 +119,11 @@ class ExpertLoader:
 
     @property
     def has_ready(self) -> bool:
-        """Whether a `commit` would find anything staged."""
-        return self._queue.has_ready
+        """Whether a `commit` would find anything to do."""
+        return self._queue.has_ready or self._half_written.has_over
 
     def commit(self) -> list[LoadTicket]:
-        """Bring all staged experts into slab and table, by priority; never waits. The committed tickets.
+        """Bring all that is staged into slab and table, by priority; never waits. The tickets whose experts are there.
 
         A ticket whose expert arrived by other means, or whose place is gone, ends as `STALE`.
 
@@ -157,49 +131,74 @@ class ExpertLoader:
         empty, a layer whose arrays are gone has new ones, and `restore` loads what was there.
         """
         began = time.perf_counter()
+        self._half_written.sweep()
         taken = self._queue.take_ready()
-        with self._writes(taken) as writes:
-            for ticket in taken:
-                slot = self._slot_for(ticket)
-                if slot is None:
-                    self._queue.finish(ticket, LoadState.STALE)
-                    self._count(wasted=1)
-                else:
-                    writes.add(ticket, slot)
+        try:
+            with self._writes(taken) as writes:
+                for ticket in taken:
+                    slot = self._slot_for(ticket)
+                    if slot is None:
+                        self._queue.finish(ticket, LoadState.STALE)
+                        self._count(wasted=1)
+                    else:
+                        writes.add(ticket, slot)
+        finally:
+            self._store.use_residents(self._table.resident_mask)
         self._count(commit_seconds=time.perf_counter() - began)
         return writes.tickets
 
     def load_now(self, layer: int, experts: Iterable[int], evictable: Iterable[int] = ()) -> int:
-        """Make `experts` of a layer resident before returning; how many had to be loaded.
+        """`load_layers` for one layer."""
+        return self.load_layers([(layer, experts, evictable)])
 
-        They go to empty slots, then to those of `evictable` experts in the order given; wanted ones are passed over.
+    def load_layers(self, wanted: Iterable[tuple[int, Iterable[int], Iterable[int]]]) -> int:
+        """Make `(layer, experts, evictable)` resident before returning; how many had to be loaded.
+
+        Experts go to empty slots, then to those of `evictable` experts in the order given; wanted ones are passed over.
         Raises `CapacityError` (nothing loaded) when that is not enough, and what the store raised when a
         read keeps failing (experts that came before it are resident, the table is right).
         """
+        places = [place for layer, experts, evictable in wanted for place in self._places(layer, experts, evictable)]
+        if not places:
+            return 0
+        began = time.perf_counter()
+        try:
+            self._load(places)
+        finally:
+            self._count(wait_seconds=time.perf_counter() - began, waited_loads=len(places))
+        return len(places)
+
+    def _places(self, layer: int, experts: Iterable[int], evictable: Iterable[int]) -> list[tuple[int, int, int]]:
+        """`(layer, expert, slot)` of the missing experts."""
         wanted = sorted(set(map(int, experts)))
         for expert in wanted:
-            self._check_expert(layer, expert)
+            self._table.check_expert(layer, expert)
         missing = [expert for expert in wanted if not self._table.is_resident(layer, expert)]
         if not missing:
-            return 0
-        slots = self._table.empty_slots(layer)
-        for expert in dict.fromkeys(evictable):
-            if expert not in wanted and self._table.is_resident(layer, expert):
-                slots.append(self._table.slot(layer, expert))
-        if len(slots) < len(missing):
+            return []
+        self._half_written.sweep()
+        begun = {expert: slot for expert in missing if (slot := self._half_written.slot(layer, expert)) is not None}
+        evicted = [
+            self._table.slot(layer, expert)
+            for expert in dict.fromkeys(evictable)
+            if expert not in wanted and self._table.is_resident(layer, expert)
+        ]
+        slots = [*self._table.empty_slots(layer), *evicted]
+        if len(slots) < len(missing) - len(begun):
+            self._half_written.drop(layer, but=missing)  # the places of others are needed now
+            slots = [*self._table.empty_slots(layer), *evicted]
+        if len(slots) < len(missing) - len(begun):
             raise CapacityError(
                 f"layer {layer} must load {len(missing)} experts, but only {len(slots)} of its "
                 f"{self._table.capacities[layer]} slots are empty or may be replaced"
             )
-        began = time.perf_counter()
-        try:
-            self._load([(layer, expert, slot) for expert, slot in zip(missing, slots, strict=False)])
-        finally:
-            self._count(wait_seconds=time.perf_counter() - began, waited_loads=len(missing))
-        return len(missing)
+        free = iter(slots)
+        return [(layer, expert, begun[expert] if expert in begun else next(free)) for expert in missing]
 
     def fill(self, experts: Sequence[Iterable[int]], on_progress: Callable[[int, int], None] | None = None) -> None:
         """Load experts of every layer into empty slots, in the order of the files. For the start of an engine.
+
+        Host memory is left to those that are not resident.
 
         `on_progress(done, total)` is called after every commit. Raises like `load_now`.
         """
@@ -210,7 +209,8 @@ class ExpertLoader:
             if len(missing) > len(empty):
                 raise CapacityError(f"layer {layer} has {len(empty)} empty slots for {len(missing)} experts")
             wanted += [(layer, expert, slot) for expert, slot in zip(missing, empty, strict=False)]
-        self._load(wanted, on_progress)
+        with self._store.keeping_nothing():
+            self._load(wanted, on_progress)
 
     @property
     def must_restore(self) -> bool:
@@ -223,7 +223,7 @@ class ExpertLoader:
         Raises like `load_now`; what has not been loaded then is tried again with the next call.
         """
         for layer, experts in list(self._lost.items()):
-            missing = [expert for expert in experts if not self._table.is_resident(layer, expert)]
+            missing = [expert for expert in dict.fromkeys(experts) if not self._table.is_resident(layer, expert)]
             self.load_now(layer, missing[: len(self._table.empty_slots(layer))])
             del self._lost[layer]
 
@@ -232,10 +232,15 @@ class ExpertLoader:
         for layer in range(self._table.num_layers):
             self._rebuild_if_lost(layer)
 
+    def drop_half_written(self, layer: int) -> None:
+        """Before a layer gets other slots: give up experts that are written in part. For the owner of the step."""
+        self._half_written.drop(layer)
+
     def close(self) -> None:
-        """Cancel what is under way and join the worker."""
+        """Cancel what is under way and join the workers."""
         self._queue.close()
-        self._worker.join()
+        for worker in self._workers:
+            worker.join()
 
     def __enter__(self) -> "ExpertLoader":
         return self
@@ -252,6 +257,8 @@ class ExpertLoader:
             self._load_through(wanted, waiting, on_progress)
         finally:
             self._queue.give_up(waiting)  # none, unless something failed: no thread would take them any more
+            self._half_written.sweep()
+            self._store.use_residents(self._table.resident_mask)
 
     def _load_through(
         self,
@@ -262,7 +269,7 @@ class ExpertLoader:
         """`_load`, with the tickets that it has not taken care of in `waiting`."""
         remaining = iter(wanted)
         running: set[int] = set()  # layers whose commit may still run
-        ahead = max(1, self._window // 2)  # as many again are being copied by the commit that runs
+        ahead = staged_ahead(self._window)  # as many again are being copied by the commit that runs
         done = 0
         error: Exception | None = None
         while True:
@@ -280,23 +287,28 @@ class ExpertLoader:
             for layer in running:  # bounds the records that unfinished copies keep in host memory
                 self._slab.block_until_ready(layer)
             staged = [ticket for ticket in over if ticket.state is LoadState.COMMITTING]
+            self._half_written.sweep()  # an earlier ticket for one of these may have failed in the slot it goes to
             with self._writes(staged) as writes:
                 for ticket in staged:
                     writes.add(ticket, waiting[ticket])
             running = {ticket.layer for ticket in staged}
             self._count(commit_seconds=time.perf_counter() - began)
             for ticket in over:
+                if ticket in writes.unfinished:
+                    continue  # its next round is queued
                 del waiting[ticket]
                 if ticket not in staged:
                     error = error or ticket.error or RuntimeError("the expert loader was closed while loading")
-            done += len(staged)
-            if on_progress is not None and staged:
+            done += len(writes.tickets)
+            if on_progress is not None and writes.tickets:
                 on_progress(done, len(wanted))
         if error is not None:
             raise error
 
     def _slot_for(self, ticket: LoadTicket) -> int | None:
         """Where a staged expert goes now, or None when there is no place or no need for it."""
+        if ticket.slot is not None:
+            return ticket.slot
         if self._table.is_resident(ticket.layer, ticket.expert):
             return None
         if ticket.evict is not None and self._table.is_resident(ticket.layer, ticket.evict):
@@ -314,7 +326,7 @@ class ExpertLoader:
             writes.flush(self._slab)
         except BaseException as error:
             for layer, evicted in writes.abandon().items():
-                self._lost.setdefault(layer, []).extend(evicted)
+                self._lose(layer, evicted)
                 self._rebuild_if_lost(layer)
             cause = error if isinstance(error, Exception) else None
             for ticket in taken:
@@ -323,66 +335,59 @@ class ExpertLoader:
                 resident = ticket in writes.tickets and self._table.is_resident(ticket.layer, ticket.expert)
                 self._queue.finish(ticket, LoadState.COMMITTED if resident else LoadState.FAILED, cause)
                 self._count(loads=resident, failures=not resident)
+            self._half_written.failed(writes)
             raise
         for ticket in writes.tickets:
             self._queue.finish(ticket, LoadState.COMMITTED)
+        self._half_written.finished(writes.tickets)
+        self._half_written.go_on(writes.unfinished)
         self._count(loads=len(writes.tickets), loaded_bytes=len(writes.tickets) * self._store.layout.nbytes)
 
     def _rebuild_if_lost(self, layer: int) -> None:
         """Give a layer new arrays if it has none, without experts. Those it had are noted for `restore`."""
         if not self._slab.is_lost(layer):
             return
+        self._half_written.drop(layer)
         experts = self._table.expert_of_slot(layer)
-        self._lost.setdefault(layer, []).extend(int(expert) for expert in experts[experts != EMPTY])
+        self._lose(layer, [int(expert) for expert in experts[experts != EMPTY]])
         for slot in range(self._table.capacities[layer]):
             self._table.release(layer, slot)
         self._slab.rebuild(layer)
+
+    def _lose(self, layer: int, experts: list[int]) -> None:
+        """Have `restore` load these experts again."""
+        self._lost.setdefault(layer, []).extend(experts)
 
     def _work(self) -> None:
         while (ticket := self._queue.next()) is not None:
             self._stage(ticket)
 
     def _stage(self, ticket: LoadTicket) -> None:
-        """Read an expert and bring it to the device; whatever goes wrong ends in the ticket."""
+        """Bring a round of an expert to the device, the first time after reading it; whatever goes wrong ends in the
+        ticket."""
         try:
-            with self._busy():
-                staged = self._transfer(ticket, self._store.read(ticket.layer, ticket.expert))
+            with self._busy.within():
+                record = ticket.record
+                if record is None:
+                    record = self._store.read(ticket.layer, ticket.expert)
+                if not ticket.is_last_round:
+                    ticket.record = record
+                staged = self._transfer(ticket, record)
         except Exception as error:
             again = ticket.attempts <= self._retries
             self._count(retries=int(again), failures=int(not again))
             self._queue.set_failed(ticket, error, self._backoff * 2 ** (ticket.attempts - 1) if again else None)
         else:
             kept = self._queue.set_ready(ticket, staged)
-            self._count(staged_bytes=self._store.layout.nbytes, wasted=int(not kept))
+            self._count(staged_bytes=sum(array.nbytes for array in staged), wasted=int(not kept))
 
-    def _transfer(self, ticket: LoadTicket, record: HostRecord) -> Float[Array, " P"]:
-        """Bring a record to the device, over the modelled link where there is one."""
+    def _transfer(self, ticket: LoadTicket, record: HostRecord) -> tuple[Num[Array, " numbers"], ...]:
+        """Bring a round of a record to the device, over the modelled link where there is one."""
         if self._link is None:
-            return self._slab.stage(record).block_until_ready()
-        with self._link.transfer(self._store.layout.nbytes, lambda: ticket.urgent):
-            return self._slab.stage(record).block_until_ready()
-
-    @contextlib.contextmanager
-    def _busy(self) -> Iterator[None]:
-        with self._lock:
-            if not self._staging:
-                self._busy_since = time.perf_counter()
-            self._staging += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._staging -= 1
-                if not self._staging:
-                    self._totals.update({"busy_seconds": time.perf_counter() - self._busy_since})
+            return self._slab.stage_round(record, ticket.round)
+        with self._link.transfer(self._store.layout.nbytes // ticket.rounds, lambda: ticket.urgent):
+            return self._slab.stage_round(record, ticket.round)
 
     def _count(self, **increments: float) -> None:
         with self._lock:
             self._totals.update(increments)
-
-    def _check_expert(self, layer: int, expert: int) -> None:
-        if not (0 <= layer < self._table.num_layers and 0 <= expert < self._table.num_experts):
-            raise IndexError(
-                f"no expert {expert} in layer {layer}: the model has {self._table.num_layers} MoE layers "
-                f"of {self._table.num_experts} experts"
-            )

@@ -1,15 +1,20 @@
 """The fixed-capacity home of the resident experts on the device."""
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Int32, Num
 
 from emoe_jax.experts.huge_pages import use_huge_pages
-from emoe_jax.experts.store import HostRecord, aligned_record
-from emoe_jax.experts.weights import ExpertLayout, ExpertWeights
+from emoe_jax.experts.pieces import PIECE_BYTES, HostRecord, Piece, Rounds
+from emoe_jax.experts.record_format import RecordFormat
+from emoe_jax.experts.store import aligned_record
+from emoe_jax.experts.weights import ExpertWeights
 
 # One compiled commit per size. A batch is cut into these, largest first, because a padded entry would cost a full copy.
 COMMIT_SIZES = (8, 4, 2, 1)
@@ -17,21 +22,47 @@ COMMIT_SIZES = (8, 4, 2, 1)
 
 @functools.partial(jax.jit, donate_argnames=("weights",))
 def commit_experts(
-    weights: ExpertWeights, staged: tuple[Float[Array, " numbers"], ...], slots: Int32[Array, " n"]
+    weights: ExpertWeights, staged: tuple[Num[Array, " numbers"], ...], slots: Int32[Array, " n"]
 ) -> ExpertWeights:
     """Write staged records into slots of one layer, in place. Donates `weights`.
 
     Records are taken whole and cut here, so that staging is one transfer per expert and this is one copy. Slots must be
     below C: a scatter with `mode="drop"` would skip others, but reads the old weights of every slot it writes.
     """
-    w_in, w_out = weights.w_in, weights.w_out
-    in_shape, out_shape = w_in.shape[1:], w_out.shape[1:]
-    split = in_shape[0] * in_shape[1]
+    arrays, structure = jax.tree.flatten(weights)
     for index, record in enumerate(staged):
-        slot = slots[index]
-        w_in = jax.lax.dynamic_update_index_in_dim(w_in, record[:split].reshape(in_shape), slot, axis=0)
-        w_out = jax.lax.dynamic_update_index_in_dim(w_out, record[split:].reshape(out_shape), slot, axis=0)
-    return ExpertWeights(w_in, w_out)
+        parts = _arrays_of(record, arrays)
+        arrays = [
+            jax.lax.dynamic_update_index_in_dim(array, part, slots[index], axis=0)
+            for array, part in zip(arrays, parts, strict=True)
+        ]
+    return jax.tree.unflatten(structure, arrays)
+
+
+def _arrays_of(record: Num[Array, " numbers"], arrays: Sequence[Array]) -> Iterator[Array]:
+    """What a record has for one slot of each of these arrays of a layer."""
+    start = 0
+    for array in arrays:
+        shape = array.shape[1:]
+        numbers = math.prod(shape) * array.dtype.itemsize // record.dtype.itemsize
+        yield _numbers(record[start : start + numbers], array.dtype).reshape(shape)
+        start += numbers
+
+
+def _numbers(part: Num[Array, " numbers"], dtype: jnp.dtype) -> Num[Array, " n"]:
+    """Numbers of `dtype`, of which a part of a record has the bytes."""
+    if part.dtype == dtype:
+        return part
+    return jax.lax.bitcast_convert_type(part.reshape(-1, dtype.itemsize // part.dtype.itemsize), dtype)
+
+
+@functools.partial(jax.jit, donate_argnames=("array",))
+def write_piece(
+    array: Num[Array, "C O *I"], piece: Num[Array, " numbers"], slot: np.int32, row: np.int32
+) -> Num[Array, "C O *I"]:
+    """Write the rows of a staged piece into a slot, from `row` on, in place. Donates `array`."""
+    rows = _numbers(piece, array.dtype).reshape(1, -1, *array.shape[2:])
+    return jax.lax.dynamic_update_slice(array, rows, (slot, row, *[np.int32(0)] * (array.ndim - 2)))
 
 
 @functools.partial(jax.jit, donate_argnames=("target",))
@@ -58,9 +89,15 @@ class ExpertSlab:
     """
 
     def __init__(
-        self, layout: ExpertLayout, capacities: Sequence[int], sharding: jax.sharding.SingleDeviceSharding | None = None
+        self,
+        layout: RecordFormat,
+        capacities: Sequence[int],
+        sharding: jax.sharding.SingleDeviceSharding | None = None,
+        piece_bytes: int = PIECE_BYTES,
     ):
         self.layout = layout
+        self.rounds = Rounds(layout, piece_bytes)
+        """How records are cut. Those that are not are written by `commit`, others piece by piece by `write`."""
         self.capacities = tuple(capacities)
         self.sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
         self._weights = [self._empty(capacity) for capacity in capacities]
@@ -76,14 +113,21 @@ class ExpertSlab:
         """Bytes of all slots on the device, empty ones included."""
         return sum(self.capacities) * self.layout.nbytes
 
-    def stage(self, record: HostRecord) -> Float[Array, " numbers"]:
-        """Start the transfer of one record to the device. Any thread may call it.
+    def stage(self, record: np.ndarray | jax.Array) -> Num[Array, " numbers"]:
+        """Start the transfer of one record, or a piece of one, to the device. Any thread may call it.
 
         On CPU the result aliases an aligned numpy record: the record must never be written again.
         """
         return jax.device_put(record, self.sharding)
 
-    def commit(self, layer: int, staged: Sequence[Float[Array, " numbers"]], slots: Sequence[int]) -> None:
+    def stage_round(self, record: HostRecord, number: int) -> tuple[Num[Array, " numbers"], ...]:
+        """Transfer what a round has of a record: its pieces, or all of a record that is not cut. Waits for it."""
+        staged = tuple(self.stage(part) for part in self.rounds.of(number, record))
+        for array in staged:
+            array.block_until_ready()
+        return staged
+
+    def commit(self, layer: int, staged: Sequence[Num[Array, " numbers"]], slots: Sequence[int]) -> None:
         """Write staged records into slots of a layer, in place and without waiting for the device.
 
         Only the owner of the step may call it, between steps. Replaces `weights[layer]`. Raises `ValueError` for
@@ -104,6 +148,20 @@ class ExpertSlab:
                     self._weights[layer], tuple(staged[part]), np.asarray(slots[part], np.int32)
                 )
                 done += size
+
+    def write(self, layer: int, slot: int, pieces: Sequence[Piece], staged: Sequence[Num[Array, " numbers"]]) -> None:
+        """Write staged pieces of an expert into a slot, in place and without waiting for the device.
+
+        As `commit`, for the owner of the step. Until all pieces are there the slot holds no expert. Raises `IndexError`
+        for a slot out of range, before anything is written.
+        """
+        if not 0 <= slot < self.capacities[layer]:
+            raise IndexError(f"slot {slot} of layer {layer} is not one of {self.capacities[layer]}")
+        for piece, array in zip(pieces, staged, strict=True):
+            name = self.layout.arrays[piece.part].name
+            whole = getattr(self._weights[layer], name)
+            written = write_piece(whole, array, np.int32(slot), np.int32(piece.row))
+            self._weights[layer] = dataclasses.replace(self._weights[layer], **{name: written})
 
     def resize(self, layer: int, capacity: int, slots: Sequence[int]) -> None:
         """Give a layer `capacity` slots, the first of which take over the weights of these `slots`, in order.
@@ -137,13 +195,15 @@ class ExpertSlab:
 
     def block_until_ready(self, layer: int) -> None:
         """Wait for the commits to a layer; the staged records are free afterwards."""
-        weights = self._weights[layer]
-        weights.w_in.block_until_ready()
-        weights.w_out.block_until_ready()
+        jax.block_until_ready(self._weights[layer])
 
     def compile_commits(self) -> None:
-        """Run every commit size once, writing to slot 0 what is in it. For the owner of the step."""
+        """Run every commit size once, or the write of a piece of each part, writing to slot 0 what is in it. For the
+        owner of the step."""
         for layer in {capacity: layer for layer, capacity in enumerate(self.capacities)}.values():
+            if self.rounds.pieces:
+                self._compile_writes(layer)
+                continue
             record = aligned_record(self.layout)
             for part, array in zip(self.layout.views(record), jax.tree.leaves(self._weights[layer]), strict=True):
                 part[:] = array[0]
@@ -152,6 +212,14 @@ class ExpertSlab:
                 first = np.zeros(size, np.int32)
                 self._weights[layer] = commit_experts(self._weights[layer], (staged,) * size, first)
             self.block_until_ready(layer)
+
+    def _compile_writes(self, layer: int) -> None:
+        """Write the first piece of each part of what is in slot 0."""
+        for piece in (piece for piece in self.rounds.pieces if piece.row == 0):
+            array = getattr(self._weights[layer], self.layout.arrays[piece.part].name)
+            rows = np.asarray(array[0, : piece.rows]).ravel()
+            self.write(layer, 0, [piece], [self.stage(rows.view(self.layout.dtype))])
+        self.block_until_ready(layer)
 
     def _empty(self, capacity: int) -> ExpertWeights:
         weights = jax.device_put(self.layout.empty_weights(capacity), self.sharding)

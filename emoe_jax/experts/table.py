@@ -27,6 +27,7 @@ class SlotTable:
         self._absent = np.asarray(self.capacities, np.int32)[:, None]  # [M, 1]
         self._slot_of_expert = np.repeat(self._absent, num_experts, axis=1)  # [M, E]
         self._expert_of_slot = [np.full(capacity, EMPTY, np.int32) for capacity in self.capacities]
+        self._reserved: set[tuple[int, int]] = set()  # layer and slot
         self._on_device: Array | None = None
         self._resident_mask: Bool[np.ndarray, "M E"] | None = None
 
@@ -68,9 +69,31 @@ class SlotTable:
             raise IndexError(f"expert {expert} is not one of {self.num_experts}")
         return int(self._slot_of_expert[layer, expert])
 
+    def check_expert(self, layer: int, expert: int) -> None:
+        """Raises `IndexError` for an expert or a layer that there is not."""
+        if not (0 <= layer < self.num_layers and 0 <= expert < self.num_experts):
+            raise IndexError(
+                f"no expert {expert} in layer {layer}: the model has {self.num_layers} MoE layers "
+                f"of {self.num_experts} experts"
+            )
+
     def empty_slots(self, layer: int) -> list[int]:
-        """The slots of a layer that hold no expert, lowest first."""
-        return np.flatnonzero(self._expert_of_slot[layer] == EMPTY).tolist()
+        """The slots of a layer that hold no expert and are not reserved for one, lowest first."""
+        slots = np.flatnonzero(self._expert_of_slot[layer] == EMPTY).tolist()
+        return [slot for slot in slots if (layer, slot) not in self._reserved] if self._reserved else slots
+
+    def reserve(self, layer: int, slot: int) -> int | None:
+        """Have a slot hold no expert until one is assigned to it: its weights are being replaced piece by piece.
+
+        Returns the expert that was there, or None. Raises `ValueError` for a reserved slot.
+        """
+        self._check_slot(layer, slot)
+        if (layer, slot) in self._reserved:
+            raise ValueError(f"slot {slot} of layer {layer} is reserved already")
+        evicted = int(self._expert_of_slot[layer][slot])
+        self.release(layer, slot)
+        self._reserved.add((layer, slot))
+        return None if evicted == EMPTY else evicted
 
     def assign(self, layer: int, slot: int, expert: int) -> int | None:
         """Record that `slot` now holds `expert`; returns the expert that was there, or None.
@@ -86,14 +109,16 @@ class SlotTable:
         evicted = int(self._expert_of_slot[layer][slot])
         if evicted != EMPTY:
             self._slot_of_expert[layer, evicted] = self.capacities[layer]
+        self._reserved.discard((layer, slot))
         self._expert_of_slot[layer][slot] = expert
         self._slot_of_expert[layer, expert] = slot
         self._changed()
         return None if evicted == EMPTY else evicted
 
     def release(self, layer: int, slot: int) -> None:
-        """Forget the slot's expert, when its weights can no longer be trusted."""
+        """Forget the slot's expert, or for which one it is reserved, when its weights can no longer be trusted."""
         self._check_slot(layer, slot)
+        self._reserved.discard((layer, slot))
         expert = int(self._expert_of_slot[layer][slot])
         if expert != EMPTY:
             self._slot_of_expert[layer, expert] = self.capacities[layer]
@@ -108,6 +133,7 @@ class SlotTable:
         if not 1 <= capacity <= self.num_experts or len(experts) > capacity or len(set(experts)) < len(experts):
             raise ValueError(f"{capacity} slots of layer {layer} for experts {list(experts)} of {self.num_experts}")
         self.capacities = (*self.capacities[:layer], capacity, *self.capacities[layer + 1 :])
+        self._reserved = {(other, slot) for other, slot in self._reserved if other != layer}
         self._absent[layer] = capacity
         self._slot_of_expert[layer] = capacity
         self._slot_of_expert[layer, list(experts)] = np.arange(len(experts))

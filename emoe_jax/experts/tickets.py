@@ -4,6 +4,7 @@ import enum
 import heapq
 import itertools
 import math
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -13,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from emoe_jax.errors import ConfigError
+from emoe_jax.experts.pieces import HostRecord
 
 
 class LoadState(enum.Enum):
@@ -35,7 +37,7 @@ _CANCELLABLE = (LoadState.QUEUED, LoadState.STAGING, LoadState.READY)
 class LoadTicket:
     """One expert on its way to the slab. Callers read it; only the queue and the loader change it."""
 
-    def __init__(self, layer: int, expert: int, priority: float, evict: int | None):
+    def __init__(self, layer: int, expert: int, priority: float, evict: int | None, rounds: int = 1):
         self.layer = layer
         self.expert = expert
         self.priority = priority
@@ -43,7 +45,17 @@ class LoadTicket:
         self.state = LoadState.QUEUED
         self.attempts = 0
         self.error: Exception | None = None
-        self.staged: jax.Array | None = None
+        self.staged: tuple[jax.Array, ...] | None = None
+        """One round of it: pieces, or the whole record."""
+        self.rounds = rounds
+        self.round = 0
+        """The round that is staged next, or is. The ones before it are written."""
+        self.record: HostRecord | None = None
+        """What rounds are cut from, once there was a first one and while more are to come."""
+        self.slot: int | None = None
+        """Where it is being written, once a round was. A ticket that has a slot is no more cancelled."""
+        self.evicted: int | None = None
+        """The expert that was there before."""
         self.urgent = False
         self.delayed = False
         self.entry = 0
@@ -53,6 +65,11 @@ class LoadTicket:
         """Whether it may still be given up, or committed."""
         return self.state in _CANCELLABLE
 
+    @property
+    def is_last_round(self) -> bool:
+        """Whether the expert is whole once this round of it is written."""
+        return self.round == self.rounds - 1
+
     def __repr__(self) -> str:
         return f"LoadTicket(layer={self.layer}, expert={self.expert}, priority={self.priority}, {self.state.value})"
 
@@ -60,16 +77,18 @@ class LoadTicket:
 class TicketQueue:
     """Thread-safe. At most one active ticket per expert; highest priority first, then first come.
 
-    Ordinary tickets start only while fewer than `window` experts are staged or staging, and no faster than
-    `bandwidth` bytes/s (`None`: unlimited). Urgent ones, for which a thread is waiting, bypass both.
+    Experts come in `rounds`, small ones in one. Ordinary tickets start a round only while fewer than `window` of them
+    are staged or staging, and no faster than `bandwidth` bytes/s (`None`: unlimited). Experts that are written in part
+    come first, so that few slots hold none. Urgent tickets, for which a thread is waiting, bypass all that.
     """
 
-    def __init__(self, record_bytes: int, window: int, bandwidth: float | None):
+    def __init__(self, record_bytes: int, window: int, bandwidth: float | None, rounds: int = 1):
         if bandwidth is not None and not bandwidth > 0:
             raise ConfigError(f"link bandwidth of {bandwidth:g} bytes/s must be positive")
         if window < 1:
             raise ValueError(f"a window of {window} staged experts lets nothing through; it must be at least 1")
-        self._seconds_per_record = 0.0 if bandwidth is None else record_bytes / bandwidth
+        self._seconds_per_round = 0.0 if bandwidth is None else record_bytes / rounds / bandwidth
+        self._rounds = rounds
         self._window = window
         self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)  # workers wait here
@@ -81,6 +100,7 @@ class TicketQueue:
         self._waiting: list[tuple[float, int, LoadTicket]] = []  # for a worker, by -priority
         self._delayed: list[tuple[float, int, LoadTicket]] = []  # for their next attempt, by time
         self._ready: list[LoadTicket] = []
+        self._between: set[LoadTicket] = set()  # taken, with rounds to come: they keep their room in the window
         self._staging = 0
         self._link_free_at = 0.0
         self._closed = False
@@ -106,7 +126,7 @@ class TicketQueue:
                 raise RuntimeError("the expert loader is closed")
             ticket = self._tickets.get((layer, expert))
             if ticket is None:
-                ticket = self._tickets[layer, expert] = LoadTicket(layer, expert, priority, evict)
+                ticket = self._tickets[layer, expert] = LoadTicket(layer, expert, priority, evict, self._rounds)
                 self._push(ticket, wake)
             ticket.evict = evict if evict is not None else ticket.evict
             if priority > ticket.priority or (urgent and not ticket.urgent):
@@ -141,7 +161,7 @@ class TicketQueue:
             ticket = _first(self._waiting)
             return self._start(ticket, 0.0) if ticket is not None and ticket.urgent else None
 
-    def set_ready(self, ticket: LoadTicket, staged: jax.Array) -> bool:
+    def set_ready(self, ticket: LoadTicket, staged: tuple[jax.Array, ...]) -> bool:
         """The worker has staged it. False when it was cancelled in the meantime and the work is lost."""
         with self._lock:
             self._staging -= 1
@@ -180,12 +200,26 @@ class TicketQueue:
         with self._lock:
             taken = sorted((ticket for ticket in self._ready if not ticket.urgent), key=_order)
             self._ready = [ticket for ticket in self._ready if ticket.urgent]
+            self._taken(taken)
             self._wake_workers()
-            return self._taken(taken)
+            return taken
+
+    def go_on(self, ticket: LoadTicket) -> None:
+        """A round of a taken ticket was written, and more are to come: queue the next one."""
+        with self._lock:
+            ticket.staged = None
+            self._between.discard(ticket)
+            if self._closed:
+                self._finish(ticket, LoadState.CANCELLED)
+                return
+            ticket.round, ticket.attempts, ticket.state = ticket.round + 1, 0, LoadState.QUEUED
+            self._push(ticket)
 
     def finish(self, ticket: LoadTicket, state: LoadState, error: Exception | None = None) -> None:
-        """End a ticket in this final state and drop its staged record. Without `error` it keeps the error it has."""
+        """End a ticket in this final state and drop what is staged. Without `error` it keeps the error it has."""
         with self._lock:
+            if ticket in self._ready:
+                self._ready.remove(ticket)
             ticket.error = error or ticket.error
             self._finish(ticket, state)
 
@@ -212,7 +246,7 @@ class TicketQueue:
             return self._taken(done)
 
     def cancel(self, ticket: LoadTicket) -> bool:
-        """False when the ticket is over already, or when a thread is waiting for it."""
+        """False when the ticket is over already, written in part, or when a thread is waiting for it."""
         with self._lock:
             return self._cancel(ticket)
 
@@ -244,7 +278,8 @@ class TicketQueue:
 
     def _push(self, ticket: LoadTicket, wake: bool = True) -> None:
         ticket.entry, ticket.delayed = next(self._entries), False
-        heapq.heappush(self._waiting, (-math.inf if ticket.urgent else -ticket.priority, ticket.entry, ticket))
+        rank = -ticket.priority if ticket.slot is None else -sys.float_info.max
+        heapq.heappush(self._waiting, (-math.inf if ticket.urgent else rank, ticket.entry, ticket))
         if wake:
             self._work.notify_all()
 
@@ -253,6 +288,8 @@ class TicketQueue:
         for ticket in tickets:
             if ticket.state is LoadState.READY:
                 ticket.state = LoadState.COMMITTING
+                if not ticket.is_last_round:
+                    self._between.add(ticket)
         return tickets
 
     def _wake_workers(self) -> None:
@@ -276,7 +313,7 @@ class TicketQueue:
         return not self._staging and not (waiting and self._has_room())
 
     def _has_room(self) -> bool:
-        return self._staging + len(self._ready) < self._window
+        return self._staging + len(self._ready) + len(self._between) < self._window
 
     def _start(self, ticket: LoadTicket, now: float) -> LoadTicket:
         heapq.heappop(self._waiting)
@@ -284,11 +321,11 @@ class TicketQueue:
         ticket.attempts += 1
         self._staging += 1
         if not ticket.urgent:
-            self._link_free_at = max(now, self._link_free_at) + self._seconds_per_record
+            self._link_free_at = max(now, self._link_free_at) + self._seconds_per_round
         return ticket
 
     def _cancel(self, ticket: LoadTicket) -> bool:
-        if ticket.state not in _CANCELLABLE or ticket.urgent:
+        if ticket.state not in _CANCELLABLE or ticket.urgent or ticket.slot is not None:
             return False
         if ticket.state is LoadState.READY:
             self._ready.remove(ticket)
@@ -298,7 +335,8 @@ class TicketQueue:
         return True
 
     def _finish(self, ticket: LoadTicket, state: LoadState) -> None:
-        ticket.state, ticket.staged = state, None
+        ticket.state, ticket.staged, ticket.record = state, None, None
+        self._between.discard(ticket)
         if self._tickets.get((ticket.layer, ticket.expert)) is ticket:
             del self._tickets[ticket.layer, ticket.expert]
 

@@ -2,8 +2,6 @@
 
 from collections import defaultdict
 
-import jax
-
 from emoe_jax.experts.slab import ExpertSlab
 from emoe_jax.experts.table import SlotTable
 from emoe_jax.experts.tickets import LoadTicket
@@ -14,27 +12,44 @@ class Writes:
 
     def __init__(self, table: SlotTable):
         self.tickets: list[LoadTicket] = []
+        """Those whose experts are whole with this commit."""
+        self.unfinished: list[LoadTicket] = []
+        """Those of which more rounds are to come."""
         self._table = table
-        self._pending: dict[int, dict[int, jax.Array]] = defaultdict(dict)  # layer -> slot -> record
+        self._pending: dict[int, dict[int, LoadTicket]] = defaultdict(dict)  # layer -> slot -> what is staged for it
         self._evicted: dict[int, list[int]] = defaultdict(list)
 
     def add(self, ticket: LoadTicket, slot: int) -> None:
         """Give a staged expert a slot in the table now. Its weights are written by `flush`.
 
-        A later ticket for the same slot replaces this one. Raises as `SlotTable.assign` does.
+        Where more of the expert is to come, the slot is reserved for it and holds none until then. A later ticket for
+        the same slot replaces this one. Raises as `SlotTable.assign` does.
         """
         assert ticket.staged is not None
-        evicted = self._table.assign(ticket.layer, slot, ticket.expert)
+        if ticket.is_last_round:
+            evicted = self._table.assign(ticket.layer, slot, ticket.expert)
+            self.tickets.append(ticket)
+        else:
+            evicted = None if ticket.slot == slot else self._table.reserve(ticket.layer, slot)
+            self.unfinished.append(ticket)
         if evicted is not None:
-            self._evicted[ticket.layer].append(evicted)
-        self.tickets.append(ticket)
-        self._pending[ticket.layer][slot] = ticket.staged  # replaces an expert that was evicted again right away
+            ticket.evicted = evicted
+        if ticket.evicted is not None:
+            self._evicted[ticket.layer].append(ticket.evicted)
+        ticket.slot = slot
+        self._pending[ticket.layer][slot] = ticket  # replaces an expert that was evicted again right away
 
     def flush(self, slab: ExpertSlab) -> None:
         """Commit what was added, layer by layer. After an error, `abandon` knows the layers that were not written."""
         for layer in list(self._pending):
-            slots = self._pending[layer]
-            slab.commit(layer, list(slots.values()), list(slots))
+            pending = self._pending[layer]
+            if slab.rounds.pieces:
+                for slot, ticket in pending.items():
+                    assert ticket.staged is not None
+                    slab.write(layer, slot, slab.rounds[ticket.round], ticket.staged)
+            else:
+                records = [ticket.staged[0] for ticket in pending.values() if ticket.staged is not None]
+                slab.commit(layer, records, list(pending))
             del self._pending[layer]
 
     def abandon(self) -> dict[int, list[int]]:

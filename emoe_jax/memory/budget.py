@@ -7,11 +7,11 @@ from typing import Literal
 from emoe_jax.amounts import ExpertBudget, format_bytes
 from emoe_jax.config import ModelConfig
 from emoe_jax.errors import CapacityError, ConfigError
-from emoe_jax.experts.weights import ExpertLayout
+from emoe_jax.experts.record_format import RecordFormat
 
 
 def capacities(
-    config: ModelConfig, layout: ExpertLayout, budget: ExpertBudget, device_limit: int | None = None
+    config: ModelConfig, layout: RecordFormat, budget: ExpertBudget, device_limit: int | None = None
 ) -> list[int]:
     """Slots of each MoE layer: as many as the budget buys in all, and where they do not come out even, one more in the
     first layers; at most all experts.
@@ -57,7 +57,7 @@ def _per_layer(slots: int, num_layers: int) -> str:
     return f"{each}{f' or {each + 1}' if more else ''} expert slots in each of {num_layers} layers"
 
 
-def _smallest(config: ModelConfig, layout: ExpertLayout, kind: Literal["share", "bytes", "slots"]) -> str:
+def _smallest(config: ModelConfig, layout: RecordFormat, kind: Literal["share", "bytes", "slots"]) -> str:
     """The least budget that reaches top-k slots, rounded up and written so that it parses."""
     if kind == "share":
         return f"{math.ceil(Fraction(1000 * config.top_k, config.num_experts)) / 10:g}%"

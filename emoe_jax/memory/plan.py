@@ -17,8 +17,8 @@ from emoe_jax.config import ModelConfig
 from emoe_jax.device.kv_cache import page_bytes
 from emoe_jax.engine_config import Dtype
 from emoe_jax.errors import CapacityError, ConfigError
-from emoe_jax.experts.loader import staging_bytes
-from emoe_jax.experts.weights import ExpertLayout
+from emoe_jax.experts.pieces import staging_bytes
+from emoe_jax.experts.record_format import RecordFormat
 from emoe_jax.memory.budget import capacities
 from emoe_jax.memory.splits import MemorySplit, Sizes, trade_bytes, trading
 from emoe_jax.models.decoder import Decoder
@@ -40,8 +40,6 @@ Spread = Callable[[tuple[int, ...]], tuple[int, ...]]
 HOST_SHARE = 0.5
 """Share of what is left of the machine's memory that experts off the device may take where no option says how much."""
 
-_PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
-
 DTYPES = get_args(Dtype)
 
 
@@ -54,6 +52,9 @@ class MemoryPlan:
     """
 
     dtype: str
+    """Of the weights without experts, and of what is computed."""
+    expert_format: str
+    """The name of the `RecordFormat` of experts."""
     device_bytes: int
     dense_bytes: int
     slab_bytes: int
@@ -77,6 +78,7 @@ class MemoryPlan:
         platform: str,
         device_bytes: int,
         dtype: str = "auto",
+        expert_format: str = "auto",
         expert_memory: str | int = "auto",
         host_memory: str | int = "auto",
         machine_bytes: int = 0,
@@ -88,6 +90,9 @@ class MemoryPlan:
         may_trade: bool = False,
     ) -> "MemoryPlan":
         """Split `device_bytes`. The KV cache gets `kv_memory`, or room for `max_num_seqs` full sequences if that fits.
+
+        `expert_format="auto"` is what the checkpoint stores experts in. Amounts of expert memory buy records of the
+        format.
 
         `expert_memory="auto"` is all experts, where they fit beside `KV_SHARE` of what the weights without experts
         leave, or beside the KV cache that is wanted if that is less. Where they do not fit, it is as many as do. Where
@@ -103,7 +108,9 @@ class MemoryPlan:
         does not fit, `ConfigError` for a malformed amount.
         """
         dtype = resolve_dtype(dtype, config, platform)
-        layout = ExpertLayout.of(config, dtype)
+        if expert_format == "auto":
+            expert_format = config.expert_format or dtype
+        layout = RecordFormat.of(config, expert_format)
         page = page_bytes(config, dtype)
         sizes = Sizes(layout.nbytes, page // config.num_layers, config.num_layers)
         if step_bytes is None:
@@ -163,6 +170,7 @@ class MemoryPlan:
             host = min(host, len(slots) * config.num_experts * layout.nbytes)
         return cls(
             dtype=dtype,
+            expert_format=expert_format,
             device_bytes=device_bytes,
             dense_bytes=dense,
             slab_bytes=slab,
@@ -221,7 +229,7 @@ class MemoryPlan:
         }
 
 
-def _fitting(config: ModelConfig, layout: ExpertLayout, room: int, cache: tuple[int, int], most: int) -> ExpertBudget:
+def _fitting(config: ModelConfig, layout: RecordFormat, room: int, cache: tuple[int, int], most: int) -> ExpertBudget:
     """Bytes for as many experts as fit into `room` beside the KV cache, and into `most`.
 
     `cache` is the least that the KV cache needs and the most that it wants. Raises `CapacityError` where that least
@@ -277,13 +285,6 @@ def machine_memory() -> int:
     except OSError:
         return machine
     return min(machine, int(limit)) if limit.isdigit() else machine
-
-
-def allow_pinned_memory() -> None:
-    """Let page-locked memory be limited by the plan alone. Without effect once JAX has a GPU: XLA's limit, 64 GB where
-    the environment says nothing, is read then.
-    """
-    os.environ.setdefault(_PINNED_LIMIT, str(math.ceil(machine_memory() / 2**30)))
 
 
 def dense_parameters(config: ModelConfig) -> int:

@@ -1,6 +1,6 @@
 """What a step will take of the device, known from compiling it before there are experts and a KV cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -8,13 +8,15 @@ import jax
 import numpy as np
 
 from emoe_jax.device import step
-from emoe_jax.device.batch import Buckets, Shape, empty_batch
-from emoe_jax.device.compiling import MemoryShapes, compile_adjusted_choice
+from emoe_jax.device.compiling import MemoryShapes, compile_choices
 from emoe_jax.device.executables import Executables
+from emoe_jax.device.inputs import StepInputs
 from emoe_jax.device.kv_cache import new_cache
-from emoe_jax.experts.weights import ExpertLayout
+from emoe_jax.device.shapes import Buckets, Shape
+from emoe_jax.experts.record_format import RecordFormat
 from emoe_jax.memory.plan import MemoryPlan
 from emoe_jax.models.decoder import Decoder
+from emoe_jax.progress import Progress
 
 MARGIN = 1.1
 """Of what the largest steps take: other shapes may take a little more."""
@@ -42,7 +44,24 @@ def measured_plan(
 def step_workspace(model: Decoder, plan: MemoryPlan, buckets: Buckets, executables: Executables) -> int:
     """Bytes that a step takes beside its arguments, with a slab and a KV cache as planned.
 
-    Compiles the longest prompt chunk and the largest batch of decodes, and the sampler; they stay in `executables`.
+    Compiles the largest batches with and without prompts, and the sampler; they stay in `executables`.
+    """
+    without, *_, largest = buckets.shapes[len(buckets.sequences) - 1 :]
+    compile_steps(model, plan, buckets, executables, (without, largest))
+    return int(executables.workspace_bytes * MARGIN)
+
+
+def compile_steps(
+    model: Decoder,
+    plan: MemoryPlan,
+    buckets: Buckets,
+    executables: Executables,
+    shapes: Sequence[Shape],
+    progress: Progress | None = None,
+) -> None:
+    """Compile steps of these shapes, and the sampler, for a slab and a KV cache that do not exist yet.
+
+    A GPU's compiler tries kernels out on the device. That takes memory, which slab and KV cache have once they exist.
     """
     config, dtype = model.config, plan.dtype
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -50,23 +69,24 @@ def step_workspace(model: Decoder, plan: MemoryPlan, buckets: Buckets, executabl
     def on_device(array: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
-    layout = ExpertLayout.of(config, dtype)
+    layout = RecordFormat.of(config, plan.expert_format)
     skeleton, leaves = step.Skeleton.split(model)
     table = jax.ShapeDtypeStruct((len(config.moe_layers), config.num_experts), np.int32)
     experts = tuple(jax.eval_shape(lambda c=capacity: layout.empty_weights(c)) for capacity in plan.capacities)
     cache = jax.eval_shape(lambda: new_cache(config, plan.num_pages, dtype))
-    last_tokens = jax.ShapeDtypeStruct(buckets.sequences[-1:], np.int32)
+    last_tokens = jax.ShapeDtypeStruct((buckets.token_places,), np.int32)
     leaves, experts, table, cache, last_tokens = jax.tree.map(on_device, (leaves, experts, table, cache, last_tokens))
-    shapes = MemoryShapes(plan.capacities, (plan.num_pages,) * config.num_layers)
+    memory = MemoryShapes(plan.capacities, (plan.num_pages,) * config.num_layers)
 
     def compile_step(shape: Shape) -> None:
-        inputs = empty_batch(shape, "resident").inputs
-        arguments = (leaves, experts, table, cache, inputs, last_tokens)
-        executables.compile(step.resident_step, (shape, shapes), *arguments, skeleton=skeleton, config=config)
+        words = on_device(StepInputs.packing(shape).empty())
+        arguments = (leaves, experts, table, cache, words, last_tokens)
+        statics = {"skeleton": skeleton, "config": config, "shape": shape}
+        executables.compile(step.whole_step, (shape, memory), *arguments, **statics)
 
-    largest = {buckets.fit(buckets.sequences[-1], 1), buckets.fit(1, buckets.chunk_tokens[-1])}
     with ThreadPoolExecutor() as pool:
-        for compiled in [pool.submit(compile_step, shape) for shape in sorted(largest)]:
+        for done, compiled in enumerate([pool.submit(compile_step, shape) for shape in shapes], 1):
             compiled.result()
-    compile_adjusted_choice(executables, buckets, buckets.sequences[-1], config.vocab_size, sharding)
-    return int(executables.workspace_bytes * MARGIN)
+            if progress is not None:
+                progress(done, len(shapes))
+    compile_choices(executables, buckets, buckets.sequences[-1], config.vocab_size, sharding)

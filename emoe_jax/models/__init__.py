@@ -1,6 +1,6 @@
 """The decoder, one file per family for what differs between architectures, and their checkpoints in and out."""
 
-from emoe_jax.models.families import FAMILIES, family_of
+from emoe_jax.models.families import families, family_of
 from emoe_jax.models.loading import (
     config_from_directory,
     config_from_hf,
@@ -11,9 +11,9 @@ from emoe_jax.models.loading import (
 )
 
 __all__ = [
-    "FAMILIES",
     "config_from_directory",
     "config_from_hf",
+    "families",
     "family_of",
     "load_dense",
     "load_tokenizer",

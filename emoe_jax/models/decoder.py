@@ -5,7 +5,7 @@ machinery runs per step. Layers expose the pieces of a step (`attention`, `moe_i
 the `exact` contract stops between a layer's router and its experts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,14 +15,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.weights import ExpertWeights
+from emoe_jax.models.products import times_transposed
 from emoe_jax.models.rope import inverse_frequencies, rotate
-from emoe_jax.models.routing import Routing, route
+from emoe_jax.models.routing import Allowances, Routing, route
 
 MoEFunction = Callable[[Array, Array, Array, ExpertWeights], Array]
 """`(rows [R, D], ids [R, k], weights [R, k], experts of the layer) -> [R, D]`."""
 
-AttendFunction = Callable[[Array, Array, Array], tuple[Array, Any]]
-"""`(q [B, T, N, H], k, v [B, T, K, H]) -> (attended [B, T, N, H], cache)`; owns masking and the KV cache."""
+AttendFunction = Callable[[Array, Array, Array, Array | None], tuple[Array, Any]]
+"""`(q [B, T, N, H], k, v [B, T, K, H], sinks [N] or None) -> (attended [B, T, N, H], cache)`; owns masking and the KV
+cache."""
 
 _INIT_STDDEV = 0.02
 
@@ -38,18 +40,35 @@ def activation_function(config: ModelConfig) -> Callable[[Array], Array]:
 
 
 def gate(hidden: Float[Array, "... Fi"], config: ModelConfig) -> Float[Array, "... F"]:
-    """The nonlinearity between an FFN's two projections: `act(gate) * up`, or OpenMoE's `gate1 * act(gate2) * up`."""
-    act = activation_function(config)
+    """The nonlinearity between an FFN's two projections: `act(gate) * up`, or OpenMoE's `gate1 * act(gate2) * up`, or
+    gpt-oss's `gate * sigmoid(alpha * gate) * (up + 1)` of what is cut off at a limit."""
+    parts = jnp.split(hidden, config.ffn_in_factor, axis=-1)
+    return gate_parts(parts, config, activation_function(config))
+
+
+def gate_parts(
+    parts: Sequence[Float[Array, "... F"]], config: ModelConfig, act: Callable[[Array], Array]
+) -> Float[Array, "... F"]:
+    """`gate` of the projections one by one: gate (or both gates), then up."""
     if config.ffn == "double_glu":
-        first, second, up = jnp.split(hidden, 3, axis=-1)
+        first, second, up = parts
         return first * act(second) * up
-    gate_rows, up = jnp.split(hidden, 2, axis=-1)
+    gate_rows, up = parts
+    if config.ffn == "clamped_glu":
+        limit = config.glu_limit  # by comparison: in a Triton kernel the minimum of NaN and a number is the number
+        gate_rows = jnp.where(gate_rows > limit, limit, gate_rows)
+        up = jnp.where(up > limit, limit, jnp.where(up < -limit, -limit, up))
+        return gate_rows * jax.nn.sigmoid(config.glu_alpha * gate_rows) * (up + 1)
     return act(gate_rows) * up
 
 
 def _for_last_axis(vector: Array, like: Array) -> Array:
     """A vector with axes of size 1 in front, so that it has the rank of the array whose last axis it goes along."""
     return jnp.expand_dims(vector, tuple(range(like.ndim - 1)))
+
+
+def _times(x: Float[Array, "..."], factor: float) -> Float[Array, "..."]:
+    return x if factor == 1 else x * factor
 
 
 class Linear(nnx.Module):
@@ -60,7 +79,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((out_features,))) if bias else None
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        y = jnp.einsum("...i,oi->...o", x, self.weight[...])
+        y = times_transposed(x, self.weight[...])
         return y if self.bias is None else y + _for_last_axis(self.bias[...], y)
 
 
@@ -75,6 +94,24 @@ class RMSNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         return _for_last_axis(self.weight[...], x) * x32.astype(x.dtype)
+
+
+class Router(nnx.Module):
+    """The linear map from a row to a logit of every expert, and the bias of the choice where the family has one."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        E = config.num_experts
+        self.weight = nnx.Param(jax.random.normal(rngs.params(), (E, config.hidden_size)) * _INIT_STDDEV)
+        self.bias = nnx.Param(jnp.zeros((E,))) if config.router.bias else None
+        # Rounded to a model's bfloat16 it would change choices.
+        self.choice_bias = nnx.Param(jnp.zeros((E,)), keeps_float32=True) if config.router.choice_bias else None
+
+    def __call__(self, rows: Float[Array, "R D"]) -> Float[Array, "R E"]:
+        """In float32."""
+        weight = self.weight[...].astype(jnp.float32)
+        # Never TF32, whatever the model's dtype: its rounding changes choices.
+        logits = jnp.matmul(rows.astype(jnp.float32), weight.T, precision=jax.lax.Precision.HIGHEST)
+        return logits if self.bias is None else logits + self.bias[...].astype(jnp.float32)[None, :]
 
 
 class FeedForward(nnx.Module):
@@ -97,6 +134,7 @@ class Attention(nnx.Module):
         N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
         self.qkv = Linear(config.hidden_size, (N + 2 * K) * H, rngs=rngs, bias=config.qkv_bias)
         self.out = Linear(N * H, config.hidden_size, rngs=rngs, bias=config.output_bias)
+        self.sinks = nnx.Param(jnp.zeros((N,))) if config.attention_sinks else None
         if config.qk_norm != "none":
             q_size, k_size = (H, H) if config.qk_norm == "head" else (N * H, K * H)
             self.q_norm = RMSNorm(q_size, config.norm_eps)
@@ -134,10 +172,11 @@ class Layer(nnx.Module):
         if not config.is_moe(index):
             self.mlp = FeedForward(config, config.dense_hidden, rngs=rngs)
             return
-        self.router = Linear(D, config.num_experts, rngs=rngs)
+        self.router = Router(config, rngs=rngs)
         if config.shared_expert_hidden:
             self.shared_expert = FeedForward(config, config.shared_expert_hidden, rngs=rngs)
-            self.shared_expert_gate = Linear(D, 1, rngs=rngs)
+            if config.shared_expert_gate:
+                self.shared_expert_gate = Linear(D, 1, rngs=rngs)
         if config.extra_ffn:
             self.extra_norm = RMSNorm(D, config.norm_eps)
             self.extra_mlp = FeedForward(config, config.dense_hidden, rngs=rngs)
@@ -147,13 +186,15 @@ class Layer(nnx.Module):
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], attend_fn: AttendFunction
     ) -> tuple[Float[Array, "B T D"], Any]:
         """The attention sub-block with its residual, and the cache that `attend_fn` returned."""
-        attended, cache = attend_fn(*self.self_attention.project(self.input_norm(x), positions))
-        return x + self.self_attention.out(attended.reshape(*x.shape[:2], -1)), cache
+        q, k, v = self.self_attention.project(self.input_norm(x), positions)
+        sinks = self.self_attention.sinks
+        attended, cache = attend_fn(q, k, v, None if sinks is None else sinks[...])
+        return self._add(x, self.self_attention.out(attended.reshape(*x.shape[:2], -1))), cache
 
     @jax.named_scope("dense_ffn")
     def dense(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The feed-forward sub-block of a layer without experts."""
-        return x + self.mlp(self.ffn_norm(x))
+        return self._add(x, self.mlp(self.ffn_norm(x)))
 
     @jax.named_scope("router")
     def moe_input(
@@ -161,11 +202,12 @@ class Layer(nnx.Module):
         x: Float[Array, "B T D"],
         allowed: Bool[Array, "R E"] | None = None,
         valid: Bool[Array, " R"] | None = None,
+        allowances: Allowances | None = None,
     ) -> tuple[Float[Array, "R D"], Routing]:
-        """Normed rows for the experts and the router's choice among those `allowed` (router in float32)."""
+        """Normed rows for the experts and what `route` makes of them (router in float32)."""
         rows = self.ffn_norm(x).reshape(-1, x.shape[-1])
-        logits = rows.astype(jnp.float32) @ self.router.weight[...].astype(jnp.float32).T
-        return rows, route(logits, self.config, allowed, valid)
+        bias = None if self.router.choice_bias is None else self.router.choice_bias[...]
+        return rows, route(self.router(rows), self.config, allowed, valid, allowances, bias)
 
     @jax.named_scope("moe_output")
     def moe_output(
@@ -173,11 +215,18 @@ class Layer(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Close the MoE sub-block: shared expert, residual, and OpenMoE's sequential extra FFN."""
         if self.config.shared_expert_hidden:
-            experts_out = experts_out + jax.nn.sigmoid(self.shared_expert_gate(rows)) * self.shared_expert(rows)
-        x = x + experts_out.reshape(x.shape)
+            shared = self.shared_expert(rows)
+            if self.config.shared_expert_gate:
+                shared = jax.nn.sigmoid(self.shared_expert_gate(rows)) * shared
+            experts_out = experts_out + shared
+        x = self._add(x, experts_out.reshape(x.shape))
         if self.config.extra_ffn:
-            x = x + self.extra_mlp(self.extra_norm(x))
+            x = self._add(x, self.extra_mlp(self.extra_norm(x)))
         return x
+
+    def _add(self, x: Float[Array, "B T D"], part: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The residual stream with one part more."""
+        return x + _times(part, self.config.residual_multiplier)
 
 
 class Decoder(nnx.Module):
@@ -194,14 +243,16 @@ class Decoder(nnx.Module):
 
     @jax.named_scope("embedding")
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Rows of the embedding table, unscaled. Tokens must lie in the vocabulary; JAX clamps others silently."""
-        return self.embedding[...][tokens]
+        """Rows of the embedding table times the multiplier. Tokens must lie in the vocabulary; JAX clamps others
+        silently."""
+        return _times(self.embedding[...][tokens], self.config.embedding_multiplier)
 
     @jax.named_scope("head")
     def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Final norm and head, in float32."""
         table = self.embedding if self.config.tie_embeddings else self.head
-        return jnp.einsum("...d,vd->...v", self.norm(x), table[...], preferred_element_type=jnp.float32)
+        logits = times_transposed(self.norm(x), table[...], jnp.dtype(jnp.float32))
+        return logits if self.config.logits_divisor == 1 else logits / self.config.logits_divisor
 
 
 def init_experts(config: ModelConfig, key: Array) -> tuple[ExpertWeights, ...]:
@@ -209,10 +260,8 @@ def init_experts(config: ModelConfig, key: Array) -> tuple[ExpertWeights, ...]:
     experts = []
     for layer_key in jax.random.split(key, len(config.moe_layers)):
         key_in, key_out = jax.random.split(layer_key)
-        experts.append(
-            ExpertWeights(
-                jax.random.normal(key_in, (config.num_experts, *config.expert_in_shape)) * _INIT_STDDEV,
-                jax.random.normal(key_out, (config.num_experts, *config.expert_out_shape)) * _INIT_STDDEV,
-            )
-        )
+        w_in = jax.random.normal(key_in, (config.num_experts, *config.expert_in_shape)) * _INIT_STDDEV
+        w_out = jax.random.normal(key_out, (config.num_experts, *config.expert_out_shape)) * _INIT_STDDEV
+        b_in, b_out = (jnp.zeros((*w.shape[:2], 1)) if config.expert_bias else None for w in (w_in, w_out))
+        experts.append(ExpertWeights(w_in, w_out, b_in=b_in, b_out=b_out))
     return tuple(experts)

@@ -1,17 +1,29 @@
 """Which family a checkpoint is of."""
 
+import functools
+import importlib
+import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
 from emoe_jax.checkpoint.family import Family
 from emoe_jax.errors import ConfigError
-from emoe_jax.models.mixtral import MIXTRAL
-from emoe_jax.models.olmoe import OLMOE
-from emoe_jax.models.openmoe import OPENMOE
-from emoe_jax.models.qwen2_moe import QWEN2_MOE
-from emoe_jax.models.qwen3_moe import QWEN3_MOE
 
-FAMILIES: tuple[Family, ...] = (MIXTRAL, OPENMOE, OLMOE, QWEN2_MOE, QWEN3_MOE)
+_PACKAGE = __name__.rpartition(".")[0]
+
+
+@functools.cache
+def families() -> tuple[Family, ...]:
+    """Every `Family` that a file of this package defines, in the order of the files' names.
+
+    Found when they are first asked for, so that a family is one file and no list names it.
+    """
+    found: dict[str, Family] = {}
+    for module in pkgutil.iter_modules(importlib.import_module(_PACKAGE).__path__):
+        for value in vars(importlib.import_module(f"{_PACKAGE}.{module.name}")).values():
+            if isinstance(value, Family):
+                found[value.name] = value
+    return tuple(found.values())
 
 
 def family_of(raw: Mapping[str, Any]) -> Family:
@@ -22,14 +34,14 @@ def family_of(raw: Mapping[str, Any]) -> Family:
     architectures = raw.get("architectures") or []
     if not isinstance(architectures, list):
         raise ConfigError(f"config.json: architectures is {architectures!r}; expected a list of names")
-    for family in FAMILIES:
+    for family in families():
         if any(name in family.architectures for name in architectures):
             return family
     model_type = raw.get("model_type")
     if not architectures:
-        for family in FAMILIES:
+        for family in families():
             if model_type in family.model_types:
                 return family
     found = ", ".join(map(str, architectures)) or f"model_type {model_type!r}"
-    known = ", ".join(name for family in FAMILIES for name in family.architectures)
+    known = ", ".join(name for family in families() for name in family.architectures)
     raise ConfigError(f"config.json: architecture {found} is not supported; supported: {known}")

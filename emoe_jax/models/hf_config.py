@@ -1,10 +1,13 @@
 """The strict reader of `config.json` that all family files use. It refuses keys that no family file reads."""
 
+import dataclasses
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from emoe_jax.checkpoint.quantisation import KEY as QUANTISATION
+from emoe_jax.checkpoint.quantisation import stored_expert_format
 from emoe_jax.config import RopeConfig
 from emoe_jax.errors import ConfigError
 from emoe_jax.models.hf_keys import IRRELEVANT, NEUTRAL, is_bookkeeping, is_neutral
@@ -58,6 +61,8 @@ class HfConfig:
             if name in self._raw and self._raw[name] != value:
                 raise ConfigError(f"config.json: {key} = {value!r} contradicts {name} = {self._raw[name]!r}")
             self._raw[name] = value
+        self.expert_format = stored_expert_format(self._raw.pop(QUANTISATION, None))
+        """What experts are stored in where they are quantised."""
 
     def get(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
         """The value of `key`, or `default` when absent or null. Raises `ConfigError` on another type."""
@@ -78,6 +83,13 @@ class HfConfig:
             raise ConfigError(f"config.json: {key} is missing; {self._family} needs it")
         if not 0 < value < 2**31:
             raise ConfigError(f"config.json: {key} is {value}; expected a positive size")
+        return value
+
+    def count(self, key: str, default: int) -> int:
+        """An integer that is not negative; `default` when absent or null."""
+        value = self.get(key, int, default)
+        if value < 0:
+            raise ConfigError(f"config.json: {key} is {value}; expected 0 or more")
         return value
 
     def optional_size(self, key: str, default: int | None = None) -> int | None:
@@ -163,12 +175,23 @@ class HfConfig:
             raise ConfigError(f"config.json: dtype = {value!r} is not supported; supported: {', '.join(_DTYPES)}")
         return name
 
-    def decoder(self, norm_eps: float, max_position: int, theta: float = 10000.0) -> dict[str, Any]:
-        """The fields of `ModelConfig` that all Llama-like families spell alike; arguments are a family's defaults."""
+    def decoder(
+        self,
+        norm_eps: float,
+        max_position: int,
+        theta: float = 10000.0,
+        rotated_part: float | None = None,
+        head_dim: int | None = None,
+    ) -> dict[str, Any]:
+        """The fields of `ModelConfig` that all Llama-like families spell alike; arguments are a family's defaults.
+
+        Without `head_dim` each head has its part of the width. `rotated_part` is the default of `partial_rotary_factor`
+        in families that rotate a part of each head.
+        """
         heads, hidden = self.size("num_attention_heads"), self.size("hidden_size")
         max_position = self.size("max_position_embeddings", max_position)
-        head_dim = self.size("head_dim", max(1, hidden // heads))
-        rope = self.rope(max_position, theta)
+        head_dim = self.optional_size("head_dim", head_dim) or max(1, hidden // heads)
+        rope = self.rope(max_position, theta, rotated_part)
         return {
             "family": self._family,
             "vocab_size": self.size("vocab_size"),
@@ -183,9 +206,10 @@ class HfConfig:
             "activation": self.activation(),
             "tie_embeddings": self.get("tie_word_embeddings", bool, False),
             "dtype": self.dtype,
+            "expert_format": self.expert_format,
         }
 
-    def rope(self, max_position: int, default_theta: float = 10000.0) -> RopeConfig:
+    def rope(self, max_position: int, default_theta: float = 10000.0, rotated_part: float | None = None) -> RopeConfig:
         """`rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (before; takes precedence)."""
         theta = self.positive("rope_theta", default_theta)
         parameters, scaling = self.get("rope_parameters", dict), self.get("rope_scaling", dict)
@@ -193,17 +217,34 @@ class HfConfig:
         theta = _finite("rope theta", raw.pop("rope_theta", theta))
         kind = raw.pop("rope_type", raw.get("type", "default"))
         raw.pop("type", None)
-        if raw.pop("partial_rotary_factor", 1.0) != 1.0:
-            raise ConfigError(f"config.json: partial_rotary_factor is not supported by {self._family}; supported: 1.0")
+        if rotated_part is not None:
+            rotated_part = self.positive("partial_rotary_factor", rotated_part)
+        fraction = _finite("partial_rotary_factor", raw.pop("partial_rotary_factor", rotated_part or 1.0))
+        if fraction != 1 and (rotated_part is None or not 0 < fraction < 1):
+            supported = "1.0" if rotated_part is None else "more than 0, at most 1.0"
+            raise ConfigError(
+                f"config.json: partial_rotary_factor {fraction} is not supported by {self._family}; "
+                f"supported: {supported}"
+            )
         if kind not in ("default", "linear", "llama3", "yarn"):
             known = ", ".join(_ROPE_OPTIONS)
             raise ConfigError(f"config.json: rope scaling {kind!r} is not supported; supported: {known}")
-        return _rope(kind, theta, raw, max_position)
+        return dataclasses.replace(_rope(kind, theta, raw, max_position), fraction=fraction)
 
     def window(self, key: str = "sliding_window") -> int | None:
         """A window that every layer has, unless `use_sliding_window` switches off the value that is kept."""
         window = self.optional_size(key)
         return window if self.get("use_sliding_window", bool, True) else None
+
+    def layer_kinds(self, layers: int, usual: Sequence[str]) -> Sequence[str]:
+        """Of each layer `full_attention` or `sliding_attention`: as `layer_types` says, or as is `usual`."""
+        kinds = self.get("layer_types", list, usual)
+        if len(kinds) != layers or any(kind not in ("full_attention", "sliding_attention") for kind in kinds):
+            raise ConfigError(
+                f"config.json: layer_types is {kinds!r}; expected full_attention or sliding_attention "
+                f"for {layers} layers"
+            )
+        return kinds
 
     def same_attention(self, layers: int, window: int | None) -> None:
         """Refuse `layer_types` that do not say of every layer what holds for all in this family."""
@@ -216,8 +257,8 @@ class HfConfig:
 
     def finish(self) -> None:
         """Raise `ConfigError` for any key that was not read and may change a forward. Warn of keys that cannot."""
-        for key, value in NEUTRAL.items():
-            self.must_be(key, value)
+        for key in NEUTRAL.keys() - self._read:
+            self.must_be(key, NEUTRAL[key])
         unread = {key: value for key, value in self._raw.items() if key not in self._read and value is not None}
         unread = {key: value for key, value in unread.items() if key not in IRRELEVANT and not is_neutral(key, value)}
         unknown = sorted(key for key in unread if not is_bookkeeping(key))

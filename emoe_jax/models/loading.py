@@ -1,5 +1,6 @@
 """From the files of a checkpoint to a model of one of the families, and back."""
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,7 +58,7 @@ def open_checkpoint(
     raw = read_json(directory / CONFIG)
     changes: dict[str, Any] = {}
     if router_capacity_factor is not None:
-        changes["router_capacity_factor"] = router_capacity_factor
+        changes["router"] = dataclasses.replace(config.router, capacity_factor=router_capacity_factor)
     generation = directory / "generation_config.json"
     if generation.exists():
         changes |= _generation_changes(read_json(generation))

@@ -28,7 +28,6 @@ def _config(raw: Mapping[str, Any]) -> ModelConfig:
         expert_hidden=hf.size("intermediate_size"),
         moe_layers=tuple(range(layers)),
         sliding_windows=(window,) * layers,
-        norm_topk_prob=True,
         bos_token_id=hf.token_id("bos_token_id", 1),
         eos_token_ids=hf.token_ids("eos_token_id", 2),
         pad_token_id=hf.token_id("pad_token_id"),

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from emoe_jax.checkpoint.family import Family
-from emoe_jax.config import ModelConfig
+from emoe_jax.config import ModelConfig, RouterConfig
 from emoe_jax.models.hf_config import HfConfig
 from emoe_jax.models.tensors import decoder_tensors, expert_sources
 
@@ -34,7 +34,7 @@ def _config(raw: Mapping[str, Any]) -> ModelConfig:
         output_bias=bias,
         qk_norm="full",
         clip_qkv=None if clip is None else hf.positive("clip_qkv", 1.0),
-        norm_topk_prob=hf.get("norm_topk_prob", bool, False),
+        router=RouterConfig(norm_topk_prob=hf.get("norm_topk_prob", bool, False)),
         bos_token_id=hf.token_id("bos_token_id"),
         eos_token_ids=hf.token_ids("eos_token_id", 50279),
         pad_token_id=hf.token_id("pad_token_id", 1),

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from emoe_jax.checkpoint.family import ExpertSource, Family, Part
-from emoe_jax.config import ModelConfig, RopeConfig
+from emoe_jax.config import ModelConfig, RopeConfig, RouterConfig
 from emoe_jax.errors import ConfigError
 from emoe_jax.models.hf_config import HfConfig
 from emoe_jax.models.tensors import decoder_tensors, per_expert_source
@@ -85,14 +85,14 @@ def _config(raw: Mapping[str, Any]) -> ModelConfig:
         attention_scale=1.0,
         ffn="double_glu",
         extra_ffn=True,
-        norm_topk_prob=False,
-        router_min_capacity=hf.size("router_min_capacity", 4),
+        router=RouterConfig(norm_topk_prob=False, min_capacity=hf.size("router_min_capacity", 4)),
         tie_embeddings=hf.get("tie_word_embeddings", bool, False),
         bos_token_id=_BOS,
         eos_token_ids=_eos_ids(hf),
         pad_token_id=hf.token_id("pad_token_id", 0),
         prepend_bos_id=_BOS,
         dtype=hf.dtype,
+        expert_format=hf.expert_format,
     )
     hf.finish()
     return config

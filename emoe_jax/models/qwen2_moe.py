@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from emoe_jax.checkpoint.family import Family
-from emoe_jax.config import ModelConfig
+from emoe_jax.config import ModelConfig, RouterConfig
 from emoe_jax.errors import ConfigError
 from emoe_jax.models.hf_config import HfConfig
 from emoe_jax.models.qwen3_moe import sliding_window, sparse_layers
@@ -24,10 +24,11 @@ def _config(raw: Mapping[str, Any]) -> ModelConfig:
         expert_hidden=hf.size("moe_intermediate_size", 1408),
         dense_hidden=hf.size("intermediate_size", 5632),
         shared_expert_hidden=hf.size("shared_expert_intermediate_size", 5632),
+        shared_expert_gate=True,
         moe_layers=sparse_layers(hf, layers),
         qkv_bias=hf.get("qkv_bias", bool, True),
         sliding_windows=_windows(hf, layers),
-        norm_topk_prob=hf.get("norm_topk_prob", bool, False),
+        router=RouterConfig(norm_topk_prob=hf.get("norm_topk_prob", bool, False)),
         bos_token_id=hf.token_id("bos_token_id"),
         eos_token_ids=hf.token_ids("eos_token_id"),
         pad_token_id=hf.token_id("pad_token_id"),
@@ -43,13 +44,8 @@ def _windows(hf: HfConfig, layers: int) -> tuple[int | None, ...]:
     """
     window = sliding_window(hf)
     limit = hf.get("max_window_layers", int, 28)
-    kinds = hf.get("layer_types", list)
-    if kinds is None:
-        return tuple(window if layer % 2 == 0 and layer < limit else None for layer in range(layers))
-    if len(kinds) != layers or any(kind not in ("full_attention", "sliding_attention") for kind in kinds):
-        raise ConfigError(
-            f"config.json: layer_types is {kinds!r}; expected full_attention or sliding_attention for {layers} layers"
-        )
+    slides = [window is not None and layer % 2 == 0 and layer < limit for layer in range(layers)]
+    kinds = hf.layer_kinds(layers, [f"{'sliding' if slide else 'full'}_attention" for slide in slides])
     if "sliding_attention" in kinds and window is None:
         raise ConfigError("config.json: layer_types has sliding_attention, but use_sliding_window is off")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)

@@ -10,7 +10,8 @@ from emoe_jax.config import RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """Angle per position of each of the `H / 2` pairs, float32, after the scaling rule."""
+    """Angle per position of each pair that is rotated, float32, after the scaling rule: at most `H / 2`."""
+    head_dim = rope.rotated(head_dim)
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
     base = 1.0 / (rope.theta**exponents)
     match rope.kind:
@@ -58,9 +59,13 @@ def _yarn(rope: RopeConfig, base: np.ndarray, head_dim: int) -> np.ndarray:
 def rotate(
     x: Float[Array, "B T heads H"], positions: Int[Array, "B T"], frequencies: np.ndarray, attention_factor: float
 ) -> Float[Array, "B T heads H"]:
-    """Rotate every head of `x` to its position; pairs are `(j, j + H/2)`. Angles in float32."""
+    """Rotate every head of `x` to its position. Angles in float32.
+
+    Pairs are `(j, j + n)` for the `n` frequencies. What lies behind the first `2n` numbers of a head stays as it is.
+    """
     angles = positions[..., None].astype(jnp.float32) * frequencies[None, None, :]
     cos = (jnp.cos(angles) * attention_factor)[:, :, None, :].astype(x.dtype)
     sin = (jnp.sin(angles) * attention_factor)[:, :, None, :].astype(x.dtype)
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    n = len(frequencies)
+    first, second, *rest = jnp.split(x, [n, 2 * n], axis=-1) if 2 * n < x.shape[-1] else jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, *rest], axis=-1)

@@ -1,6 +1,5 @@
 """The MoE op: the chosen experts' FFNs of a batch of rows, computed from a slab of slots."""
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -10,13 +9,13 @@ from jaxtyping import Array, Float, Int
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.moe.operands import Operands
-from emoe_jax.moe.registry import BACKENDS, Backend, MoEBackend
-from emoe_jax.moe.triton import supports
+from emoe_jax.moe.registry import BACKENDS, Backend, MoEBackend, check_backend
+from emoe_jax.platforms import default_platform
 
 __all__ = ["BACKENDS", "Backend", "MoEBackend", "moe_ffn"]
 
-_LOOP_ROWS_PER_EXPERT = 8
-"""Mean rows per expert up to which, on CPU, `loop` is at least as fast as `blocks` (measured, d 1024, f 2048)."""
+_LOOP_ROWS_PER_EXPERT = 12
+"""Mean rows per expert, padding counted, up to which `loop` is at least as fast as `blocks` on CPU (measured)."""
 
 
 @jax.named_scope("experts")
@@ -29,6 +28,7 @@ def moe_ffn(
     config: ModelConfig,
     *,
     backend: str = "auto",
+    platform: str | None = None,
     accumulator: Float[Array, "R D"] | None = None,
 ) -> Float[Array, "R D"]:
     """`accumulator` (default zero) plus, per row, the weighted FFN outputs of its `k` experts, in the rows' dtype.
@@ -41,32 +41,30 @@ def moe_ffn(
     result of one call with all experts resident, for the same number of rows. Sums are float32, rounded to the rows'
     dtype after each expert. No backend but the oracles copies expert weights.
 
-    `auto` is wave-exact. On CPU it is `loop` while experts have few rows on average, else `blocks`, as measured. On
-    CUDA it is `triton`, or `blocks` for sizes that Triton cannot tile: unmeasured, chosen because `loop` and `blocks`
-    leave most of a GPU idle and `ragged_dot` is dense over its groups there. Elsewhere it is `blocks`.
+    `auto` is wave-exact and goes by `platform` (`cpu`, `cuda`, ...; by default that of JAX's default device). On CPU it
+    is `loop` while experts have few rows on average, else `blocks`, as measured. On CUDA it is `triton`: no card has
+    been measured, but `ragged_dot` is dense over its groups there up to jaxlib 0.10.2. Elsewhere it is `gather`.
+
+    Raises `ValueError` for a backend that is unknown, or not made for `platform`.
     """
     if accumulator is None:
         accumulator = jnp.zeros_like(rows)
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"unknown MoE backend {backend!r}; choose auto or one of {', '.join(BACKENDS)}")
+    platform = platform or default_platform()
+    if backend == "auto":
+        backend = _best(config, platform, ids.size)
+    check_backend(backend, platform)
     operands = Operands(rows, ids, weights, slot_of_expert, experts, accumulator)
     return _moe_ffn(operands, config=config, backend=backend)
+
+
+def _best(config: ModelConfig, platform: str, assignments: int) -> str:
+    if platform == "cpu":
+        return "loop" if assignments <= _LOOP_ROWS_PER_EXPERT * config.num_experts else "blocks"
+    return "triton" if platform == "cuda" else "gather"
 
 
 @partial(jax.jit, static_argnames=("config", "backend"))  # traced once for all layers of a model
 def _moe_ffn(operands: Operands, *, config: ModelConfig, backend: str) -> Float[Array, "R D"]:
     lost = jnp.any(jnp.isnan(operands.weights), axis=-1, keepdims=True)
     operands = operands._replace(accumulator=jnp.where(lost, jnp.nan, operands.accumulator))
-
-    def run(name: str) -> Callable[..., Array]:
-        return partial(BACKENDS[name].run, config=config)
-
-    if backend != "auto":
-        return run(backend)(operands)
-    few = operands.ids.size <= _LOOP_ROWS_PER_EXPERT * config.num_experts
-    return jax.lax.platform_dependent(
-        operands,
-        cpu=run("loop" if few else "blocks"),
-        cuda=run("triton" if supports(config) else "blocks"),
-        default=run("blocks"),
-    )
+    return BACKENDS[backend].run(operands, config)

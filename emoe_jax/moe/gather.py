@@ -1,21 +1,46 @@
-"""Gather each assignment's expert, then a batched einsum: the oracle that is easiest to trust after the reference."""
+"""Gather each assignment's expert, then a batched einsum: the backend that runs everywhere, and an oracle."""
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from emoe_jax.config import ModelConfig
+from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models.decoder import gate
-from emoe_jax.moe.dispatch import combine, dispatch
+from emoe_jax.moe.dispatch import combine, dispatch, largest_divisor, plus_bias, scaled
 from emoe_jax.moe.operands import Operands
+
+_COPY_BYTES = 1 << 30
+"""Copies of experts that may exist at once."""
 
 
 def gather(operands: Operands, config: ModelConfig) -> Float[Array, "R D"]:
-    """Copies one expert per assignment, `R * k` of them: not for large shapes."""
+    """Copies one expert per assignment, as many at a time as 1 GiB holds (at least one): slow for large shapes."""
     rows, ids, weights, slot_of_expert, experts, accumulator = operands
     groups = dispatch(ids, slot_of_expert, experts.capacity)
     slot = jnp.minimum(groups.slot, experts.capacity - 1)  # an absent expert's product is never read
-    x = rows[groups.row]
-    hidden = jnp.einsum("AD,AFD->AF", x, experts.w_in[slot], preferred_element_type=jnp.float32)
-    gated = gate(hidden, config).astype(rows.dtype)
-    products = jnp.einsum("AF,ADF->AD", gated, experts.w_out[slot], preferred_element_type=jnp.float32)
+    size = largest_divisor(ids.size, _COPY_BYTES // (config.expert_params * rows.dtype.itemsize))
+    x, slot = rows[groups.row].reshape(-1, size, rows.shape[1]), slot.reshape(-1, size)
+    if slot.shape[0] == 1:
+        products = _products(x[0], slot[0], experts, config)
+    else:
+        products = jax.lax.map(lambda part: _products(part[0], part[1], experts, config), (x, slot)).reshape(
+            -1, rows.shape[1]
+        )
     return combine(products, groups, weights, accumulator)
+
+
+def _products(
+    x: Float[Array, "n D"], slot: Int[Array, " n"], experts: ExpertWeights, config: ModelConfig
+) -> Float[Array, "n D"]:
+    """Row `i` through the expert at `slot[i]`, in float32."""
+    precise = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
+    hidden = jnp.einsum("nD,nFD->nF", x, experts.w_in[slot].astype(x.dtype), **precise)
+    hidden = plus_bias(scaled(hidden, _at(experts.in_scales, slot)), experts.b_in, slot)
+    gated = gate(hidden, config).astype(x.dtype)
+    products = jnp.einsum("nF,nDF->nD", gated, experts.w_out[slot].astype(x.dtype), **precise)
+    return plus_bias(scaled(products, _at(experts.out_scales, slot)), experts.b_out, slot)
+
+
+def _at(scales: Float[Array, "C O"] | None, slot: Int[Array, " n"]) -> Float[Array, "n O"] | None:
+    return None if scales is None else scales[slot]

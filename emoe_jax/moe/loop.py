@@ -9,12 +9,21 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int8
 
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models.decoder import gate
-from emoe_jax.moe.dispatch import Dispatch, dispatch, largest_divisor, round_to, slot_block
+from emoe_jax.moe.dispatch import (
+    Dispatch,
+    dispatch,
+    largest_divisor,
+    plus_bias_block,
+    round_to,
+    scaled,
+    slot_block,
+    slot_scales,
+)
 from emoe_jax.moe.operands import Operands
 
 Write = Callable[[Array, Array, Array, Array], Array]
@@ -69,13 +78,21 @@ def vector_products(
     def project_in(hidden: Array, i: Array, first: Array) -> Array:
         x = jax.lax.dynamic_index_in_dim(rows, groups.row[i], 0)
         firsts = [part * F + first for part in range(config.ffn_in_factor)]
-        parts = [_vector_product(x, experts.w_in, groups.slot[i], row, step_in) for row in firsts]
+        slot = groups.slot[i]
+        parts = [
+            plus_bias_block(
+                _vector_product(x, experts.w_in, experts.in_scales, slot, row, step_in), experts.b_in, slot, row
+            )
+            for row in firsts
+        ]
         gated = gate(jnp.concatenate(parts, axis=-1), config)
         return jax.lax.dynamic_update_slice(hidden, gated.astype(hidden.dtype), (i - start, first))
 
     def project_out(out: Array, i: Array, first: Array) -> Array:
         x = jax.lax.dynamic_index_in_dim(hidden, i - start, 0)
-        return write(out, i, first, _vector_product(x, experts.w_out, groups.slot[i], first, step_out))
+        slot = groups.slot[i]
+        product = _vector_product(x, experts.w_out, experts.out_scales, slot, first, step_out)
+        return write(out, i, first, plus_bias_block(product, experts.b_out, slot, first))
 
     hidden = jnp.zeros((most, F), rows.dtype)
     if alone:
@@ -97,7 +114,12 @@ def _visit(
 
 
 def _vector_product(
-    x: Float[Array, "1 I"], w: Float[Array, "C O I"], slot: Array, first: Array, step: int
+    x: Float[Array, "1 I"],
+    w: Float[Array, "C O I"] | Int8[Array, "C O I"],
+    scales: Float[Array, "C O"] | None,
+    slot: Array,
+    first: Array,
+    step: int,
 ) -> Float[Array, "1 block_O"]:
     """`x` times output features `first : first + step` of a slot's matrix, in float32.
 
@@ -111,4 +133,4 @@ def _vector_product(
         part = jnp.dot(x[:, start : start + piece].astype(block.dtype), block.T, preferred_element_type=jnp.float32)
         total = part if total is None else total + part
     assert total is not None
-    return total
+    return scaled(total, slot_scales(scales, slot, first, step))

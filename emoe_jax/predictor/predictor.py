@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from emoe_jax.predictor import network
 from emoe_jax.predictor.config import PredictorConfig, PredictorError
@@ -113,7 +113,7 @@ class Predictor:
     def predict(
         self,
         task: str,
-        embedding: Float[np.ndarray, " d"] | None = None,
+        embedding: Float[Array | np.ndarray, " d"] | None = None,
         first: Int[np.ndarray, "M E"] | None = None,
         tokens: Sequence[int] = (),
     ) -> Float[np.ndarray, "M E"]:
@@ -130,7 +130,7 @@ class Predictor:
 
     def predict_next(
         self,
-        prompts: Sequence[tuple[str, Float[np.ndarray, " d"] | None]],
+        prompts: Sequence[tuple[str, Float[Array | np.ndarray, " d"] | None]],
         rows: int,
         tokens: Sequence[Sequence[int] | Tokens] | None = None,
     ) -> Float[np.ndarray, "P M E"]:
@@ -205,7 +205,7 @@ class Predictor:
         self,
         task: str,
         counts: Int[np.ndarray, "M E"],
-        embedding: Float[np.ndarray, " d"] | None = None,
+        embedding: Float[Array | np.ndarray, " d"] | None = None,
         first: Int[np.ndarray, "M E"] | None = None,
     ) -> None:
         """Take in how a finished prompt was routed. The next prediction sees it as the previous prompt; the prior
@@ -253,7 +253,7 @@ class Predictor:
         """As if no prompt had come before; what the prior learned stays."""
         self.history = History.empty(*self.inputs.centre.shape)
 
-    def _embedding(self, embedding: Float[np.ndarray, " d"] | None) -> Float[np.ndarray, "1 d"]:
+    def _embedding(self, embedding: Float[Array | np.ndarray, " d"] | None) -> Float[np.ndarray, "1 d"]:
         dim = self.config.embedding_dim
         if dim == 0:
             return np.zeros((1, 0), np.float32)
@@ -261,4 +261,5 @@ class Predictor:
             return np.zeros((1, dim), np.float32)
         if np.shape(embedding) != (dim,):
             raise PredictorError(f"the prompt's embedding has shape {list(np.shape(embedding))}, not [{dim}]")
-        return np.asarray(embedding, np.float32)[None]
+        known = np.asarray(embedding, np.float32)[None]  # waits for one that is still on the device
+        return known if np.isfinite(known).all() else np.zeros_like(known)

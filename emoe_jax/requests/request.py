@@ -6,10 +6,10 @@ from typing import Literal
 
 from emoe_jax.errors import RequestError
 from emoe_jax.option_fields import Bounds, option, options_of, shown
+from emoe_jax.requests.contract import RoutingContract
 from emoe_jax.requests.parameters import Parameters
 from emoe_jax.requests.structured_params import StructuredOutputsParams
 
-RoutingContract = Literal["resident", "exact"]
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 MAX_LOGPROBS = 20
@@ -30,7 +30,8 @@ BIAS = Bounds(-100, 100)
 MILLISECONDS = Bounds(0, 1e9, open_low=True)
 
 
-def _check_number(name: str, value: object, bounds: Bounds) -> None:
+def check_number(name: str, value: object, bounds: Bounds) -> None:
+    """Raise `RequestError` for what is no number within the bounds."""
     if not isinstance(value, int | float) or isinstance(value, bool) or bounds.missed_by(value) is not None:
         raise RequestError(f"{name} is {shown(value)}; expected a number in {bounds.interval}", param=name)
 
@@ -63,7 +64,7 @@ class SLO(Parameters):
             raise RequestError(f"slo.strict is {self.strict!r}; expected true or false", param="slo")
         for name in ("ttft_ms", "latency_ms"):
             if (value := getattr(self, name)) is not None:
-                _check_number(name, value, MILLISECONDS)
+                check_number(name, value, MILLISECONDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,12 +110,12 @@ class SamplingParams(Parameters):
         for name, (bounds, kind) in SAMPLING_BOUNDS.items():
             value = getattr(self, name)
             if value is not None or name not in _MAY_BE_NONE:
-                (_check_integer if kind is int else _check_number)(name, value, bounds)
+                (_check_integer if kind is int else check_number)(name, value, bounds)
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
             raise RequestError(f"logit_bias has {len(self.logit_bias)} tokens; at most {MAX_LOGIT_BIAS}", "logit_bias")
         for token, bias in self.logit_bias.items():
             _check_integer("logit_bias", token, TOKEN_ID)
-            _check_number("logit_bias", bias, BIAS)
+            check_number("logit_bias", bias, BIAS)
         if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
             raise RequestError("structured_outputs must be StructuredOutputsParams", param="structured_outputs")
         if len(self.stop) > MAX_STOP_STRINGS:
@@ -206,6 +207,8 @@ class RequestOutput:
     completions: list[Completion]
     task: str | None
     routing: RoutingContract
+    tolerance: float | None = None
+    """Under `bounded`: the share of a token's weight below which absent experts could be left out."""
     substituted: float = 0.0
     """Share of expert assignments (prompt and answer, without cached tokens) where another expert stood in; 0.0 under
     `exact`."""

@@ -7,7 +7,9 @@ import numpy as np
 from jaxtyping import Int
 
 from emoe_jax.requests.adjustment import LogitAdjustment
-from emoe_jax.requests.request import SLO, FinishReason, RoutingContract, SamplingParams, TokenLogprob
+from emoe_jax.requests.contract import NOTHING, Allowance, RoutingContract, allowance_of
+from emoe_jax.requests.request import SLO, FinishReason, SamplingParams, TokenLogprob
+from emoe_jax.requests.served import ServedLogits
 
 
 class SequenceStatus(enum.Enum):
@@ -32,6 +34,10 @@ class Sequence:
     params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
     index: int = 0
     routing: RoutingContract = "resident"
+    bounded: Allowance = NOTHING
+    """What may be substituted where `routing` is `bounded`."""
+    tuned: bool = False
+    """Whether that is the engine's choice, by what audits find."""
     task: str | None = None
     slo: SLO = dataclasses.field(default_factory=SLO)
     cache_salt: str | None = None
@@ -83,6 +89,15 @@ class Sequence:
     """Its number in the routing trace being recorded; -1 when it is not recorded."""
     num_recorded: int = 0
     """Positions below this are in the trace."""
+    served: ServedLogits | None = None
+    """Keeps logits of its answer, where that will be audited."""
+    compared_with: ServedLogits | None = None
+    """Of a text that an audit computes: what its logits are compared with."""
+
+    @property
+    def allowance(self) -> Allowance:
+        """What of its tokens' wishes other experts may stand in for."""
+        return allowance_of(self.routing, self.bounded)
 
     @property
     def num_known(self) -> int:
@@ -115,8 +130,12 @@ class Sequence:
         return self.status is SequenceStatus.FINISHED
 
     def add_routing(self, counts: Int[np.ndarray, "M E"]) -> None:
-        """Count the wishes of newly computed tokens."""
-        self.routing_counts = counts if self.routing_counts is None else self.routing_counts + counts
+        """Count the wishes of newly computed tokens. Neither keeps nor changes `counts`, which may be a view of a
+        whole batch's."""
+        if self.routing_counts is None:
+            self.routing_counts = counts.copy()
+        else:
+            self.routing_counts += counts
 
     def tokens(self, start: int, length: int) -> list[int]:
         """Tokens at positions `start .. start + length - 1`, prompt and answer read as one, without pending ones."""

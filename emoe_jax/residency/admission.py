@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from emoe_jax.experts.loader import LoaderStats
+from emoe_jax.experts.loader_stats import LoaderStats
 from emoe_jax.experts.table import SlotTable
 from emoe_jax.policies import POLICIES
 from emoe_jax.requests.sequence import Sequence
@@ -40,7 +40,7 @@ class ExpertLoading:
     Under `exact` the steps that compute a prompt wait for each expert that its tokens choose and that is absent. So
     `dE` is the expected number of these, times the average wait for a missing expert. Before the first wait it takes
     the time of the expert's bytes at the measured bandwidth. What the answer waits for later is in
-    `Estimates.exact_wait`.
+    `Estimates.miss_wait`.
 
     Under `resident` no step waits: loads go on in the background, and a step only commits what has come. So `dE` is the
     time of a commit, times the number of the task's hot experts that are absent. That is an upper bound, as other
@@ -62,7 +62,7 @@ class ExpertLoading:
         if capacities not in self._by_slots:
             self._by_slots[capacities] = TaskExperts(self._profile, capacities)
         experts, resident, stats = self._by_slots[capacities], residency.table.resident_mask, residency.loads
-        if sequence.routing == "exact":
+        if sequence.routing != "resident":
             tokens = sequence.num_tokens - max(sequence.num_computed, sequence.num_cached)
             wanted = experts.wanted(sequence.task, tokens, resident)
             if stats.waited_loads:

@@ -66,11 +66,11 @@ class LoadsAhead:
         absent = set(needed[~self._table.resident_mask[layer, needed]].tolist())
         self._totals.update(misses=len(absent))
         for expert, ticket in self._tickets.pop(layer, {}).items():
-            staged = ticket.state is LoadState.READY
+            staged = ticket.state is LoadState.READY and ticket.is_last_round
             if expert in absent:
                 self._totals.update(spared=int(staged), late=int(not staged))
                 continue
-            moved = staged or ticket.state is LoadState.STAGING
+            moved = ticket.state in (LoadState.READY, LoadState.STAGING)
             self._totals.update(useless=int(moved), withdrawn=int(not moved))
             if ticket.evict is None:  # others are the policy's, which asked for the expert before
                 self._loader.cancel(ticket)

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from emoe_jax.predictor import Predictor
 from emoe_jax.tasks import OTHER
@@ -28,7 +28,7 @@ class Question(NamedTuple):
 
     number: int
     task: str
-    embedding: Float[np.ndarray, " d"] | None
+    embedding: Float[Array | np.ndarray, " d"] | None
     tokens: Sequence[int] = ()
     """The prompt's token ids, where the predictor reads them."""
 
@@ -37,7 +37,7 @@ class Finished(NamedTuple):
     """A prompt that has run, and how often it wished for each expert."""
 
     task: str
-    embedding: Float[np.ndarray, " d"] | None
+    embedding: Float[Array | np.ndarray, " d"] | None
     counts: Int[np.ndarray, "M E"]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence as Rows
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from emoe_jax.policies.pace import Pace
 from emoe_jax.policies.regret import Regret
@@ -49,7 +49,7 @@ class Foresight:
         if self._planner is not None:
             self._planner.warm_up()
 
-    def arrived(self, sequence: Sequence, embedding: Float[np.ndarray, " d"] | None) -> None:
+    def arrived(self, sequence: Sequence, embedding: Float[Array | np.ndarray, " d"] | None) -> None:
         """A request came, of which this is the first sequence; `embedding` is the mean of its prompt's, if wanted."""
         if self._planner is not None:
             tokens, most = sequence.prompt_token_ids, sequence.params.max_tokens

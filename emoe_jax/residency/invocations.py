@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from emoe_jax.engine_config import PredictEvery
 from emoe_jax.predictor import Predictor
@@ -26,7 +26,7 @@ class PlannedRequest:
     """A request of which the planner was told."""
 
     task: str
-    embedding: Float[np.ndarray, " d"] | None
+    embedding: Float[Array | np.ndarray, " d"] | None
     demand: Demand
     tokens: Sequence[int] = ()
     """The prompt's token ids, where the predictor reads them."""

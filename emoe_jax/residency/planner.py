@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from emoe_jax.engine_config import PredictEvery
 from emoe_jax.policies.rule import ExpectedWishes
@@ -103,7 +103,7 @@ class ResidencyPlanner:
         task: str | None,
         prompt_tokens: int,
         max_tokens: int,
-        embedding: Float[np.ndarray, " d"] | None,
+        embedding: Float[Array | np.ndarray, " d"] | None,
         tokens: Sequence[int] = (),
     ) -> None:
         """A request arrived; `embedding` is the mean of its prompt's input embeddings. `tokens` are the ids of the

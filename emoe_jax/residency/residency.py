@@ -11,12 +11,13 @@ from jaxtyping import Bool, Float, Int
 
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.link import ModelledLink
-from emoe_jax.experts.loader import ExpertLoader, LoaderStats
+from emoe_jax.experts.loader import ExpertLoader
+from emoe_jax.experts.loader_stats import LoaderStats
+from emoe_jax.experts.record_format import RecordFormat
 from emoe_jax.experts.slab import ExpertSlab
 from emoe_jax.experts.store import ExpertReader, ExpertStore
 from emoe_jax.experts.table import SlotTable
 from emoe_jax.experts.tickets import LoadState, LoadTicket
-from emoe_jax.experts.weights import ExpertLayout
 from emoe_jax.policies import POLICIES, PolicyWeights, make_policy
 from emoe_jax.policies.pace import Pace
 from emoe_jax.policies.policy import ChunkWishes
@@ -63,7 +64,7 @@ class Residency:
     def __init__(
         self,
         config: ModelConfig,
-        layout: ExpertLayout,
+        layout: RecordFormat,
         capacities: Sequence[int],
         reader: ExpertReader,
         policy: str,
@@ -89,7 +90,7 @@ class Residency:
         self.policy = make_policy(policy, *shape, rates, knowledge, seed)
         self.slab = ExpertSlab(layout, capacities)
         self.table = SlotTable(capacities, config.num_experts, sharding=self.slab.sharding)
-        self._config = config
+        self.config = config
         self._store = ExpertStore(
             reader,
             layout,
@@ -99,7 +100,14 @@ class Residency:
             memory_kind=memory_kind,
             sharding=self.slab.sharding,
         )
-        self._loader = ExpertLoader(self._store, self.slab, self.table, bandwidth=link_bandwidth, link=modelled_link)
+        self._loader = ExpertLoader(
+            self._store,
+            self.slab,
+            self.table,
+            bandwidth=link_bandwidth,
+            link=modelled_link,
+            workers=1 if memory_kind is None else 2,  # a CPU's cores compute
+        )
         ahead = LoadsAhead(self._loader, self.table) if POLICIES[policy].looks_ahead else None
         self.waves = WaveLoader(self._loader, self.table, self._eviction_order, ahead)
         self._wishes: Int[np.ndarray, "M E"] = np.zeros(shape, np.int64)
@@ -119,13 +127,17 @@ class Residency:
         self._last_error: str | None = None
 
     def fill(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Load the policy's initial experts. Raises what the store raises when one cannot be read."""
+        """Load the policy's initial experts, and have the others come to host memory in the background, those of the
+        highest scores first. Raises what the store raises when one of the initial ones cannot be read."""
         self._loader.fill(self.policy.initial(self.table.capacities), progress)
+        order = np.argsort(-self.policy.scores(), axis=None, kind="stable")
+        layers, experts = np.unravel_index(order, self.table.resident_mask.shape)
+        self._store.start_filling(zip(layers.tolist(), experts.tolist(), strict=True))
 
     @property
     def is_full(self) -> bool:
-        """Whether every expert of every layer has a slot, so that `resident` and `exact` are the same."""
-        return all(capacity == self._config.num_experts for capacity in self.table.capacities)
+        """Whether every expert of every layer has a slot, so that all contracts are the same."""
+        return all(capacity == self.config.num_experts for capacity in self.table.capacities)
 
     @property
     def loads(self) -> LoaderStats:
@@ -164,7 +176,7 @@ class Residency:
             self._loader.restore()
         if not self._loader.has_ready:
             return
-        committed = []
+        committed, resident = [], self.table.resident_mask
         try:
             committed = self._loader.commit()
         except Exception as error:
@@ -174,7 +186,7 @@ class Residency:
             self._doubt_evicted()
         for ticket in committed:
             self._unproven[ticket.layer, ticket.expert] = True
-        if committed:
+        if self.table.resident_mask is not resident:
             self._doubt_evicted()
 
     def mend(self) -> None:
@@ -185,7 +197,7 @@ class Residency:
         """Tell the policy what the running requests are expected to wish for, and ask for whatever it now prefers.
         Loads that have become pointless are given up."""
         self.policy.plan(expected)
-        self._follow_policy(self._config.num_experts)
+        self._follow_policy(self.config.num_experts)
 
     def settle(self, seconds: float) -> None:
         """Commit what has been asked for as it arrives, until all of it is there or the time is over."""
@@ -219,19 +231,32 @@ class Residency:
             return None
         with self._following.timed():
             covered, self._covered = self._covered, Covered(0, 0, 0)
-            tokens = covered.wishes // (self._config.top_k * len(wish_counts))
+            tokens = covered.wishes // (self.config.top_k * len(wish_counts))
             self._follow_policy(min(SWAPS_PER_LAYER, max(1, tokens)))
         return covered
+
+    def load(self, needed: Bool[np.ndarray, "M E"]) -> None:
+        """Have these experts resident before returning; of the others, those of the lowest scores make room.
+
+        Raises `CapacityError` where a layer has fewer slots, and what the store raises.
+        """
+        layers = np.flatnonzero((needed & ~self.table.resident_mask).any(axis=1))
+        orders = np.argsort(self.policy.scores()[layers], axis=1, kind="stable")
+        self._loader.load_layers(
+            (int(layer), np.flatnonzero(needed[layer]), order) for layer, order in zip(layers, orders, strict=True)
+        )
 
     def resize(self, layer: int, capacity: int) -> None:
         """Give a layer another number of slots; of its experts those of the highest scores stay.
 
         Only while no step is in flight. Loads under way go on, and find a place or not when they are committed.
         """
+        self._loader.drop_half_written(layer)
         order = self._eviction_order(layer)[::-1]
         experts = [int(expert) for expert in order if self.table.is_resident(layer, expert)][:capacity]
         self.slab.resize(layer, capacity, [self.table.slot(layer, expert) for expert in experts])
         self.table.resize(layer, capacity, experts)
+        self._store.use_residents(self.table.resident_mask)
         self._doubt_evicted()
 
     def refill(self) -> None:
@@ -286,9 +311,8 @@ class Residency:
                 self._last_error = f"expert {ticket.expert} of MoE layer {ticket.layer}: {ticket.error}"
             elif ticket.is_active:
                 layer = scores[ticket.layer]
-                if ticket.evict is not None and layer[ticket.expert] < layer[ticket.evict]:
-                    self._loader.cancel(ticket)
-                else:
+                is_wanted = ticket.evict is None or layer[ticket.expert] >= layer[ticket.evict]
+                if is_wanted or not self._loader.cancel(ticket):
                     active.append(ticket)
         self._tickets = active
 
@@ -301,11 +325,11 @@ class Residency:
         loading = [[ticket.layer, ticket.expert] for ticket in self._tickets if ticket.is_active]
         return {
             "policy": self.policy_name,
-            "num_experts": self._config.num_experts,
-            "top_k": self._config.top_k,
-            "moe_layers": list(self._config.moe_layers),
+            "num_experts": self.config.num_experts,
+            "top_k": self.config.top_k,
+            "moe_layers": list(self.config.moe_layers),
             "slots": list(capacities),
-            "share": sum(capacities) / (len(capacities) * self._config.num_experts),
+            "share": sum(capacities) / (len(capacities) * self.config.num_experts),
             "experts": [self.table.resident(layer).tolist() for layer in range(len(capacities))],
             "loading": loading,
             "wishes": self._wishes.tolist(),
@@ -325,8 +349,9 @@ class Residency:
         }
 
     def close(self) -> None:
-        """Cancel what is being loaded and join the loader's threads. No step may follow."""
+        """Cancel what is being loaded and join the threads of loader and store. No step may follow."""
         self._loader.close()
+        self._store.close()
 
     def __enter__(self) -> "Residency":
         return self

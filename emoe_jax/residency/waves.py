@@ -1,4 +1,4 @@
-"""The `exact` contract's way through a layer: the wished experts, a slab-full at a time."""
+"""The way through a layer that stops at its router: the experts that are used, a slab-full at a time."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -14,10 +14,14 @@ EvictionOrder = Callable[[int], Iterable[int]]
 
 
 class WaveLoader:
-    """Cuts the experts that a layer's rows wish for into waves that fit its slots, and loads what each one misses.
+    """Cuts the experts that a layer's rows use into waves that fit its slots, and loads what each one misses.
 
     Waves are in ascending order of expert, as the MoE op adds contributions, so a result does not depend on how many
-    waves it took. Worked example: 3 slots, wishes for experts 1, 4, 5, 7 -> waves {1, 4, 5} and {7}.
+    waves it took. A wave ends where the next expert would take the slot of one that is still to be used: so each absent
+    expert is loaded once. Where all slots hold such experts, the one to be used last makes room.
+
+    Worked example: 3 slots hold experts 5, 6 and 9; experts 1, 4, 5, 7 are used. Expert 6 makes room for 1, and 9 for
+    4: the first wave is {1, 4, 5}, the second {7}.
     """
 
     def __init__(
@@ -33,21 +37,31 @@ class WaveLoader:
         self._table = table
         self._eviction_order = eviction_order
 
-    def waves(self, layer: int, wish_counts: Int[np.ndarray, " E"]) -> Iterator[Int[np.ndarray, " E"]]:
-        """Yield, per wave, the slot of each of its experts and the capacity `C` for all others.
+    def waves(self, layer: int, used: Int[np.ndarray, " E"]) -> Iterator[Int[np.ndarray, " E"]]:
+        """Yield, per wave, the slot of each of its experts and the capacity `C` for all others. `used` counts rows.
 
         Raises what the store raised when an expert cannot be read. At least one wave, possibly empty, comes.
         """
         capacity = self._table.capacities[layer]
-        needed = np.flatnonzero(wish_counts)
+        needed = np.flatnonzero(used)
         if self.ahead is not None:
             self.ahead.arrive(layer, needed)
-        for first in range(0, max(len(needed), 1), capacity):
-            wave = needed[first : first + capacity]
+        first = 0
+        while first < max(len(needed), 1):
+            wave = needed[first : first + self._length(layer, needed[first:])]
+            first += max(len(wave), 1)
             if not all(self._table.is_resident(layer, expert) for expert in wave):
-                later = set(needed[first + capacity :].tolist())
-                order = sorted(self._eviction_order(layer), key=later.__contains__)  # stable: unneeded ones go first
+                later = {expert: place for place, expert in enumerate(needed[first:].tolist(), 1)}
+                # Stable: experts that are used no more go first, then the one to be used last.
+                order = sorted(self._eviction_order(layer), key=lambda expert: -later.get(expert, len(later) + 1))
                 self._loader.load_now(layer, wave.tolist(), order)
             slots = np.full(self._table.num_experts, capacity, np.int32)
             slots[wave] = self._table.slot_of_expert[layer, wave]
             yield slots
+
+    def _length(self, layer: int, needed: Int[np.ndarray, " n"]) -> int:
+        """How many of the experts still to be used are in the next wave."""
+        resident = self._table.resident_mask[layer, needed]
+        room = max(1, self._table.capacities[layer] - int(resident.sum()))
+        beyond = np.flatnonzero(np.cumsum(~resident) > room)
+        return min(int(beyond[0]) if len(beyond) else len(needed), self._table.capacities[layer])

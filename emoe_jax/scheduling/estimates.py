@@ -33,8 +33,8 @@ class Estimates:
         self._max_model_len = max_model_len
         self._prefill_chunk = prefill_chunk
         self.pace = model.cost.seconds(max_num_seqs)
-        self.exact_wait = 0.0
-        """What a token under `exact` waits for loads on top of that: the average over steps with such sequences."""
+        self.miss_wait = 0.0
+        """What a token waits for loads on top of that, where its contract does: the average over such steps."""
 
     def observe(self, plan: StepPlan, seconds: float, waited: float = 0.0) -> None:
         """A step of this plan took `seconds`, and `waited` more for experts to be loaded."""
@@ -44,8 +44,8 @@ class Estimates:
         if plan.decodes:
             # One step that had to be compiled must not count for many.
             self.pace += PACE_MEMORY * (min(seconds, 10 * self.pace) - self.pace)
-            if any(sequence.routing == "exact" for sequence in plan.decodes):
-                self.exact_wait += PACE_MEMORY * (min(waited, 10 * self.pace) - self.exact_wait)
+            if any(sequence.routing != "resident" for sequence in plan.decodes):
+                self.miss_wait += PACE_MEMORY * (min(waited, 10 * self.pace) - self.miss_wait)
 
     def expect(self, sequence: Sequence) -> None:
         """Note on a new sequence how long its answer will be."""
@@ -105,4 +105,4 @@ class Estimates:
 
     def pace_of(self, sequence: Sequence) -> float:
         """Seconds that a token of this sequence takes, the loads included that its contract waits for."""
-        return self.pace + (self.exact_wait if sequence.routing == "exact" else 0.0)
+        return self.pace + (self.miss_wait if sequence.routing != "resident" else 0.0)

@@ -101,4 +101,4 @@ class PrefixCache:
 def _start(sequence: Sequence) -> bytes:
     """Stands for the page before the first: 32 bytes, as of any page, so that no salt is taken for tokens."""
     salt = b"" if sequence.cache_salt is None else b"\0" + sequence.cache_salt.encode(errors="surrogatepass")
-    return blake2b(sequence.routing.encode() + salt, digest_size=32).digest()
+    return blake2b(repr(sequence.allowance).encode() + salt, digest_size=32).digest()

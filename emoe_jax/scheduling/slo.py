@@ -159,7 +159,7 @@ class SloPolicy:
             "late": self._queue.num_late,
             "unattainable": self._unattainable,
             "seconds_per_token": estimates.pace,
-            "exact_wait_s": estimates.exact_wait,
+            "miss_wait_s": estimates.miss_wait,
             "cost": estimates.model.state(),
             "output_tokens": estimates.lengths.state(),
         }

@@ -1,4 +1,4 @@
-"""What a query must not see cannot reach it, whatever that memory holds."""
+"""Writing to pages and attending to them, and attention without pages."""
 
 from typing import Any
 
@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emoe_jax.attention.paged import KVView, LayerKV, paged_attend
+from emoe_jax.attention import KVView, LayerKV, paged_attend, write
+from emoe_jax.attention import attend as attend_pages
 from emoe_jax.attention.sums import attention_mask
 from emoe_jax.attention.uncached import BLOCK, attend, attend_causally
 from emoe_jax.config import ModelConfig
 from emoe_jax.scheduling.pages import PAGE_SIZE
+from tests.lowering import Counts, export_for_cuda
 
 N, K, H = 4, 2, 8
 CONFIG = ModelConfig(
@@ -30,15 +32,6 @@ CONFIG = ModelConfig(
     attention_scale=H**-0.5,
 )
 PAGES = 40
-STALE = [np.nan, np.inf, -np.inf, 3e38]
-SHAPES = [  # starts, lengths, T, pages per block table, window
-    ([20, 3], [1, 1], 1, 12, None),
-    ([0], [5], 8, 3, None),
-    ([15, 0, 0], [1, 1, 0], 1, 9, None),  # the last row pads the batch
-    ([130], [40], 64, 11, None),  # two blocks of pages, padded rows
-    ([150, 8], [1, 1], 1, 12, 16),  # the short row's first block is none that the long one sees
-    ([100], [60], 64, 12, 7),
-]
 
 
 def run(cache: LayerKV, starts: list[int], lengths: list[int], T: int, width: int, window: int | None, **new: Any):
@@ -63,47 +56,11 @@ def run(cache: LayerKV, starts: list[int], lengths: list[int], T: int, width: in
 _KEYS = jax.random.split(jax.random.key(3), 3)
 
 
-def pages(fill: float | None = None) -> LayerKV:
-    """Random pages, or pages full of one number."""
+def pages() -> LayerKV:
+    """Random pages."""
+    empty = LayerKV.zeros(PAGES, K, H, "float32")
     keys = jax.random.split(jax.random.key(5), 2)
-    k, v = (jax.random.normal(key, (PAGES, PAGE_SIZE, K, H)) for key in keys)
-    return LayerKV(k, v) if fill is None else LayerKV(jnp.full_like(k, fill), jnp.full_like(v, fill))
-
-
-def context_only(tables: np.ndarray, starts: list[int], lengths: list[int], window: int | None) -> np.ndarray:
-    """Which places of the pages hold tokens that a row of the batch may see, `[pages, page]`."""
-    seen = np.zeros((PAGES, PAGE_SIZE), bool)
-    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-        oldest = 0 if window is None else max(0, start - window + 1)
-        for position in range(oldest, start + length if length else 0):
-            seen[tables[row, position // PAGE_SIZE], position % PAGE_SIZE] = True
-    return seen
-
-
-@pytest.mark.parametrize("stale", STALE)
-@pytest.mark.parametrize(("starts", "lengths", "T", "width", "window"), SHAPES)
-def test_memory_outside_the_context_changes_no_bit(
-    stale: float, starts: list[int], lengths: list[int], T: int, width: int, window: int | None
-) -> None:
-    clean = pages()
-    want, _, valid, tables = run(clean, starts, lengths, T, width, window)
-    seen = context_only(tables, starts, lengths, window)[..., None, None]
-    dirty = jax.tree.map(lambda ours, theirs: jnp.where(seen, ours, theirs), clean, pages(stale))
-    got, _, _, _ = run(dirty, starts, lengths, T, width, window)
-    assert np.isfinite(want[valid]).all()
-    np.testing.assert_array_equal(got[valid], want[valid])
-    np.testing.assert_array_equal(got[~valid], np.zeros_like(got[~valid]))
-
-
-@pytest.mark.parametrize("lost", [np.nan, np.inf])
-@pytest.mark.parametrize(("length", "at"), [(8, 5), (40, 17), (64, 63)])
-def test_a_later_token_of_the_chunk_does_not_reach_an_earlier_one(lost: float, length: int, at: int) -> None:
-    T = 64
-    k, v = (jax.random.normal(key, (1, T, K, H)) for key in _KEYS[1:])
-    want, *_ = run(pages(), [0], [length], T, 12, None, k=k, v=v)
-    got, *_ = run(pages(), [0], [length], T, 12, None, k=k, v=v.at[0, at, 0, 3].set(lost))
-    np.testing.assert_array_equal(got[0, :at], want[0, :at])
-    assert not np.isfinite(got[0, at:length]).all(axis=(1, 2)).any()
+    return LayerKV(*(jax.random.normal(key, x.shape) for key, x in zip(keys, (empty.k, empty.v), strict=True)))
 
 
 @pytest.mark.parametrize(("T", "at"), [(1, 0), (6, 2), (33, 30)])
@@ -135,6 +92,28 @@ def test_rows_of_a_batch_do_not_reach_each_other(dtype: str) -> None:
     assert np.flatnonzero(spoilt).tolist() == [tables[1, 17 // PAGE_SIZE]]
 
 
+def test_one_write_of_flat_rows_serves_decoding_rows_and_tiles() -> None:
+    """Two decoding rows, and two tiles of one chunk, as calls of their own: one write, then both attend."""
+    tables = np.zeros((3, 4), np.int32)
+    tables[0, :2], tables[1, :1], tables[2, :3] = [1, 2], [3], [4, 5, 6]
+    decoding = KVView(jnp.asarray([[20], [3]]), jnp.ones((2, 1), bool), jnp.asarray(tables[:2]))
+    at = 10 + np.arange(16, dtype=np.int32).reshape(2, 8)
+    tiles = KVView(jnp.asarray(at), jnp.asarray(at < 23), jnp.asarray(tables[[2, 2]]))
+    q, k, v = (jax.random.normal(key, (18, heads, H)) for key, heads in zip(_KEYS, (N, K, K), strict=True))
+    places = jax.tree.map(lambda *parts: jnp.concatenate(parts), decoding.places(), tiles.places())
+    written = write(pages(), k, v, places)
+    rule: Any = {"window": None, "scale": CONFIG.attention_scale}
+    for rows, view in ((slice(2), decoding), (slice(2, 18), tiles)):
+        shape = (*view.positions.shape, -1, H)
+        got = attend_pages(q[rows].reshape(shape), written, view, **rule)
+        alone = paged_attend(CONFIG, None, pages(), view)
+        if view is tiles:  # as one chunk of one sequence
+            whole = KVView(view.positions.reshape(1, -1), view.valid.reshape(1, -1), view.block_tables[:1])
+            alone, shape = paged_attend(CONFIG, None, pages(), whole), (1, 16, -1, H)
+        want, _ = alone(*(x[rows].reshape(shape) for x in (q, k, v)))
+        np.testing.assert_allclose(got.reshape(-1, N, H), want.reshape(-1, N, H), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("window", [None, 100, 700])
 @pytest.mark.parametrize("T", [BLOCK, BLOCK + 1, 2 * BLOCK + 37])
 def test_blocks_of_a_long_sequence_are_attention(T: int, window: int | None) -> None:
@@ -142,6 +121,41 @@ def test_blocks_of_a_long_sequence_are_attention(T: int, window: int | None) -> 
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (2, T))
     want = attend(q, k, v, attention_mask(positions, positions[0], window), 0.5)
     np.testing.assert_allclose(attend_causally(q, k, v, positions, window, 0.5), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("T", [9, BLOCK + 37])
+def test_sinks_are_a_key_more_without_a_value(T: int) -> None:
+    """Uncached, and over pages: as with one more key whose scores are the sinks and whose value is zero."""
+    q, k, v = (jax.random.normal(key, (1, T, heads, H)) for key, heads in zip(_KEYS, (N, K, K), strict=True))
+    sinks = jnp.asarray([2.0, -1.0, 0.5, 30.0])
+    positions = jnp.arange(T, dtype=jnp.int32)[None]
+    got = np.asarray(attend_causally(q, k, v, positions, None, 0.5, sinks))
+    scores = np.einsum("BTKGH,BSKH->BKGTS", np.asarray(q).reshape(1, T, K, -1, H), np.asarray(k)) * 0.5
+    scores = np.where(np.tril(np.ones((T, T), bool)), scores, -np.inf)
+    scores = np.concatenate([scores, np.broadcast_to(sinks.reshape(1, K, -1, 1, 1), (*scores.shape[:-1], 1))], axis=-1)
+    powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    chances = (powers / powers.sum(axis=-1, keepdims=True))[..., :-1]
+    want = np.einsum("BKGTS,BSKH->BTKGH", chances, np.asarray(v)).reshape(1, T, N, H)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    tables = jnp.arange(1, -(-T // PAGE_SIZE) + 1, dtype=jnp.int32)[None]
+    view = KVView(positions, jnp.ones((1, T), bool), tables)
+    cache = LayerKV.zeros(PAGES, K, H, "float32")
+    paged, _ = paged_attend(CONFIG.replace(attention_scale=0.5), None, cache, view)(q, k, v, sinks)
+    np.testing.assert_allclose(paged, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_the_loops_over_blocks_have_trips_that_a_gpu_knows(window: int | None) -> None:
+    operands: list[Any] = [jax.ShapeDtypeStruct((2, 2 * BLOCK + 37, heads, H), jnp.float32) for heads in (N, K, K)]
+    positions: Any = jax.ShapeDtypeStruct((2, 2 * BLOCK + 37), jnp.int32)
+    jitted = jax.jit(attend_causally, static_argnums=(4, 5))
+    exported = export_for_cuda(jitted, *operands, positions, window, 0.5)
+    counts = Counts.of(exported)
+    assert (counts.traced_loops, counts.conditionals, counts.callbacks) == (0, 0, 0)
+    assert counts.counted_loops > 0
+    products = [line for line in exported.mlir_module().splitlines() if "stablehlo.dot_general" in line]
+    assert products
+    assert all("HIGHEST" in line for line in products)  # no TF32
 
 
 def test_scores_do_not_grow_with_the_square_of_the_length() -> None:

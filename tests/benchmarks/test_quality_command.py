@@ -76,8 +76,8 @@ def test_texts_are_read_one_token_per_step(model: str, stream: list[Item], monke
     texts = [item for item in stream if item.answer is None]
     with load(model, "random", 0.5) as engine:
         plans = []
-        dispatch = engine.parts.runner.dispatch
-        monkeypatch.setattr(engine.parts.runner, "dispatch", lambda plan: plans.append(plan) or dispatch(plan))
+        dispatch = engine.loop.dispatcher.dispatch
+        monkeypatch.setattr(engine.loop.dispatcher, "dispatch", lambda plan: plans.append(plan) or dispatch(plan))
         outcomes(engine, texts, 4, nothing)
     assert all(plan.num_tokens == len(plan.sequences) for plan in plans)
     assert sum(plan.num_tokens for plan in plans) == sum(len(item.scored) for item in texts)
@@ -91,8 +91,8 @@ def test_prompts_are_read_wide_and_their_answers_decoded(
     prompts = [item for item in stream if item.answer is not None]
     with load(model, "random", 0.5) as engine:
         plans = []
-        dispatch = engine.parts.runner.dispatch
-        monkeypatch.setattr(engine.parts.runner, "dispatch", lambda plan: plans.append(plan) or dispatch(plan))
+        dispatch = engine.loop.dispatcher.dispatch
+        monkeypatch.setattr(engine.loop.dispatcher, "dispatch", lambda plan: plans.append(plan) or dispatch(plan))
         serve(engine, [(item, given(item)) for item in prompts], 4, nothing)
     assert sum(len(plan.decodes) for plan in plans) == sum(len(item.scored) - 1 for item in prompts)
     assert sum(plan.num_prefill_tokens for plan in plans) == sum(len(item.prompt) for item in prompts)
@@ -196,7 +196,9 @@ def test_which_policies_keep_what_is_used_on_average() -> None:
 
 def test_a_failed_request_ends_the_run(model: str, stream: list[Item], monkeypatch: pytest.MonkeyPatch) -> None:
     with load(model, "static", 1.0) as engine:
-        monkeypatch.setattr("emoe_jax.device.runner.not_finite", lambda batch, *_: {p.sequence for p in batch.pieces})
+        monkeypatch.setattr(
+            "emoe_jax.device.dispatcher.not_finite", lambda batch, *_: {p.sequence for p in batch.pieces}
+        )
         with pytest.raises(EmoeError, match=f"a prompt of {stream[0].task} failed: the model computed numbers"):
             serve(engine, [(item, free()) for item in stream], 1, nothing)
 

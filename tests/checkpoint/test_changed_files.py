@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from emoe_jax import Engine, SamplingParams
 from emoe_jax.checkpoint.safetensors import SafetensorsFile, are_finite
 from emoe_jax.errors import CheckpointError
-from emoe_jax.experts.weights import ExpertLayout
+from emoe_jax.experts.record_format import RecordFormat
 from emoe_jax.models import open_checkpoint
 
 RNG = np.random.default_rng(2)
@@ -130,7 +130,7 @@ def test_weights_that_are_not_finite_are_refused(tiny_checkpoint: Path, tmp_path
     """Overwritten with the same size, and the time of the last write put back: only the weights themselves tell."""
     directory, shard = copied(tiny_checkpoint, tmp_path / "copy")
     checkpoint = open_checkpoint(directory)
-    layout = ExpertLayout.of(checkpoint.config, dtype)
+    layout = RecordFormat.of(checkpoint.config, dtype)
     record = np.empty(layout.size, layout.dtype)
     checkpoint.read_expert(2, 7, record, layout)
     status = shard.stat()
@@ -146,7 +146,7 @@ def test_the_engine_outlives_a_file_that_changes(tiny_checkpoint: Path, tmp_path
     """`exact` needs what cannot be read; `resident` goes on with what is there, and so does `exact` once it can be."""
     directory, shard = copied(tiny_checkpoint, tmp_path / "copy")
     greedy = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
-    with Engine.load(directory, expert_memory="2 slots", policy="static", host_memory=0) as engine:
+    with Engine.load(directory, expert_memory="2 slots", policy="static", host_memory=0, routing="resident") as engine:
         expected = engine.generate([1, 2, 3], greedy, routing="exact")[0].token_ids
         data, status = shard.read_bytes(), shard.stat()
         if damage == "shrink":

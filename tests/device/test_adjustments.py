@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from emoe_jax import RequestError, SamplingParams
-from emoe_jax.device.adjustments import Adjustments
-from emoe_jax.device.sampler import SamplingArrays, sample
+from emoe_jax.device import step
+from emoe_jax.device.adjustments import Adjustments, adjustments_of
+from emoe_jax.device.sampler import most_probable
 from emoe_jax.requests.adjustment import LogitAdjustment
 from emoe_jax.requests.sequence import Sequence
 from tests.engines import EngineFactory
@@ -58,18 +59,21 @@ def test_logits_follow_the_definition(given: dict[str, Any]) -> None:
 def test_neutral_parameters_adjust_nothing() -> None:
     params = SamplingParams(frequency_penalty=0.0, presence_penalty=0, repetition_penalty=1, logit_bias={})
     assert LogitAdjustment.of(params, PROMPT, V) is None
-    assert SamplingArrays.of([Sequence("a", PROMPT)], 2).adjustments is None
+    assert adjustments_of([Sequence("a", PROMPT)], 2) is None
 
 
 def test_log_probabilities_stay_raw() -> None:
     logits = np.random.default_rng(1).normal(size=(1, V)).astype(np.float32)
     params = SamplingParams(temperature=0, logit_bias={7: 100})
     sequence = Sequence("a", PROMPT, params, adjustment=LogitAdjustment.of(params, PROMPT, V))
-    sampled = jax.jit(sample)(logits, SamplingArrays.of([sequence], 1), np.asarray(True))
-    assert sampled.tokens[0] == 7
+    adjustments = adjustments_of([sequence], 1)
+    assert adjustments is not None
+    tokens = most_probable(step.adjust_logits(logits, adjustments))
+    assert tokens[0] == 7
+    chosen = step.chosen_logprobs(logits, tokens)
     raw = jax.nn.log_softmax(logits[0])
-    assert float(sampled.logprob[0]) == pytest.approx(float(raw[7]), abs=1e-5)
-    assert int(sampled.top_ids[0, 0]) == int(np.argmax(raw))
+    assert float(chosen.logprob[0]) == pytest.approx(float(raw[7]), abs=1e-5)
+    assert int(chosen.top_ids[0, 0]) == int(np.argmax(raw))
 
 
 def test_answers_repeat_less_alone_and_beside_others(engine_of: EngineFactory) -> None:

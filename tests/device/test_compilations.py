@@ -9,7 +9,7 @@ import pytest
 from emoe_jax import Engine, SamplingParams
 from emoe_jax.memory import trade
 from emoe_jax.predictor import Predictor, PredictorConfig, Prompts, network
-from emoe_jax.requests.request import RoutingContract
+from emoe_jax.requests.contract import RoutingContract
 from emoe_jax.residency import forecaster
 from emoe_jax.tasks import Lengths, Task, TaskProfile
 from tests.compilations import heard_compilations

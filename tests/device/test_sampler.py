@@ -5,25 +5,47 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emoe_jax.device.sampler import SamplingArrays, kept, sample, seed_words
+from emoe_jax.device import step
+from emoe_jax.device.sampler import (
+    CHOICES,
+    Choice,
+    SamplingArrays,
+    kept,
+    most_probable,
+    sample,
+    seed_words,
+    token_logprobs,
+)
 from emoe_jax.requests.request import MAX_LOGPROBS, SamplingParams
 from emoe_jax.requests.sequence import Sequence
-from tests.lowering import export_for_cuda
+from tests.lowering import Counts, export_for_cuda
 
-jitted = jax.jit(sample, static_argnames="num_top")
+jitted = jax.jit(sample, static_argnames="choice")
 kept_jitted = jax.jit(kept)
-YES, NO = np.asarray(True), np.asarray(False)
 SHAPE = (8, 100)  # most tests share it: compiling is what they would spend their time on
+ALL = CHOICES[-1]
+"""What covers every row."""
+
+
+def arrays_of(sequences: list[Sequence], size: int) -> SamplingArrays:
+    return SamplingArrays(**SamplingArrays.packing(size).views(SamplingArrays.pack(sequences, size)))
+
+
+def sequences_of(*params: SamplingParams, seeds: list[int] | None = None) -> list[Sequence]:
+    seeds = seeds if seeds is not None else list(range(len(params)))
+    return [Sequence(str(i), [1], p, seed=seed) for i, (p, seed) in enumerate(zip(params, seeds, strict=True))]
 
 
 def rows(*params: SamplingParams, seeds: list[int] | None = None, size: int | None = None) -> SamplingArrays:
-    seeds = seeds if seeds is not None else list(range(len(params)))
-    sequences = [Sequence(str(i), [1], p, seed=seed) for i, (p, seed) in enumerate(zip(params, seeds, strict=True))]
-    return SamplingArrays.of(sequences, len(sequences) if size is None else size)
+    return arrays_of(sequences_of(*params, seeds=seeds), len(params) if size is None else size)
 
 
 def many(params: SamplingParams, count: int) -> SamplingArrays:
     return rows(*[params] * count, seeds=list(range(count)))
+
+
+def least(*params: SamplingParams) -> Choice:
+    return Choice.of(sequences_of(*params))
 
 
 def reference_probs(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
@@ -57,25 +79,24 @@ def test_greedy_is_argmax():
     logits[0, [7, 3, 90]] = 9.0  # of equals the lowest id
     logits[1, :] = 0.0
     logits[2, 10:] = -np.inf
-    out = jitted(logits, many(SamplingParams(temperature=0), 8), NO)
-    assert out.tokens.dtype == jnp.int32
-    np.testing.assert_array_equal(out.tokens, np.argmax(logits, axis=-1))
-    assert not out.logprob.any()
-    assert not out.top_ids.any()
+    params = SamplingParams(temperature=0)
+    for choice in (least(params), ALL):
+        tokens = jitted(logits, many(params, 8), choice)
+        assert tokens.dtype == jnp.int32
+        np.testing.assert_array_equal(tokens, np.argmax(logits, axis=-1))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-30, 1e-6, 1e-5, 1e-3])
 def test_tiny_temperatures_choose_the_best(temperature: float):
     logits = np.random.default_rng(1).normal(size=SHAPE).astype(np.float32)
-    out = jitted(logits, many(SamplingParams(temperature=temperature), 8), NO)
-    np.testing.assert_array_equal(out.tokens, np.argmax(logits, axis=-1))
+    params = SamplingParams(temperature=temperature)
+    np.testing.assert_array_equal(jitted(logits, many(params, 8), least(params)), np.argmax(logits, axis=-1))
 
 
 @pytest.mark.parametrize("params", [SamplingParams(top_k=1), SamplingParams(top_p=1e-6), SamplingParams(min_p=1.0)])
 def test_the_strictest_filters_are_greedy(params: SamplingParams):
     logits = np.random.default_rng(2).normal(size=SHAPE).astype(np.float32)
-    out = jitted(logits, many(params, 8), NO)
-    np.testing.assert_array_equal(out.tokens, np.argmax(logits, axis=-1))
+    np.testing.assert_array_equal(jitted(logits, many(params, 8), least(params)), np.argmax(logits, axis=-1))
 
 
 @pytest.mark.parametrize(
@@ -90,7 +111,8 @@ def test_no_probability_at_all_is_greedy(params: SamplingParams, ties: bool):
         logits = np.round(np.clip(logits, -1, 1))
     arrays = many(params, 8)
     assert not arrays.temperature.any()  # no row draws, so no filter runs
-    np.testing.assert_array_equal(jitted(logits, arrays, NO).tokens, np.argmax(logits, axis=-1))
+    assert least(params) == Choice()
+    np.testing.assert_array_equal(jitted(logits, arrays, ALL), np.argmax(logits, axis=-1))
 
 
 filters = st.fixed_dictionaries(
@@ -138,7 +160,7 @@ def test_the_distribution_is_right(params: SamplingParams):
     """Chi-square of 8,192 draws with fixed seeds against the reference, with a false alarm in 10,000."""
     count, V = 8192, 12
     logits = np.random.default_rng(3).normal(size=V).astype(np.float32)
-    tokens = np.asarray(jitted(np.tile(logits, (count, 1)), many(params, count), NO).tokens)
+    tokens = np.asarray(jitted(np.tile(logits, (count, 1)), many(params, count), least(params)))
     probs = reference_probs(logits, params)
     counts = np.bincount(tokens, minlength=V)
     assert counts[probs == 0].sum() == 0
@@ -156,9 +178,9 @@ def test_steps_and_completions_draw_independently():
     count = SHAPE[0]
     logits = np.zeros(SHAPE, np.float32)
     sequences = [Sequence("a", [1], SamplingParams(), seed=5, generated=[0] * step) for step in range(count)]
-    by_step = np.asarray(jitted(logits, SamplingArrays.of(sequences, count), NO).tokens)
+    by_step = np.asarray(jitted(logits, arrays_of(sequences, count), Choice(random=True)))
     sequences = [Sequence("a", [1], SamplingParams(), seed=5, index=index) for index in range(count)]
-    by_index = np.asarray(jitted(logits, SamplingArrays.of(sequences, count), NO).tokens)
+    by_index = np.asarray(jitted(logits, arrays_of(sequences, count), Choice(random=True)))
     assert len(set(by_step)) > 5
     assert len(set(by_index)) > 5
     assert by_step[0] == by_index[0]
@@ -180,27 +202,33 @@ def test_a_row_does_not_depend_on_its_batch():
         SamplingParams(top_p=0.99),
     ]
     seeds = [int(seed) for seed in rng.integers(-(2**63), 2**63 - 1, 8)]
-    together = np.asarray(jitted(logits, rows(*params, seeds=seeds), YES).tokens)
+    together = np.asarray(jitted(logits, rows(*params, seeds=seeds), ALL))
     order = rng.permutation(8)
     shuffled = rows(*[params[i] for i in order], seeds=[seeds[i] for i in order])
-    np.testing.assert_array_equal(jitted(logits[order], shuffled, NO).tokens, together[order])
+    np.testing.assert_array_equal(jitted(logits[order], shuffled, ALL), together[order])
     for i in range(8):
-        alone = jitted(logits[i : i + 1], rows(params[i], seeds=seeds[i : i + 1]), NO)
-        padded = jitted(
-            np.concatenate([logits[i : i + 1], np.zeros((3, V), np.float32)]),
-            rows(params[i], seeds=seeds[i : i + 1], size=4),
-            NO,
-        )
-        assert alone.tokens[0] == padded.tokens[0] == together[i]
+        alone = jitted(logits[i : i + 1], rows(params[i], seeds=seeds[i : i + 1]), least(params[i]))
+        among = np.concatenate([logits[i : i + 1], np.zeros((3, V), np.float32)])
+        padded = jitted(among, rows(params[i], seeds=seeds[i : i + 1], size=4), least(params[i]))
+        assert alone[0] == padded[0] == together[i]
+
+
+def test_the_choice_covers_all_rows_and_no_more():
+    greedy, plain = SamplingParams(temperature=0, top_k=5, top_p=0.5), SamplingParams(min_p=0.1)
+    assert least(greedy) == Choice()
+    assert least(greedy, plain) == Choice(random=True)
+    assert least(plain, SamplingParams(top_k=3)) == Choice(random=True, top_k=True)
+    assert least(SamplingParams(top_k=3), SamplingParams(top_p=0.5)) == ALL == Choice(True, True, True)
+    assert {least(greedy), least(plain), least(SamplingParams(top_k=3)), least(SamplingParams(top_p=0.5))} < {*CHOICES}
 
 
 def test_logprobs_are_of_the_raw_distribution():
     logits = np.random.default_rng(5).normal(size=SHAPE).astype(np.float32) * 3
     params = [SamplingParams(temperature=0), SamplingParams(temperature=0.3, top_k=3), SamplingParams(temperature=2)]
-    sampling = rows(*params, size=8)
-    out = jitted(logits, sampling, YES)
+    tokens = jitted(logits, rows(*params, size=8), ALL)
+    out = jax.jit(token_logprobs)(logits, tokens)
     expected = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
-    np.testing.assert_allclose(out.logprob, expected[np.arange(8), out.tokens], atol=1e-5)
+    np.testing.assert_allclose(out.logprob, expected[np.arange(8), tokens], atol=1e-5)
     assert out.top_ids.shape == out.top_logprobs.shape == (8, MAX_LOGPROBS)
     np.testing.assert_array_equal(out.top_ids, np.argsort(-logits, kind="stable", axis=-1)[:, :MAX_LOGPROBS])
     np.testing.assert_allclose(out.top_logprobs, -np.sort(-expected, axis=-1)[:, :MAX_LOGPROBS], atol=1e-5)
@@ -208,48 +236,31 @@ def test_logprobs_are_of_the_raw_distribution():
 
 
 def test_a_vocabulary_smaller_than_the_alternatives():
-    out = jitted(np.zeros((2, 5), np.float32), many(SamplingParams(top_k=100), 2), YES)
-    assert out.top_ids.shape == (2, 5)
-    assert np.all(np.asarray(out.tokens) < 5)
-
-
-def test_one_compilation_serves_all_parameters():
-    traces = 0
-
-    def counted(*args):
-        nonlocal traces
-        traces += 1
-        return sample(*args)
-
-    function = jax.jit(counted)
-    logits = np.random.default_rng(6).normal(size=(2, 40)).astype(np.float32)
-    for params in (
-        SamplingParams(temperature=0),
-        SamplingParams(),
-        SamplingParams(top_p=0.5),
-        SamplingParams(top_k=3, min_p=0.2),
-    ):
-        for want in (YES, NO):
-            function(logits, many(params, 2), want)
-    assert traces == 1
+    logits, params = np.zeros((2, 5), np.float32), SamplingParams(top_k=100)
+    tokens = jitted(logits, many(params, 2), least(params))
+    assert token_logprobs(jnp.asarray(logits), tokens).top_ids.shape == (2, 5)
+    assert np.all(np.asarray(tokens) < 5)
 
 
 def test_host_arrays():
     sequence = Sequence("a", [1, 2], SamplingParams(temperature=0.5, top_p=0.9, top_k=4, min_p=0.1), seed=-1, index=2)
     sequence.generated += [5, 6, 7]
-    sampling = SamplingArrays.of([sequence], 3)
+    sampling = arrays_of([sequence], 3)
     np.testing.assert_array_equal(sampling.temperature, np.array([0.5, 0, 0], np.float32))
     np.testing.assert_array_equal(sampling.step, [3, 0, 0])
     np.testing.assert_array_equal(sampling.seed[0], [1, 0xFFFFFFFF])
     assert seed_words(2**32 + 5, 0) == (1, 5)
-    assert len(jax.tree.leaves(sampling)) == 6
     with pytest.raises(ValueError, match="2 sequences do not fit a batch of 1"):
-        SamplingArrays.of([sequence, sequence], 1)
+        SamplingArrays.pack([sequence, sequence], 1)
 
 
-def test_lowers_for_cuda():
+@pytest.mark.parametrize("choice", CHOICES)
+def test_no_choice_stalls_a_gpu(choice: Choice):
     B, V = 4, 32000
-    exported = export_for_cuda(
-        jax.jit(sample), jax.ShapeDtypeStruct((B, V), jnp.float32), SamplingArrays.of([], B), YES
-    )
-    assert exported.platforms == ("cuda",)
+    logits, kept_tokens = jax.ShapeDtypeStruct((B, V), jnp.float32), np.zeros(8, np.int32)
+    arguments = logits, SamplingArrays.pack([], B), np.zeros(B, np.int32), kept_tokens
+    assert Counts.of(export_for_cuda(step.choose_tokens, *arguments, choice=choice)).stalls == 0
+
+
+def test_the_best_of_a_row_of_nan_is_a_token():
+    assert int(most_probable(jnp.full((1, 7), jnp.nan))[0]) == 6

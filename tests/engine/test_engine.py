@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 
 from emoe_jax import Engine, RequestError, SamplingParams
-from emoe_jax.device.runner import Runner
+from emoe_jax.device.dispatcher import Dispatcher
 from emoe_jax.errors import ConfigError
 from emoe_jax.moe import moe_ffn
-from emoe_jax.requests.request import RoutingContract
+from emoe_jax.requests.contract import CONTRACTS
 from tests.engines import TINY, EngineFactory, random_model
 from tests.models.plain import plain_forward
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
-CONTRACTS: tuple[RoutingContract, ...] = ("resident", "exact")
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 60, size=length).tolist() for length in (3, 17, 1, 40, 9)]
 
@@ -89,12 +88,14 @@ def test_resident_substitutes_and_says_so(engine_of: EngineFactory, expected: li
 def test_contracts_mix_in_one_batch(engine_of: EngineFactory, expected: list[list[int]]) -> None:
     engine = engine_of(expert_memory="3 slots", policy="lru")
     for index, prompt in enumerate(PROMPTS):
-        engine.add_request(f"r{index}", prompt, GREEDY, routing=CONTRACTS[index % 2])
+        engine.add_request(f"r{index}", prompt, GREEDY, routing=CONTRACTS[index % 3])
     while engine.has_work():
         engine.step()
     outputs = [engine.pop(f"r{index}") for index in range(len(PROMPTS))]
-    assert [outputs[i].token_ids for i in (1, 3)] == [expected[i] for i in (1, 3)]
-    assert [output.substituted > 0 for output in outputs] == [True, False, True, False, True]
+    contracts = [output.routing for output in outputs]
+    assert contracts == ["resident", "bounded", "exact", "resident", "bounded"]
+    assert outputs[2].token_ids == expected[2]
+    assert [output.substituted > 0 for output in outputs] == [True, True, False, True, True]
 
 
 def test_lru_follows_the_wishes(engine_of: EngineFactory) -> None:
@@ -178,7 +179,7 @@ def test_overlap_changes_no_token(engine_of: EngineFactory, kv_pages: int | None
                 presence_penalty=float(index in (2, 7)),
                 logprobs=2 if index == 4 else None,
             )
-            engine.add_request(str(index), prompt, params, routing=CONTRACTS[index % 2])
+            engine.add_request(str(index), prompt, params, routing=CONTRACTS[index % 3])
         steps = 0
         while engine.has_work():
             engine.step()
@@ -218,13 +219,13 @@ def test_the_next_step_is_dispatched_before_tokens_are_read(
     engine.step()  # what an earlier test may have left in flight
     events: list[str] = []
     for name in ("dispatch", "collect"):
-        original = getattr(Runner, name)
+        original = getattr(Dispatcher, name)
 
         def spy(*args: Any, name: str = name, original: Any = original) -> Any:
             events.append(name)
             return original(*args)
 
-        monkeypatch.setattr(Runner, name, spy)
+        monkeypatch.setattr(Dispatcher, name, spy)
     engine.generate(PROMPTS[0], SamplingParams(max_tokens=4, temperature=0, ignore_eos=True))
     assert events == ["dispatch", "dispatch", "collect", "dispatch", "collect", "dispatch", "collect", "collect"]
     events.clear()
@@ -240,7 +241,7 @@ def test_nothing_compiles_after_warm_up(tiny_checkpoint: Path) -> None:
         if "backend_compile" in event:
             compilations.append(event)
 
-    options: dict[str, Any] = {"policy": "lru", "max_num_seqs": 4, "max_num_batched_tokens": 64}
+    options: dict[str, Any] = {"policy": "lru", "max_num_seqs": 4, "max_num_batched_tokens": 64, "audit_rate": 1.0}
     with Engine.load(tiny_checkpoint, expert_memory="3 slots", **options) as engine:
         jax.monitoring.register_event_duration_secs_listener(listen)
         try:
@@ -259,19 +260,22 @@ def test_nothing_compiles_after_warm_up(tiny_checkpoint: Path) -> None:
                         presence_penalty=[0.0, 1.0, 0.5][index % 3],
                         prompt_logprobs=[None, None, 1][index % 3],
                     )
-                    engine.add_request(f"{turn}-{index}", prompt, params, routing=CONTRACTS[index % 2])
+                    engine.add_request(f"{turn}-{index}", prompt, params, routing=CONTRACTS[index % 3])
                 while engine.has_work():
                     engine.step()
         finally:
             jax.monitoring.unregister_event_duration_listener(listen)
-        assert engine.state()["scheduler"]["prefix_hit_tokens"] > 0  # prompts that came twice
+        state = engine.state()
+        assert state["scheduler"]["prefix_hit_tokens"] > 0  # prompts that came twice
+        assert state["audit"]["seconds"] > 0
     assert compilations == []
 
 
 def test_a_failing_read_ends_only_its_requests(
     tiny_checkpoint: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Engine.load(tiny_checkpoint, expert_memory="2 slots", policy="static", max_num_seqs=4) as engine:
+    options: dict[str, Any] = {"expert_memory": "2 slots", "policy": "static", "host_memory": 0}
+    with Engine.load(tiny_checkpoint, max_num_seqs=4, **options) as engine:
         reader = "emoe_jax.checkpoint.checkpoint.Checkpoint.read_expert"
 
         def fail(*_: object) -> None:

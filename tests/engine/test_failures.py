@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from emoe_jax import Engine, SamplingParams
-from emoe_jax.attention.paged import LayerKV
-from emoe_jax.device import step
+from emoe_jax.attention import LayerKV
+from emoe_jax.device import layer_steps, step
+from emoe_jax.device.dispatcher import Dispatcher
 from emoe_jax.device.executables import Executables
-from emoe_jax.device.runner import Runner
-from emoe_jax.requests.request import RoutingContract
+from emoe_jax.device.ways import Ways
+from emoe_jax.requests.contract import RoutingContract
 from tests.engines import EngineFactory
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
@@ -39,10 +40,10 @@ def test_a_failing_step_ends_its_batch_only(
     """Twice as many requests as places, so that some wait while the others fail."""
     engine = engine_of(expert_memory="100%", overlap=overlap)
     expected = [engine.generate(prompt, GREEDY)[0].token_ids for prompt in PROMPTS]
-    original, calls = getattr(Runner, method), 0
+    original, calls = getattr(Dispatcher, method), 0
     batch: set[str] = set()
 
-    def fail_once(runner: Runner, argument: Any) -> Any:
+    def fail_once(runner: Dispatcher, argument: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == fatal:
@@ -51,7 +52,7 @@ def test_a_failing_step_ends_its_batch_only(
             raise RuntimeError("the device is gone")
         return original(runner, argument)
 
-    monkeypatch.setattr(Runner, method, fail_once)
+    monkeypatch.setattr(Dispatcher, method, fail_once)
     for index, prompt in enumerate(PROMPTS):
         engine.add_request(str(index), prompt, GREEDY)
     failures = count_failures(engine)
@@ -70,7 +71,7 @@ def test_a_failing_step_ends_its_batch_only(
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize(("routing", "function"), [("resident", "resident_step"), ("exact", "attend_and_route")])
+@pytest.mark.parametrize(("routing", "function"), [("resident", "whole_step"), ("exact", "attend_and_route")])
 @pytest.mark.parametrize("fatal", [1, 4, 9])
 def test_a_failing_call_that_takes_the_kv_cache_along_costs_its_batch_only(
     engine_of: EngineFactory,
@@ -81,13 +82,14 @@ def test_a_failing_call_that_takes_the_kv_cache_along_costs_its_batch_only(
     fatal: int,
 ) -> None:
     """The donated arrays are gone when the call raises. Others are computed again, and no lost page is reused."""
+    monkeypatch.setattr(Ways, "peek", lambda ways, shape: "layered")
     engine = engine_of(expert_memory="5 slots", overlap=overlap, routing=routing, prefix_caching=True)
     expected = [engine.generate(prompt, GREEDY)[0].token_ids for prompt in PROMPTS]
     original, calls = Executables.call, 0
 
     def fail_once(executables: Executables, called: Any, key: Any, *args: Any, **statics: Any) -> Any:
         nonlocal calls
-        if called is getattr(step, function):
+        if called in (step.whole_step, layer_steps.attend_and_route) and called.__name__ == function:
             calls += 1
             if calls == fatal:
                 for part in jax.tree.leaves(args, is_leaf=lambda part: isinstance(part, LayerKV)):

@@ -56,8 +56,8 @@ def test_forced_tokens_are_scored_as_one_forward_scores_them(
 
 def test_a_step_feeds_one_token_of_each_text(engine_of: EngineFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, plans = engine_of(expert_memory="100%"), []
-    dispatch = engine.parts.runner.dispatch
-    monkeypatch.setattr(engine.parts.runner, "dispatch", lambda plan: plans.append(plan) or dispatch(plan))
+    dispatch = engine.loop.dispatcher.dispatch
+    monkeypatch.setattr(engine.loop.dispatcher, "dispatch", lambda plan: plans.append(plan) or dispatch(plan))
     run(engine, TEXTS, 1)
     assert all(plan.num_tokens == len(plan.sequences) for plan in plans)
     assert sum(plan.num_tokens for plan in plans) == sum(len(ids) - 1 for ids in TEXTS)

@@ -15,7 +15,7 @@ from emoe_jax.models import save_checkpoint
 from emoe_jax.models.decoder import Decoder
 from emoe_jax.requests.request import RequestOutput
 from emoe_jax.traces import RoutingTrace
-from tests.engines import TINY, random_model
+from tests.engines import RESIDENT, TINY, random_model
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 SAMPLED = SamplingParams(max_tokens=12, temperature=1.0, top_p=0.9, seed=3, ignore_eos=True)
@@ -51,7 +51,7 @@ def lose_embedding(token: int) -> Edit:
 
 def load(path: Path, **options) -> Engine:
     defaults = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "policy": "static", "expert_memory": "3 slots"}
-    return Engine.load(path, **defaults | options)
+    return Engine.load(path, **defaults | RESIDENT | options)
 
 
 @pytest.fixture(scope="module")

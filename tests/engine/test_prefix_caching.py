@@ -9,17 +9,17 @@ import pytest
 from flax import nnx
 
 from emoe_jax import Engine, RequestOutput, SamplingParams
-from emoe_jax.device.runner import Dispatched, Runner
+from emoe_jax.device.dispatcher import Dispatched, Dispatcher
 from emoe_jax.errors import RequestError
 from emoe_jax.models import save_checkpoint
-from emoe_jax.requests.request import RoutingContract
+from emoe_jax.requests.contract import RoutingContract
 from emoe_jax.scheduling.plan import StepPlan
 from emoe_jax.traces import RoutingTrace
-from tests.engines import TINY, EngineFactory, random_model
+from tests.engines import RESIDENT, TINY, EngineFactory, random_model
 from tests.golden.tiny import OPENMOE, write_checkpoint
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
-OPTIONS: dict[str, Any] = {"policy": "static", "max_num_seqs": 2, "max_num_batched_tokens": 64}
+OPTIONS: dict[str, Any] = {"policy": "static", "max_num_seqs": 2, "max_num_batched_tokens": 64} | RESIDENT
 CACHED = [32, 32, 16, 16]
 RNG = np.random.default_rng(5)
 
@@ -124,7 +124,7 @@ def test_a_step_that_failed_leaves_nothing(engine: Engine, monkeypatch: pytest.M
         raise OSError("the disk is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.parts.runner, "collect", fail)
+        patch.setattr(engine.loop.dispatcher, "collect", fail)
         with pytest.raises(OSError, match="the disk is gone"):
             answer(engine, prompt)
     assert answer(engine, prompt).num_cached_tokens == 0
@@ -171,13 +171,13 @@ def test_several_answers_compute_their_prompt_once(
     """But for the page that the last token is in, of which each has its own."""
     params = SamplingParams(max_tokens=6, temperature=1, seed=3, n=n, ignore_eos=True)
     prompt, computed, outputs = drawn(length), [], []
-    dispatch = Runner.dispatch
+    dispatch = Dispatcher.dispatch
 
-    def counting(runner: Runner, plan: StepPlan) -> Dispatched:
+    def counting(runner: Dispatcher, plan: StepPlan) -> Dispatched:
         computed[-1] += plan.num_prefill_tokens
         return dispatch(runner, plan)
 
-    monkeypatch.setattr(Runner, "dispatch", counting)
+    monkeypatch.setattr(Dispatcher, "dispatch", counting)
     for prefix_caching in (False, True):
         computed.append(0)
         options: dict[str, Any] = OPTIONS | {"max_num_seqs": 8, "prefix_caching": prefix_caching}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from emoe_jax import RequestOutput, SamplingParams
-from emoe_jax.requests.request import RoutingContract
+from emoe_jax.requests.contract import RoutingContract
 from tests.engines import EngineFactory
 
 PROMPT = np.random.default_rng(3).integers(0, 60, size=40).tolist()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from emoe_jax import Engine, SamplingParams
-from emoe_jax.device.runner import Runner
+from emoe_jax.device.dispatcher import Dispatcher
 from emoe_jax.requests.request import Delta
 from tests.engines import EngineFactory
 
@@ -124,9 +124,9 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     wanted: dict[str, Any] = {"fail": None}
 
     def wrap(method: str) -> None:
-        original = getattr(Runner, method)
+        original = getattr(Dispatcher, method)
 
-        def run(runner: Runner, argument: Any) -> Any:
+        def run(runner: Dispatcher, argument: Any) -> Any:
             plan = argument if method == "dispatch" else argument.plan
             if wanted["fail"] == method:
                 wanted["fail"] = None
@@ -134,7 +134,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
                 raise RuntimeError("the device is gone")
             return original(runner, argument)
 
-        monkeypatch.setattr(Runner, method, run)
+        monkeypatch.setattr(Dispatcher, method, run)
 
     wrap("dispatch")
     wrap("collect")

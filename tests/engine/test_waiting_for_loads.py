@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from emoe_jax import SLO, Engine, SamplingParams
-from emoe_jax.device.runner import Runner
+from emoe_jax.device.dispatcher import Dispatcher
 from emoe_jax.errors import SloUnattainable
 from emoe_jax.experts.store import ExpertStore
 from emoe_jax.requests.sequence import Sequence
@@ -74,9 +74,9 @@ def test_an_exact_step_is_booked_with_its_own_time(
     engine.generate([1, 2, 3], GREEDY, routing="exact")
     told: list[tuple[Any, float, float]] = []
     monkeypatch.setattr(SloPolicy, "observe", lambda _, plan, seconds, waited=0.0: told.append((plan, seconds, waited)))
-    dispatch, slow = Runner.dispatch, []
+    dispatch, slow = Dispatcher.dispatch, []
 
-    def slowly(runner: Runner, plan: Any) -> Any:
+    def slowly(runner: Dispatcher, plan: Any) -> Any:
         dispatched.append(plan)
         if len(dispatched) == slow_step:
             slow.append(plan)
@@ -87,7 +87,7 @@ def test_an_exact_step_is_booked_with_its_own_time(
 
     dispatched: list[Any] = []
     waits = more_waits(monkeypatch)
-    monkeypatch.setattr(Runner, "dispatch", slowly)
+    monkeypatch.setattr(Dispatcher, "dispatch", slowly)
     engine.generate([1, 2, 3], GREEDY, routing="exact")
     times = [waited if kind == "load" else seconds for _, seconds, waited in told]
     booked = {id(plan): spent for (plan, _, _), spent in zip(told, times, strict=True)}

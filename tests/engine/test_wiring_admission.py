@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from emoe_jax import SLO, Engine, SamplingParams
-from emoe_jax.device.runner import Runner
-from emoe_jax.experts.loader import LoaderStats
-from emoe_jax.requests.request import RoutingContract
+from emoe_jax.device.dispatcher import Dispatcher
+from emoe_jax.experts.loader_stats import LoaderStats
+from emoe_jax.requests.contract import RoutingContract
 from emoe_jax.residency.residency import Residency
 from emoe_jax.tasks import Lengths, Task, TaskProfile
-from tests.engines import settle
+from tests.engines import RESIDENT, settle
 from tests.residency.known import EXPERTS, LAYERS, TOP_K, favouring
 
 ODD, EVEN = favouring(1, 3, 5), favouring(0, 2, 4)
@@ -31,12 +31,17 @@ def answer_of(tokens: int) -> SamplingParams:
 
 
 @pytest.fixture(scope="module")
-def loaded(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Two sequences at a time; experts follow the tasks at hand."""
     path = tmp_path_factory.mktemp("profile") / "tasks.json"
     PROFILE.save(path)
     options: dict[str, Any] = {"max_num_seqs": 2, "max_num_batched_tokens": 32, "overlap": False}
     options |= {"expert_memory": "3 slots", "task_profile": path, "policy": "static-task", "prefix_caching": False}
+    return options | RESIDENT
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_checkpoint: Path, options: dict[str, Any]) -> Iterator[Engine]:
     with Engine.load(tiny_checkpoint, **options) as engine:
         yield engine
 
@@ -64,21 +69,24 @@ def start(engine: Engine, *names: str, tokens: tuple[int, ...], task: str | None
 
 @pytest.mark.parametrize("routing", ["exact", "resident"])
 def test_a_request_whose_experts_take_long_to_come_waits_for_a_deadline(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, routing: RoutingContract
+    tiny_checkpoint: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, routing: RoutingContract
 ) -> None:
     """eMoE eq. 3: dE. Its experts are absent, and loads have taken very long so far."""
-    engine.add_request("tight", [1, 2, 3], answer_of(60), task="odd", slo=SLO(latency_ms=60_000))
-    for _ in range(3):
+    with Engine.load(tiny_checkpoint, **options) as engine:  # a new one: wishes follow the requests before
+        engine.add_request("tight", [1, 2, 3], answer_of(60), task="odd", slo=SLO(latency_ms=60_000))
+        for _ in range(3):
+            engine.step()
+            settle(engine)
+        assert engine.state()["residency"]["experts"] == [[1, 3, 5]] * LAYERS
+        engine.add_request("loads", [1, 2, 3], answer_of(3), task="even", routing=routing)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                Residency, "loads", LoaderStats(loads=1, commit_seconds=1e3, waited_loads=1, wait_seconds=1e3)
+            )
+            engine.step()
+            assert running(engine) == ["tight"]
         engine.step()
-        settle(engine)
-    assert engine.state()["residency"]["experts"] == [[1, 3, 5]] * LAYERS
-    engine.add_request("loads", [1, 2, 3], answer_of(3), task="even", routing=routing)
-    with monkeypatch.context() as patch:
-        patch.setattr(Residency, "loads", LoaderStats(loads=1, commit_seconds=1e3, waited_loads=1, wait_seconds=1e3))
-        engine.step()
-        assert running(engine) == ["tight"]
-    engine.step()
-    assert running(engine) == ["tight", "loads"]
+        assert running(engine) == ["tight", "loads"]
 
 
 def test_answers_are_expected_to_be_as_long_as_those_of_their_task(engine: Engine) -> None:
@@ -98,8 +106,8 @@ def test_the_scheduler_learns_what_steps_take(engine: Engine, monkeypatch: pytes
     """c, both for a step of any kind and for a token of a running sequence."""
     engine.generate([1, 2, 3], answer_of(3))
     before = engine.state()["scheduler"]
-    collect = Runner.collect
-    monkeypatch.setattr(Runner, "collect", lambda *given: (time.sleep(0.1), collect(*given))[1])
+    collect = Dispatcher.collect
+    monkeypatch.setattr(Dispatcher, "collect", lambda *given: (time.sleep(0.1), collect(*given))[1])
     engine.generate([1, 2, 3], answer_of(40))
     after = engine.state()["scheduler"]
     assert after["seconds_per_token"] > before["seconds_per_token"] + 0.04

@@ -5,13 +5,13 @@ from collections import Counter
 
 import numpy as np
 
-from emoe_jax.experts.weights import ExpertLayout
+from emoe_jax.experts.record_format import RecordFormat
 
 # Small, and not a multiple of 64 bytes, so that nothing depends on lucky alignment.
-LAYOUT = ExpertLayout((6, 3), (3, 3), np.dtype(np.float32))
+LAYOUT = RecordFormat.plain((6, 3), (3, 3), np.dtype(np.float32))
 
 
-def expected(layer: int, expert: int, layout: ExpertLayout = LAYOUT) -> np.ndarray:
+def expected(layer: int, expert: int, layout: RecordFormat = LAYOUT) -> np.ndarray:
     """The record of an expert: no two experts share a number."""
     return ((layer * 100 + expert + 1) * 1000 + np.arange(layout.size) % 1000).astype(layout.dtype)
 
@@ -30,7 +30,7 @@ class FakeReader:
         with self._lock:
             self.failures[layer, expert] = times
 
-    def read_expert(self, layer: int, expert: int, record: np.ndarray, layout: ExpertLayout) -> None:
+    def read_expert(self, layer: int, expert: int, record: np.ndarray, layout: RecordFormat) -> None:
         with self._lock:
             self.reads.append((layer, expert))
             fails = self.failures[layer, expert] > 0

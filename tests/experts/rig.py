@@ -16,10 +16,10 @@ NUM_EXPERTS = 8
 class Rig:
     """`check` compares the slab with what the table says. `options` go to the loader."""
 
-    def __init__(self, capacities: list[int], backoff: float = 0.001, **options: Any):
+    def __init__(self, capacities: list[int], backoff: float = 0.001, piece_bytes: int = LAYOUT.nbytes, **options: Any):
         self.reader = FakeReader()
-        self.store = ExpertStore(self.reader, LAYOUT, len(capacities), NUM_EXPERTS)
-        self.slab = ExpertSlab(LAYOUT, capacities)
+        self.store = ExpertStore(self.reader, LAYOUT, len(capacities), NUM_EXPERTS, piece_bytes=piece_bytes)
+        self.slab = ExpertSlab(LAYOUT, capacities, piece_bytes=piece_bytes)
         self.table = SlotTable(capacities, NUM_EXPERTS)
         self.loader = ExpertLoader(self.store, self.slab, self.table, backoff=backoff, **options)
 

@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 
 from emoe_jax.experts.huge_pages import use_huge_pages
+from emoe_jax.experts.record_format import RecordFormat
 from emoe_jax.experts.slab import COMMIT_SIZES, ExpertSlab, commit_experts
 from emoe_jax.experts.store import ExpertStore
-from emoe_jax.experts.weights import ExpertLayout, ExpertWeights
+from emoe_jax.experts.weights import ExpertWeights
 from tests.experts.fake_reader import LAYOUT, FakeReader, expected
 from tests.lowering import export_for_cuda
 
-WIDE = ExpertLayout((512, 128), (128, 256), np.dtype(np.float32))
+WIDE = RecordFormat.plain((512, 128), (128, 256), np.dtype(np.float32))
 
 
 def contents(slab: ExpertSlab, layer: int, slot: int) -> np.ndarray:
     """The slot's weights as a record."""
-    weights = slab.weights[layer]
-    return np.concatenate([np.asarray(weights.w_in[slot]).ravel(), np.asarray(weights.w_out[slot]).ravel()])
+    return np.concatenate([np.asarray(array[slot]).ravel() for array in jax.tree.leaves(slab.weights[layer])])
 
 
 def compiled_commits() -> int:
@@ -47,13 +47,36 @@ def test_batches_of_any_size_land_where_they_belong(count: int):
     assert not np.asarray(slab.weights[0].w_in).any()
 
 
+@pytest.mark.parametrize("piece_bytes", [1 << 20, 40])
+def test_biases_are_parts_of_a_record(piece_bytes: int):
+    """Written whole and in pieces, counted in bytes, and not there in a family without."""
+    layout = RecordFormat.plain((6, 3), (3, 3), np.dtype(np.float32), has_biases=True)
+    assert layout.nbytes == LAYOUT.nbytes + 4 * (6 + 3)
+    slab = ExpertSlab(layout, [2], piece_bytes=piece_bytes)
+    assert slab.nbytes == 2 * layout.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(slab.weights))
+    record = np.arange(layout.size, dtype=np.float32)
+    for number in range(len(slab.rounds)):
+        staged = slab.stage_round(record, number)
+        if slab.rounds.pieces:
+            slab.write(0, 1, slab.rounds[number], staged)
+        else:
+            slab.commit(0, staged, [1])
+    np.testing.assert_array_equal(contents(slab, 0, 1), record)
+    b_in = slab.weights[0].b_in
+    assert b_in is not None
+    np.testing.assert_array_equal(b_in[1, :, 0], record[27:33])
+    slab.resize(0, 3, [1])
+    np.testing.assert_array_equal(contents(slab, 0, 0), record)
+    assert len(jax.tree.leaves(ExpertSlab(LAYOUT, [2]).weights[0])) == 2
+
+
 @pytest.mark.parametrize("memory_kind", [None, "pinned_host"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_from_store_to_slab(memory_kind: str | None, dtype: str):
-    layout = ExpertLayout((6, 3), (3, 3), np.dtype(jnp.dtype(dtype)))
+    layout = RecordFormat.plain((6, 3), (3, 3), np.dtype(jnp.dtype(dtype)))
     store = ExpertStore(FakeReader(), layout, 1, 4, 4 * layout.nbytes, memory_kind=memory_kind)
     slab = ExpertSlab(layout, [2])
-    staged = slab.stage(store.read(0, 3))
+    (staged,) = slab.stage_round(store.read(0, 3), 0)
     assert staged.sharding.memory_kind == "device"
     slab.commit(0, [staged], [1])
     np.testing.assert_array_equal(contents(slab, 0, 1), expected(0, 3, layout))
@@ -90,7 +113,7 @@ def test_nothing_compiles_after_construction():
     for count in range(1, 6):
         slab.commit(1, staged[:count], list(range(count)))
     store = ExpertStore(FakeReader(), LAYOUT, 1, 4, 4 * LAYOUT.nbytes, memory_kind="pinned_host")
-    slab.commit(0, [slab.stage(store.read(0, 0))], [3])
+    slab.commit(0, slab.stage_round(store.read(0, 0), 0), [3])
     assert compiled_commits() == compiled
 
 
@@ -125,7 +148,7 @@ def test_bad_slots_are_refused_before_anything_is_written():
 @pytest.mark.parametrize("size", COMMIT_SIZES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_lowers_for_cuda(size: int, dtype: type):
-    layout = ExpertLayout((64, 32), (32, 32), np.dtype(dtype))
+    layout = RecordFormat.plain((64, 32), (32, 32), np.dtype(dtype))
     weights = jax.eval_shape(lambda: layout.empty_weights(8))
     record = jax.ShapeDtypeStruct((layout.size,), dtype)
     slots = jax.ShapeDtypeStruct((size,), np.int32)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from emoe_jax.errors import ConfigError
+from emoe_jax.experts.record_format import RecordFormat
 from emoe_jax.experts.store import ExpertStore, aligned_record
-from emoe_jax.experts.weights import ExpertLayout
 from tests.experts.fake_reader import LAYOUT, FakeReader, expected
 
 
@@ -29,7 +29,7 @@ def test_records_are_aligned_read_only_and_right():
 
 def test_device_put_of_a_record_aliases_it():
     # The reason why a record is never written again: on CPU the device array *is* the record.
-    layout = ExpertLayout((64, 32), (32, 32), np.dtype(np.float32))
+    layout = RecordFormat.plain((64, 32), (32, 32), np.dtype(np.float32))
     record = aligned_record(layout)
     record[:] = 1
     staged = jax.device_put(record)

@@ -30,7 +30,7 @@ def test_whoever_waits_for_all_loads_is_woken_when_the_last_is_staged(monkeypatc
         ticket = queue.next()
         assert ticket is not None
         assert waiter.is_alive()
-        queue.set_ready(ticket, jnp.zeros(()))
+        queue.set_ready(ticket, (jnp.zeros(()),))
     waiter.join(20)
     assert not waiter.is_alive()
     assert len(looks) == 2  # before it waited, and after the last

@@ -57,6 +57,36 @@ _QWEN3 = _SHARED | {
     "num_experts": 8,
     "num_experts_per_tok": 3,
 }
+_GLM4 = _SHARED | {
+    "architectures": ["Glm4MoeForCausalLM"],
+    "model_type": "glm4_moe",
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+}
+_GRANITE = _SHARED | {
+    "architectures": ["GraniteMoeForCausalLM"],
+    "model_type": "granitemoe",
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+}
+_GPT_OSS = _SHARED | {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+}
 _LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500.0,
@@ -143,6 +173,84 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_scaling": {"rope_type": "yarn", "factor": 2.0, "attention_factor": 1.3},
         "max_window_layers": 2,
     },
+    # Groups, scaled weights, biases and norms in attention, two shared experts in one, half of each head rotated.
+    "glm4_groups": _GLM4
+    | {
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 1.7,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 2,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "head_dim": 12,
+        "rope_theta": 1e4,
+    },
+    # Raw sigmoids as weights, another fraction of a head, YaRN over it, no dense layer, tied embeddings.
+    "glm4_raw": _GLM4
+    | {
+        "norm_topk_prob": False,
+        "first_k_dense_replace": 0,
+        "head_dim": 16,
+        "partial_rotary_factor": 0.25,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "partial_rotary_factor": 0.75,
+        },
+        "tie_word_embeddings": True,
+        "num_nextn_predict_layers": 1,
+    },
+    # Every multiplier, biases in attention, grouped kv heads.
+    "granite_multipliers": _GRANITE
+    | {
+        "num_key_value_heads": 2,
+        "attention_bias": True,
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 5.0,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 1.5,
+    },
+    # No multiplier but that of attention, tied embeddings, one kv head per query head, scaled rotary frequencies.
+    "granite_plain": _GRANITE
+    | {
+        "num_experts_per_tok": 3,
+        "attention_multiplier": 0.3,
+        "tie_word_embeddings": True,
+        "rope_parameters": _LLAMA3,
+        "hidden_act": "gelu",
+        "rms_norm_eps": 1e-3,
+    },
+    # YaRN without truncation, windows on the first and the third layer, a head size of its own, a limit that cuts.
+    "gpt_oss_windows": _GPT_OSS
+    | {
+        "head_dim": 12,
+        "sliding_window": 6,
+        "swiglu_limit": 0.8,
+        "rope_theta": 1000.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "beta_fast": 8.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    # Explicit layer types, no biases in attention, another alpha, the usual rotary frequencies, tied embeddings.
+    "gpt_oss_options": _GPT_OSS
+    | {
+        "head_dim": 10,
+        "num_experts_per_tok": 3,
+        "sliding_window": 5,
+        "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+        "attention_bias": False,
+        "swiglu_alpha": 1.1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        "tie_word_embeddings": True,
+    },
 }
 
 OPENMOE: dict[str, Any] = {
@@ -171,7 +279,7 @@ Layout = Literal["per_expert", "fused"]
 
 
 def random_tensors(raw: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Every tensor of a checkpoint in the layout of one tensor per expert; each depends on its name alone."""
+    """Every tensor of a checkpoint with one tensor per expert where it can be; each depends on its name alone."""
     return {part.name: random_tensor(part.name, part.shape) for part in _parts(raw)}
 
 
@@ -193,15 +301,17 @@ def _parts(raw: Mapping[str, Any]) -> Iterator[Part]:
         yield from parts
     for layer in config.moe_layers:
         for expert in range(config.num_experts):
-            for source in family.expert_sources(config, layer, expert):
-                if source.w_out.index is None:
-                    yield from source.parts
+            sources = family.expert_sources(config, layer, expert)
+            separate = [source for source in sources if source.w_out.index is None]
+            yield from (separate or sources)[0].parts
 
 
 def fuse(raw: Mapping[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The same model as transformers 5 saves it with `save_original_format=False` (OpenMoE: as it is on the hub)."""
     if "OpenMoeForCausalLM" in raw["architectures"]:
         return _fuse_openmoe(tensors)
+    if "GraniteMoeForCausalLM" in raw["architectures"]:
+        return {_granite_name(name): value for name, value in tensors.items()}
     fused: dict[str, np.ndarray] = {}
     stacks: dict[str, dict[int, dict[str, np.ndarray]]] = {}
     projection = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
@@ -218,6 +328,15 @@ def fuse(raw: Mapping[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, np
         fused[f"{stack}.gate_up_proj"] = np.stack([np.concatenate([e["gate_proj"], e["up_proj"]]) for e in ordered])
         fused[f"{stack}.down_proj"] = np.stack([e["down_proj"] for e in ordered])
     return fused
+
+
+def _granite_name(published: str) -> str:
+    names = {"input_linear.weight": "experts.gate_up_proj", "output_linear.weight": "experts.down_proj"}
+    names["router.layer.weight"] = "router.weight"
+    for ending, name in names.items():
+        if published.endswith(ending):
+            return published.removesuffix(ending) + name
+    return published
 
 
 def _fuse_openmoe(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

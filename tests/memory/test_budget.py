@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from emoe_jax.amounts import format_bytes, parse_expert_memory
 from emoe_jax.config import ModelConfig
 from emoe_jax.errors import CapacityError, ConfigError
-from emoe_jax.experts.weights import ExpertLayout
+from emoe_jax.experts.record_format import RecordFormat
 from emoe_jax.memory.budget import capacities
 
 CONFIG = ModelConfig(
@@ -22,7 +22,7 @@ CONFIG = ModelConfig(
     expert_hidden=128,
     moe_layers=(0, 1, 2, 3),
 )
-LAYOUT = ExpertLayout.of(CONFIG, "float32")  # 96 KiB per expert, 384 KiB for one slot in every layer
+LAYOUT = RecordFormat.of(CONFIG, "float32")  # 96 KiB per expert, 384 KiB for one slot in every layer
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_larger_than_the_device_is_refused_with_both_numbers():
 def test_the_smallest_budget_named_is_one_that_works(num_experts: int, data: st.DataObject, kind: str, hidden: int):
     top_k = data.draw(st.integers(1, num_experts))
     config = CONFIG.replace(num_experts=num_experts, top_k=top_k, hidden_size=hidden)
-    layout = ExpertLayout.of(config, "bfloat16")
+    layout = RecordFormat.of(config, "bfloat16")
     with pytest.raises(CapacityError) as caught:
         capacities(config, layout, parse_expert_memory(f"0{kind}"))
     smallest = parse_expert_memory(str(caught.value).rsplit("is ", 1)[1])

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,11 @@ from hypothesis import strategies as st
 from emoe_jax import Engine, SamplingParams
 from emoe_jax.device.kv_cache import page_bytes
 from emoe_jax.errors import CapacityError, ConfigError
-from emoe_jax.experts.loader import staging_bytes
+from emoe_jax.experts.pieces import staging_bytes
 from emoe_jax.memory.plan import (
     WORKSPACE_SHARE,
     MemoryPlan,
-    allow_pinned_memory,
     dense_parameters,
-    machine_memory,
     usable_memory,
 )
 from emoe_jax.memory.splits import MemorySplit, Sizes, changes, lean_split, peak_bytes
@@ -91,6 +88,28 @@ def test_nothing_exceeds_the_budget(
     with pytest.raises(CapacityError, match="steps and loading experts need"):
         ours.measured(device)
     assert ours.measured(step_bytes).workspace_bytes == ours.workspace_bytes
+
+
+def test_int8_records_are_what_amounts_of_memory_buy() -> None:
+    """40 % of the experts' bytes in float32 hold all of them; a share still means a share of the experts."""
+    raw = TINY | {"hidden_size": 256, "intermediate_size": 256}
+    config = config_from_hf(raw)
+    expert = 3 * 256 * 256 * 4
+    kib_of_40 = int(0.4 * 8 * 3 * expert) // 1024
+    options: dict[str, Any] = {"platform": "cpu", "device_bytes": 1 << 30, "host_memory": "auto"}
+    options |= {"machine_bytes": 1 << 30, "expert_memory": f"{kib_of_40}KiB"}
+    plain = MemoryPlan.of(config, **options)
+    eight = MemoryPlan.of(config, expert_format="int8", **options)
+    assert sum(plain.capacities) == int(0.4 * 24)
+    assert eight.capacities == (8, 8, 8)
+    assert eight.slab_bytes == 24 * (3 * 256 * 256 + 4 * (512 + 256)) <= 1024 * kib_of_40
+    assert (eight.dtype, eight.expert_format, eight.host_bytes) == ("float32", "int8", 0)
+    stored = MemoryPlan.of(config.replace(expert_format="int8"), **options)
+    assert stored == eight
+    options["expert_memory"] = "50%"
+    share = MemoryPlan.of(config, expert_format="int8", **options)
+    assert share.capacities == (4, 4, 4)
+    assert share.host_bytes == eight.slab_bytes  # host memory has room for all records
 
 
 def test_a_trade_shrinks_before_it_grows() -> None:
@@ -228,18 +247,6 @@ def test_host_memory_holds_all_experts_in_half_of_what_is_left() -> None:
     assert some(10 << 20, machine_bytes=1 << 40, expert_memory="100%").host_bytes == 0
     assert some(10 << 20, machine_bytes=1 << 40, host_memory="3MiB").host_bytes == 3 << 20
     assert some(10 << 20, machine_bytes=1 << 40, host_memory="0").host_bytes == 0
-
-
-def test_page_locked_memory_is_limited_by_the_machine_unless_the_user_says_otherwise(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    limit = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
-    monkeypatch.setenv(limit, "7")
-    allow_pinned_memory()
-    assert os.environ[limit] == "7"
-    monkeypatch.delenv(limit)
-    allow_pinned_memory()
-    assert machine_memory() <= int(os.environ[limit]) * 2**30 < machine_memory() + 2**30
 
 
 def test_a_budget_is_within_the_device() -> None:

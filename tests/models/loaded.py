@@ -12,7 +12,8 @@ from flax import nnx
 from emoe_jax.attention.uncached import causal_attend
 from emoe_jax.checkpoint import Checkpoint
 from emoe_jax.config import ModelConfig
-from emoe_jax.experts.weights import ExpertLayout, ExpertWeights
+from emoe_jax.experts.record_format import RecordFormat
+from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models import load_dense, open_checkpoint
 from emoe_jax.models.decoder import Decoder, MoEFunction
 from emoe_jax.models.routing import Routing
@@ -54,14 +55,14 @@ def load(directory: Path, dtype: str = "float32", router_capacity_factor: float 
 
 def load_experts(checkpoint: Checkpoint, dtype: str) -> tuple[ExpertWeights, ...]:
     """All experts of all layers, read one record at a time as the expert store does."""
-    layout = ExpertLayout.of(checkpoint.config, dtype)
+    layout = RecordFormat.of(checkpoint.config, dtype)
     layers = []
     for m in range(len(checkpoint.config.moe_layers)):
         records = np.empty((checkpoint.config.num_experts, layout.size), layout.dtype)
         for expert, record in enumerate(records):
             checkpoint.read_expert(m, expert, record, layout)
-        w_in, w_out = zip(*map(layout.views, records), strict=True)
-        layers.append(ExpertWeights(jnp.array(np.stack(w_in)), jnp.array(np.stack(w_out))))
+        parts = zip(*map(layout.views, records), strict=True)
+        layers.append(layout.weights(map(np.stack, parts)))
     return tuple(layers)
 
 

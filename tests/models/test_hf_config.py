@@ -8,108 +8,20 @@ from typing import Any
 
 import pytest
 
-from emoe_jax.config import ModelConfig
+from emoe_jax.config import RouterConfig
 from emoe_jax.errors import CheckpointError, ConfigError
 from emoe_jax.memory.plan import MemoryPlan
 from emoe_jax.models import config_from_directory, config_from_hf
 from tests.golden.tiny import CONFIGS, OPENMOE
+from tests.models.published import GLM_45_AIR, GPT_OSS_20B, MIXTRAL_8X7B, OPENMOE_8B, QWEN3_30B
 
 MIXTRAL = CONFIGS["mixtral_window"]
 OLMOE = CONFIGS["olmoe_options"]
 QWEN2 = CONFIGS["qwen2_windows"]
 QWEN3 = CONFIGS["qwen3_window"]
-
-# As published, with keys that do not matter here left out.
-MIXTRAL_8X7B = {
-    "architectures": ["MixtralForCausalLM"],
-    "attention_dropout": 0.0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "initializer_range": 0.02,
-    "intermediate_size": 14336,
-    "max_position_embeddings": 32768,
-    "model_type": "mixtral",
-    "num_attention_heads": 32,
-    "num_experts_per_tok": 2,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "num_local_experts": 8,
-    "output_router_logits": False,
-    "rms_norm_eps": 1e-05,
-    "rope_theta": 1000000.0,
-    "router_aux_loss_coef": 0.02,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.36.0.dev0",
-    "use_cache": True,
-    "vocab_size": 32000,
-}
-QWEN3_30B = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 151643,
-    "decoder_sparse_step": 1,
-    "eos_token_id": 151645,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 2048,
-    "initializer_range": 0.02,
-    "intermediate_size": 6144,
-    "max_position_embeddings": 40960,
-    "max_window_layers": 48,
-    "mlp_only_layers": [],
-    "model_type": "qwen3_moe",
-    "moe_intermediate_size": 768,
-    "norm_topk_prob": True,
-    "num_attention_heads": 32,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 48,
-    "num_key_value_heads": 4,
-    "output_router_logits": False,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 1000000.0,
-    "router_aux_loss_coef": 0.001,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.51.0",
-    "use_cache": True,
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
-OPENMOE_8B = OPENMOE | {
-    "hidden_size": 2048,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 24,
-    "num_key_value_heads": 24,
-    "head_dim": 128,
-    "intermediate_size": 8192,
-    "num_experts": 32,
-    "moe_layer_interval": 6,
-    "vocab_size": 256384,
-}
-
-
-def total_parameters(config: ModelConfig) -> int:
-    from emoe_jax.models import FAMILIES
-
-    family = next(f for f in FAMILIES if f.name == config.family)
-    dense = sum(math.prod(part.shape) for parts in family.dense_tensors(config).values() for part in parts)
-    return dense + len(config.moe_layers) * config.num_experts * config.expert_params
-
-
-@pytest.mark.parametrize(
-    ("raw", "parameters"),
-    [(MIXTRAL_8X7B, 46_702_792_704), (QWEN3_30B, 30_532_122_624), (OPENMOE_8B, 11_855_046_656)],
-)
-def test_published_sizes(raw, parameters):
-    assert total_parameters(config_from_hf(raw)) == parameters
+GLM4 = CONFIGS["glm4_groups"]
+GRANITE = CONFIGS["granite_multipliers"]
+GPT_OSS = CONFIGS["gpt_oss_windows"]
 
 
 def test_mixtral():
@@ -162,12 +74,38 @@ def test_qwen_windows():
 def test_openmoe():
     config = config_from_hf(OPENMOE)
     assert (config.bos_token_id, config.prepend_bos_id, config.eos_token_ids) == (0, 0, (1,))
-    assert config.router_capacity_factor is None
+    assert config.router.capacity_factor is None
     # Early uploads carried ids that their vocabulary contradicts.
     early = config_from_hf(OPENMOE | {"bos_token_id": 1, "eos_token_id": 2})
     assert early == config
     # The published code never reads these.
     assert config_from_hf(OPENMOE | {"rope_theta": 5e5, "layer_norm_epsilon": 1.0}) == config
+
+
+def test_glm4():
+    config = config_from_hf(GLM_45_AIR)
+    assert (config.rope.rotated(config.head_dim), config.moe_layers) == (64, tuple(range(1, 46)))
+    assert (config.qkv_bias, config.output_bias, config.qk_norm) == (True, False, "none")
+    router = RouterConfig(score="sigmoid", choice_bias=True)
+    assert config.router == router
+    # In `rope_parameters` the factor counts, whatever stands beside.
+    inside = {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.25}
+    assert config_from_hf(GLM_45_AIR | {"rope_parameters": inside}).rope.fraction == 0.25
+
+
+def test_gpt_oss():
+    config = config_from_hf(GPT_OSS_20B)
+    assert (config.rope.kind, config.rope.truncate, config.max_position) == ("yarn", False, 131072)
+    assert config.sliding_windows == (128, None) * 12
+    assert (config.ffn, config.glu_limit, config.expert_bias, config.attention_sinks) == (
+        "clamped_glu",
+        7.0,
+        True,
+        True,
+    )
+    assert config.router == RouterConfig(bias=True)
+    bare = {key: value for key, value in GPT_OSS_20B.items() if key not in ("rope_scaling", "layer_types")}
+    assert config_from_hf(bare) == config
 
 
 def test_rope_parameters_and_their_older_form_agree():
@@ -185,9 +123,9 @@ def test_keys_of_other_tools_do_not_matter():
 
 
 REFUSED = [
-    (MIXTRAL, {"architectures": ["GptOssForCausalLM"]}, "architecture GptOssForCausalLM is not supported"),
+    (MIXTRAL, {"architectures": ["JambaForCausalLM"]}, "architecture JambaForCausalLM is not supported"),
     (MIXTRAL, {"architectures": "MixtralForCausalLM"}, "architectures is 'MixtralForCausalLM'"),
-    (MIXTRAL, {"quantization_config": {"quant_method": "awq"}}, "option 'quantization_config' is not supported"),
+    (MIXTRAL, {"quantization_config": {"quant_method": "awq"}}, "quantization_config says AWQ, which is not read"),
     (MIXTRAL, {"attention_bias": True}, "option 'attention_bias' is not supported by mixtral"),
     (MIXTRAL, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic' is not supported"),
     (MIXTRAL, {"rope_scaling": {"rope_type": "longrope"}}, "rope scaling 'longrope' is not supported"),
@@ -225,6 +163,27 @@ REFUSED = [
     (QWEN2, {"use_sliding_window": False}, "layer_types has sliding_attention, but use_sliding_window is off"),
     (QWEN2, {"mlp_only_layers": [4]}, "mlp_only_layers is [4]; expected layer indices below 4"),
     (QWEN3, {"sliding_window": 0}, "sliding_window is 0; expected a positive size"),
+    (GLM4, {"partial_rotary_factor": 1.5}, "partial_rotary_factor 1.5 is not supported by glm4_moe"),
+    (GLM4, {"partial_rotary_factor": 0.1}, "the rotated part of head_dim 12 is 1; rotary positions need an even size"),
+    (GLM4, {"scoring_func": "softmax"}, "scoring_func = 'softmax' is not supported by glm4_moe; supported: 'sigmoid'"),
+    (GLM4, {"n_group": 3}, "8 experts are not a multiple of 3 groups"),
+    (GLM4, {"first_k_dense_replace": -1}, "first_k_dense_replace is -1; expected 0 or more"),
+    (GLM4, {"first_k_dense_replace": 4}, "the model has no MoE layer"),
+    (GLM4, {"routed_scaling_factor": 0}, "routed_scaling_factor is 0.0; expected a positive number"),
+    (
+        GPT_OSS,
+        {"quantization_config": {"quant_method": "mxfp4"}},
+        "quantization_config says MXFP4, which is not read",
+    ),
+    (GPT_OSS, {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported by gpt_oss; supported: 'silu'"),
+    (GPT_OSS, {"swiglu_limit": -1}, "swiglu_limit is -1.0; expected a positive number"),
+    (GPT_OSS, {"sliding_window": None}, "layer_types has sliding_attention, but sliding_window is null"),
+    (GPT_OSS, {"layer_types": ["full_attention"] * 2}, "layer_types is ['full_attention', 'full_attention']"),
+    (GPT_OSS, {"experts_per_token": 3}, "experts_per_token = 3 contradicts num_experts_per_tok = 2"),
+    (GRANITE, {"residual_multiplier": 0}, "residual_multiplier is 0.0; expected a positive number"),
+    (GRANITE, {"attention_multiplier": "1"}, "attention_multiplier is '1'; expected int or float"),
+    (GRANITE, {"norm_topk_prob": False}, "norm_topk_prob = False is not supported by granitemoe; supported: True"),
+    (GRANITE, {"shared_intermediate_size": 8}, "option 'shared_intermediate_size' is not supported by granitemoe"),
     (OPENMOE, {"hidden_act": "silu"}, "hidden_act = 'silu' is not supported by openmoe; supported: 'swiglu'"),
     (OPENMOE, {"router_topk": 3}, "router_topk = 3 is not supported"),
     (OPENMOE, {"topk": 1}, "topk = 1 contradicts router_topk = 2"),
@@ -252,7 +211,30 @@ def test_not_a_number_in_the_file(tmp_path):
         config_from_directory(tmp_path)
 
 
-FAMILIES = {"mixtral": MIXTRAL, "olmoe": OLMOE, "qwen2_moe": QWEN2, "qwen3_moe": QWEN3, "openmoe": OPENMOE}
+FAMILIES = {
+    "mixtral": MIXTRAL,
+    "olmoe": OLMOE,
+    "qwen2_moe": QWEN2,
+    "qwen3_moe": QWEN3,
+    "openmoe": OPENMOE,
+    "glm4_moe": GLM4,
+    "granitemoe": GRANITE,
+    "gpt_oss": GPT_OSS,
+}
+OWN_OPTIONS = {
+    "glm4_moe": {
+        "n_group",
+        "topk_group",
+        "scoring_func",
+        "routed_scaling_factor",
+        "num_nextn_predict_layers",
+        "n_shared_experts",
+        "first_k_dense_replace",
+    },
+    "granitemoe": {"logits_scaling"},
+    "gpt_oss": {"attention_sinks"},
+}
+"""Options that a family reads itself, where others know only the value that asks for nothing."""
 BOOKKEEPING = {
     "unsloth_version": "2026.1",
     "unsloth_fixed": True,
@@ -301,12 +283,13 @@ NEUTRAL_EVERYWHERE = {
     "final_logit_softcapping": (None, 30.0),
     "attention_sinks": (False, True),
     "use_bias": (False, True),
-    "quantization_config": (None, {"quant_method": "awq"}),
 }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("key", NEUTRAL_EVERYWHERE)
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [(name, key) for name in FAMILIES for key in NEUTRAL_EVERYWHERE if key not in OWN_OPTIONS.get(name, ())],
+)
 def test_values_that_ask_for_nothing_are_taken_and_others_refused(name, key):
     raw = FAMILIES[name]
     neutral, other = NEUTRAL_EVERYWHERE[key]

@@ -1,9 +1,7 @@
 """Every backend of the MoE op against the reference, and what they promise beyond being right."""
 
 import dataclasses
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,134 +9,38 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emoe_jax.config import ModelConfig
-from emoe_jax.experts.weights import ExpertWeights
-from emoe_jax.moe import BACKENDS, moe_ffn
-from tests.lowering import export_for_cuda
+from emoe_jax.moe import BACKENDS
+from emoe_jax.moe import gather as gather_module
+from tests.lowering import Counts, export_for_cuda
+from tests.moe.cases import OP, RUNNABLE, WAVE_EXACT, Case, D, F, abstract_operands, model, random_ids, random_slots
 
-D, F = 32, 48
-OP = jax.jit(moe_ffn, static_argnames=("config", "backend"))
-WAVE_EXACT = [name for name, backend in BACKENDS.items() if backend.wave_exact]
-
-
-def model(E: int, k: int, ffn: str = "glu", hidden: int = D, expert_hidden: int = F) -> ModelConfig:
-    return ModelConfig(
-        family="test",
-        vocab_size=8,
-        hidden_size=hidden,
-        num_layers=1,
-        num_heads=1,
-        num_kv_heads=1,
-        head_dim=8,
-        max_position=8,
-        num_experts=E,
-        top_k=k,
-        expert_hidden=expert_hidden,
-        moe_layers=(0,),
-        activation="silu" if ffn == "glu" else "gelu",
-        ffn=ffn,  # pyright: ignore[reportArgumentType]
-    )
-
-
-@dataclasses.dataclass
-class Case:
-    """One call of the op: all `E` experts' weights, and which slot of the slab each has (`C` when absent)."""
-
-    config: ModelConfig
-    rows: jax.Array
-    ids: np.ndarray
-    weights: jax.Array
-    slots: np.ndarray
-    capacity: int
-    w_in: np.ndarray
-    w_out: np.ndarray
-
-    @classmethod
-    def of(cls, config: ModelConfig, ids, slots, capacity: int, seed: int = 0, dtype="float32") -> "Case":
-        rng = np.random.default_rng(seed)
-        ids, slots = np.asarray(ids, np.int32), np.asarray(slots, np.int32)
-        R, E = len(ids), config.num_experts
-        return cls(
-            config,
-            jnp.asarray(rng.standard_normal((R, config.hidden_size)), dtype),
-            ids,
-            jnp.asarray(rng.uniform(0.1, 1.0, ids.shape), jnp.float32),
-            slots,
-            capacity,
-            (rng.standard_normal((E, *config.expert_in_shape)) * 0.2).astype(dtype),
-            (rng.standard_normal((E, *config.expert_out_shape)) * 0.2).astype(dtype),
-        )
-
-    def slab(self, slots: np.ndarray, capacity: int) -> ExpertWeights:
-        """The experts at their slots; unused slots hold NaN, so that reading one cannot go unnoticed."""
-        w_in = np.full((capacity, *self.w_in.shape[1:]), np.nan, self.w_in.dtype)
-        w_out = np.full((capacity, *self.w_out.shape[1:]), np.nan, self.w_out.dtype)
-        held = np.flatnonzero(slots < capacity)
-        w_in[slots[held]], w_out[slots[held]] = self.w_in[held], self.w_out[held]
-        return ExpertWeights(jnp.asarray(w_in), jnp.asarray(w_out))
-
-    def run(self, backend: str, accumulator: jax.Array | np.ndarray | None = None) -> np.ndarray:
-        slab = self.slab(self.slots, self.capacity)
-        return np.asarray(
-            OP(
-                self.rows,
-                self.ids,
-                self.weights,
-                self.slots,
-                slab,
-                accumulator=None if accumulator is None else jnp.asarray(accumulator),
-                config=self.config,
-                backend=backend,
-            )
-        )
-
-    def run_in_waves(self, backend: str, size: int, seed: int) -> np.ndarray:
-        """Chunks of `size` experts in ascending id through a slab of `size` slots, at random places."""
-        rng = np.random.default_rng(seed)
-        out = np.zeros_like(self.rows)
-        for first in range(0, self.config.num_experts, size):
-            experts = np.arange(first, min(first + size, self.config.num_experts))
-            slots = np.full(self.config.num_experts, size, np.int32)
-            slots[experts] = rng.permutation(size)[: len(experts)]
-            wave = dataclasses.replace(self, slots=slots, capacity=size)
-            out = wave.run(backend, accumulator=out)
-        return out
-
-
-def random_ids(rng: np.random.Generator, R: int, E: int, k: int) -> np.ndarray:
-    return np.argsort(rng.random((R, E)), axis=1)[:, :k]
-
-
-def random_slots(rng: np.random.Generator, E: int, C: int) -> np.ndarray:
-    """`min(C, E)` experts resident, at random slots."""
-    slots = np.full(E, C)
-    resident = rng.permutation(E)[:C]
-    slots[resident] = rng.permutation(C)[: len(resident)]
-    return slots
-
-
-SHAPES = [  # R, k, E, C, ffn
-    (1, 1, 4, 4, "glu"),
-    (3, 8, 8, 8, "double_glu"),
-    (8, 2, 16, 5, "glu"),
-    (70, 3, 64, 20, "double_glu"),
-    (600, 2, 5, 3, "glu"),
+SHAPES = [  # R, k, E, C, ffn, D, F
+    (1, 1, 4, 4, "glu", 32, 48),
+    (3, 8, 8, 8, "double_glu", 24, 40),  # each row has all experts; no size is a multiple of 16
+    (8, 2, 16, 5, "glu", 32, 48),
+    (9, 2, 6, 2, "glu", 18, 52),  # as many slots as a row has experts
+    (70, 3, 64, 20, "double_glu", 32, 48),
+    (600, 2, 5, 3, "glu", 24, 40),
+    (3, 8, 8, 8, "clamped_glu", 24, 40),
+    (70, 3, 16, 9, "clamped_glu", 32, 48),
 ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RUNNABLE)
 class TestEveryBackend:
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
-    def test_matches_the_reference(self, backend: str, shape: tuple[int, int, int, int, str]):
-        R, k, E, C, ffn = shape
+    def test_matches_the_reference(self, backend: str, shape: tuple[int, int, int, int, str, int, int]):
+        R, k, E, C, ffn, hidden, expert_hidden = shape
         rng = np.random.default_rng(R)
-        case = Case.of(model(E, k, ffn), random_ids(rng, R, E, k), random_slots(rng, E, C), C)
+        config = model(E, k, ffn, hidden, expert_hidden)
+        case = Case.of(config, random_ids(rng, R, E, k), random_slots(rng, E, C), C)
         np.testing.assert_allclose(case.run(backend), case.run("reference"), rtol=2e-5, atol=2e-5)
 
-    def test_matches_the_reference_in_bfloat16(self, backend: str):
+    @pytest.mark.parametrize(("hidden", "expert_hidden"), [(32, 48), (24, 40)])
+    def test_matches_the_reference_in_bfloat16(self, backend: str, hidden: int, expert_hidden: int):
         rng = np.random.default_rng(0)
-        case = Case.of(
-            model(8, 2, "double_glu"), random_ids(rng, 40, 8, 2), random_slots(rng, 8, 6), 6, dtype="bfloat16"
-        )
+        config = model(8, 2, "double_glu", hidden, expert_hidden)
+        case = Case.of(config, random_ids(rng, 40, 8, 2), random_slots(rng, 8, 6), 6, dtype="bfloat16")
         got, want = case.run(backend), case.run("reference")
         assert got.dtype == want.dtype == jnp.bfloat16
         np.testing.assert_allclose(got.astype(np.float32), want.astype(np.float32), rtol=2e-2, atol=3e-2)
@@ -181,23 +83,23 @@ class TestEveryBackend:
             case.run(backend)
         assert compilations() == before + 1
 
-    def test_lowers_for_cuda(self, backend: str):
-        config, R = model(8, 2), 200
-        exported = export_for_cuda(OP, *abstract_operands(config, R, 6, "bfloat16"), config=config, backend=backend)
-        assert exported.platforms == ("cuda",)
-        assert ("xla.gpu.triton" in exported.mlir_module()) == (backend == "triton")
-
 
 @pytest.mark.parametrize("backend", WAVE_EXACT)
 class TestWaves:
     @pytest.mark.parametrize(
-        ("R", "k", "size", "dtype"),
-        [(1, 4, 4, "float32"), (40, 2, 3, "float32"), (40, 2, 2, "bfloat16"), (300, 2, 5, "float32")],
+        ("R", "k", "size", "dtype", "ffn"),
+        [
+            (1, 4, 4, "float32", "glu"),
+            (40, 2, 3, "float32", "glu"),
+            (40, 2, 2, "bfloat16", "glu"),
+            (300, 2, 5, "float32", "glu"),
+            (40, 2, 3, "bfloat16", "clamped_glu"),
+        ],
     )
-    def test_bits_do_not_depend_on_the_slab(self, backend: str, R: int, k: int, size: int, dtype: str):
+    def test_bits_do_not_depend_on_the_slab(self, backend: str, R: int, k: int, size: int, dtype: str, ffn: str):
         E = 8
         rng = np.random.default_rng(R)
-        case = Case.of(model(E, k), random_ids(rng, R, E, k), rng.permutation(E), E, dtype=dtype)
+        case = Case.of(model(E, k, ffn), random_ids(rng, R, E, k), rng.permutation(E), E, dtype=dtype)
         whole = case.run(backend)
         for seed in range(3):
             np.testing.assert_array_equal(case.run_in_waves(backend, size, seed), whole)
@@ -222,38 +124,52 @@ class TestAuto:
         case = Case.of(model(4, 2), random_ids(rng, R, 4, 2), [2, 1, 3, 0], 4)
         np.testing.assert_array_equal(case.run("auto"), case.run(chosen))
 
-    @pytest.mark.parametrize(("hidden", "uses_triton"), [(32, True), (24, False)])
-    def test_is_triton_on_cuda_where_it_fits(self, hidden: int, uses_triton: bool):
-        config = model(4, 2, hidden=hidden)
-        exported = export_for_cuda(OP, *abstract_operands(config, 5, 3, "bfloat16"), config=config)
-        assert ("xla.gpu.triton" in exported.mlir_module()) == uses_triton
+    @pytest.mark.parametrize(("platform", "kernels"), [("cuda", 2), ("tpu", 0)])
+    def test_is_triton_on_cuda_whatever_the_sizes(self, platform: str, kernels: int):
+        config = model(4, 2, hidden=24)
+        operands = abstract_operands(config, 5, 3, "bfloat16")
+        assert Counts.of(export_for_cuda(OP, *operands, config=config, platform=platform)).kernels == kernels
+
+
+class TestOnCuda:
+    """What the op becomes where a loop or a conditional would make the host wait for the device."""
+
+    @pytest.mark.parametrize("backend", [name for name, backend in BACKENDS.items() if backend.runs_on("cuda")])
+    @pytest.mark.parametrize("R", [1, 8, 64, 512])
+    def test_nothing_makes_the_host_wait(self, backend: str, R: int):
+        config = model(8, 2, hidden=64, expert_hidden=96)
+        operands = abstract_operands(config, R, 6, "bfloat16")
+        counts = Counts.of(export_for_cuda(OP, *operands, config=config, backend=backend, platform="cuda"))
+        assert (counts.traced_loops, counts.conditionals, counts.callbacks) == (0, 0, 0)
+        assert counts.counted_loops == 0
+        assert counts.kernels == (2 if backend == "triton" else 0)
+        assert counts.sorts == (0 if R <= 64 and backend != "ragged" else counts.sorts)
+
+    def test_others_are_refused(self):
+        config = model(4, 2)
+        for backend in ("loop", "blocks", "triton-interpreted"):
+            with pytest.raises(ValueError, match=f"'{backend}' is made for cpu, not for cuda; choose one of triton, "):
+                export_for_cuda(
+                    OP, *abstract_operands(config, 5, 3, "float32"), config=config, backend=backend, platform="cuda"
+                )
+
+
+def test_a_backend_for_cuda_is_refused_on_a_cpu():
+    case = Case.of(model(4, 2), [[0, 1]], [0, 1, 2, 3], 4)
+    with pytest.raises(ValueError, match=r"'triton' is made for cuda, not for cpu; choose one of loop, blocks"):
+        case.run("triton")
 
 
 def compilations() -> int:
     return OP._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def temporary_bytes(config: ModelConfig, R: int, capacity: int, dtype: str = "float32") -> int:
-    """Of the compiled op, as the `auto` backend chooses."""
+def temporary_bytes(config: ModelConfig, R: int, capacity: int, dtype: str = "float32", backend: str = "auto") -> int:
+    """Of the compiled op on this machine."""
     operands = abstract_operands(config, R, capacity, dtype)
-    analysis = OP.lower(*operands, config=config).compile().memory_analysis()
+    analysis = OP.lower(*operands, config=config, backend=backend).compile().memory_analysis()
     assert analysis is not None
     return analysis.temp_size_in_bytes
-
-
-def abstract_operands(config: ModelConfig, R: int, C: int, dtype: str):
-    def array(shape, dtype) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    experts = ExpertWeights(array((C, *config.expert_in_shape), dtype), array((C, *config.expert_out_shape), dtype))
-    choice = (R, config.top_k)
-    return (
-        array((R, config.hidden_size), dtype),
-        array(choice, jnp.int32),
-        array(choice, jnp.float32),
-        array((config.num_experts,), jnp.int32),
-        experts,
-    )
 
 
 class TestMemory:
@@ -276,19 +192,25 @@ class TestMemory:
         config = model(8, 2, hidden=4096, expert_hidden=14336)
         assert temporary_bytes(config, 8, 4) < 4 << 20
 
+    def test_gather_copies_a_few_experts_at_a_time(self, monkeypatch: pytest.MonkeyPatch):
+        config = model(8, 2, hidden=1024, expert_hidden=2048)
+        activations = 512 * 2 * (2 * config.hidden_size + 2 * config.expert_hidden) * 4
+        assert temporary_bytes(config, 512, 6, backend="gather") < 1.1 * gather_module._COPY_BYTES + activations
+        monkeypatch.setattr(gather_module, "_COPY_BYTES", 1)
+        rng = np.random.default_rng(0)
+        case = Case.of(model(5, 2), random_ids(rng, 7, 5, 2), random_slots(rng, 5, 4), 4)
+        np.testing.assert_allclose(case.run("gather"), case.run("reference"), rtol=2e-5, atol=2e-5)
 
-class TestTriton:
-    def test_a_slab_beyond_32_bit_offsets_lowers(self):
-        config = model(256, 2, hidden=4096, expert_hidden=14336)
-        operands = abstract_operands(config, 16, 256, "bfloat16")
-        exported = export_for_cuda(OP, *operands, config=config, backend="triton")
-        assert "xla.gpu.triton" in exported.mlir_module()
 
-    def test_sizes_it_cannot_tile(self):
-        config = model(4, 2, hidden=24)
-        case = Case.of(config, [[0, 1]], [0, 1, 2, 3], 4)
-        with pytest.raises(NotImplementedError, match="divisible by 16, got 24 and 48"):
-            case.run("triton")
+@pytest.mark.parametrize(("R", "weights_first"), [(30, True), (600, False)])
+def test_blocks_of_few_rows_have_the_weights_as_left_factor(R: int, weights_first: bool):
+    """What XLA:CPU makes of it: few rows are faster with the factors swapped, and XLA swaps them back if it can."""
+    config = model(1, 1)
+    text = OP.lower(*abstract_operands(config, R, 1, "float32"), config=config, backend="blocks").compile().as_text()
+    size = 32 if weights_first else 256
+    assert text is not None
+    assert (f"f32[{F},{size}]{{1,0}} dot(" in text) == weights_first
+    assert (f"f32[{size},{F}]{{1,0}} dot(" in text) != weights_first
 
 
 def test_an_unknown_backend_is_named():

@@ -7,8 +7,8 @@ import pytest
 
 from emoe_jax import SLO, Engine, SamplingParams
 from emoe_jax.errors import ConfigError, SloUnattainable
-from emoe_jax.experts.loader import LoaderStats
-from emoe_jax.requests.request import RoutingContract
+from emoe_jax.experts.loader_stats import LoaderStats
+from emoe_jax.requests.contract import RoutingContract
 from emoe_jax.requests.sequence import Sequence
 from emoe_jax.residency.admission import ExpertLoading
 from emoe_jax.tasks import TaskProfile

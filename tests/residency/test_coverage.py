@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from emoe_jax import Engine, SamplingParams
-from emoe_jax.device.runner import Dispatched, Runner
-from emoe_jax.requests.request import RoutingContract
+from emoe_jax.device.dispatcher import Dispatched, Dispatcher
+from emoe_jax.requests.contract import RoutingContract
 from emoe_jax.residency import residency as residency_module
 from emoe_jax.scheduling.plan import StepPlan
 from tests.engines import EngineFactory, settle
@@ -22,22 +22,22 @@ class Ledger:
     def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch):
         self.wishes = self.resident = 0
         self._masks: dict[StepPlan, np.ndarray] = {}
-        dispatch, collect = Runner.dispatch, Runner.collect
+        dispatch, collect = Dispatcher.dispatch, Dispatcher.collect
 
-        def noting_dispatch(runner: Runner, plan: StepPlan) -> Dispatched:
+        def noting_dispatch(runner: Dispatcher, plan: StepPlan) -> Dispatched:
             state = engine.state()["residency"]
             experts = np.arange(state["num_experts"])
             self._masks[plan] = np.stack([np.isin(experts, layer) for layer in state["experts"]])
             return dispatch(runner, plan)
 
-        def noting_collect(runner: Runner, dispatched: Dispatched) -> Any:
+        def noting_collect(runner: Dispatcher, dispatched: Dispatched) -> Any:
             result = collect(runner, dispatched)
             self.wishes += int(result.wishes.counts.sum())
             self.resident += int(result.wishes.counts[self._masks.pop(dispatched.plan)].sum())
             return result
 
-        monkeypatch.setattr(Runner, "dispatch", noting_dispatch)
-        monkeypatch.setattr(Runner, "collect", noting_collect)
+        monkeypatch.setattr(Dispatcher, "dispatch", noting_dispatch)
+        monkeypatch.setattr(Dispatcher, "collect", noting_collect)
 
 
 def wishes_of(engine: Engine) -> tuple[int, int]:

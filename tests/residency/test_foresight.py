@@ -17,7 +17,7 @@ from emoe_jax.predictor import Predictor, PredictorConfig, Prompts, network
 from emoe_jax.requests.sequence import Sequence
 from emoe_jax.residency.accounts import MOST_TASKS, TaskAccounts
 from emoe_jax.tasks import Lengths, Task, TaskProfile
-from tests.engines import TINY, settle
+from tests.engines import RESIDENT, TINY, settle
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
 PARAMS = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
@@ -45,7 +45,7 @@ PROFILE = TaskProfile(
 def engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     path = tmp_path_factory.mktemp("profile") / "tasks.json"
     PROFILE.save(path)
-    options = {"max_num_seqs": 2, "max_num_batched_tokens": 16, "policy": "emoe-no-refresh"}
+    options = {"max_num_seqs": 2, "max_num_batched_tokens": 16, "policy": "emoe-no-refresh"} | RESIDENT
     with Engine.load(tiny_checkpoint, expert_memory="3 slots", task_profile=path, **options) as engine:
         yield engine
 
@@ -68,7 +68,7 @@ def test_experts_stay_with_those_that_run_until_they_end(tiny_checkpoint: Path, 
     path = tmp_path / "tasks.json"
     PROFILE.save(path)
     planned: list[tuple[tuple[str, ...], set[str]]] = []
-    with Engine.load(tiny_checkpoint, expert_memory="3 slots", task_profile=path, max_num_seqs=2) as engine:
+    with Engine.load(tiny_checkpoint, expert_memory="3 slots", task_profile=path, max_num_seqs=2, **RESIDENT) as engine:
         for number, task in enumerate(("odd", "even", "odd", "even")):
             engine.add_request(str(number), [3, 1, 4, 1, 5, 9, 2, 6], PARAMS, task=task)
         planner, scheduler = engine.parts.planner, engine.parts.scheduler
@@ -115,7 +115,7 @@ def test_nothing_is_planned_where_all_are_resident(tiny_checkpoint: Path, monkey
     with Engine.load(tiny_checkpoint, expert_memory="100%") as engine:
         monkeypatch.setattr(engine.parts.planner, "plan_for", planned.append)
         engine.generate([3, 1, 4, 1, 5], PARAMS)
-    with Engine.load(tiny_checkpoint, expert_memory="3 slots") as engine:
+    with Engine.load(tiny_checkpoint, expert_memory="3 slots", **RESIDENT) as engine:
         monkeypatch.setattr(engine.parts.planner, "plan_for", planned.append)
         assert planned == []
         engine.generate([3, 1, 4, 1, 5], PARAMS)
@@ -188,7 +188,7 @@ def predictor_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_next_layers_experts_follow_from_the_table(tiny_checkpoint: Path, predictor_folder: Path) -> None:
     with Engine.load(
-        tiny_checkpoint, predictor=predictor_folder, expert_memory="3 slots", policy="next-layer-router"
+        tiny_checkpoint, predictor=predictor_folder, expert_memory="3 slots", policy="next-layer-router", **RESIDENT
     ) as engine:
         first, *later = serve(engine, "odd")
     assert first == [0, 1, 2]  # no layer is before it, and nothing was profiled
@@ -197,7 +197,7 @@ def test_the_next_layers_experts_follow_from_the_table(tiny_checkpoint: Path, pr
 
 def test_activations_are_those_of_the_requests_at_hand(tiny_checkpoint: Path, predictor_folder: Path) -> None:
     with Engine.load(
-        tiny_checkpoint, predictor=predictor_folder, expert_memory="3 slots", policy="activation-matrix"
+        tiny_checkpoint, predictor=predictor_folder, expert_memory="3 slots", policy="activation-matrix", **RESIDENT
     ) as engine:
         for _ in range(3):
             serve(engine, "odd")

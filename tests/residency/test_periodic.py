@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from emoe_jax import Engine, SamplingParams
-from emoe_jax.device.runner import Runner
+from emoe_jax.device.dispatcher import Dispatcher
 from emoe_jax.policies.dynamics import DYNAMICS_FILE, Dynamics
 from emoe_jax.predictor import Predictor
 from emoe_jax.residency.foresight import LOOK_AHEAD
 from emoe_jax.scheduling.slo import SloPolicy
-from tests.engines import answered
+from tests.engines import RESIDENT, answered
 from tests.residency.known import EXPERTS, LAYERS, write_predictor
 
 PARAMS = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
@@ -32,7 +32,7 @@ def predictor_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine_of(tiny_checkpoint: Path, predictor_folder: Path, request: pytest.FixtureRequest) -> Callable[..., Engine]:
     def load(**options: Any) -> Engine:
         given: dict[str, Any] = {"expert_memory": "3 slots", "max_num_seqs": 4, "max_num_batched_tokens": 32}
-        given |= {"predictor": predictor_folder} | options
+        given |= {"predictor": predictor_folder} | RESIDENT | options
         engine = Engine.load(tiny_checkpoint, **given)
         request.addfinalizer(engine.close)
         return engine
@@ -112,14 +112,14 @@ def test_prompts_are_asked_about_before_they_start(
     planner: Any = engine.parts.planner
     requests = planner.requests
     starts: list[bool] = []
-    dispatch = Runner.dispatch
+    dispatch = Dispatcher.dispatch
 
-    def dispatched(self: Runner, plan: Any) -> Any:
+    def dispatched(self: Dispatcher, plan: Any) -> Any:
         starting = [chunk.sequence for chunk in plan.prefills if chunk.sequence.started_at == plan.now]
         starts.extend(requests[sequence.request_id].number is not None for sequence in starting)
         return dispatch(self, plan)
 
-    monkeypatch.setattr(Runner, "dispatch", dispatched)
+    monkeypatch.setattr(Dispatcher, "dispatch", dispatched)
     for number in range(30):
         engine.add_request(str(number), [number, 2, 3], PARAMS)
     engine.step()

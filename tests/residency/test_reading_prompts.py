@@ -12,7 +12,7 @@ from emoe_jax.predictor.layers import LayerPrior
 from emoe_jax.predictor.token_prior import TokenPrior
 from emoe_jax.predictor.tokens import TokenTable
 from emoe_jax.traces import RoutingTrace
-from tests.engines import TINY, answered
+from tests.engines import RESIDENT, TINY, answered
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
 PARAMS = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
@@ -56,7 +56,7 @@ def test_the_predictor_sees_the_tokens_of_every_prompt(
 
     monkeypatch.setattr(Predictor, "predict_next", spy)
     with Engine.load(
-        tiny_checkpoint, predictor=tmp_path / "predictor", expert_memory="3 slots", predict_every=1
+        tiny_checkpoint, predictor=tmp_path / "predictor", expert_memory="3 slots", predict_every=1, **RESIDENT
     ) as engine:
         for prompt in PROMPTS:
             engine.generate([prompt], PARAMS, task="odd")

@@ -8,7 +8,7 @@ import pytest
 
 from emoe_jax import Engine, SamplingParams
 from emoe_jax.policies import regret as regret_module
-from tests.engines import settle
+from tests.engines import RESIDENT, settle
 from tests.residency.test_coverage import Ledger
 from tests.residency.test_foresight import PROFILE
 
@@ -24,7 +24,12 @@ def engine(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(regret_module, "REGRET_SHARE", 1e9)
     PROFILE.save(tmp_path / "tasks.json")
     with Engine.load(
-        tiny_checkpoint, expert_memory="3 slots", task_profile=tmp_path / "tasks.json", max_num_seqs=2, policy="lru"
+        tiny_checkpoint,
+        expert_memory="3 slots",
+        task_profile=tmp_path / "tasks.json",
+        max_num_seqs=2,
+        policy="lru",
+        **RESIDENT,
     ) as engine:
         yield engine
 

@@ -243,3 +243,17 @@ def test_masks_taken_from_the_table_do_not_change(made):
     assert residency.table.resident_mask[0].tolist() == [False] * 4 + [True] * 4
     with pytest.raises(ValueError, match="read-only"):
         before[0, 0] = False
+
+
+def test_absent_experts_come_to_host_memory_the_best_first(made: Callable[..., tuple[Residency, FakeReader]]) -> None:
+    """Room for three of the eight that are absent: those of the highest rates."""
+    known = np.arange(LAYERS * EXPERTS, dtype=np.float32).reshape(LAYERS, EXPERTS)
+    residency, reader = made("static", rates=known, host_bytes=3 * LAYOUT.nbytes)
+    deadline = time.monotonic() + 20
+    while len(reader.reads) < 2 * 4 + 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert reader.reads[8:] == [(1, 3), (1, 2), (1, 1)]
+    residency.close()
+    assert residency.state()["store"]["fills"] == 3
+    assert len(reader.reads) == 11

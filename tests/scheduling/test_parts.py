@@ -74,7 +74,7 @@ def test_only_without_c_nothing_is_learned_of_steps(name: str):
     for _ in range(50):
         policy.observe(StepPlan(decodes=(sequence,)), 0.5, waited=0.1)
     after = policy.state()
-    for key in ("cost", "seconds_per_token", "exact_wait_s"):
+    for key in ("cost", "seconds_per_token", "miss_wait_s"):
         assert (after[key] == before[key]) == (name == without("c"))
 
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emoe_jax.requests.request import RoutingContract, SamplingParams
+from emoe_jax.requests.contract import RoutingContract
+from emoe_jax.requests.request import SamplingParams
 from emoe_jax.requests.sequence import Sequence
 from emoe_jax.scheduling.cost import CostModel, StepCost
 from emoe_jax.scheduling.estimates import Estimates

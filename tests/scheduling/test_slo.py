@@ -350,7 +350,7 @@ def test_waiting_for_loads_is_no_computing_time(waited: float):
     cost = machine.estimates.model.cost
     assert cost.seconds(1) == pytest.approx(COST.seconds(1), rel=0.1)
     assert machine.estimates.pace < 2 * COST.seconds(4)
-    assert (machine.estimates.exact_wait > 0.05) == bool(waited)
+    assert (machine.estimates.miss_wait > 0.05) == bool(waited)
     machine.add("strict", tokens=20, latency=1.0, strict=True)  # `resident`: it waits for nothing
     if waited:
         with pytest.raises(SloUnattainable):

@@ -7,15 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from emoe_jax.errors import CheckpointError, RequestError
-from emoe_jax.requests.request import (
-    SLO,
-    Completion,
-    Delta,
-    RequestOutput,
-    RoutingContract,
-    SamplingParams,
-    TokenLogprob,
-)
+from emoe_jax.requests.contract import RoutingContract
+from emoe_jax.requests.request import SLO, Completion, Delta, RequestOutput, SamplingParams, TokenLogprob
 from emoe_jax.requests.text import TextStream
 
 MAX_MODEL_LEN = 100
@@ -96,6 +89,7 @@ class FakeEngine:
         *,
         task: str | None = None,
         routing: RoutingContract | None = None,
+        tolerance: float | None = None,
         slo: SLO | None = None,
         arrival: float | None = None,
         cache_salt: str | None = None,
@@ -104,7 +98,8 @@ class FakeEngine:
         if any(token >= VOCAB_SIZE for token in prompt):
             raise RequestError("token id outside the vocabulary", param="prompt")
         completions = [Completion(index, logprobs=None if params.logprobs is None else []) for index in range(params.n)]
-        output = RequestOutput(request_id, prompt, completions, task or "conv", routing or "resident", 0.25)
+        output = RequestOutput(request_id, prompt, completions, task or "conv", routing or "resident", tolerance, 0.25)
+        output.substituted_weight = 0.125
         output.num_cached_tokens = 1
         output.slo_unattainable = slo is not None and (slo.ttft_ms or 1) < 1
         if params.prompt_logprobs is not None:
@@ -112,7 +107,14 @@ class FakeEngine:
         streams = [TextStream(self.tokenizer, params.stop) for _ in range(params.n)]
         self.running[request_id] = Running(output, params, streams)
         self.requests.append(
-            {"prompt": prompt, "params": params, "task": task, "routing": routing, "slo": slo, "cache_salt": cache_salt}
+            {
+                "prompt": prompt,
+                "params": params,
+                "task": task,
+                "routing": routing,
+                "slo": slo,
+                "cache_salt": cache_salt,
+            }
         )
         self.arrivals.append(arrival)
         return prompt

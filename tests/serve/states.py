@@ -8,6 +8,40 @@ def engine_state() -> dict[str, Any]:
         "model": "fake",
         "family": "mixtral",
         "routing": "resident",
+        "tolerance": 0.25,
+        "audit": {
+            "rate": 0.01,
+            "audits": 12,
+            "given_up": 1,
+            "waiting": 2,
+            "seconds": 0.75,
+            "contracts": {
+                "bounded": {
+                    "qa": {
+                        "audits": 11,
+                        "tokens": 400,
+                        "kl": [0.004, 0.002, 0.006],
+                        "top1_agreement": [0.97, 0.95, 0.99],
+                        "perplexity_ratio": [1.004, 1.002, 1.006],
+                    }
+                },
+                "resident": {
+                    "sum": {
+                        "audits": 1,
+                        "tokens": 40,
+                        "kl": [0.5, 0.0, None],
+                        "top1_agreement": [0.6, None, None],
+                        "perplexity_ratio": [1.65, 1.0, None],
+                    }
+                },
+            },
+            "target": {
+                "usual": 0.01,
+                "of_tasks": {"sum": 0.03},
+                "tasks": {"qa": {"tolerance": 0.21, "settled": True}, "sum": {"tolerance": 0.15, "settled": False}},
+            },
+        },
+        "forwards": {"whole": 9, "again": 3, "layered": 2},
         "steps": 7,
         "step_seconds": 0.5,
         "residency": {
@@ -38,6 +72,8 @@ def engine_state() -> dict[str, Any]:
                 "useless": 1,
                 "layers_spared": 4,
                 "last_error": None,
+                "waited_loads": 5,
+                "wait_seconds": 0.25,
             },
         },
         "planner": {

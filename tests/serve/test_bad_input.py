@@ -163,7 +163,7 @@ def test_bad_bodies_name_the_field(client: httpx.Client, path: str, body: Any, p
             COMPLETIONS,
             {"prompt": "a", "emoe": {"foo": 1}},
             "emoe.foo",
-            "emoe.foo is no known field; expected one of task, routing, slo",
+            "emoe.foo is no known field; expected one of task, routing, tolerance, slo",
         ),
         (
             COMPLETIONS,

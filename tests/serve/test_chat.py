@@ -30,7 +30,7 @@ def test_answers_with_usage_and_extension(client: httpx.Client) -> None:
     assert choice["logprobs"] is None
     usage = {"prompt_tokens": len(PROMPT), "completion_tokens": 4, "total_tokens": len(PROMPT) + 4}
     assert answer["usage"] == usage | {"prompt_tokens_details": {"cached_tokens": 1}}
-    assert answer["emoe"] == {"task": "conv", "routing": "resident", "substituted": 0.25}
+    assert answer["emoe"] == {"task": "conv", "routing": "resident", "substituted": 0.25, "substituted_weight": 0.125}
 
 
 def test_defaults_are_vllms(start_server: StartServer) -> None:

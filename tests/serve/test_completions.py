@@ -27,7 +27,7 @@ def test_answers_a_string_with_usage_and_extension(client: httpx.Client) -> None
     cached = {"cached_tokens": 1}
     usage = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7, "prompt_tokens_details": cached}
     assert answer["usage"] == usage
-    assert answer["emoe"] == {"task": "conv", "routing": "resident", "substituted": 0.25}
+    assert answer["emoe"] == {"task": "conv", "routing": "resident", "substituted": 0.25, "substituted_weight": 0.125}
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,12 @@ def test_streams_deltas_and_closes_with_the_extension(client: httpx.Client) -> N
     assert "".join(event["choices"][0]["text"] for event in events) == "abc"
     assert [event["choices"][0]["finish_reason"] for event in events] == [None, None, "length"]
     assert "emoe" not in events[0]
-    assert events[-1]["emoe"] == {"task": "conv", "routing": "resident", "substituted": 0.25}
+    assert events[-1]["emoe"] == {
+        "task": "conv",
+        "routing": "resident",
+        "substituted": 0.25,
+        "substituted_weight": 0.125,
+    }
     assert all("usage" not in event for event in events)
     for event in events:
         CompletionResponse.model_validate(event)

@@ -35,3 +35,25 @@ def test_host_memory_is_named_where_there_is_any(host: int, shown: bool) -> None
     assert "[tiny] (mixtral)" in text
     assert "up to 16 sequences and 512 tokens" in text
     assert "3 to 4 of 8 in each of 2 layers (44%)" in text
+
+
+def test_the_pool_is_named_where_there_is_one() -> None:
+    given = {"device": 72 * GIB, "weights": GIB, "slab": GIB, "kv_cache": GIB, "workspace": GIB, "host": 0}
+    for share, shown in ((0.9, True), (None, False)):
+        table = start_up_table(
+            model="m",
+            family="mixtral",
+            routing="resident",
+            device="NVIDIA H100",
+            memory=given,
+            resident=[3],
+            num_experts=8,
+            has_tokenizer=True,
+            has_chat_template=True,
+            tasks=None,
+            url="http://127.0.0.1:8000",
+            pool_share=share,
+        )
+        output = io.StringIO()
+        Console(file=output, width=120).print(table)
+        assert ("90% of the card (XLA_CLIENT_MEM_FRACTION)" in output.getvalue()) == shown

@@ -132,6 +132,9 @@ def test_a_chat_and_the_slab(browser: Any, start_server: StartServer, scheme: st
         assert page.locator("#planner").get_by_text("counts").is_visible()
         assert page.get_by_role("row", name="qa 3 10 % 4 % 50 %").is_visible()
         assert page.get_by_role("row", name="lru 70 % 60 % 2.5").is_visible()
+        assert page.get_by_text("perplexity may lie 1 % above that of all experts").is_visible()
+        lost = "bounded, qa 11 1.004× (1.002–1.006) 0.970 (0.950–0.990) 0.0040 (0.0020–0.0060) 0.21"
+        assert page.get_by_role("row", name=lost).is_visible()
         assert page.get_by_text("256 steps judged, 12 left out").is_visible()
         assert not complaints
         page.close()

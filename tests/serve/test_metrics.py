@@ -15,17 +15,17 @@ from tests.serve.resident import needs_proc, resident_bytes
 from tests.serve.states import engine_state
 from tests.serve.test_server import ask, wait_until
 
-Samples = dict[tuple[str, str], float]
+Samples = dict[tuple[str, ...], float]
 
 
 def parsed(text: str) -> Samples:
-    """Values by name and the label beside `model_name`, `""` without one."""
+    """Values by name and the labels beside `model_name`, `""` without one."""
     values: Samples = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             labels = dict(sample.labels)
             assert labels.pop("model_name", None) == ("fake" if sample.name.startswith("emoe:") else None)
-            values[sample.name, next(iter(labels.values()), "")] = sample.value
+            values[sample.name, *(labels.values() or [""])] = sample.value
     return values
 
 
@@ -87,6 +87,9 @@ def test_the_engine_s_state_is_scraped(start_server: StartServer, monkeypatch: p
         ("emoe:expert_wishes_total", "3"): 10,
         ("emoe:expert_wishes_resident_total", ""): 17,
         ("emoe:expert_loads_total", ""): 6,
+        ("emoe:expert_wait_loads_total", ""): 5,
+        ("emoe:expert_wait_seconds_total", ""): 0.25,
+        ("emoe:forwards_total", "again"): 3,
         ("emoe:expert_loads_useless_total", ""): 1,
         ("emoe:link_bandwidth_bytes_per_second", ""): 70000,
         ("emoe:predictor_open", ""): 1,
@@ -110,12 +113,21 @@ def test_the_engine_s_state_is_scraped(start_server: StartServer, monkeypatch: p
         ("emoe:engine_step_seconds_total", ""): 0.5,
         ("emoe:task_substituted_ratio", "qa"): 0.1,
         ("emoe:task_substituted_weight", "sum"): 0.05,
+        ("emoe:audits_total", ""): 12,
+        ("emoe:audits_given_up_total", ""): 1,
+        ("emoe:audits_waiting", ""): 2,
+        ("emoe:audit_seconds_total", ""): 0.75,
+        ("emoe:audit_kl", "bounded", "high", "qa"): 0.006,
+        ("emoe:audit_top1_agreement", "bounded", "mean", "qa"): 0.97,
+        ("emoe:audit_perplexity_ratio", "resident", "low", "sum"): 1.0,
+        ("emoe:tolerance", "qa"): 0.21,
         ("emoe:slo_answers_total", ""): 2,
         ("emoe:slo_given_up_total", ""): 1,
         ("emoe:task_slo_attained_total", "qa"): 1,
     }
     assert {key: values[key] for key in expected} == expected
     assert ("emoe:planner_coverage", "promised") not in values
+    assert ("emoe:audit_perplexity_ratio", "resident", "high", "sum") not in values
 
 
 @needs_proc

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import pytest
 
 from emoe_jax import ConfigError, Engine, EngineConfig
-from emoe_jax.engine import engine as engine_module
+from emoe_jax.engine import keywords
 from emoe_jax.option_fields import Options, option, options_of
 from serve.flags import Parser, parser_of, read_values
 from serve.options import TITLES, ServerOptions, parse_options
@@ -76,7 +76,7 @@ def test_mistakes_with_a_new_option_are_named(
 
 
 def test_a_new_option_is_a_keyword_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "EngineConfig", More)
+    monkeypatch.setattr(keywords, "EngineConfig", More)
     load: Any = Engine.load  # type checkers know the options of `EngineConfig` only
     with pytest.raises(ConfigError, match="warmth is 10; expected at most 9"):
         load("/nonexistent", warmth=10)

@@ -12,13 +12,11 @@ import pytest
 from flax import nnx
 
 from emoe_jax import ConfigError, Engine, SamplingParams
-from emoe_jax.device import runner as running
-from emoe_jax.device.step import Wishes
 from emoe_jax.models import save_checkpoint
 from emoe_jax.moe import moe_ffn
 from emoe_jax.tasks import TaskProfile
 from emoe_jax.traces import RoutingTrace
-from tests.engines import TINY, random_model
+from tests.engines import RESIDENT, TINY, random_model
 from tests.models.plain import plain_forward
 
 RAW = TINY | {"num_hidden_layers": 2}
@@ -52,7 +50,7 @@ def expected_routing(tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
         return moe_ffn(rows, ids, weights, jnp.arange(8), layer_experts, model.config, backend="reference")
 
     _, routings = plain_forward(model, jnp.asarray([tokens]), experts, moe)
-    ids, probs = ([np.asarray(field) for field in fields] for fields in zip(*[r[3:] for r in routings], strict=True))
+    ids, probs = ([np.asarray(field) for field in fields] for fields in zip(*[r[3:5] for r in routings], strict=True))
     return np.stack(ids, axis=1), np.stack(probs, axis=1)
 
 
@@ -89,12 +87,11 @@ def test_probabilities_stay_on_the_device_without_a_recorder(engine: Engine, mon
         fetched.append(tree)
         return device_get(tree)
 
-    monkeypatch.setattr(running.jax, "device_get", spy)
+    monkeypatch.setattr(jax, "device_get", spy)
     engine.generate(PROMPTS[0], GREEDY)
     assert len(fetched) == GREEDY.max_tokens  # one wait per step
-    wishes = [part for outputs in fetched for output in outputs for part in output if isinstance(part, Wishes)]
-    assert len(wishes) == GREEDY.max_tokens
-    assert all(part.probs is None for part in wishes)
+    assert all(output.wish_probs is None for output in fetched)
+    assert all(len(jax.tree.leaves(output)) == 1 for output in fetched)  # and all that is read is one array
 
 
 def test_a_recorder_attached_after_warm_up_compiles_nothing(checkpoint: Path, tmp_path: Path) -> None:
@@ -104,7 +101,7 @@ def test_a_recorder_attached_after_warm_up_compiles_nothing(checkpoint: Path, tm
         if "backend_compile" in event:
             compilations.append(event)
 
-    options: dict[str, Any] = {"policy": "static", "max_num_seqs": 2, "max_num_batched_tokens": 16}
+    options: dict[str, Any] = {"policy": "static", "max_num_seqs": 2, "max_num_batched_tokens": 16} | RESIDENT
     with Engine.load(checkpoint, expert_memory="3 slots", max_model_len=64, **options) as engine:
         engine.warm_up()
         jax.monitoring.register_event_duration_secs_listener(listen)

@@ -23,7 +23,7 @@ def test_the_first_two_layers_start_as_an_induction_circuit():
             scores = jnp.einsum("BTNH,BSNH->BNTS", q, jnp.repeat(k, 2, axis=2))
             patterns.append(jnp.argmax(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1)[0])
             x, _ = layer.attention(
-                x, positions, lambda q, k, v: (attend_packed(q, k, v, mask, config.attention_scale), None)
+                x, positions, lambda q, k, v, _: (attend_packed(q, k, v, mask, config.attention_scale), None)
             )
         return patterns
 

@@ -12,7 +12,6 @@ import pytest
 from flax import nnx
 
 from emoe_jax import Engine
-from emoe_jax.device.step import StepInputs
 from emoe_jax.errors import ConfigError
 from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models import config_from_hf, save_checkpoint
@@ -22,7 +21,7 @@ from tests.serve import checkpoint as tiny
 from train.sensitivity import __main__ as command
 from train.sensitivity import profile
 from train.sensitivity.embedding import embedding_model
-from train.sensitivity.forward import RandomisedModel, draw_experts, page_room
+from train.sensitivity.forward import RandomisedModel, TextInputs, draw_experts, page_room
 from train.sensitivity.measure import Deviation, Follower, generate
 
 CONFIG = tiny.CONFIG | {"num_hidden_layers": 2}
@@ -50,7 +49,7 @@ def model(directory: Path) -> RandomisedModel:
 def whole(model: RandomisedModel, text: list[int], sequence: int, random_layers: np.ndarray) -> np.ndarray:
     """Logits of every position of one text, in one call."""
     cache, tables = model.new_cache(1, page_room(len(text)))
-    inputs = StepInputs(np.array([text]), np.zeros(1, np.int32), np.array([len(text)]), tables)
+    inputs = TextInputs(np.array([text]), np.zeros(1, np.int32), np.array([len(text)]), tables)
     at = np.arange(len(text))[None]
     return np.asarray(model.run(cache, inputs, at, np.array([sequence]), random_layers)[1])[0]
 

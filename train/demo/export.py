@@ -13,7 +13,7 @@ from flax import nnx
 from tokenizers import Tokenizer
 
 from emoe_jax.config import ModelConfig
-from emoe_jax.experts.weights import ExpertLayout, ExpertWeights
+from emoe_jax.experts.record_format import RecordFormat
 from emoe_jax.models import config_from_hf, load_dense, open_checkpoint, save_checkpoint
 from train.demo import objective, tokenizer
 from train.demo.objective import Parameters
@@ -42,10 +42,10 @@ def read(directory: Path) -> tuple[ModelConfig, Parameters, Tokenizer]:
     dense = {".".join(map(str, path)): variable[...] for path, variable in nnx.to_flat_state(state)}
     layers = []
     for layer in range(len(config.moe_layers)):
-        layout = ExpertLayout.of(config, "float32")
+        layout = RecordFormat.of(config, "float32")
         records = np.empty((config.num_experts, layout.size), np.float32)
         for expert, record in enumerate(records):
             checkpoint.read_expert(layer, expert, record, layout)
         views = [layout.views(record) for record in records]
-        layers.append(ExpertWeights(*(jnp.array(np.stack(half)) for half in zip(*views, strict=True))))
+        layers.append(layout.weights(map(np.stack, zip(*views, strict=True))))
     return config, Parameters(dense, tuple(layers)), Tokenizer.from_file(str(directory / "tokenizer.json"))

@@ -100,7 +100,7 @@ def packed_forward(
     valid = documents > 0
     for index, (layer, layer_experts) in enumerate(zip(model.layers, experts, strict=True)):
         x, _ = layer.attention(
-            x, positions, lambda q, k, v: (attend_packed(q, k, v, mask, config.attention_scale), None)
+            x, positions, lambda q, k, v, _: (attend_packed(q, k, v, mask, config.attention_scale), None)
         )
         rows, routing = layer.moe_input(x, None, valid.reshape(-1))
         if restriction:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +12,32 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from emoe_jax.attention.paged import LayerKV, paged_attend
+from emoe_jax.attention import KVView, LayerKV, paged_attend
 from emoe_jax.checkpoint import Checkpoint
 from emoe_jax.config import ModelConfig
 from emoe_jax.device.kv_cache import KVCache, new_cache
-from emoe_jax.device.step import Skeleton, StepInputs
-from emoe_jax.experts.weights import ExpertLayout, ExpertWeights
+from emoe_jax.device.step import Skeleton
+from emoe_jax.experts.record_format import RecordFormat
+from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.memory.plan import MemoryPlan, usable_memory
 from emoe_jax.models import load_dense, open_checkpoint
 from emoe_jax.models.decoder import Decoder
 from emoe_jax.moe import moe_ffn
 from emoe_jax.scheduling.pages import PAGE_SIZE, pages_for
+
+
+class TextInputs(NamedTuple):
+    """New tokens of sequences, padded to one length: `lengths` of each, the first at position `starts`."""
+
+    tokens: Int[Any, "B T"]
+    starts: Int[Any, " B"]
+    lengths: Int[Any, " B"]
+    block_tables: Int[Any, "B pages_per_sequence"]
+
+    def view(self) -> KVView:
+        """What the tokens attend to."""
+        starts, lengths, tables = (jnp.asarray(x) for x in self[1:])
+        return KVView.of(starts, lengths, tables, self.tokens.shape[1])
 
 
 class RandomisedModel:
@@ -58,7 +74,7 @@ class RandomisedModel:
     def run(
         self,
         cache: KVCache,
-        inputs: StepInputs,
+        inputs: TextInputs,
         at: Int[np.ndarray, "B answer"],
         sequences: Int[np.ndarray, " B"],
         random_layers: Bool[np.ndarray, " M"],
@@ -88,13 +104,14 @@ def page_room(tokens: int) -> int:
 
 def _experts(checkpoint: Checkpoint, layer: int, dtype: str) -> ExpertWeights:
     """All experts of one MoE layer, in order."""
-    layout, number = ExpertLayout.of(checkpoint.config, dtype), checkpoint.config.num_experts
-    w_in, w_out = (np.empty((number, *shape), layout.dtype) for shape in (layout.in_shape, layout.out_shape))
+    layout, number = RecordFormat.of(checkpoint.config, dtype), checkpoint.config.num_experts
+    arrays = [np.empty((number, *array.shape), array.dtype) for array in layout.arrays]
     record = np.empty(layout.size, layout.dtype)
     for expert in range(number):
         checkpoint.read_expert(layer, expert, record, layout)
-        w_in[expert], w_out[expert] = layout.views(record)
-    return ExpertWeights(jnp.array(w_in), jnp.array(w_out))
+        for array, part in zip(arrays, layout.views(record), strict=True):
+            array[expert] = part
+    return layout.weights(arrays)
 
 
 @partial(jax.jit, static_argnames=("skeleton", "config"), donate_argnames=("cache",))
@@ -102,7 +119,7 @@ def _run(
     leaves: tuple[Array, ...],
     experts: tuple[ExpertWeights, ...],
     cache: KVCache,
-    inputs: StepInputs,
+    inputs: TextInputs,
     at: Int[Array, "B answer"],
     sequences: Int[Array, " B"],
     random_layers: Bool[Array, " M"],

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from emoe_jax.device.step import StepInputs
-from train.sensitivity.forward import RandomisedModel, page_room
+from train.sensitivity.forward import RandomisedModel, TextInputs, page_room
 
 _ROUND = 64  # tokens that lengths are rounded up to, so that few shapes compile
 
@@ -42,7 +41,7 @@ def generate(
         starts, last = np.zeros(batch, np.int32), np.maximum(lengths - 1, 0)[:, None]
         growing = np.arange(batch) < len(chosen)
         for _ in range(max_tokens):
-            inputs = StepInputs(tokens, starts, lengths, tables)
+            inputs = TextInputs(tokens, starts, lengths, tables)
             cache, logits = model.run(cache, inputs, last, sequences, random_layers)
             best = np.asarray(jnp.argmax(logits[:, 0], axis=-1)).astype(np.int32)
             for row, x in enumerate(chosen):
@@ -95,7 +94,7 @@ class Follower:
             first = len(self._texts[x]) - self._answers[x]
             at[row] = np.minimum(first + np.arange(self._longest), len(self._texts[x]) - 1)
         cache, tables = self._model.new_cache(self._batch, page_room(width))
-        inputs = StepInputs(tokens, np.zeros(self._batch, np.int32), lengths, tables)
+        inputs = TextInputs(tokens, np.zeros(self._batch, np.int32), lengths, tables)
         sequences = np.resize(np.array(chosen, np.int32), self._batch)
         return self._model.run(cache, inputs, at, sequences, random_layers)[1]
 

@@ -1,0 +1,1 @@
+"""What each routing contract costs in quality and in loads."""

@@ -1,0 +1,1 @@
+"""What the routing contracts cost: answers compared with what all experts would have said, and a target for it."""

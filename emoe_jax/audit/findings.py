@@ -1,0 +1,122 @@
+"""What audits found, by contract and task, with intervals."""
+
+import dataclasses
+import math
+from collections import deque
+from collections.abc import Iterable
+from collections.abc import Sequence as Rows
+from typing import Any, NamedTuple
+
+from scipy.special import stdtrit
+
+from emoe_jax.residency.accounts import MOST_TASKS
+from emoe_jax.tasks import OTHER
+
+RECENT = 128
+"""Audited answers of a task that its estimates are of."""
+
+CONFIDENCE = 0.95
+
+LEAST = 8
+"""Answers that an interval is given for."""
+
+MOST_NATS = 100.0
+"""What a KL is told up to: no larger one means anything."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """Of one answer: means over those of its tokens that were compared."""
+
+    tokens: int
+    """Of the whole answer: what the means stand for."""
+    kl: float
+    """KL(all experts || as served), in nats."""
+    agreement: float
+    """Share of tokens for which both had the same most probable one."""
+    tolerance: float = 0.0
+    """Under which it was served."""
+    given_up: float = 0.0
+    """Share of its router weight that was substituted."""
+
+
+class Estimate(NamedTuple):
+    """A mean per token, from answers of which each has its own mean."""
+
+    mean: float
+    error: float
+    """Its standard error; infinite for fewer than two answers."""
+    answers: int
+
+    @classmethod
+    def of(cls, values: Rows[float], tokens: Rows[int]) -> "Estimate":
+        """The mean over the tokens of at least one answer. Tokens of one answer are no independent draws, so the error
+        is that of a ratio estimate over answers (Cochran, Sampling Techniques, 6.4).
+        """
+        total, count = sum(tokens), len(values)
+        mean = sum(value * weight for value, weight in zip(values, tokens, strict=True)) / total
+        if count < 2:
+            return cls(mean, math.inf, count)
+        squares = sum((weight * (value - mean)) ** 2 for value, weight in zip(values, tokens, strict=True))
+        return cls(mean, math.sqrt(squares * count / (count - 1)) / total, count)
+
+    @classmethod
+    def of_kl(cls, findings: Iterable[Finding]) -> "Estimate":
+        """Mean KL per token, in nats."""
+        answers = list(findings)
+        return cls.of([each.kl for each in answers], [each.tokens for each in answers])
+
+    def interval(self, low: float, high: float) -> tuple[float, float, float] | None:
+        """The mean and its 95 % confidence interval, of which no end is below `low` or above `high`.
+
+        None for fewer than `LEAST` answers, which may all be of the usual kind.
+        """
+        if self.answers < LEAST:
+            return None
+        margin = float(stdtrit(self.answers - 1, (1 + CONFIDENCE) / 2)) * self.error
+        return self.mean, max(low, self.mean - margin), min(high, self.mean + margin)
+
+
+class Findings:
+    """The newest audits of every contract and task."""
+
+    def __init__(self) -> None:
+        self._recent: dict[tuple[str, str], deque[Finding]] = {}
+        self._totals: dict[tuple[str, str], int] = {}
+
+    def add(self, contract: str, task: str | None, finding: Finding) -> None:
+        """Book the audit of an answer."""
+        key = contract, task or "unclassified"
+        if key not in self._recent and len(self._recent) >= MOST_TASKS:
+            key = contract, OTHER
+        self._recent.setdefault(key, deque(maxlen=RECENT)).append(finding)
+        self._totals[key] = self._totals.get(key, 0) + 1
+
+    def state(self) -> dict[str, Any]:
+        """By contract and task: audits since the start; of the newest under one tolerance, the newest, the tokens they
+        stand for and the estimates.
+
+        `perplexity_ratio` is expected on text such as the model writes with all experts: exp of the mean KL.
+        """
+        state: dict[str, Any] = {}
+        for (contract, task), recent in sorted(self._recent.items()):
+            # A tolerance that is searched for changes, and more answers are audited meanwhile.
+            findings = [each for each in recent if each.tolerance == recent[-1].tolerance]
+            kl = Estimate.of_kl(findings)
+            agreement = Estimate.of([each.agreement for each in findings], [each.tokens for each in findings])
+            nats, same = kl.interval(0.0, MOST_NATS), agreement.interval(0.0, 1.0)
+            state.setdefault(contract, {})[task] = {
+                "audits": self._totals[contract, task],
+                "tolerance": findings[-1].tolerance if contract == "bounded" else None,
+                "tokens": sum(each.tokens for each in findings),
+                "kl": _told(kl.mean, nats),
+                "top1_agreement": _told(agreement.mean, same),
+                "perplexity_ratio": _told(math.exp(min(kl.mean, MOST_NATS)), nats and tuple(map(math.exp, nats))),
+            }
+        return state
+
+
+def _told(mean: float, interval: tuple[float, ...] | None) -> list[float | None]:
+    """Mean, low and high end as JSON-able values; the ends are None where there is no interval."""
+    ends = (None, None) if interval is None else interval[1:]
+    return [None if value is None else round(value, 6) for value in (mean, *ends)]

@@ -1,0 +1,158 @@
+"""`QualityTarget`: the largest tolerance under which answers keep a promise, found by audits for each task."""
+
+import math
+from collections import deque
+from typing import Any
+
+from emoe_jax.audit.findings import Estimate, Finding
+from emoe_jax.requests.contract import USUAL_TOLERANCE, QualityTargets
+from emoe_jax.residency.accounts import MOST_TASKS
+from emoe_jax.tasks import OTHER
+
+STEPS = range(-8, 13)
+"""Rungs of the ladder around the usual tolerance, each `2 ** (1 / 4)` of the one below it. Below them is 0: `exact`."""
+
+ENOUGH = 6
+"""Audits of a rung before it is left for a higher one, or stayed on."""
+
+DOUBTS = ((2 * ENOUGH, 1), (ENOUGH, 0), (3, -1))
+"""From so many audits on, so many standard errors of them are held against a rung."""
+
+RECENT = 32
+"""Audits of a rung that count."""
+
+GROWTH = 2 ** (3 / 4)
+"""What a rung loses, expected as a multiple of the one below: with the third power of the tolerance."""
+
+LONGEST_RISE, LONGEST_FALL = 2, 4
+"""Rungs that are passed at once: what a rise to the wrong one costs is paid by answers."""
+
+DRIFT = 1.5
+"""Of the router weight that audited answers gave up: more than so many times as much, and traffic has changed."""
+
+_MEMORY = 0.05
+"""Weight of the newest answer in the mean of what answers give up."""
+
+FORGOTTEN_AFTER = 256
+"""Requests of a task after which a rung that lost too much may be tried again: traffic changes."""
+
+
+def ladder(top_k: int) -> tuple[float, ...]:
+    """The tolerances that are tried, ascending from 0."""
+    usual = USUAL_TOLERANCE / top_k
+    rungs = sorted({min(1.0, usual * 2 ** (step / 4)) for step in STEPS})
+    return (0.0, *(float(f"{rung:.3g}") for rung in rungs))
+
+
+class ToleranceSearch:
+    """The rung of one task: up while audits stay below the target, down once they do not.
+
+    It goes down as soon as the target lies below the mean by its standard error, then below the mean itself, and by the
+    most audits (`DOUBTS`) below the mean and its standard error. It goes up where a higher rung is expected to stay
+    below the target. A rung that lost too much is not tried again for a while. On the lowest rung nothing is
+    substituted, which always keeps the target. What answers give up is known without audits: where that grows, audits
+    of before do not count any more.
+    """
+
+    def __init__(self, target: float, rungs: tuple[float, ...], start: int):
+        """`target`: the ratio of perplexities less 1. `start`: the rung of the first requests."""
+        self._target = math.log1p(target)
+        self._rungs, self._rung = rungs, start
+        self._findings: deque[Finding] = deque(maxlen=RECENT)
+        self._given_up: float | None = None  # router weight of recent answers on this rung
+        self._requests = 0
+        self._lossy: dict[int, int] = {}  # rungs that lost too much, and the requests that had come by then
+
+    @property
+    def tolerance(self) -> float:
+        """Under which the next request of the task is served, if it names none."""
+        return self._rungs[self._rung]
+
+    @property
+    def settled(self) -> bool:
+        """Whether this rung keeps the target by enough audits, and the next is known or expected to lose too much."""
+        if self._rung == 0:
+            return True
+        kl = Estimate.of_kl(self._findings) if len(self._findings) >= ENOUGH else None
+        return kl is not None and kl.mean + kl.error <= self._target and not self._moves()
+
+    def arrived(self) -> None:
+        """A request of the task came."""
+        self._requests += 1
+        self._lossy = {rung: since for rung, since in self._lossy.items() if self._requests - since < FORGOTTEN_AFTER}
+        if self._rung == 0 and 1 not in self._lossy:
+            self._move(1)
+
+    def ended(self, tolerance: float, given_up: float) -> None:
+        """An answer ended that was served under this tolerance and gave up this share of its router weight."""
+        if not self._is_present(tolerance):
+            return
+        before = given_up if self._given_up is None else self._given_up
+        self._given_up = before + _MEMORY * (given_up - before)
+        if len(self._findings) >= ENOUGH:
+            audited = Estimate.of([each.given_up for each in self._findings], [each.tokens for each in self._findings])
+            if self._given_up > DRIFT * audited.mean + 2 * audited.error:
+                self._findings.clear()
+
+    def found(self, finding: Finding) -> None:
+        """An answer was audited. Those served under another tolerance, before it was changed, do not count."""
+        if not self._is_present(finding.tolerance):
+            return
+        self._findings.append(finding)
+        move = self._moves()
+        if move < 0:
+            self._lossy[self._rung] = self._requests
+        if move:
+            self._move(self._rung + move)
+
+    def _is_present(self, tolerance: float) -> bool:
+        return self._rung > 0 and math.isclose(tolerance, self.tolerance)
+
+    def _moves(self) -> int:
+        """The rungs to go up, or down where that is negative."""
+        if not self._findings:
+            return 0
+        mean, error, count = Estimate.of_kl(self._findings)
+        # The more audits there are, the more they have to say for the rung.
+        doubt = next((error * sign for least, sign in DOUBTS if count >= least), None)
+        if doubt is not None and mean + doubt > self._target:
+            down = math.ceil(math.log(mean / self._target, GROWTH))
+            return -min(max(1, down), LONGEST_FALL, self._rung)
+        if count < ENOUGH:
+            return 0
+        above = min([len(self._rungs), *(rung for rung in self._lossy if rung > self._rung)])
+        room = self._target / max(mean + error, self._target / GROWTH**LONGEST_RISE)
+        return max(0, min(int(math.log(room, GROWTH)), above - 1 - self._rung)) if room >= 1 else 0
+
+    def _move(self, rung: int) -> None:
+        self._rung = rung
+        self._findings.clear()
+        self._given_up = None
+
+
+class QualityTarget:
+    """The tolerances of all tasks, each with a target of its own or the common one."""
+
+    def __init__(self, targets: QualityTargets, top_k: int):
+        self._targets = targets
+        self._rungs = ladder(top_k)
+        self._start = self._rungs.index(float(f"{USUAL_TOLERANCE / top_k:.3g}"))
+        self._tasks: dict[str, ToleranceSearch] = {}
+
+    def search(self, task: str | None) -> ToleranceSearch:
+        """That of a task, begun when it is first asked for."""
+        name = task or "unclassified"
+        if name not in self._tasks and len(self._tasks) >= MOST_TASKS:
+            name = OTHER
+        if name not in self._tasks:
+            target = self._targets.of_tasks.get(name, self._targets.usual)
+            self._tasks[name] = ToleranceSearch(target, self._rungs, self._start)
+        return self._tasks[name]
+
+    def state(self) -> dict[str, Any]:
+        """The target, and by task the tolerance and whether it is the one to stay at."""
+        tasks = {
+            task: {"tolerance": search.tolerance, "settled": search.settled}
+            for task, search in sorted(self._tasks.items())
+        }
+        return {"usual": self._targets.usual, "of_tasks": dict(self._targets.of_tasks), "tasks": tasks}

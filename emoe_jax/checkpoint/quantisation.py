@@ -1,0 +1,44 @@
+"""How `config.json` says that weights are quantised: the formats that are read, and the names of the others."""
+
+from typing import Any
+
+from emoe_jax.errors import ConfigError
+
+KEY = "quantization_config"
+METHOD = "emoe"
+"""The `quant_method` of checkpoints that `emoe_jax.checkpoint.convert` writes."""
+
+_NAMES = {"awq": "AWQ", "gptq": "GPTQ", "fp8": "FP8", "mxfp4": "MXFP4", "gguf": "GGUF", "fbgemm_fp8": "FP8"}
+_INSTEAD = "use the checkpoint that it was made from with --expert-format int8, which quantises experts while loading"
+
+
+def quantization_config(expert_format: str) -> dict[str, str]:
+    """What `config.json` has under `KEY` where the experts are stored in this format."""
+    return {"quant_method": METHOD, "experts": expert_format}
+
+
+def stored_expert_format(value: Any) -> str | None:
+    """The format of the experts that `quantization_config` says; None where they are plain.
+
+    Raises `ConfigError`, which names the format, for one that is not read.
+    """
+    if value is None:
+        return None
+    if value == quantization_config("int8"):
+        return "int8"
+    if not isinstance(value, dict):
+        raise ConfigError(f"config.json: {KEY} is {value!r}; expected an object")
+    raise ConfigError(f"config.json: {KEY} says {_name(value)}, which is not read; {_INSTEAD}")
+
+
+def _name(value: dict[str, Any]) -> str:
+    """What people call the format."""
+    method = str(value.get("quant_method") or "no quant_method")
+    if method == METHOD:
+        return f"experts in {value.get('experts')!r}"
+    # Tools with several formats say which under keys of their own, such as "nvfp4-pack-quantized".
+    detail = str(value.get("quant_algo") or value.get("format") or "")
+    for name in ("NVFP4", "MXFP4", "FP8"):
+        if name.lower() in detail.lower():
+            return f"{name} ({method})"
+    return _NAMES.get(method, f"{method} ({detail})" if detail else method)

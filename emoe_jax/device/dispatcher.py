@@ -1,0 +1,212 @@
+"""Runs step plans: dispatches their batches, computes those again that missed experts they need, reads the tokens."""
+
+import dataclasses
+import time
+from collections import deque
+from typing import Any
+
+import jax
+import numpy as np
+
+from emoe_jax.device.batch import Batch, batches_of
+from emoe_jax.device.block_tables import BlockTables
+from emoe_jax.device.readback import keep_for_audits, keep_prompt_logprobs, not_finite, sampled_token
+from emoe_jax.device.recording import counts_by_sequence, record_wishes
+from emoe_jax.device.report import Report
+from emoe_jax.device.runner import BatchRun, Runner
+from emoe_jax.device.ways import Ways
+from emoe_jax.policies.policy import ChunkWishes
+from emoe_jax.requests.sequence import Sequence
+from emoe_jax.residency.residency import Residency, StepWishes
+from emoe_jax.scheduling.plan import SampledToken, StepPlan, StepResult
+
+MOST_FORWARDS = 3
+"""Whole forwards of one batch, each with the experts that the one before missed. Then it goes layer by layer."""
+
+
+@dataclasses.dataclass(eq=False)
+class Dispatched:
+    """A plan that the device is computing."""
+
+    plan: StepPlan
+    runs: list[BatchRun]
+    error: Exception | None = None
+    """What went wrong before it was collected."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult(StepResult):
+    """A step's tokens, and how often its routers wished for each expert."""
+
+    wishes: StepWishes
+
+
+class Dispatcher:
+    """`dispatch` plans, and `collect` them in the order of `in_flight`: one call on the device and one wait per batch.
+
+    The next plan may be dispatched before the one before it is collected: it finds the tokens that it feeds on the
+    device. A batch whose rows may need absent experts is first computed as if they needed none. Where its report says
+    otherwise, the experts are loaded and it is computed again, with all that was dispatched after it: what the KV cache
+    got is overwritten.
+    """
+
+    def __init__(self, runner: Runner, residency: Residency):
+        self.forwards: dict[str, int] = {"whole": 0, "again": 0, "layered": 0}
+        """Of batches that might need absent experts: whole ones, those of them that were computed again, others."""
+        self._runner, self._residency = runner, residency
+        self._tables = BlockTables(runner.buckets.pages)
+        self._places: dict[Sequence, int] = {}  # of the tokens that the newest plan samples
+        self._first_place = 0  # of the newest plan: plans take turns
+        self.ways = Ways()
+        self._looks_ahead = residency.waves.ahead is not None  # from layer to layer: a forward has to stop at each
+        self.in_flight: deque[Dispatched] = deque()
+        """Oldest first. Who collects a plan takes it off."""
+        self._read_at = 0.0
+
+    def dispatch(self, plan: StepPlan) -> Dispatched:
+        """Start computing a plan, whose sequences may wait for tokens of the plan before.
+
+        Raises what the expert store raises where it is computed layer by layer; the cache stays usable.
+        """
+        buckets, config = self._runner.buckets, self._runner.config
+        batches = batches_of(plan, buckets, self._tables, alone=config.router.capacity_factor is not None)
+        before, self._places = self._places, {}
+        self._first_place = (self._first_place + buckets.sequences[-1]) % buckets.token_places
+        dispatched = Dispatched(plan, [])
+        self.in_flight.append(dispatched)
+        try:
+            for batch in batches:
+                batch.await_tokens(before)
+                batch.keep_tokens(self._places, self._first_place)
+                dispatched.runs.append(self._start(batch))
+        except Exception:
+            self.in_flight.pop()
+            raise
+        return dispatched
+
+    def waits_within(self, plan: StepPlan) -> bool:
+        """Whether `dispatch` waits for the device: where it stops at routers, which say what is to be loaded."""
+        if not self._may_miss(any(sequence.routing != "resident" for sequence in plan.sequences)):
+            return False
+        buckets = self._runner.buckets
+        chunks = [chunk.length for chunk in plan.prefills if chunk.length > 1]
+        if not buckets.fits(chunks):
+            return True
+        shape = buckets.fit(len(plan.decodes) + len(plan.prefills), chunks)
+        return self._looks_ahead or self.ways.peek(shape) == "layered"
+
+    def is_doubtful(self, dispatched: Dispatched) -> bool:
+        """Whether a plan that builds on this one would likely have to be computed again with it."""
+        return not self.ways.overlaps and any(
+            run.way == "whole" and self._may_miss(run.batch.may_need) for run in dispatched.runs if run.read is None
+        )
+
+    def wait(self, dispatched: Dispatched) -> None:
+        """Wait until the device is done with a plan. What went wrong is raised by `collect`."""
+        self._settle_plan(dispatched)
+
+    def collect(self, dispatched: Dispatched) -> RunResult:
+        """Wait for a plan's tokens, and count the expert assignments of each sequence that has not ended meanwhile."""
+        self._settle_plan(dispatched)
+        if dispatched.error is not None:
+            raise dispatched.error
+        config, recorder = self._runner.config, self._runner.recorder
+        sampled: dict[Sequence, SampledToken] = {}
+        lost: set[Sequence] = set()
+        choices = len(config.moe_layers) * config.top_k
+        wish_counts = np.zeros((len(config.moe_layers), config.num_experts), np.int64)
+        resident_counts = np.zeros_like(wish_counts)
+        chunks: list[ChunkWishes] = []
+        for run in dispatched.runs:
+            batch, output = run.batch, run.read
+            assert output is not None
+            report = Report.read(output.report, batch.shape, config)
+            tokens = report.tokens if output.tokens is None else output.tokens
+            wish_counts += report.wish_counts
+            resident_counts += report.wish_counts * run.resident
+            spoilt = not_finite(batch, report.finite, output.prompt_logprobs)
+            lost |= spoilt
+            if recorder is not None and output.wish_probs is not None:
+                record_wishes(recorder, batch, report.wishes, output.wish_probs, spoilt)
+            keep_for_audits(batch, output.kept, output.comparison)
+            routed = counts_by_sequence(batch, report.wishes, config.num_experts)
+            for place, piece in enumerate(batch.pieces):
+                if piece.length > 1 and piece.sequence not in spoilt:
+                    chunks.append(ChunkWishes(routed[place], piece.length))  # of an ended one too: `report` has them
+                if piece.sequence.finished or piece.sequence in spoilt:
+                    continue
+                piece.sequence.add_routing(routed[place])
+                piece.sequence.substituted += int(report.substituted_choices[place])
+                piece.sequence.substituted_weight += float(report.substituted_weight[place])
+                piece.sequence.assigned += piece.length * choices
+                if output.prompt_logprobs is not None:
+                    keep_prompt_logprobs(batch, place, output.prompt_logprobs)
+                if piece.samples:
+                    token = int(tokens[place])
+                    sampled[piece.sequence] = sampled_token(piece.sequence, token, output.logprobs, place)
+        return RunResult(sampled, StepWishes(wish_counts, resident_counts, chunks), not_finite=frozenset(lost))
+
+    def _may_miss(self, may_need: bool) -> bool:
+        return may_need and not self._residency.is_full
+
+    def _start(self, batch: Batch) -> BatchRun:
+        """Dispatch a batch for the first time, in the way that takes less time."""
+        run = BatchRun(batch, "whole")
+        if self._may_miss(batch.may_need):
+            run.way = "layered" if self._looks_ahead else self.ways.choose(batch.shape)
+            self.forwards[run.way] += 1
+        if run.way == "layered":
+            for dispatched in self.in_flight:  # it is not to be computed again with what came before
+                self._settle_plan(dispatched)
+            run.began = time.monotonic()
+        self._runner.compute(run)
+        return run
+
+    def _settle_plan(self, dispatched: Dispatched) -> None:
+        """Have a plan stand, where those before it do. What goes wrong is kept with the plan."""
+        try:
+            for run in dispatched.runs:
+                self._settle(run)
+        except Exception as error:
+            dispatched.error = dispatched.error or error
+
+    def _settle(self, run: BatchRun) -> None:
+        """Wait for a batch, and compute it again until no expert that it needs is absent."""
+        if run.read is not None:
+            return
+        might_miss, first_way = self._may_miss(run.batch.may_need), run.way
+        tries, read = 1, jax.device_get(run.outputs)
+        while run.way == "whole" and might_miss and not self._stands(run, read):
+            tries += 1
+            if tries > MOST_FORWARDS:
+                run.way = "layered"
+            read = jax.device_get(self._runner.compute(run))
+        run.read = read
+        if might_miss:
+            now = time.monotonic()
+            self.ways.took(run.batch.shape, first_way, now - max(run.began, self._read_at), tries > 1)
+            self.forwards["again"] += tries - 1
+        self._read_at = time.monotonic()
+        if tries > 1:
+            for later in self._unread():
+                self._runner.compute(later)
+
+    def _stands(self, run: BatchRun, read: Any) -> bool:
+        """Whether a whole forward had all that it needs. If not, load it, or have the batch go layer by layer."""
+        needed = Report.read(read.report, run.batch.shape, self._runner.config).needed
+        assert run.seen is not None
+        missing = needed & ~run.seen
+        if not missing.any():
+            return True
+        capacities = np.asarray(self._residency.table.capacities)
+        fits = needed.sum(axis=1) <= capacities
+        first = int(np.flatnonzero(missing.any(axis=1))[0])
+        if fits[first]:
+            self._residency.load(needed & fits[:, None])
+        else:
+            run.way = "layered"
+        return False
+
+    def _unread(self) -> list[BatchRun]:
+        """What was dispatched after the last batch that was read, in order."""
+        return [run for dispatched in self.in_flight for run in dispatched.runs if run.read is None]

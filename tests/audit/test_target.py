@@ -1,0 +1,134 @@
+"""The search for a tolerance: it keeps the target, is not too careful, and follows traffic that changes."""
+
+import itertools
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from emoe_jax.audit.findings import LEAST, Estimate, Finding
+from emoe_jax.audit.target import FORGOTTEN_AFTER, QualityTarget, ToleranceSearch, ladder
+from emoe_jax.errors import ConfigError
+from emoe_jax.requests.contract import QualityTargets
+
+RUNGS = ladder(top_k=4)
+TARGET = 0.01
+
+
+def serve(
+    search: ToleranceSearch, kl: Callable[[float], float], requests: int, rng: np.random.Generator
+) -> list[float]:
+    """The tolerances of requests of which each is audited; `kl` is the mean at a tolerance, answers scatter by half."""
+    tolerances = []
+    for _ in range(requests):
+        search.arrived()
+        tolerances.append(search.tolerance)
+        lost = kl(search.tolerance) * rng.gamma(4, 0.25)
+        search.found(Finding(int(rng.integers(8, 64)), lost, 0.9, search.tolerance))
+    return tolerances
+
+
+def search() -> ToleranceSearch:
+    return ToleranceSearch(TARGET, RUNGS, RUNGS.index(0.15))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.floats(0.02, 0.7), st.floats(1.0, 4.0), st.integers(0, 2**32))
+def test_it_finds_the_largest_tolerance_that_keeps_the_target(limit: float, power: float, seed: int) -> None:
+    """`limit` is the tolerance at which the target is just kept."""
+    path = search()
+    serve(path, lambda tolerance: math.log1p(TARGET) * (tolerance / limit) ** power, 200, np.random.default_rng(seed))
+    kept = [rung for rung in RUNGS if rung <= limit]
+    assert -3 <= RUNGS.index(path.tolerance) - RUNGS.index(kept[-1]) <= 1
+
+
+def test_it_falls_back_to_exact_and_tries_again_later() -> None:
+    path, rng = search(), np.random.default_rng(0)
+    serve(path, lambda tolerance: 0.0 if tolerance == 0 else 1.0, 60, rng)
+    assert (path.tolerance, path.settled) == (0.0, True)
+    serve(path, lambda tolerance: 1e-4, FORGOTTEN_AFTER + 200, rng)
+    assert path.tolerance > 0.15
+
+
+def test_it_comes_down_when_traffic_changes() -> None:
+    path, rng = search(), np.random.default_rng(0)
+    serve(path, lambda tolerance: 0.01 * tolerance, 200, rng)
+    high = path.tolerance
+    tolerances = serve(path, lambda tolerance: 0.3 * tolerance, 200, rng)
+    assert high > 0.5
+    assert path.tolerance <= 0.04
+    assert tolerances.index(min(tolerances)) < 120
+
+
+def test_a_tolerance_that_lost_too_much_is_left_alone_for_a_while() -> None:
+    path, rng = search(), np.random.default_rng(0)
+    tolerances = serve(path, lambda tolerance: 0.0 if tolerance < 0.2 else 0.02, FORGOTTEN_AFTER // 2, rng)
+    tried = [before < 0.2 <= now for before, now in itertools.pairwise(tolerances)]
+    assert sum(tried) == 1
+    assert (path.tolerance, path.settled) == (0.178, True)
+
+
+def test_answers_that_give_up_more_than_before_are_audited_again() -> None:
+    path, rng = search(), np.random.default_rng(0)
+    serve(path, lambda tolerance: 0.005 * (tolerance / 0.15) ** 3, 100, rng)
+    for _ in range(100):
+        path.ended(path.tolerance, 0.04)
+    settled = path.tolerance
+    for _ in range(12):
+        path.found(Finding(32, 0.008, 0.9, settled, given_up=0.04))
+    assert path.settled
+    for _ in range(100):
+        path.ended(settled, 0.05)
+    assert path.settled
+    for _ in range(100):
+        path.ended(settled, 0.08)
+    assert not path.settled
+    assert path.tolerance == settled
+
+
+def test_audits_of_another_tolerance_do_not_count() -> None:
+    path = search()
+    for _ in range(40):
+        path.found(Finding(20, 5.0, 0.1, tolerance=0.3))
+    assert path.tolerance == 0.15
+
+
+def test_tasks_have_their_own_search_and_the_number_of_tasks_is_bounded() -> None:
+    target = QualityTarget(QualityTargets.parse("1%,SUM=3%"), top_k=4)
+    assert target.search("SUM") is target.search("SUM") is not target.search("COMP")
+    searches = {id(target.search(f"task {index}")) for index in range(1000)}
+    assert len(searches) <= 64
+    assert target.state()["tasks"]["SUM"] == {"tolerance": 0.15, "settled": False}
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(1, 500)), min_size=2, max_size=20))
+def test_an_estimate_is_the_mean_over_tokens_within_its_interval(answers: list[tuple[float, int]]) -> None:
+    values, tokens = [value for value, _ in answers], [count for _, count in answers]
+    estimate = Estimate.of(values, tokens)
+    assert estimate.mean == pytest.approx(np.average(values, weights=tokens))
+    interval = estimate.interval(0.0, 1.0)
+    if interval is None:
+        assert len(answers) < LEAST
+    else:
+        assert 0 <= interval[1] <= estimate.mean + 1e-12
+        assert estimate.mean <= interval[2] + 1e-12 <= 1 + 1e-12
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(400):
+        tokens = rng.integers(8, 64, size=24).tolist()
+        estimate = Estimate.of(rng.gamma(4, 0.25, size=24).tolist(), tokens)
+        _, low, high = estimate.interval(0.0, 9.0) or (0, 0, 0)
+        held += low <= 1.0 <= high
+    assert 0.91 < held / 400 <= 0.98
+
+
+@pytest.mark.parametrize("text", ["1", "0%", "-1%", "nan%", "inf%", "", "%", "SUM=1%", "1%,2%", "1%,=2%", "1%,SUM=x"])
+def test_what_is_no_target_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="quality_target is"):
+        QualityTargets.parse(text)

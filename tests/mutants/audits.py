@@ -1,0 +1,75 @@
+"""Mutants of audits, and of the search for a tolerance that keeps a quality target."""
+
+from tests.mutants.mutant import Mutant
+
+_AUDITS = "tests/audit/test_audits.py"
+_TARGET = "tests/audit/test_target.py"
+_AUDITOR = "emoe_jax/audit/auditor.py"
+_SEARCH = "emoe_jax/audit/target.py"
+
+AUDITS = (
+    Mutant(
+        "audit: all experts",
+        "an audited text is computed with what happens to be resident",
+        _AUDITOR,
+        'routing="exact", compared_with',
+        'routing="resident", compared_with',
+        (f"{_AUDITS}::test_an_audit_finds_what_two_uncached_forwards_differ_by",),
+    ),
+    Mutant(
+        "audit: sample",
+        "of a long answer only the first tokens are audited",
+        "emoe_jax/requests/served.py",
+        "        return drawn if drawn < MOST_KEPT else None\n",
+        "        return None if drawn >= 0 else drawn\n",
+        (f"{_AUDITS}::test_long_answers_are_audited_on_a_sample_of_their_tokens",),
+    ),
+    Mutant(
+        "audit: pages",
+        "the pages of an audit are not given back",
+        _AUDITOR,
+        "        self._pool.free(text.pages)\n",
+        "",
+        (f"{_AUDITS}::test_audits_between_the_steps_of_others_change_nothing_for_them",),
+    ),
+    Mutant(
+        "audit: nothing lost",
+        "an answer that gave nothing up is computed again",
+        _AUDITOR,
+        "        if not sequence.substituted and not sequence.num_cached:",
+        "        if sequence.num_cached < 0:",
+        (f"{_AUDITS}::test_an_answer_that_lost_nothing_is_not_computed_again",),
+    ),
+    Mutant(
+        "target: down",
+        "a tolerance stays though audits say that it loses too much",
+        _SEARCH,
+        "            return -min(max(1, down), LONGEST_FALL, self._rung)\n",
+        "            return 0 * down\n",
+        (f"{_TARGET}::test_it_comes_down_when_traffic_changes",),
+    ),
+    Mutant(
+        "target: up",
+        "a tolerance is never raised",
+        _SEARCH,
+        "        return max(0, min(int(math.log(room, GROWTH)), above - 1 - self._rung)) if room >= 1 else 0\n",
+        "        return min(0, above) if room >= 1 else 0\n",
+        (f"{_TARGET}::test_it_finds_the_largest_tolerance_that_keeps_the_target",),
+    ),
+    Mutant(
+        "target: memory",
+        "a tolerance that lost too much is tried again at once",
+        _SEARCH,
+        "            self._lossy[self._rung] = self._requests\n",
+        "            pass\n",
+        (f"{_TARGET}::test_a_tolerance_that_lost_too_much_is_left_alone_for_a_while",),
+    ),
+    Mutant(
+        "target: drift",
+        "what answers give up may grow unseen",
+        _SEARCH,
+        "            if self._given_up > DRIFT * audited.mean + 2 * audited.error:\n",
+        "            if self._given_up > 10 + audited.mean:\n",
+        (f"{_TARGET}::test_answers_that_give_up_more_than_before_are_audited_again",),
+    ),
+)

@@ -1,0 +1,96 @@
+"""Mutants of the routing contracts: tolerance, budget, sacred choices, forwards that are repeated, waves."""
+
+from tests.mutants.mutant import Mutant
+
+_CONTRACTS = "tests/engine/test_contracts.py"
+_EXACT = f"{_CONTRACTS}::test_exact_gives_the_full_models_tokens[whole-6-greedy]"
+_ALLOWED = "tests/models/test_routing.py::test_only_what_a_row_allows_is_replaced"
+
+_BIAS = "tests/models/test_routing.py::test_a_bias_chooses_and_does_not_weigh"
+
+_DISPATCHER = "emoe_jax/device/dispatcher.py"
+_ROUTING = "emoe_jax/models/routing.py"
+_STEP = "emoe_jax/device/step.py"
+
+CONTRACTS = (
+    Mutant(
+        "contract: repeat",
+        "a whole forward stands though it missed experts that it needed",
+        _DISPATCHER,
+        "        if not missing.any():\n",
+        "        if True:\n",
+        (_EXACT,),
+    ),
+    Mutant(
+        "contract: what follows",
+        "a step that was begun before the one it builds on stood is not computed again",
+        _DISPATCHER,
+        "                self._runner.compute(later)\n",
+        "                del later\n",
+        (_EXACT,),
+    ),
+    Mutant(
+        "contract: tokens kept",
+        "a plan writes its tokens where the plan before the last one has its own",
+        "emoe_jax/device/shapes.py",
+        "PLANS_KEPT = 3\n",
+        "PLANS_KEPT = 2\n",
+        (_EXACT,),
+    ),
+    Mutant(
+        "contract: tolerance",
+        "every absent wish may be replaced",
+        _ROUTING,
+        "(shares < allowances.tolerance[:, None]) & ",
+        "",
+        (_ALLOWED,),
+    ),
+    Mutant(
+        "contract: sacred",
+        "first choices may be replaced",
+        _ROUTING,
+        " & (rank >= allowances.sacred[:, None])",
+        "",
+        (_ALLOWED,),
+    ),
+    Mutant(
+        "contract: budget",
+        "what a token gives up is not held against its budget",
+        _ROUTING,
+        "    return candidates & (spent <= allowances.budget[:, None])\n",
+        "    return candidates\n",
+        (_ALLOWED,),
+    ),
+    Mutant(
+        "router: choice bias",
+        "experts rank by their scores without the bias",
+        _ROUTING,
+        "scores + choice_bias.astype(jnp.float32)[None, :]",
+        "scores",
+        (_BIAS,),
+    ),
+    Mutant(
+        "router: groups",
+        "experts rank alike whatever their group is",
+        _ROUTING,
+        ", ranks, ranks - spread - 1)",
+        ", ranks, ranks)",
+        (_BIAS,),
+    ),
+    Mutant(
+        "contract: budget of all layers",
+        "each layer has the whole budget of a token",
+        _STEP,
+        "            allowances = allowances.after(routing)\n",
+        "",
+        (f"{_CONTRACTS}::test_a_token_never_gives_up_more_than_its_budget[whole]",),
+    ),
+    Mutant(
+        "waves: order of eviction",
+        "a wave takes the slots of experts that the next one uses",
+        "emoe_jax/residency/waves.py",
+        "        room = max(1, self._table.capacities[layer] - int(resident.sum()))\n",
+        "        room = self._table.capacities[layer]\n",
+        ("tests/residency/test_waves.py::test_every_used_expert_is_in_one_wave_and_is_loaded_once",),
+    ),
+)
