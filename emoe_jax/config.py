@@ -65,6 +65,7 @@ Axes that are rarer have words as names:
     hidden               hidden units of a small network
     earlier_ME           experts of the MoE layers before one
     answer               tokens of an answer
+    answers, audits      answers that ended lately, and audited ones
     examples, resamples  examples of a task, and draws of as many of them
     loss_positions       positions of a training batch that have a loss
     groups               groups of experts

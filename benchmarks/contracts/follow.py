@@ -78,8 +78,10 @@ class Rescored:
         self.answered.append(Answered(*row, sequence in self._drawn, settled))
         self.seconds += time.monotonic() - began
         if sequence in self._drawn:
-            self._ended(sequence)
             self._drawn.remove(sequence)
+        else:
+            sequence.served = None
+        self._ended(sequence)
 
 
 def follow(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from emoe_jax.audit.findings import Finding, Findings
+from emoe_jax.audit.mix import Wishes
 from emoe_jax.audit.target import QualityTarget
 from emoe_jax.device.dispatcher import Dispatcher
 from emoe_jax.engine_config import EngineConfig
@@ -91,7 +92,8 @@ class Auditor:
     def ended(self, sequence: Sequence) -> None:
         """An answer came to its end."""
         if self.target is not None and sequence.tuned:
-            self.target.search(sequence.task).ended(sequence.allowance.tolerance, self._given_up_by(sequence))
+            search, tokens = self.target.search(sequence.task), len(sequence.generated)
+            search.ended(sequence.allowance.tolerance, _wishes_of(sequence), tokens, self._given_up_by(sequence))
         served = sequence.served
         if served is None or not len(served.positions):
             return
@@ -190,4 +192,9 @@ class Auditor:
         finding = Finding(len(answer.generated), *means, answer.allowance.tolerance, self._given_up_by(answer))
         self.findings.add(answer.routing, answer.task, finding)
         if self.target is not None and answer.tuned:
-            self.target.search(answer.task).found(finding)
+            self.target.search(answer.task).found(finding, _wishes_of(answer))
+
+
+def _wishes_of(answer: Sequence) -> Wishes:
+    assert answer.routing_counts is not None
+    return Wishes.of(answer.routing_counts)

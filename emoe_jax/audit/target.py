@@ -1,10 +1,10 @@
 """`QualityTarget`: the largest tolerance under which answers keep a promise, found by audits for each task."""
 
 import math
-from collections import deque
 from typing import Any
 
-from emoe_jax.audit.findings import Estimate, Finding
+from emoe_jax.audit.findings import Finding
+from emoe_jax.audit.mix import TrafficMix, Wishes
 from emoe_jax.requests.contract import USUAL_TOLERANCE, QualityTargets
 from emoe_jax.residency.accounts import MOST_TASKS
 from emoe_jax.tasks import OTHER
@@ -18,20 +18,14 @@ ENOUGH = 6
 DOUBTS = ((2 * ENOUGH, 1), (ENOUGH, 0), (3, -1))
 """From so many audits on, so many standard errors of them are held against a rung."""
 
-RECENT = 32
-"""Audits of a rung that count."""
-
 GROWTH = 2 ** (3 / 4)
 """What a rung loses, expected as a multiple of the one below: with the third power of the tolerance."""
 
 LONGEST_RISE, LONGEST_FALL = 2, 4
 """Rungs that are passed at once: what a rise to the wrong one costs is paid by answers."""
 
-DRIFT = 1.5
-"""Of the router weight that audited answers gave up: more than so many times as much, and traffic has changed."""
-
-_MEMORY = 0.05
-"""Weight of the newest answer in the mean of what answers give up."""
+UNKNOWN = 0.25
+"""Of the recent answers' tokens: while more are of no audited kind, half of the answers are audited."""
 
 FORGOTTEN_AFTER = 256
 """Requests of a task after which a rung that lost too much may be tried again: traffic changes."""
@@ -50,16 +44,15 @@ class ToleranceSearch:
     It goes down as soon as the target lies below the mean by its standard error, then below the mean itself, and by the
     most audits (`DOUBTS`) below the mean and its standard error. It goes up where a higher rung is expected to stay
     below the target. A rung that lost too much is not tried again for a while. On the lowest rung nothing is
-    substituted, which always keeps the target. What answers give up is known without audits: where that grows, audits
-    of before do not count any more.
+    substituted, which always keeps the target. Audits count as recent answers resemble them (`TrafficMix`), so it goes
+    down when traffic changes to a kind that loses more, and unknown kinds are audited first.
     """
 
     def __init__(self, target: float, rungs: tuple[float, ...], start: int):
         """`target`: the ratio of perplexities less 1. `start`: the rung of the first requests."""
         self._target = math.log1p(target)
         self._rungs, self._rung = rungs, start
-        self._findings: deque[Finding] = deque(maxlen=RECENT)
-        self._given_up: float | None = None  # router weight of recent answers on this rung
+        self._mix = TrafficMix()  # of this rung
         self._requests = 0
         self._lossy: dict[int, int] = {}  # rungs that lost too much, and the requests that had come by then
 
@@ -73,8 +66,10 @@ class ToleranceSearch:
         """Whether this rung keeps the target by enough audits, and the next is known or expected to lose too much."""
         if self._rung == 0:
             return True
-        kl = Estimate.of_kl(self._findings) if len(self._findings) >= ENOUGH else None
-        return kl is not None and kl.mean + kl.error <= self._target and not self._moves()
+        kl = self._mix.estimate()
+        if kl is None or kl.answers < ENOUGH or self._mix.unknown > UNKNOWN:
+            return False
+        return kl.mean + kl.error <= self._target and not self._moves()
 
     def arrived(self) -> None:
         """A request of the task came."""
@@ -83,22 +78,21 @@ class ToleranceSearch:
         if self._rung == 0 and 1 not in self._lossy:
             self._move(1)
 
-    def ended(self, tolerance: float, given_up: float) -> None:
-        """An answer ended that was served under this tolerance and gave up this share of its router weight."""
-        if not self._is_present(tolerance):
-            return
-        before = given_up if self._given_up is None else self._given_up
-        self._given_up = before + _MEMORY * (given_up - before)
-        if len(self._findings) >= ENOUGH:
-            audited = Estimate.of([each.given_up for each in self._findings], [each.tokens for each in self._findings])
-            if self._given_up > DRIFT * audited.mean + 2 * audited.error:
-                self._findings.clear()
+    def ended(self, tolerance: float, wishes: Wishes, tokens: int, given_up: float) -> None:
+        """An answer of so many tokens ended that was served under this tolerance and gave up this share of its router
+        weight. One that was served under another tolerance, before it was changed, does not count.
+        """
+        if self._is_present(tolerance):
+            self._mix.ended(wishes, tokens, given_up)
+            self._follow()
 
-    def found(self, finding: Finding) -> None:
-        """An answer was audited. Those served under another tolerance, before it was changed, do not count."""
-        if not self._is_present(finding.tolerance):
-            return
-        self._findings.append(finding)
+    def found(self, finding: Finding, wishes: Wishes) -> None:
+        """An answer was audited."""
+        if self._is_present(finding.tolerance):
+            self._mix.found(finding, wishes)
+            self._follow()
+
+    def _follow(self) -> None:
         move = self._moves()
         if move < 0:
             self._lossy[self._rung] = self._requests
@@ -110,15 +104,16 @@ class ToleranceSearch:
 
     def _moves(self) -> int:
         """The rungs to go up, or down where that is negative."""
-        if not self._findings:
+        estimate = self._mix.estimate()
+        if estimate is None:
             return 0
-        mean, error, count = Estimate.of_kl(self._findings)
+        mean, error, count = estimate
         # The more audits there are, the more they have to say for the rung.
         doubt = next((error * sign for least, sign in DOUBTS if count >= least), None)
         if doubt is not None and mean + doubt > self._target:
             down = math.ceil(math.log(mean / self._target, GROWTH))
             return -min(max(1, down), LONGEST_FALL, self._rung)
-        if count < ENOUGH:
+        if count < ENOUGH or self._mix.unknown > UNKNOWN:
             return 0
         above = min([len(self._rungs), *(rung for rung in self._lossy if rung > self._rung)])
         room = self._target / max(mean + error, self._target / GROWTH**LONGEST_RISE)
@@ -126,8 +121,7 @@ class ToleranceSearch:
 
     def _move(self, rung: int) -> None:
         self._rung = rung
-        self._findings.clear()
-        self._given_up = None
+        self._mix.clear()
 
 
 class QualityTarget:

@@ -10,12 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emoe_jax.audit.findings import LEAST, Estimate, Finding
+from emoe_jax.audit.mix import Wishes
 from emoe_jax.audit.target import FORGOTTEN_AFTER, QualityTarget, ToleranceSearch, ladder
 from emoe_jax.errors import ConfigError
 from emoe_jax.requests.contract import QualityTargets
+from tests.audit.test_mix import wishes_of
 
 RUNGS = ladder(top_k=4)
 TARGET = 0.01
+USUAL = wishes_of(0)
 
 
 def serve(
@@ -26,9 +29,15 @@ def serve(
     for _ in range(requests):
         search.arrived()
         tolerances.append(search.tolerance)
-        lost = kl(search.tolerance) * rng.gamma(4, 0.25)
-        search.found(Finding(int(rng.integers(8, 64)), lost, 0.9, search.tolerance))
+        audited(search, kl(search.tolerance) * rng.gamma(4, 0.25), int(rng.integers(8, 64)))
     return tolerances
+
+
+def audited(search: ToleranceSearch, lost: float, tokens: int = 32, wishes: Wishes = USUAL) -> None:
+    """An answer ends, and its audit finds so much lost."""
+    tolerance = search.tolerance
+    search.ended(tolerance, wishes, tokens, 0.02)
+    search.found(Finding(tokens, lost, 0.9, tolerance, given_up=0.02), wishes)
 
 
 def search() -> ToleranceSearch:
@@ -71,28 +80,53 @@ def test_a_tolerance_that_lost_too_much_is_left_alone_for_a_while() -> None:
     assert (path.tolerance, path.settled) == (0.178, True)
 
 
-def test_answers_that_give_up_more_than_before_are_audited_again() -> None:
-    path, rng = search(), np.random.default_rng(0)
-    serve(path, lambda tolerance: 0.005 * (tolerance / 0.15) ** 3, 100, rng)
-    for _ in range(100):
-        path.ended(path.tolerance, 0.04)
-    settled = path.tolerance
+def test_it_comes_down_without_an_audit_when_a_known_kind_that_loses_more_grows() -> None:
+    path, (easy, hard) = search(), (wishes_of(0), wishes_of(1))
     for _ in range(12):
-        path.found(Finding(32, 0.008, 0.9, settled, given_up=0.04))
+        audited(path, 0.0065, wishes=easy)
+    audited(path, 0.018, wishes=hard)
+    audited(path, 0.018, wishes=hard)
+    settled = path.tolerance
     assert path.settled
-    for _ in range(100):
-        path.ended(settled, 0.05)
+    for _ in range(32):
+        path.arrived()
+        path.ended(settled, hard, 32, 0.02)
+    assert path.tolerance < settled
+
+
+def test_it_comes_down_without_an_audit_when_answers_give_up_more() -> None:
+    path, wishes = search(), wishes_of(0)
+    for _ in range(12):
+        audited(path, 0.007, wishes=wishes)
+    settled = path.tolerance
+    for _ in range(32):
+        path.ended(settled, wishes, 32, 0.02)
+    assert (path.tolerance, path.settled) == (settled, True)
+    for _ in range(32):
+        path.ended(settled, wishes, 32, 0.04)
+    assert path.tolerance < settled
+
+
+def test_answers_of_a_kind_that_no_audit_knows_are_audited() -> None:
+    path = search()
+    for _ in range(12):
+        audited(path, 0.008, wishes=wishes_of(0))
     assert path.settled
-    for _ in range(100):
-        path.ended(settled, 0.08)
+    for _ in range(4):
+        path.ended(path.tolerance, wishes_of(1), 32, 0.02)
+    assert path.settled
+    for _ in range(12):
+        path.ended(path.tolerance, wishes_of(1), 32, 0.02)
     assert not path.settled
-    assert path.tolerance == settled
+    audited(path, 0.008, wishes=wishes_of(1))
+    assert path.settled
 
 
-def test_audits_of_another_tolerance_do_not_count() -> None:
+def test_answers_under_another_tolerance_do_not_count() -> None:
     path = search()
     for _ in range(40):
-        path.found(Finding(20, 5.0, 0.1, tolerance=0.3))
+        path.ended(0.3, wishes_of(0), 20, 0.5)
+        path.found(Finding(20, 5.0, 0.1, tolerance=0.3, given_up=0.5), wishes_of(0))
     assert path.tolerance == 0.15
 
 

@@ -6,6 +6,7 @@ _AUDITS = "tests/audit/test_audits.py"
 _TARGET = "tests/audit/test_target.py"
 _AUDITOR = "emoe_jax/audit/auditor.py"
 _SEARCH = "emoe_jax/audit/target.py"
+_MIX = "emoe_jax/audit/mix.py"
 
 AUDITS = (
     Mutant(
@@ -65,11 +66,27 @@ AUDITS = (
         (f"{_TARGET}::test_a_tolerance_that_lost_too_much_is_left_alone_for_a_while",),
     ),
     Mutant(
+        "target: kinds",
+        "every audit counts for every answer, whatever experts they wish for",
+        _MIX,
+        "    alike = (overlaps >= ALIKE) & (overlaps >= best[:, None] - NEAR)\n",
+        "    alike = (overlaps >= 0) & (overlaps >= best[:, None] - 2)\n",
+        (f"{_TARGET}::test_it_comes_down_without_an_audit_when_a_known_kind_that_loses_more_grows",),
+    ),
+    Mutant(
         "target: drift",
         "what answers give up may grow unseen",
+        _MIX,
+        "    return float((tokens * own * rates).sum()",
+        "    return float((tokens * own.mean() / own.mean() * 0.02 * rates).sum()",
+        (f"{_TARGET}::test_it_comes_down_without_an_audit_when_answers_give_up_more",),
+    ),
+    Mutant(
+        "target: unknown",
+        "answers of a kind that no audit knows are taken for known ones",
         _SEARCH,
-        "            if self._given_up > DRIFT * audited.mean + 2 * audited.error:\n",
-        "            if self._given_up > 10 + audited.mean:\n",
-        (f"{_TARGET}::test_answers_that_give_up_more_than_before_are_audited_again",),
+        "or self._mix.unknown > UNKNOWN:\n            return False\n",
+        "or self._mix.unknown > 1:\n            return False\n",
+        (f"{_TARGET}::test_answers_of_a_kind_that_no_audit_knows_are_audited",),
     ),
 )
