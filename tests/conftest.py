@@ -4,6 +4,7 @@ import functools
 import gc
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +15,10 @@ from hypothesis import settings
 from tests.engines import engine_of, tiny_checkpoint
 
 __all__ = ["engine_of", "tiny_checkpoint"]
+
+# Tests compile much and compute little. A GPU's kernels are tested as users get them.
+if not Path("/dev/nvidiactl").exists():
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 
 # Machines are shared: how long an example takes says nothing.
 settings.register_profile("suite", deadline=None)
