@@ -109,34 +109,34 @@ class TrafficMix:
         mass = np.array([(answer.tokens, answer.given_up) for answer in self._answers])
         kl, given_up = np.array([(each.kl, each.given_up) for each, _ in self._audited]).T
         kl, given_up = kl * (tokens := np.array([each.tokens for each, _ in self._audited])), given_up * tokens
-        mean, counts = _mean(overlaps, kl, given_up, mass)
+        every = np.ones(len(kl), bool)
+        mean, counts = _means(overlaps, kl, given_up, mass, every[None])
         if not counts.any():
             return None
-        without = [
-            _mean(overlaps[:, kept], kl[kept], given_up[kept], mass)[0]
-            for kept in (np.arange(len(kl)) != number for number in np.flatnonzero(counts))
-        ]
-        left = [each for each in without if math.isfinite(each)]
+        without = every & ~np.eye(len(kl), dtype=bool)[counts]
+        left = _means(overlaps, kl, given_up, mass, without)[0]
+        left = left[np.isfinite(left)]
         error = math.sqrt((len(left) - 1) * float(np.var(left))) if len(left) > 1 else math.inf
-        return Estimate(mean, error, int(counts.sum()))
+        return Estimate(float(mean[0]), error, int(counts.sum()))
 
 
-def _mean(
+def _means(
     overlaps: Float[np.ndarray, "answers audits"],
     kl: Float[np.ndarray, " audits"],
     given_up: Float[np.ndarray, " audits"],
     mass: Float[np.ndarray, "answers 2"],
-) -> tuple[float, Bool[np.ndarray, " audits"]]:
-    """The mean over answers of an audited kind (not a number if there is none), and which audits count for any.
+    kept: Bool[np.ndarray, "n audits"],
+) -> tuple[Float[np.ndarray, " n"], Bool[np.ndarray, " audits"]]:
+    """By each choice of audits, the mean over answers of a kind that these know (not a number if there is none); and
+    which audits count for any.
 
     `mass` are each answer's tokens and the share of weight that it gave up.
     """
-    best = overlaps.max(axis=1, initial=-math.inf)
-    alike = (overlaps >= ALIKE) & (overlaps >= best[:, None] - NEAR)
-    known = alike.any(axis=1)
-    if not known.any():
-        return math.nan, np.zeros(overlaps.shape[1], bool)
-    lost, gave = alike[known] @ kl, alike[known] @ given_up
-    tokens, own = mass[known].T
+    seen = np.where(kept[:, None], overlaps, -math.inf)
+    alike = (seen >= ALIKE) & (seen >= seen.max(axis=-1, keepdims=True) - NEAR)
+    lost, gave = alike @ kl, alike @ given_up
+    tokens, own = mass.T
     rates = np.divide(lost, gave, out=np.zeros_like(lost), where=gave > 0)
-    return float((tokens * own * rates).sum() / tokens.sum()), alike.any(axis=0)
+    known = alike.any(axis=-1) @ tokens
+    means = np.divide(rates @ (tokens * own), known, out=np.full(len(kept), math.nan), where=known > 0)
+    return means, alike.any(axis=(0, 1))

@@ -44,7 +44,7 @@ def search() -> ToleranceSearch:
     return ToleranceSearch(TARGET, RUNGS, RUNGS.index(0.15))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.floats(0.02, 0.7), st.floats(1.0, 4.0), st.integers(0, 2**32))
 def test_it_finds_the_largest_tolerance_that_keeps_the_target(limit: float, power: float, seed: int) -> None:
     """`limit` is the tolerance at which the target is just kept."""
