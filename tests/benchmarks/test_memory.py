@@ -8,12 +8,13 @@ import pytest
 
 from benchmarks.memory.__main__ import main
 from benchmarks.memory.compiled import step_bytes
-from benchmarks.memory.geometries import GEOMETRIES, read_config
+from benchmarks.memory.geometries import GEOMETRIES
 from benchmarks.memory.needs import Needs, Workload, measure, pages_on
 from emoe_jax.config import ModelConfig
 from emoe_jax.errors import CapacityError
 from emoe_jax.memory.plan import MemoryPlan, dense_parameters
 from emoe_jax.models import config_from_hf
+from emoe_jax.planning.catalogue import read_config
 from tests.engines import TINY
 
 CONFIG = config_from_hf(TINY)
