@@ -8,7 +8,7 @@ from emoe_jax.config import ModelConfig
 from emoe_jax.engine_config import EngineConfig
 from emoe_jax.planning.fit import Demand, Fit
 from emoe_jax.planning.roofline import Roofline, Work, total_seconds
-from emoe_jax.planning.targets import Target, smallest_first
+from emoe_jax.planning.targets import Target, cards_by_size
 
 PROMPT = 1024
 """Tokens that a sequence has behind it where times are predicted and nothing is said."""
@@ -136,7 +136,7 @@ def plan_model(
         demand = cards = Demand.compiled(config, options, target.platform)
         fit = demand.fit(target)
     speed = speed_of(demand, fit, target, load)
-    smallest = next((card.name for card in smallest_first(efficiency) if _suits(cards, card, load)), None)
+    smallest = next((card.name for card in cards_by_size(efficiency) if _suits(cards, card, load)), None)
     advice = () if fit.fits and speed.meets(load) else tuple(advised(demand, fit, speed, target, load))
     return Plan(model, target, demand, load, fit, speed, smallest, advice)
 

@@ -24,6 +24,7 @@ class Card(NamedTuple):
 
 _PCIE4, _PCIE5 = 25.0, 52.0
 
+# By size: `cards_by_size` keeps this order.
 # Memory: "memory.total" of nvidia-smi, which is less than the name says where error correction takes a part.
 # Bandwidth and TFLOP/s: NVIDIA's data sheets and architecture papers; products of bfloat16 with float32 sums, dense (no
 # sparsity), on tensor cores, and float32 beside them, without TF32. SXM variants where there are several.
@@ -83,7 +84,6 @@ class Target:
         return self.float32_flops if dtype == "float32" else self.half_flops
 
 
-def smallest_first(efficiency: float = EFFICIENCY) -> list[Target]:
-    """All known cards by their memory, the slower of two alike first."""
-    cards = [Target.of_card(name, efficiency) for name in CARDS]
-    return sorted(cards, key=lambda card: (card.memory_bytes, card.bandwidth))
+def cards_by_size(efficiency: float = EFFICIENCY) -> list[Target]:
+    """All known cards, those of the least memory first, and of cards that are sold as alike the slower one first."""
+    return [Target.of_card(name, efficiency) for name in CARDS]
