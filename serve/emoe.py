@@ -8,8 +8,9 @@ from collections.abc import Sequence
 COMMANDS = {
     "serve": "serve a model over an OpenAI-compatible HTTP API (python -m serve.main)",
     "plan": "what a model needs of a device, and how fast it is there at best (python -m serve.plan)",
+    "doctor": "what of this machine would keep the server from running well (python -m serve.doctor)",
 }
-MODULES = {"serve": "serve.main", "plan": "serve.plan"}
+MODULES = {"serve": "serve.main", "plan": "serve.plan", "doctor": "serve.doctor"}
 """Each has a `main` that takes the arguments and how it was called. Imported when it is called: that takes a moment."""
 
 

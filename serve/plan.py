@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from emoe_jax.amounts import parse_bytes
-from emoe_jax.demo import demo_model
+from emoe_jax.demo import MISSING, demo_model, is_missing
 from emoe_jax.engine_config import Dtype, EngineConfig, ExpertFormat
 from emoe_jax.errors import ConfigError, EmoeError, one_line
 from emoe_jax.option_fields import Options, option
@@ -156,6 +156,8 @@ def main(arguments: Sequence[str] | None = None, command: str = COMMAND) -> int:
     )
     given = read_values(parser, PlanOptions, sys.argv[1:] if arguments is None else arguments)
     model = given.pop("model")
+    if is_missing(model):
+        parser.error(MISSING)
     try:
         options = PlanOptions(**given)
         options.check()

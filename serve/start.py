@@ -53,11 +53,17 @@ def run(options: ServerOptions, on_loaded: Callable[[], None]) -> int:
 
 
 def keep_compilations() -> None:
-    """Let compiled steps survive restarts, where `JAX_COMPILATION_CACHE_DIR` says or in the user's cache folder."""
+    """Let compiled steps survive restarts, in `compilations_folder`."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emoe-jax" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_compilation_cache_dir", str(compilations_folder()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def compilations_folder() -> Path:
+    """Where `JAX_COMPILATION_CACHE_DIR` says, or in the user's cache folder."""
+    if (given := os.environ.get("JAX_COMPILATION_CACHE_DIR")) is not None:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emoe-jax" / "xla"
 
 
 def load(options: ServerOptions) -> Engine:

@@ -24,7 +24,7 @@ STEP = 100_000
 
 
 def demand(step_bytes: int | None = STEP, **options: Any) -> Demand:
-    defaults = {"expert_memory": "50%", "dtype": "float32"}
+    defaults: dict[str, Any] = {"expert_memory": "50%", "dtype": "float32"}
     return Demand(CONFIG, EngineConfig(**defaults | options), "gpu", step_bytes)
 
 
