@@ -113,6 +113,10 @@ class PlanOptions(Options):
     slo_tpot_ms: float | None = option(
         None, "objective for the time per output token, in milliseconds", low=0, open_low=True, metavar="MS"
     )
+    check: bool = option(
+        False,
+        "whether to predict steps of the demo and of a random model on this machine, run them, and compare the times",
+    )
     json: bool = option(False, "whether to print JSON instead of a table")
 
     def engine_options(self) -> EngineConfig:
@@ -126,7 +130,7 @@ class PlanOptions(Options):
             max_num_batched_tokens=self.max_num_batched_tokens,
         )
 
-    def check(self) -> None:
+    def agree(self) -> None:
         """Raise `ConfigError` for options that do not go together."""
         rates = {"hbm_gbps": self.hbm_gbps, "link_gbps": self.link_gbps, "tflops": self.tflops}
         given = [name for name, value in rates.items() if value is not None]
@@ -160,7 +164,9 @@ def main(arguments: Sequence[str] | None = None, command: str = COMMAND) -> int:
         parser.error(MISSING)
     try:
         options = PlanOptions(**given)
-        options.check()
+        options.agree()
+        if options.check:
+            return _check(options.json)
         from serve.planned import make_plan, print_plan  # takes seconds, which a mistake need not wait for
 
         plan = make_plan(model, options)
@@ -174,6 +180,22 @@ def main(arguments: Sequence[str] | None = None, command: str = COMMAND) -> int:
     except KeyboardInterrupt:
         return 130
     return FITS if plan.fit.fits and plan.meets_slo is not False else DOES_NOT
+
+
+def _check(as_json: bool) -> int:
+    """Predict and measure on this machine. Minutes the first time, as engines compile their steps."""
+    from rich.console import Console
+
+    from benchmarks import planning
+    from serve.start import keep_compilations
+
+    keep_compilations()
+    numbers = planning.check(planning.REPETITIONS)
+    if as_json:
+        print(json.dumps(numbers, indent=1))
+    else:
+        planning.show(numbers, Console())
+    return FITS
 
 
 def as_flags(message: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import planning
 from emoe_jax.planning import fit
 from emoe_jax.planning.targets import Target
 from serve import emoe, planned
@@ -165,3 +166,15 @@ def test_help_says_how_it_was_called_and_what_the_status_means(capsys: pytest.Ca
             main(["plan", "--help"])
         assert ended.value.code == 0
         assert capsys.readouterr().out.startswith(f"usage: {name} [-h]")
+
+
+def test_check_prints_what_was_predicted_and_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"model": "demo", "what": "decode", "predicted_ms": 2.0, "measured_ms": 4.0, "ratio": 0.5}
+    numbers = {"rates": {"memory_gbps": 9, "gflops": 8, "step_ms": 7, "layer_ms": 6}, "rows": [row]}
+    monkeypatch.setattr(planning, "check", lambda repetitions: numbers)
+    assert emoe.main(["plan", "--check", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == numbers
+    assert emoe.main(["plan", "--check"]) == 0
+    assert "0.50" in capsys.readouterr().out
