@@ -66,21 +66,23 @@ def load_of(options: PlanOptions, config: ModelConfig) -> Load:
 def print_plan(plan: Plan, console: Console | None = None) -> None:
     """The plan as a table, and what to change as lines."""
     fit, speed, load = plan.fit, plan.speed, plan.load
-    config = plan.demand.config
+    config = plan.footprint.config
     experts = len(config.moe_layers) * config.num_experts
     table = Table(show_header=False, title=escape(f"{plan.model} on {plan.target.name}"), title_justify="left")
     table.add_row("fits", "yes" if fit.fits else escape(f"no: {fit.problem}"))
     for what, size in (
         ("weights without experts", fit.parts.weights),
-        (f"slab of {fit.slots} of {experts} experts, {plan.demand.expert_format}", fit.parts.slab),
+        (f"slab of {fit.slots} of {experts} experts, {plan.footprint.expert_format}", fit.parts.slab),
         ("KV cache", fit.parts.kv),
         ("workspace", fit.parts.workspace),
         ("together", fit.parts.total),
         ("of the device", plan.target.memory_bytes),
     ):
         table.add_row(f"memory: {what}", format_bytes(size))
-    table.add_row("longest context", f"{fit.max_context:,} tokens, {_counted(plan.demand.batch, 'sequence')} at once")
-    table.add_row("largest batch", f"{_counted(fit.max_batch, 'sequence')} of {fit.context:,} tokens")
+    longest = f"{fit.max_context:,} tokens, {_counted(plan.footprint.batch, 'sequence')} at once"
+    table.add_row("longest context", longest if fit.max_context else "none")
+    largest = f"{_counted(fit.max_batch, 'sequence')} of {fit.context:,} tokens"
+    table.add_row("largest batch", largest if fit.max_batch else "none")
     table.add_row("coverage", f"{speed.coverage:.1%} of the routers' choices")
     table.add_row("first token, at least", f"{speed.ttft_ms:.4g} ms for a prompt of {load.prompt:,} tokens")
     sequences = f"{_counted(load.batch, 'sequence')} of {load.prompt:,} tokens"

@@ -61,8 +61,8 @@ class Fit:
 
 
 @dataclasses.dataclass(frozen=True)
-class Demand:
-    """What a model under options asks of the memory of devices of one platform."""
+class Footprint:
+    """What a model under options takes of the memory of devices of one platform."""
 
     config: ModelConfig
     options: EngineConfig
@@ -72,7 +72,7 @@ class Demand:
     """What a step takes beside its arguments; None: as the engine plans without a figure, a share of the device."""
 
     @classmethod
-    def compiled(cls, config: ModelConfig, options: EngineConfig, platform: str) -> "Demand":
+    def compiled(cls, config: ModelConfig, options: EngineConfig, platform: str) -> "Footprint":
         """With what a step takes, compiled for a device on which everything has room."""
         roomy = requested_plan(config, options, platform, _NO_LIMIT, 0)(step_bytes=0)
         return cls(config, options, platform, step_bytes(config, roomy, options.step_size(platform), platform))
@@ -99,7 +99,7 @@ class Demand:
         sequences = self.options.max_num_seqs
         return sequences if isinstance(sequences, int) else 1
 
-    def with_options(self, options: EngineConfig) -> "Demand":
+    def with_options(self, options: EngineConfig) -> "Footprint":
         """The same model under other options; a step takes the same, whatever is resident and in which format."""
         return dataclasses.replace(self, options=options)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from emoe_jax.config import ModelConfig
 from emoe_jax.engine_config import EngineConfig
-from emoe_jax.planning.fit import Demand, Fit
+from emoe_jax.planning.fit import Fit, Footprint
 from emoe_jax.planning.roofline import Roofline, Work, total_seconds
 from emoe_jax.planning.targets import Target, cards_by_size
 
@@ -69,7 +69,7 @@ class Plan:
 
     model: str
     target: Target
-    demand: Demand
+    footprint: Footprint
     load: Load
     fit: Fit
     speed: Speed
@@ -86,7 +86,7 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         """Numbers by name, for programs."""
-        config, parts, speed = self.demand.config, self.fit.parts, self.speed
+        config, parts, speed = self.footprint.config, self.fit.parts, self.speed
         return {
             "model": self.model,
             "device": self.target.name,
@@ -94,12 +94,12 @@ class Plan:
             "fits": self.fit.fits,
             "problem": self.fit.problem,
             "context": self.fit.context,
-            "batch": self.demand.batch,
+            "batch": self.footprint.batch,
             "max_context": self.fit.max_context,
             "max_batch": self.fit.max_batch,
             "memory_bytes": dataclasses.asdict(parts) | {"total": parts.total},
-            "dtype": self.demand.dtype,
-            "expert_format": self.demand.expert_format,
+            "dtype": self.footprint.dtype,
+            "expert_format": self.footprint.expert_format,
             "resident_share": self.fit.slots / (len(config.moe_layers) * config.num_experts),
             "prompt": self.load.prompt,
             "coverage": speed.coverage,
@@ -129,40 +129,40 @@ def plan_model(
     options do not suit the model.
     """
     if is_here:
-        demand = Demand(config, options, target.platform, None)
-        cards = demand if target.platform == "gpu" else dataclasses.replace(demand, platform="gpu")
-        fit = demand.fit_here(target)
+        footprint = Footprint(config, options, target.platform, None)
+        cards = footprint if target.platform == "gpu" else dataclasses.replace(footprint, platform="gpu")
+        fit = footprint.fit_here(target)
     else:
-        demand = cards = Demand.compiled(config, options, target.platform)
-        fit = demand.fit(target)
-    speed = speed_of(demand, fit, target, load)
+        footprint = cards = Footprint.compiled(config, options, target.platform)
+        fit = footprint.fit(target)
+    speed = speed_of(footprint, fit, target, load)
     smallest = next((card.name for card in cards_by_size(efficiency) if _suits(cards, card, load)), None)
-    advice = () if fit.fits and speed.meets(load) else tuple(advised(demand, fit, speed, target, load))
-    return Plan(model, target, demand, load, fit, speed, smallest, advice)
+    advice = () if fit.fits and speed.meets(load) else tuple(advised(footprint, fit, speed, target, load))
+    return Plan(model, target, footprint, load, fit, speed, smallest, advice)
 
 
-def speed_of(demand: Demand, fit: Fit, target: Target, load: Load) -> Speed:
+def speed_of(footprint: Footprint, fit: Fit, target: Target, load: Load) -> Speed:
     """The times of a model that fits, or would."""
     roofline = Roofline(
-        demand.config, demand.dtype, demand.expert_format, slots=fit.slots / len(demand.config.moe_layers)
+        footprint.config, footprint.dtype, footprint.expert_format, slots=fit.slots / len(footprint.config.moe_layers)
     )
-    chunk = demand.options.step_size(target.platform).tokens
+    chunk = footprint.options.step_size(target.platform).tokens
     return Speed.of(roofline, target, load, chunk)
 
 
-def advised(demand: Demand, fit: Fit, speed: Speed, target: Target, load: Load) -> Iterator[str]:
+def advised(footprint: Footprint, fit: Fit, speed: Speed, target: Target, load: Load) -> Iterator[str]:
     """Changes that each would do alone, tried before they are named."""
     if not fit.fits:
-        yield from _room_for_all(demand, fit, target)
+        yield from _room_for_all(footprint, fit, target)
     elif load.tpot_ms is not None and speed.tpot_ms > load.tpot_ms:
-        yield from _faster(demand, fit, speed, target, load)
+        yield from _faster(footprint, fit, speed, target, load)
 
 
-def _room_for_all(demand: Demand, fit: Fit, target: Target) -> Iterator[str]:
-    options = demand.options
+def _room_for_all(footprint: Footprint, fit: Fit, target: Target) -> Iterator[str]:
+    options = footprint.options
     for expert_format in dict.fromkeys((options.expert_format, "int8")):
         flags = "" if expert_format == options.expert_format else " --expert-format int8"
-        other = demand.with_options(dataclasses.replace(options, expert_format=expert_format))
+        other = footprint.with_options(dataclasses.replace(options, expert_format=expert_format))
         if flags and other.fit(target).fits:
             yield f"{flags.strip()} fits with the same --expert-memory"
             continue
@@ -170,17 +170,17 @@ def _room_for_all(demand: Demand, fit: Fit, target: Target) -> Iterator[str]:
         if share is None:
             continue
         shared = dataclasses.replace(other.options, expert_memory=f"{share:g}%")
-        if demand.with_options(shared).fit(target).fits:
+        if footprint.with_options(shared).fit(target).fits:
             yield f"--expert-memory {share:g}%{flags} fits: the most of the experts that leaves room for the sequences"
     if fit.max_context >= 2:
-        yield f"--context {fit.max_context} fits: the longest sequences, {demand.batch} at once"
-    if 0 < fit.max_batch < demand.batch:
+        yield f"--context {fit.max_context} fits: the longest sequences, {footprint.batch} at once"
+    if 0 < fit.max_batch < footprint.batch:
         yield f"--batch {fit.max_batch} fits: as many sequences of {fit.context} tokens as have room at once"
 
 
-def _faster(demand: Demand, fit: Fit, speed: Speed, target: Target, load: Load) -> Iterator[str]:
+def _faster(footprint: Footprint, fit: Fit, speed: Speed, target: Target, load: Load) -> Iterator[str]:
     def tpot(changed: Load) -> float:
-        return speed_of(demand, fit, target, changed).tpot_ms
+        return speed_of(footprint, fit, target, changed).tpot_ms
 
     assert load.tpot_ms is not None
     if tpot(dataclasses.replace(load, coverage=1.0)) <= load.tpot_ms:
@@ -203,6 +203,6 @@ def _halves(batch: int) -> Iterator[int]:
         yield batch
 
 
-def _suits(demand: Demand, card: Target, load: Load) -> bool:
-    fit = demand.fit(card)
-    return fit.fits and speed_of(demand, fit, card, load).meets(load)
+def _suits(footprint: Footprint, card: Target, load: Load) -> bool:
+    fit = footprint.fit(card)
+    return fit.fits and speed_of(footprint, fit, card, load).meets(load)

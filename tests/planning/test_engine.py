@@ -13,7 +13,7 @@ from emoe_jax.memory.plan import MemoryPlan
 from emoe_jax.memory.workspace import MARGIN
 from emoe_jax.models import config_from_hf
 from emoe_jax.planning.compiled import RETURNED_BYTES, in_float32, one_layer_bytes, step_bytes
-from emoe_jax.planning.fit import Demand
+from emoe_jax.planning.fit import Footprint
 from serve.plan import PlanOptions
 from serve.planned import make_plan
 from tests.engines import TINY
@@ -68,6 +68,6 @@ def test_a_step_of_a_gpu_is_one_layer_and_what_the_others_return() -> None:
 def test_a_demand_has_compiled_steps() -> None:
     options = EngineConfig(expert_memory="50%", max_num_seqs=2, max_num_batched_tokens=64)
     config = _deep(3)
-    assert Demand.compiled(config, options, "gpu").step_bytes == step_bytes(
+    assert Footprint.compiled(config, options, "gpu").step_bytes == step_bytes(
         config, _plan(config), StepSize(2, 64), "gpu"
     )

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from emoe_jax.engine_config import EngineConfig
 from emoe_jax.errors import ConfigError
 from emoe_jax.models import config_from_hf
-from emoe_jax.planning.fit import Demand
+from emoe_jax.planning.fit import Footprint
 from emoe_jax.planning.plan import Load, advised, speed_of
 from emoe_jax.planning.targets import Target
 from emoe_jax.scheduling.pages import PAGE_SIZE, pages_for
@@ -23,9 +23,9 @@ STAGING = 64 * EXPERT  # 32 records, and twice 16 more
 STEP = 100_000
 
 
-def demand(step_bytes: int | None = STEP, **options: Any) -> Demand:
+def footprint(step_bytes: int | None = STEP, **options: Any) -> Footprint:
     defaults: dict[str, Any] = {"expert_memory": "50%", "dtype": "float32"}
-    return Demand(CONFIG, EngineConfig(**defaults | options), "gpu", step_bytes)
+    return Footprint(CONFIG, EngineConfig(**defaults | options), "gpu", step_bytes)
 
 
 def target(memory_bytes: int) -> Target:
@@ -38,7 +38,7 @@ def room(slots: int, pages: int) -> int:
 
 
 def test_a_fit_by_hand() -> None:
-    fit = demand(max_model_len=32, max_num_seqs=3).fit(target(room(12, 7)))
+    fit = footprint(max_model_len=32, max_num_seqs=3).fit(target(room(12, 7)))
     assert fit.fits
     assert dataclasses.asdict(fit.parts) == {
         "weights": WEIGHTS,
@@ -47,17 +47,17 @@ def test_a_fit_by_hand() -> None:
         "workspace": STAGING + STEP,
     }
     assert (fit.slots, fit.context, fit.max_context, fit.max_batch) == (12, 32, 2 * PAGE_SIZE, 3)
-    alone = demand(max_num_seqs=1).fit(target(room(12, 200)))
+    alone = footprint(max_num_seqs=1).fit(target(room(12, 200)))
     assert (alone.context, alone.max_context, alone.max_batch) == (96, 96, 33)  # the model's own limit
 
 
 def test_what_does_not_fit_says_both_numbers_and_what_it_would_take() -> None:
-    few = demand(max_model_len=32, max_num_seqs=4).fit(target(room(12, 6)))
+    few = footprint(max_model_len=32, max_num_seqs=4).fit(target(room(12, 6)))
     assert few.problem == "the KV cache has room for 3 sequences of 32 tokens at once, not for 4"
     assert few.parts.total <= room(12, 6)
-    small = demand(max_model_len=32, max_num_seqs=2).fit(target(room(11, 7)))
+    small = footprint(max_model_len=32, max_num_seqs=2).fit(target(room(11, 7)))
     assert small.problem is None  # with fewer pages to spare
-    none = demand(expert_memory="100%", max_model_len=32, max_num_seqs=2).fit(target(room(20, 4)))
+    none = footprint(expert_memory="100%", max_model_len=32, max_num_seqs=2).fit(target(room(20, 4)))
     assert none.problem is not None
     assert "expert memory of 100%" in none.problem
     assert none.parts.total == room(24, 4) > room(20, 4)
@@ -66,22 +66,22 @@ def test_what_does_not_fit_says_both_numbers_and_what_it_would_take() -> None:
 
 def test_a_context_beyond_the_model_is_a_mistake() -> None:
     with pytest.raises(ConfigError, match="max_model_len is 97; the model allows 2 to 96"):
-        demand(max_model_len=97).fit(target(10**9))
+        footprint(max_model_len=97).fit(target(10**9))
 
 
 def test_without_a_figure_a_tenth_of_the_device_is_workspace() -> None:
-    fit = demand(step_bytes=None).fit(target(10_000_000))
+    fit = footprint(step_bytes=None).fit(target(10_000_000))
     assert fit.parts.workspace == 1_000_000
-    assert demand(step_bytes=None, expert_memory="100%").fit(target(100_000)).parts.workspace == 10_000
+    assert footprint(step_bytes=None, expert_memory="100%").fit(target(100_000)).parts.workspace == 10_000
 
 
 def test_formats_are_those_of_the_engine() -> None:
-    assert (demand().dtype, demand().expert_format, demand().record_bytes) == ("float32", "float32", EXPERT)
-    eight = demand(expert_format="int8")
+    assert (footprint().dtype, footprint().expert_format, footprint().record_bytes) == ("float32", "float32", EXPERT)
+    eight = footprint(expert_format="int8")
     assert (eight.expert_format, eight.record_bytes) == ("int8", EXPERT // 4 + 4 * (2 * 24 + 32))
-    stored = dataclasses.replace(demand(), config=CONFIG.replace(expert_format="int8"))
+    stored = dataclasses.replace(footprint(), config=CONFIG.replace(expert_format="int8"))
     assert stored.expert_format == "int8"
-    half = dataclasses.replace(demand(dtype="auto"), config=CONFIG.replace(dtype="bfloat16"))
+    half = dataclasses.replace(footprint(dtype="auto"), config=CONFIG.replace(dtype="bfloat16"))
     assert (half.dtype, dataclasses.replace(half, platform="cpu").dtype) == ("bfloat16", "float32")
 
 
@@ -99,7 +99,7 @@ SIZES = {
 def test_parts_add_up_and_more_memory_never_gives_less(
     memory: int, more: int, slots: int, context: int | None, batch: int
 ) -> None:
-    asked = demand(expert_memory=f"{slots} slots", max_model_len=context, max_num_seqs=batch)
+    asked = footprint(expert_memory=f"{slots} slots", max_model_len=context, max_num_seqs=batch)
     fit, larger = asked.fit(target(memory)), asked.fit(target(memory + more))
     for each, device in ((fit, memory), (larger, memory + more)):
         parts = each.parts
@@ -119,21 +119,21 @@ def test_parts_add_up_and_more_memory_never_gives_less(
 def test_the_longest_context_and_the_largest_batch_fit_and_no_more_do(memory: int, slots: int, batch: int) -> None:
     budget = f"{slots} slots"
     device = target(memory)
-    fit = demand(expert_memory=budget, max_model_len=48, max_num_seqs=batch).fit(device)
+    fit = footprint(expert_memory=budget, max_model_len=48, max_num_seqs=batch).fit(device)
     if fit.max_context >= 2:
-        assert demand(expert_memory=budget, max_model_len=fit.max_context, max_num_seqs=batch).fit(device).fits
+        assert footprint(expert_memory=budget, max_model_len=fit.max_context, max_num_seqs=batch).fit(device).fits
     if fit.max_context < 96:
         longer = fit.max_context + PAGE_SIZE
-        assert not demand(expert_memory=budget, max_model_len=longer, max_num_seqs=batch).fit(device).fits
+        assert not footprint(expert_memory=budget, max_model_len=longer, max_num_seqs=batch).fit(device).fits
     if fit.max_batch:
-        assert demand(expert_memory=budget, max_model_len=48, max_num_seqs=fit.max_batch).fit(device).fits
-    assert not demand(expert_memory=budget, max_model_len=48, max_num_seqs=fit.max_batch + 1).fit(device).fits
+        assert footprint(expert_memory=budget, max_model_len=48, max_num_seqs=fit.max_batch).fit(device).fits
+    assert not footprint(expert_memory=budget, max_model_len=48, max_num_seqs=fit.max_batch + 1).fit(device).fits
 
 
 @settings(deadline=None, max_examples=60)
 @given(memory=st.integers(600_000, 1_200_000), batch=st.integers(1, 8))
 def test_the_largest_share_fits_and_a_slot_more_does_not(memory: int, batch: int) -> None:
-    asked = demand(max_model_len=64, max_num_seqs=batch)
+    asked = footprint(max_model_len=64, max_num_seqs=batch)
     share, pages = asked.largest_share(target(memory)), batch * pages_for(64)
     if share is None:
         assert memory < room(6, pages)  # top-k of each layer
@@ -141,11 +141,11 @@ def test_the_largest_share_fits_and_a_slot_more_does_not(memory: int, batch: int
     slots = int(share * 24 / 100)
     assert memory >= room(slots, pages)
     assert slots == 24 or memory < room(slots + 2, pages)  # a share is rounded down to a tenth of a percent
-    assert demand(expert_memory=f"{share:g}%", max_model_len=64, max_num_seqs=batch).fit(target(memory)).fits
+    assert footprint(expert_memory=f"{share:g}%", max_model_len=64, max_num_seqs=batch).fit(target(memory)).fits
 
 
 def test_what_to_change_is_tried_before_it_is_named() -> None:
-    asked = demand(expert_memory="100%", max_model_len=64, max_num_seqs=2)
+    asked = footprint(expert_memory="100%", max_model_len=64, max_num_seqs=2)
     device = target(room(16, 8))
     fit = asked.fit(device)
     assert not fit.fits
@@ -154,7 +154,7 @@ def test_what_to_change_is_tried_before_it_is_named() -> None:
         "--expert-memory 66.6% fits: the most of the experts that leaves room for the sequences",
         "--expert-format int8 fits with the same --expert-memory",
     ]
-    crowded = demand(expert_memory="25%", max_model_len=64, max_num_seqs=5)
+    crowded = footprint(expert_memory="25%", max_model_len=64, max_num_seqs=5)
     device = target(room(6, 12))
     fit = crowded.fit(device)
     assert list(advised(crowded, fit, speed_of(crowded, fit, device, Load()), device, Load())) == [

@@ -1,6 +1,7 @@
 """`emoe plan`: what it prints, what it refuses, and how it ends. Steps are not compiled here, but taken as given."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,18 @@ from typing import Any
 import pytest
 
 from benchmarks import planning
+from emoe_jax.option_fields import options_of
 from emoe_jax.planning import fit
-from emoe_jax.planning.targets import Target
+from emoe_jax.planning.catalogue import known_models
+from emoe_jax.planning.targets import CARDS, Target
 from serve import emoe, planned
 from serve import plan as command
 from tests.engines import TINY
 
 STEP_BYTES = 4 << 30
 """More than twice what steps of Mixtral-8x7B take, compiled."""
+
+ROOT = Path(__file__).parents[2]
 
 Run = Callable[..., tuple[int, Any]]
 
@@ -105,12 +110,12 @@ def test_the_prompt_is_the_context_unless_it_is_given(run: Run) -> None:
 def test_the_table_has_the_same_numbers(
     run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = ["mixtral-8x7b", "--device", "rtx4090", "--expert-memory", "25%", "--context", "4096", "--batch", "64"]
+    asked = ["mixtral-8x7b", "--device", "a100-40gb", "--expert-memory", "25%", "--context", "4096", "--batch", "64"]
     status, plan = run(*asked)
     monkeypatch.setenv("COLUMNS", "160")
     assert emoe.main(["plan", *asked]) == status == 1
     printed = capsys.readouterr().out
-    assert "mixtral-8x7b on rtx4090" in printed
+    assert "mixtral-8x7b on a100-40gb" in printed
     assert f"no: {plan['problem']}"[:100] in printed
     assert f"{plan['max_context']:,} tokens, 64 sequences at once" in printed
     assert all(f"- {line}\n" in printed for line in plan["advice"])
@@ -178,3 +183,22 @@ def test_check_prints_what_was_predicted_and_measured(
     assert json.loads(capsys.readouterr().out) == numbers
     assert emoe.main(["plan", "--check"]) == 0
     assert "0.50" in capsys.readouterr().out
+
+
+def test_the_readme_shows_what_the_command_prints(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With what its steps took when they were compiled."""
+    text = (ROOT / "README.md").read_text()
+    [line] = re.findall(r"^emoe (plan .*)$", text, re.MULTILINE)
+    monkeypatch.setattr(fit, "step_bytes", lambda *arguments: 1_494_391_240)
+    monkeypatch.setenv("COLUMNS", "100")
+    assert emoe.main(line.split()) == 0
+    printed = "\n".join(row.rstrip() for row in capsys.readouterr().out.splitlines())
+    assert f"```\n{printed}\n```" in text
+
+
+def test_the_page_names_every_flag_model_and_card() -> None:
+    page = (ROOT / "docs" / "how-to" / "plan.md").read_text()
+    flags = {one.flag for one in options_of(command.PlanOptions)}
+    assert not [name for name in (*flags, *CARDS, *known_models()) if f"`{name}" not in page and name not in page]
