@@ -15,6 +15,7 @@ from emoe_jax.demo import MISSING, demo_model, is_missing
 from emoe_jax.engine_config import Dtype, EngineConfig, ExpertFormat
 from emoe_jax.errors import ConfigError, EmoeError, one_line
 from emoe_jax.option_fields import Options, option
+from emoe_jax.planning.targets import EFFICIENCY
 from serve.flags import flag_names, parser_of, read_values
 
 COMMAND = "python -m serve.plan"
@@ -59,7 +60,7 @@ class PlanOptions(Options):
         default_text="that of the card; of a device of your own, products take no time",
     )
     efficiency: float = option(
-        0.7,
+        EFFICIENCY,
         "share of a card's own rates that steps are taken to reach; an assumption until steps were measured on one",
         low=0,
         high=1,

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from emoe_jax import EmoeError, Engine
 from emoe_jax.memory.device_settings import pool_share
+from emoe_jax.planning.slow import slow_parts
 from serve.app import create_app
 from serve.console import loading_progress, start_up_table
 from serve.hosts import hosts_for
@@ -102,6 +103,8 @@ def serve(options: ServerOptions, engine: Engine, listener: socket.socket, provi
         pool_share=pool_share(os.environ, jax.devices()[0].platform),
     )
     Console().print(table)
+    for line in slow_parts(engine.config, engine.memory, options.contract, jax.default_backend()):
+        print(f"slow: {line}")
     worker = EngineWorker(engine, step.sequences + options.max_num_queued_reqs)
     text = TextCodec(
         engine.tokenizer,
