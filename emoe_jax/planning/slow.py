@@ -36,6 +36,6 @@ def slow_parts(config: ModelConfig, plan: MemoryPlan, contract: RoutingContract,
     if contract != "resident" and work.link_bytes * MEMORY_OVER_LINK.get(platform, _OF_CARDS) > work.memory_bytes:
         loaded = format_bytes(int(work.link_bytes))
         yield (
-            f"with {resident / count:.0%} of the experts resident, a token may wait for {loaded} of experts, which takes "
-            "longer than to compute it; more --expert-memory, --expert-format int8 or --routing resident help"
+            f"with {resident / count:.0%} of the experts resident, a token may wait for {loaded} of experts, which "
+            "takes longer than to compute it; more --expert-memory, --expert-format int8 or --routing resident help"
         )

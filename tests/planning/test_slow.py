@@ -12,7 +12,7 @@ from tests.engines import TINY
 
 TINY_CONFIG = config_from_hf(TINY)
 MIXTRAL = config_from_hf(known_model("mixtral-8x7b") | {"num_hidden_layers": 2})
-ALL_IN_HOST = {"machine_bytes": 1 << 40}
+ALL_IN_HOST: dict[str, Any] = {"machine_bytes": 1 << 40}
 
 
 def lines(config: Any = TINY_CONFIG, contract: Any = "exact", platform: str = "gpu", **options: Any) -> list[str]:

@@ -68,6 +68,13 @@ def test_what_does_not_fit_ends_with_1_and_says_what_would(run: Run) -> None:
     assert plan["smallest_device"] == "a100-80gb"
 
 
+def test_advice_that_would_not_do_is_not_named(run: Run) -> None:
+    """On this card all experts in int8 do not fit either: a share of them does."""
+    _, plan = run("mixtral-8x7b", "--device", "rtx4090", "--expert-memory", "100%", "--context", "8192")
+    assert [line.partition(" fits")[0].rpartition(" ")[2] for line in plan["advice"]] == ["int8"]
+    assert plan["advice"][0].startswith("--expert-memory ")
+
+
 def test_objectives_choose_the_card_and_the_status(run: Run) -> None:
     asked = ("qwen3-30b-a3b", "--context", "2048", "--batch", "8", "--expert-memory", "100%")
     _, easy = run(*asked, "--device", "h200", "--slo-tpot-ms", "1000")
