@@ -63,7 +63,7 @@ def python_and_packages() -> Iterator[Finding]:
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            if importlib.metadata.version(requirement.name) in requirement.specifier:
+            if requirement.specifier.contains(importlib.metadata.version(requirement.name), prereleases=True):
                 continue
         missing.append(f"{requirement.name}{requirement.specifier}")
     if missing:
