@@ -14,6 +14,7 @@ from rich.console import Console
 
 from emoe_jax import EmoeError, Engine
 from emoe_jax.memory.device_settings import pool_share
+from emoe_jax.planning.slow import slow_parts
 from serve.app import create_app
 from serve.console import loading_progress, start_up_table
 from serve.hosts import hosts_for
@@ -53,11 +54,17 @@ def run(options: ServerOptions, on_loaded: Callable[[], None]) -> int:
 
 
 def keep_compilations() -> None:
-    """Let compiled steps survive restarts, where `JAX_COMPILATION_CACHE_DIR` says or in the user's cache folder."""
+    """Let compiled steps survive restarts, in `compilations_folder`."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emoe-jax" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_compilation_cache_dir", str(compilations_folder()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def compilations_folder() -> Path:
+    """Where `JAX_COMPILATION_CACHE_DIR` says, or in the user's cache folder."""
+    if (given := os.environ.get("JAX_COMPILATION_CACHE_DIR")) is not None:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emoe-jax" / "xla"
 
 
 def load(options: ServerOptions) -> Engine:
@@ -96,6 +103,8 @@ def serve(options: ServerOptions, engine: Engine, listener: socket.socket, provi
         pool_share=pool_share(os.environ, jax.devices()[0].platform),
     )
     Console().print(table)
+    for line in slow_parts(engine.config, engine.memory, options.contract, jax.default_backend()):
+        print(f"slow: {line}")
     worker = EngineWorker(engine, step.sequences + options.max_num_queued_reqs)
     text = TextCodec(
         engine.tokenizer,

@@ -13,7 +13,7 @@ LIBRARY = Path(__file__).parents[1] / "emoe_jax"
 LAYERS = (
     *("errors", "demo", "progress", "amounts", "option_fields", "config", "requests", "engine_config", "platforms"),
     *("traces", "predictor", "tasks", "policies", "experts", "scheduling"),
-    *("checkpoint", "models", "moe", "attention", "residency", "device", "memory", "audit", "engine"),
+    *("checkpoint", "models", "moe", "attention", "residency", "device", "memory", "planning", "audit", "engine"),
 )
 """From the lowest to the highest."""
 COMMANDS = ("emoe_jax.checkpoint.convert",)

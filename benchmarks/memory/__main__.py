@@ -15,13 +15,14 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.memory import report
-from benchmarks.memory.geometries import GEOMETRIES, read_config
+from benchmarks.memory.geometries import GEOMETRIES
 from benchmarks.memory.needs import Workload, measure
 from emoe_jax.amounts import parse_bytes
 from emoe_jax.config import ModelConfig
 from emoe_jax.errors import EmoeError, one_line, require
 from emoe_jax.memory.plan import DTYPES, resolve_dtype
 from emoe_jax.models import config_from_hf
+from emoe_jax.planning.catalogue import read_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -30,6 +30,7 @@ from benchmarks.results import write_json
 from benchmarks.verify_gpu import floors, kernels, machine, models, steps
 from emoe_jax.memory.device_settings import prepare_devices
 from emoe_jax.memory.plan import machine_memory
+from emoe_jax.planning.rates import product_rate
 
 NO_GPU = 3
 """The exit status where there is no GPU to verify."""
@@ -74,7 +75,7 @@ def verify(dry: bool, path: Path | None, console: Console) -> dict[str, Any]:
     size, repetitions = (1 << 20, 1) if dry else (1 << 30, 5)
     results["bandwidths"] = machine.bandwidths(size, repetitions)
     results["flops"] = {
-        dtype: machine.product_rate(64 if dry else 8192, dtype, repetitions) for dtype in ("float32", "bfloat16")
+        dtype: product_rate(64 if dry else 8192, dtype, repetitions) for dtype in ("float32", "bfloat16")
     }
     show(console, "GB/s", [{name: rate / 1e9 for name, rate in results["bandwidths"].items()}])
     write_json(results, path)

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.verify_gpu.machine import seconds
 from emoe_jax.attention import KVView, LayerKV, attend
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.moe import moe_ffn
+from emoe_jax.planning.rates import seconds
 from emoe_jax.scheduling.pages import PAGE_SIZE
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2}

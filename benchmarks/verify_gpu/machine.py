@@ -5,15 +5,15 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import shutil
-import statistics
 import subprocess
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from emoe_jax.planning.rates import seconds
 
 _PACKAGES = (
     *("jax", "jaxlib", "flax", "numpy"),
@@ -37,17 +37,6 @@ def versions() -> dict[str, str]:
         asked = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
         found["driver, compute capability"] = asked.stdout.strip() or "unknown"
     return found
-
-
-def seconds(call: Callable[[], Any], repetitions: int) -> float:
-    """Median time of a call until its results are there, after two that are not timed."""
-    taken = []
-    for index in range(repetitions + 2):
-        began = time.perf_counter()
-        jax.block_until_ready(call())
-        if index >= 2:
-            taken.append(time.perf_counter() - began)
-    return statistics.median(taken)
 
 
 def bandwidths(nbytes: int, repetitions: int) -> dict[str, float]:
@@ -83,10 +72,3 @@ def _reader(fresh: Callable[..., Any], array: jax.Array) -> Callable[[], Any]:
         return np.asarray(jax.block_until_ready(fresh(array, jnp.float32(count))))
 
     return read
-
-
-def product_rate(size: int, dtype: str, repetitions: int) -> float:
-    """Floating point operations per second of a square matrix product in a dtype."""
-    matrix = jnp.ones((size, size), dtype)
-    product = jax.jit(lambda x: x @ x)
-    return 2 * size**3 / seconds(lambda: product(matrix), repetitions)

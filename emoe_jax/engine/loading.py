@@ -22,6 +22,7 @@ from emoe_jax.experts.link import ModelledLink
 from emoe_jax.experts.record_format import RecordFormat
 from emoe_jax.memory.device_settings import prepare_devices
 from emoe_jax.memory.plan import MemoryPlan, machine_memory, usable_memory
+from emoe_jax.memory.requested import requested_plan
 from emoe_jax.memory.workspace import compile_steps, measured_plan
 from emoe_jax.models import load_tokenizer, open_checkpoint
 from emoe_jax.models.decoder import Decoder
@@ -74,7 +75,7 @@ def load_parts(path: str | Path, options: EngineConfig, progress: StageProgress 
     options, size = options.resolved(platform), options.step_size(platform)
     checkpoint = open_checkpoint(path, router_capacity_factor=options.router_capacity_factor)
     config = checkpoint.config
-    plan = _planned(checkpoint, options, size.sequences)
+    plan = requested_plan(config, options, platform, usable_memory(options.device_memory), machine_memory())
     plan(step_bytes=0)  # refuses what can never fit before seconds go into the predictor
     defaults = sampling_defaults(checkpoint.directory, options.generation_config)
     tokenizer = load_tokenizer(checkpoint.directory, options.chat_template)
@@ -140,25 +141,6 @@ def compiles_first(platform: str) -> bool:
     out, and steps that never run need not be compiled.
     """
     return platform != "cpu"
-
-
-def _planned(checkpoint: Checkpoint, options: EngineConfig, max_num_seqs: int) -> Callable[..., MemoryPlan]:
-    """The memory plan of these options, less what is known of steps and layers."""
-    return functools.partial(
-        MemoryPlan.of,
-        checkpoint.config,
-        platform=jax.devices()[0].platform,
-        device_bytes=usable_memory(options.device_memory),
-        dtype=options.dtype,
-        expert_format=options.expert_format,
-        expert_memory=options.expert_memory,
-        host_memory=options.host_memory,
-        machine_bytes=machine_memory(),
-        kv_memory=options.kv_memory,
-        max_model_len=options.max_model_len,
-        max_num_seqs=max_num_seqs,
-        may_trade=options.memory_trade,
-    )
 
 
 def _empty_residency(

@@ -1,6 +1,7 @@
 """One plan of the device's memory: dense weights, expert slab, KV cache, and workspace."""
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable
@@ -287,6 +288,7 @@ def machine_memory() -> int:
     return min(machine, int(limit)) if limit.isdigit() else machine
 
 
+@functools.cache
 def dense_parameters(config: ModelConfig) -> int:
     """Numbers in all weights but the experts'."""
     state = nnx.state(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))

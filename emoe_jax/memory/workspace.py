@@ -22,6 +22,15 @@ MARGIN = 1.1
 """Of what the largest steps take: other shapes may take a little more."""
 
 
+def plan_by_steps(plan: Callable[..., MemoryPlan], step_bytes: Callable[[MemoryPlan], int]) -> MemoryPlan:
+    """`plan(step_bytes=...)` with what a step takes, where that matters. `step_bytes` compiles it for a plan without.
+
+    Where it does not, because all that is wanted fits with much to spare, nothing is compiled.
+    """
+    first = plan(step_bytes=0)
+    return plan(step_bytes=step_bytes(first)) if first.is_tight else plan()
+
+
 def measured_plan(
     plan: Callable[..., MemoryPlan],
     load_dense: Callable[[str], Decoder],
@@ -29,16 +38,22 @@ def measured_plan(
     max_num_batched_tokens: int,
     executables: Executables,
 ) -> tuple[MemoryPlan, Decoder | None]:
-    """`plan(step_bytes=...)` with what a step takes, where that matters; then with the model that had to be loaded.
+    """`plan_by_steps`, and the model where it had to be loaded for that."""
+    loaded: list[Decoder] = []
 
-    Where it does not, because all that is wanted fits with much to spare, nothing is compiled now.
-    """
-    first = plan(step_bytes=0)
-    if not first.is_tight:
-        return plan(), None
-    model = load_dense(first.dtype)
-    buckets = Buckets.of(max_num_seqs, min(max_num_batched_tokens, first.max_model_len), first.max_model_len)
-    return plan(step_bytes=step_workspace(model, first, buckets, executables)), model
+    def step_bytes(first: MemoryPlan) -> int:
+        loaded.append(load_dense(first.dtype))
+        buckets = buckets_of(first, max_num_seqs, max_num_batched_tokens)
+        return step_workspace(loaded[0], first, buckets, executables)
+
+    return plan_by_steps(plan, step_bytes), next(iter(loaded), None)
+
+
+def buckets_of(
+    plan: MemoryPlan, max_num_seqs: int, max_num_batched_tokens: int, platform: str | None = None
+) -> Buckets:
+    """The shapes of an engine with this plan. `platform` is that of JAX's default device, unless given."""
+    return Buckets.of(max_num_seqs, min(max_num_batched_tokens, plan.max_model_len), plan.max_model_len, platform)
 
 
 def step_workspace(model: Decoder, plan: MemoryPlan, buckets: Buckets, executables: Executables) -> int:

@@ -10,7 +10,7 @@ FORMATS = (
     Mutant(
         "expert format",
         "the memory plan is not told of the format",
-        "emoe_jax/engine/loading.py",
+        "emoe_jax/memory/requested.py",
         "        expert_format=options.expert_format,\n",
         "",
         (f"{_ENGINE}::test_the_slab_is_int8_and_nothing_else_is",),

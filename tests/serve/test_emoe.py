@@ -58,7 +58,15 @@ def test_an_unknown_command_is_one_line_that_lists_the_commands(
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert emoe.main(["--help"]) == 0
-    assert all(f"  {command} " in capsys.readouterr().out for command in emoe.COMMANDS)
+    out = capsys.readouterr().out
+    assert all(f"  {command} " in out for command in emoe.COMMANDS)
+    assert set(emoe.MODULES) == set(emoe.COMMANDS)
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("plna", "plan"), ("server", "serve")])
+def test_an_unknown_command_gets_the_nearest_name(typed: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert emoe.main([typed]) == 2
+    assert f"there is no command {typed!r}, did you mean {meant!r}?" in capsys.readouterr().err
 
 
 def test_the_version_is_that_of_the_project_and_loads_no_jax() -> None:

@@ -28,7 +28,7 @@ HELLO: list[Any] = [{"role": "user", "content": "hello there"}]
 
 @pytest.fixture(scope="module")
 def server(tiny: Path) -> Iterator[ServerProcess]:
-    arguments = ("--model", str(tiny), "--expert-memory", "50%", "--max-num-seqs", "2")
+    arguments = ("--model", str(tiny), "--expert-memory", "50%", "--max-num-seqs", "2", "--host-memory", "0")
     with server_process(
         *arguments, "--max-num-batched-tokens", "16", "--api-key", "secret", "--log-format", "json"
     ) as server:
@@ -52,6 +52,7 @@ def test_tells_what_it_serves(server: ServerProcess) -> None:
     for expected in ("tiny (mixtral)", "memory: slab", "4 of 8 in each of 1 layers (50%)", "resident", server.url):
         assert expected in printed
     assert "Traceback" not in printed
+    assert "slow: 4 of 8 experts have room neither on the device nor in host memory" in printed
 
 
 def test_on_loopback_only_its_names_are_answered_to(http: httpx.Client) -> None:

@@ -1,0 +1,61 @@
+"""The models whose shapes come with the package, and where a model's configuration is found."""
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from emoe_jax.checkpoint.files import CONFIG
+from emoe_jax.config import ModelConfig
+from emoe_jax.errors import CheckpointError, ConfigError
+from emoe_jax.models import config_from_directory, config_from_hf
+from emoe_jax.option_fields import nearest
+
+_FOLDER = resources.files("emoe_jax.planning") / "models"
+
+
+def known_models() -> tuple[str, ...]:
+    """The names of the models that come with the package, in lower case."""
+    return tuple(sorted(file.name.removesuffix(".json") for file in _FOLDER.iterdir() if file.name.endswith(".json")))
+
+
+def known_model(name: str) -> dict[str, Any]:
+    """The keys of a known model's `config.json` that shape it. Raises `ConfigError` with the nearest known name."""
+    if name.lower() not in known_models():
+        raise ConfigError(
+            f"{name[:80]!r} is neither a directory nor a config.json nor a known model; the nearest known one is "
+            f"{nearest(name.lower(), known_models())!r} of {', '.join(known_models())}"
+        )
+    return json.loads((_FOLDER / f"{name.lower()}.json").read_text(encoding="utf-8"))
+
+
+def read_config(path: Path) -> ModelConfig:
+    """Of a checkpoint directory, or of a `config.json` alone. Raises `CheckpointError` or `ConfigError`."""
+    if path.suffix != ".json":
+        return config_from_directory(path)
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds a {type(raw).__name__}; expected a JSON object")
+    return config_from_hf(raw)
+
+
+def find_model(text: str) -> tuple[str, ModelConfig]:
+    """Name and configuration of what a user called a model: a directory, a `config.json`, or a known name.
+
+    Raises `CheckpointError` or `ConfigError`, the latter also for a model of a family that the engine cannot run: its
+    memory would be planned with the wrong formulas.
+    """
+    path = Path(text)
+    if path.exists() or path.suffix == ".json":
+        resolved = path.resolve()
+        return (resolved.parent.name if resolved.name == CONFIG else resolved.stem), read_config(path)
+    raw = known_model(text)
+    try:
+        return text.lower(), config_from_hf(raw)
+    except ConfigError as error:
+        raise ConfigError(f"{text} is known, but the engine cannot run it yet: {error}") from None

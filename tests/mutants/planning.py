@@ -1,0 +1,66 @@
+"""Mutants of `emoe plan`: what counts in its times, whose memory it plans, and what it names."""
+
+from tests.mutants.mutant import Mutant
+
+_ROOFLINE = "tests/planning/test_roofline.py"
+_FIT = "tests/planning/test_fit.py"
+_COMMAND = "tests/serve/test_plan.py"
+
+PLANNING = (
+    Mutant(
+        "plan: link",
+        "a step does not wait for the experts that it loads",
+        "emoe_jax/planning/roofline.py",
+        " + self.link_bytes / target.link + ",
+        " + ",
+        (f"{_ROOFLINE}::test_an_absent_expert_is_loaded_written_and_read",),
+    ),
+    Mutant(
+        "plan: coverage at random",
+        "a coverage below that of experts at random counts as it is",
+        "emoe_jax/planning/roofline.py",
+        "return max(self.slots / self.config.num_experts, wanted or 0.0)",
+        "return wanted or 0.0",
+        (f"{_ROOFLINE}::test_coverage_is_at_least_that_of_experts_at_random",),
+    ),
+    Mutant(
+        "plan: windows",
+        "a row reads all keys of a layer with a window",
+        "emoe_jax/planning/roofline.py",
+        "min(context, config.sliding_window(layer) or context)",
+        "context",
+        (f"{_ROOFLINE}::test_a_window_bounds_what_is_seen",),
+    ),
+    Mutant(
+        "plan: batch",
+        "sequences that have no room at once fit",
+        "emoe_jax/planning/fit.py",
+        "        if plan.num_pages - 1 < self.batch * pages_for(context):\n",
+        "        if False:\n",
+        (f"{_FIT}::test_what_does_not_fit_says_both_numbers_and_what_it_would_take",),
+    ),
+    Mutant(
+        "plan: advice",
+        "changes are named without being tried",
+        "emoe_jax/planning/plan.py",
+        "if flags and other.fit(target).fits:",
+        "if flags:",
+        (f"{_COMMAND}::test_advice_that_would_not_do_is_not_named",),
+    ),
+    Mutant(
+        "plan: objectives",
+        "the smallest card need not meet the objectives",
+        "emoe_jax/planning/plan.py",
+        "return fit.fits and speed_of(footprint, fit, card, load).meets(load)",
+        "return fit.fits",
+        (f"{_COMMAND}::test_objectives_choose_the_card_and_the_status",),
+    ),
+    Mutant(
+        "slow lines",
+        "the server does not say what will be slow",
+        "serve/start.py",
+        '        print(f"slow: {line}")\n',
+        "        pass\n",
+        ("tests/serve/test_process.py::test_tells_what_it_serves",),
+    ),
+)
