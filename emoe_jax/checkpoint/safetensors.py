@@ -27,7 +27,7 @@ _PANEL = 64
 
 WEIGHT_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 
-STORED_DTYPES = WEIGHT_DTYPES | {"I8": np.dtype(np.int8)}
+STORED_DTYPES = WEIGHT_DTYPES | {"I8": np.dtype(np.int8), "U8": np.dtype(np.uint8)}
 """Those of all tensors that can be read, quantised ones included."""
 
 _BITS = {"BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F64": 64, "C64": 64}

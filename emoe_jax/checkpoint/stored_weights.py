@@ -1,0 +1,122 @@
+"""The weights of a checkpoint's files by name: checked, read as they are stored, or made floats."""
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int8, Num
+
+from emoe_jax.checkpoint.family import Part
+from emoe_jax.checkpoint.safetensors import WEIGHT_DTYPES, SafetensorsFile, are_finite
+from emoe_jax.checkpoint.stored_format import stored_tensors
+from emoe_jax.errors import CheckpointError
+from emoe_jax.experts.blocks import MXFP4_NAN, dequantise_mxfp4_into
+from emoe_jax.experts.quantise import dequantise_into, quantise_into
+from emoe_jax.experts.record_format import quantised_matrix
+
+
+class StoredWeights:
+    """Parts of our arrays as the files have them. Its methods may be called from several threads."""
+
+    def __init__(
+        self, directory: Path, files: dict[str, SafetensorsFile], names: dict[str, str], expert_format: str | None
+    ):
+        """`files` and `names` are by the canonical name of a tensor: the file that has it, and its name there."""
+        self.directory = directory
+        self.files = files
+        self.names = names
+        self.expert_format = expert_format
+
+    def __contains__(self, part: Part) -> bool:
+        return part.name in self.files
+
+    def located(self, part: Part) -> tuple[SafetensorsFile, str]:
+        """The file that has a part's tensor, and the tensor's name there."""
+        return self.files[part.name], self.names[part.name]
+
+    def expert_tensors(self, part: Part) -> tuple[Part, ...]:
+        """What the checkpoint has for a weight of an expert: its numbers, and their scales."""
+        return tuple(tensor.part for tensor in stored_tensors(part, self.expert_format))
+
+    def check(self, part: Part) -> None:
+        """That a float tensor is there, of the right shape. Raises `CheckpointError`."""
+        self._check(part, tuple(WEIGHT_DTYPES))
+
+    def check_expert(self, part: Part) -> None:
+        """That the tensors of a weight of an expert are there, of the right shapes and dtypes."""
+        for tensor in stored_tensors(part, self.expert_format):
+            self._check(tensor.part, tensor.dtypes)
+
+    def read(self, parts: tuple[Part, ...], out: Num[np.ndarray, "..."]) -> None:
+        """Fill `out` with the rows of these parts, one after the other, converted to its dtype."""
+        row = 0
+        for part in parts:
+            target = out[row : row + part.rows]
+            if not part.transposed:  # the bias of an expert is a matrix of one input, and blocks of bytes have an axis
+                target = target.reshape(part.selected)
+            file, name = self.located(part)
+            file.read_into(name, target, part.index, part.transposed, part.turns)
+            row += part.rows
+
+    def read_stored(self, part: Part, numbers: Num[np.ndarray, "O I"], scales: Num[np.ndarray, "..."]) -> None:
+        """Rows of an expert as they are stored, where experts are quantised.
+
+        Raises `CheckpointError` for scales that are none, as a file may have been overwritten without a trace.
+        """
+        stored, stored_scales = self.expert_tensors(part)
+        self.read((stored,), numbers)
+        self.read((stored_scales,), scales)
+        file, name = self.located(stored_scales)
+        if scales.dtype == np.uint8:
+            if np.any(scales == MXFP4_NAN):
+                raise CheckpointError(
+                    f"{file.path}: tensor {name} has scales of {MXFP4_NAN}, which is not a number; expected 0 to "
+                    f"{MXFP4_NAN - 1}"
+                )
+        elif not are_finite(scales) or np.any(scales < 0):
+            raise CheckpointError(
+                f"{file.path}: tensor {name} has scales that are negative or not finite; expected finite numbers "
+                "from 0 up"
+            )
+
+    def read_int8(self, part: Part, numbers: Int8[np.ndarray, "O I"], scales: Float[np.ndarray, " O"]) -> None:
+        """Rows of an expert in int8, as they are stored, or made of the weights that are. Raises as `read_plain`."""
+        if self.expert_format == "int8":
+            self.read_stored(part, numbers, scales)
+            return
+        weights = np.empty(numbers.shape, np.float32)
+        self.read_plain(part, weights)
+        quantise_into(weights, numbers, scales)
+
+    def read_plain(self, part: Part, out: Float[np.ndarray, "O I"]) -> None:
+        """Rows of an expert as floats. Raises `CheckpointError` for weights or scales that are not finite."""
+        if self.expert_format is None:
+            self.read((part,), out)
+        else:
+            numbers, scales = (np.empty(*kind) for kind in quantised_matrix(self.expert_format, part.matrix))
+            self.read_stored(part, numbers, scales)
+            dequantise = dequantise_into if self.expert_format == "int8" else dequantise_mxfp4_into
+            dequantise(numbers, scales, out)
+        self.check_finite(self.expert_tensors(part)[0], out)
+
+    def check_finite(self, part: Part, numbers: Float[np.ndarray, "O I"]) -> None:
+        """Raises `CheckpointError` where a number that was made of a tensor is infinite or NaN."""
+        if not are_finite(numbers):
+            file, name = self.located(part)
+            raise CheckpointError(f"{file.path}: {name} has values that are not finite")
+
+    def _check(self, part: Part, dtypes: tuple[str, ...]) -> None:
+        says = f"config.json says {self.expert_format} experts"
+        if part not in self:
+            expected = "" if dtypes == tuple(WEIGHT_DTYPES) else f"; {says}, with scales"
+            raise CheckpointError(f"{self.directory}: tensor {part.name} is missing{expected}")
+        file, name = self.located(part)
+        info = file.tensors[name]
+        if info.shape != part.shape:
+            raise CheckpointError(f"{file.path}: tensor {name} has shape {info.shape}; expected {part.shape}")
+        if info.dtype in dtypes:
+            return
+        if dtypes == tuple(WEIGHT_DTYPES):
+            known = ", ".join(WEIGHT_DTYPES)
+            raise CheckpointError(f"{file.path}: tensor {name} is {info.dtype}; weights must be one of {known}")
+        expected = " or ".join(dtypes)
+        raise CheckpointError(f"{file.path}: tensor {name} is {info.dtype}; expected {expected}, as {says}")
