@@ -41,7 +41,7 @@ class Checkpoint:
         self._dense = self.family.dense_tensors(config)
         for parts in self._dense.values():
             for part in parts:
-                self.weights.check(part)
+                self.weights.check_dense(part)
         if not (raw_config.get("dtype") or raw_config.get("torch_dtype")):
             config = config.replace(dtype=self._stored_dtype())
         self.config = config
@@ -115,7 +115,7 @@ class Checkpoint:
             parts = self._dense[".".join(map(str, path))]
             keeps_float32 = variable.get_metadata().get("keeps_float32", False)
             host = np.empty(variable.shape, np.dtype(np.float32 if keeps_float32 else dtype))
-            self.weights.read(parts, host)
+            self.weights.read_dense(parts, host)
             flat.append((path, variable.replace(jax.block_until_ready(jax.device_put(host)))))
             done += sum(self._bytes(part) for part in parts)
             if progress is not None:
@@ -137,9 +137,9 @@ class Checkpoint:
         for source in sources:
             numbers = [self.weights.expert_tensors(part)[0] for parts in source.projections for part in parts]
             if all(part in self.weights for part in (*numbers, *source.biases)):
-                for parts in source.projections:
-                    for part in parts:
-                        self.weights.check_expert(part)
+                for part in source.w_in:
+                    self.weights.check_expert(part, self.config.ffn_in_factor // len(source.w_in))
+                self.weights.check_expert(source.w_out)
                 for part in source.biases:
                     self.weights.check(part)
                 return source
@@ -153,7 +153,8 @@ class Checkpoint:
 
     def _refuse_unknown(self) -> None:
         """A tensor that nothing reads means that the model on disk is not the one that would be computed."""
-        used = {part.name for parts in self._dense.values() for part in parts}
+        dense = (part for parts in self._dense.values() for part in parts)
+        used = {stored.name for part in dense for stored in self.weights.dense_tensors(part)}
         used |= {part.name for source in self.expert_sources for part in self._stored(source)}
         for canonical, name in self.weights.names.items():
             if canonical in used or name.endswith(_DERIVED_SUFFIXES) or self.family.ignored(self.config, name):

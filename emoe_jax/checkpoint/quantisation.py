@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from emoe_jax.errors import ConfigError
+from emoe_jax.experts.blocks import FP8_BLOCK
 
 KEY = "quantization_config"
 METHOD = "emoe"
@@ -33,7 +34,25 @@ def stored_expert_format(value: Any, family: str, formats: Sequence[str] = ()) -
     method = value.get("quant_method")
     if method in formats and method == "mxfp4":
         return "mxfp4"
+    if method in formats and method == "fp8":
+        _check_fp8(value)
+        return "fp8"
     raise ConfigError(f"config.json: {KEY} says {_name(value)}, which is not read for {family}; {_INSTEAD}")
+
+
+def _check_fp8(value: dict[str, Any]) -> None:
+    """Refuse what is not e4m3 in blocks, or needs scales of activations."""
+    blocks = [FP8_BLOCK, FP8_BLOCK]
+    for key, found, expected in (
+        ("weight_block_size", value.get("weight_block_size"), blocks),
+        ("fmt", value.get("fmt", "e4m3"), "e4m3"),
+        ("activation_scheme", value.get("activation_scheme", "dynamic"), "dynamic"),
+    ):
+        if found != expected:
+            raise ConfigError(
+                f"config.json: {KEY} says FP8 with {key} = {found!r}, which is not read; expected {expected!r}; "
+                f"{_INSTEAD}"
+            )
 
 
 def _name(value: dict[str, Any]) -> str:

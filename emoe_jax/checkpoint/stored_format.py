@@ -6,6 +6,7 @@ from typing import NamedTuple
 from emoe_jax.checkpoint.family import Part
 from emoe_jax.checkpoint.safetensors import WEIGHT_DTYPES
 from emoe_jax.experts.blocks import MXFP4_BLOCK
+from emoe_jax.experts.record_format import quantised_matrix
 
 
 class StoredTensor(NamedTuple):
@@ -26,6 +27,11 @@ def stored_tensors(part: Part, expert_format: str | None) -> tuple[StoredTensor,
     if expert_format == "int8":
         scales = Part(f"{part.name}_scale", (*stack, part.rows), part.index, turns=part.turns)
         return StoredTensor(part, ("I8",)), StoredTensor(scales, ("F32",))
+    if expert_format == "fp8":
+        # In float32 (DeepSeek) or bfloat16 (Qwen).
+        _, ((*shape,), _) = quantised_matrix("fp8", part.matrix)
+        scales = Part(f"{part.name}_scale_inv", (*stack, *shape), part.index)
+        return StoredTensor(part, ("F8_E4M3",)), StoredTensor(scales, tuple(WEIGHT_DTYPES))
     # OpenAI's layout: always [out, in], and a block's bytes are an axis of their own.
     rows, columns = part.matrix
     shape = (*stack, rows, columns // MXFP4_BLOCK)

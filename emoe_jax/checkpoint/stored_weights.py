@@ -1,6 +1,7 @@
 """The weights of a checkpoint's files by name: checked, read as they are stored, or made floats."""
 
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from jaxtyping import Float, Int8, Num
@@ -9,9 +10,11 @@ from emoe_jax.checkpoint.family import Part
 from emoe_jax.checkpoint.safetensors import WEIGHT_DTYPES, SafetensorsFile, are_finite
 from emoe_jax.checkpoint.stored_format import stored_tensors
 from emoe_jax.errors import CheckpointError
-from emoe_jax.experts.blocks import MXFP4_NAN, dequantise_mxfp4_into
+from emoe_jax.experts.blocks import FP8_BLOCK, MXFP4_NAN, dequantise_fp8_into, dequantise_mxfp4_into, has_fp8_nan
 from emoe_jax.experts.quantise import dequantise_into, quantise_into
 from emoe_jax.experts.record_format import quantised_matrix
+
+_DEQUANTISE = {"int8": dequantise_into, "fp8": dequantise_fp8_into, "mxfp4": dequantise_mxfp4_into}
 
 
 class StoredWeights:
@@ -37,12 +40,50 @@ class StoredWeights:
         """What the checkpoint has for a weight of an expert: its numbers, and their scales."""
         return tuple(tensor.part for tensor in stored_tensors(part, self.expert_format))
 
+    def file_dtype(self, part: Part) -> str:
+        """The dtype of a tensor as its file spells it."""
+        file, name = self.located(part)
+        return file.tensors[name].dtype
+
+    def dense_tensors(self, part: Part) -> tuple[Part, ...]:
+        """What the checkpoint has for a weight that is not an expert's: floats, or FP8 with scales like its experts."""
+        is_fp8 = self.expert_format == "fp8" and part in self and self.file_dtype(part) == "F8_E4M3"
+        return self.expert_tensors(part) if is_fp8 else (part,)
+
     def check(self, part: Part) -> None:
         """That a float tensor is there, of the right shape. Raises `CheckpointError`."""
         self._check(part, tuple(WEIGHT_DTYPES))
 
-    def check_expert(self, part: Part) -> None:
-        """That the tensors of a weight of an expert are there, of the right shapes and dtypes."""
+    def check_dense(self, part: Part) -> None:
+        """That the tensors of a weight that is not an expert's are there, of the right shapes and dtypes."""
+        if self.dense_tensors(part) == (part,):
+            self.check(part)
+        else:
+            self.check_expert(part)
+
+    def read_dense(self, parts: tuple[Part, ...], out: Float[np.ndarray, "..."]) -> None:
+        """Fill `out` with the rows of these parts, one after the other. FP8 becomes floats: one part at a time."""
+        row = 0
+        for part in parts:
+            target = out[row : row + part.rows]
+            if self.dense_tensors(part) == (part,):
+                self.read((part,), target)
+            else:
+                self.read_plain(part, target)
+            row += part.rows
+
+    def check_expert(self, part: Part, parts: int = 1) -> None:
+        """That the tensors of a weight of an expert are there, of the right shapes and dtypes.
+
+        The weight may be `parts` matrices, such as a gate above its up projection: blocks must not be of both.
+        """
+        rows = part.rows // parts
+        if self.expert_format == "fp8" and parts > 1 and rows % FP8_BLOCK:
+            file, name = self.located(part)
+            raise CheckpointError(
+                f"{file.path}: tensor {name} has a gate of {rows} rows; expected a multiple of {FP8_BLOCK}, or one "
+                "tensor for each projection"
+            )
         for tensor in stored_tensors(part, self.expert_format):
             self._check(tensor.part, tensor.dtypes)
 
@@ -54,6 +95,8 @@ class StoredWeights:
             if not part.transposed:  # the bias of an expert is a matrix of one input, and blocks of bytes have an axis
                 target = target.reshape(part.selected)
             file, name = self.located(part)
+            if target.dtype == np.uint8:
+                target = target.view(file.dtype(name))  # the bits, whatever they are of
             file.read_into(name, target, part.index, part.transposed, part.turns)
             row += part.rows
 
@@ -65,6 +108,8 @@ class StoredWeights:
         stored, stored_scales = self.expert_tensors(part)
         self.read((stored,), numbers)
         self.read((stored_scales,), scales)
+        if self.file_dtype(stored) == "F8_E4M3" and has_fp8_nan(numbers):
+            self._refuse_values(stored)
         file, name = self.located(stored_scales)
         if scales.dtype == np.uint8:
             if np.any(scales == MXFP4_NAN):
@@ -94,15 +139,17 @@ class StoredWeights:
         else:
             numbers, scales = (np.empty(*kind) for kind in quantised_matrix(self.expert_format, part.matrix))
             self.read_stored(part, numbers, scales)
-            dequantise = dequantise_into if self.expert_format == "int8" else dequantise_mxfp4_into
-            dequantise(numbers, scales, out)
+            _DEQUANTISE[self.expert_format](numbers, scales, out)
         self.check_finite(self.expert_tensors(part)[0], out)
 
     def check_finite(self, part: Part, numbers: Float[np.ndarray, "O I"]) -> None:
         """Raises `CheckpointError` where a number that was made of a tensor is infinite or NaN."""
         if not are_finite(numbers):
-            file, name = self.located(part)
-            raise CheckpointError(f"{file.path}: {name} has values that are not finite")
+            self._refuse_values(part)
+
+    def _refuse_values(self, part: Part) -> NoReturn:
+        file, name = self.located(part)
+        raise CheckpointError(f"{file.path}: {name} has values that are not finite")
 
     def _check(self, part: Part, dtypes: tuple[str, ...]) -> None:
         says = f"config.json says {self.expert_format} experts"

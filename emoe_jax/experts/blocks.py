@@ -1,5 +1,6 @@
 """Weights in blocks with a scale each, as published checkpoints have them, made floats. Host arithmetic in NumPy."""
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
@@ -8,6 +9,14 @@ MXFP4_BLOCK = 32
 
 MXFP4_NAN = 255
 """The scale that is not a number."""
+
+FP8_BLOCK = 128
+"""Rows, and columns, that have a scale in common. Blocks at the edges of a matrix are smaller."""
+
+FP8 = np.dtype(jnp.float8_e4m3fn)
+"""What the bytes are bits of."""
+
+_FP8_NUMBERS = np.arange(256, dtype=np.uint8).view(FP8).astype(np.float32)
 
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Of numbers of four bits by their lower three (e2m1). The highest bit is the sign."""
@@ -42,3 +51,25 @@ def dequantise_mxfp4_into(
         numbers = _PAIRS[blocks[rows]].reshape(-1, columns // MXFP4_BLOCK, MXFP4_BLOCK)
         scale = np.ldexp(np.float32(1), scales[rows].astype(np.int32) - 127)
         np.copyto(weights[rows], (numbers * scale[..., None]).reshape(-1, columns), casting="unsafe")
+
+
+def dequantise_fp8_into(
+    numbers: UInt8[np.ndarray, "O I"],
+    scales: Float[np.ndarray, "scaled_O scaled_I"],
+    weights: Float[np.ndarray, "O I"],
+) -> None:
+    """Fill `weights` with the numbers of eight bits (e4m3) times the scales of their blocks, computed in float32.
+
+    Worked example: a byte of 0x38 is 1.0. In row 200 and column 100 it becomes `scales[1, 0]`.
+    """
+    columns = weights.shape[1]
+    step = max(1, _CHUNK // max(1, columns))
+    for first in range(0, len(weights), step):
+        rows = np.arange(first, min(first + step, len(weights)))
+        scale = np.repeat(scales[rows // FP8_BLOCK], FP8_BLOCK, axis=1)[:, :columns]
+        np.copyto(weights[rows[0] : rows[-1] + 1], _FP8_NUMBERS[numbers[rows]] * scale, casting="unsafe")
+
+
+def has_fp8_nan(numbers: UInt8[np.ndarray, "O I"]) -> bool:
+    """Whether one of the numbers is not a number. There is no infinity."""
+    return bool(np.any(numbers & 127 == 127))

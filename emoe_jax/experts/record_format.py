@@ -10,10 +10,10 @@ import numpy as np
 
 from emoe_jax.config import ModelConfig
 from emoe_jax.errors import ConfigError
-from emoe_jax.experts.blocks import MXFP4_BLOCK
+from emoe_jax.experts.blocks import FP8_BLOCK, MXFP4_BLOCK
 from emoe_jax.experts.weights import ExpertWeights
 
-QUANTISED = ("int8", "mxfp4")
+QUANTISED = ("int8", "fp8", "mxfp4")
 """The formats whose weights have scales."""
 
 
@@ -42,6 +42,8 @@ class RecordFormat:
       are -127 to 127, and the scales float32.
     - `mxfp4` has numbers of four bits (e2m1), two in a byte, the first in its low half. 32 neighbours of a row have a
       scale in common: a byte `s` for `2**(s - 127)`, where 255 is not a number.
+    - `fp8` has numbers of eight bits (e4m3), kept as bytes. A block of 128 rows and 128 columns has one float32 scale.
+      Blocks of the gate, and of each other part of `w_in`, begin with its first row, and those at an edge are smaller.
     - Biases of a family that has them follow, as they are; beside quantised weights they are float32.
     """
 
@@ -56,7 +58,7 @@ class RecordFormat:
         """
         shapes = config.expert_in_shape, config.expert_out_shape
         if str(name) in QUANTISED:
-            return cls._quantised(str(name), *shapes, config.expert_bias)
+            return cls._quantised(str(name), *shapes, config.expert_bias, config.ffn_in_factor)
         return cls.plain(*shapes, np.dtype(jnp.dtype(name)), config.expert_bias)
 
     @classmethod
@@ -78,10 +80,17 @@ class RecordFormat:
         return cls._quantised("mxfp4", in_shape, out_shape, has_biases)
 
     @classmethod
+    def fp8(cls, in_shape: tuple[int, int], out_shape: tuple[int, int], parts: int = 2) -> "RecordFormat":
+        """Weights in eight bits with a scale per block of 128 x 128; `w_in` has so many parts, gate and up."""
+        return cls._quantised("fp8", in_shape, out_shape, False, parts)
+
+    @classmethod
     def _quantised(
-        cls, name: str, in_shape: tuple[int, int], out_shape: tuple[int, int], has_biases: bool
+        cls, name: str, in_shape: tuple[int, int], out_shape: tuple[int, int], has_biases: bool, parts: int = 1
     ) -> "RecordFormat":
-        (w_in, in_scales), (w_out, out_scales) = quantised_matrix(name, in_shape), quantised_matrix(name, out_shape)
+        """`w_in` has so many parts, each of which is a matrix by itself."""
+        w_in, in_scales = quantised_matrix(name, in_shape, parts)
+        w_out, out_scales = quantised_matrix(name, out_shape)
         arrays = {"w_in": w_in, "w_out": w_out, "in_scales": in_scales, "out_scales": out_scales}
         biases = _biases(in_shape, out_shape, np.dtype(np.float32)) if has_biases else ()
         return cls(name, (*(RecordArray(field, *kind) for field, kind in arrays.items()), *biases))
@@ -132,14 +141,17 @@ ArrayKind = tuple[tuple[int, ...], np.dtype]
 """Shape and dtype of an array."""
 
 
-def quantised_matrix(name: str, shape: tuple[int, int]) -> tuple[ArrayKind, ArrayKind]:
-    """The numbers and the scales of a matrix of this shape, or of some of its rows, in a quantised format.
+def quantised_matrix(name: str, shape: tuple[int, int], parts: int = 1) -> tuple[ArrayKind, ArrayKind]:
+    """The numbers and the scales of a matrix of this shape in a quantised format.
 
-    Raises `ConfigError` where its blocks do not fit the shape.
+    The matrix may be `parts` of them, one above the other. Raises `ConfigError` where blocks do not fit the shape.
     """
     rows, columns = shape
     if name == "int8":
         return (shape, np.dtype(np.int8)), ((rows,), np.dtype(np.float32))
+    if name == "fp8":
+        scales = parts * -(-(rows // parts) // FP8_BLOCK), -(-columns // FP8_BLOCK)
+        return (shape, np.dtype(np.uint8)), (scales, np.dtype(np.float32))
     if columns % MXFP4_BLOCK:
         raise ConfigError(f"experts have a matrix of {rows} x {columns}; MXFP4 has rows of a multiple of {MXFP4_BLOCK}")
     return ((rows, columns // 2), np.dtype(np.uint8)), ((rows, columns // MXFP4_BLOCK), np.dtype(np.uint8))

@@ -101,7 +101,7 @@ def _block_products(
         firsts = [part * F + c * step_in for part in range(config.ffn_in_factor)]
         parts = [
             plus_bias_block(
-                _chunk_product(x, experts.w_in, experts.in_scales, slot, row, step_in), experts.b_in, slot, row
+                _chunk_product(x, experts.w_in, experts.in_scales, slot, row, step_in, F), experts.b_in, slot, row
             )
             for row in firsts
         ]
@@ -113,7 +113,7 @@ def _block_products(
     def project_out(c: Array, products: Array) -> Array:
         corner = (start, c * step_out)
         first = c * step_out
-        product = _chunk_product(hidden, experts.w_out, experts.out_scales, slot, first, step_out)
+        product = _chunk_product(hidden, experts.w_out, experts.out_scales, slot, first, step_out, D)
         part = plus_bias_block(product, experts.b_out, slot, first)
         kept = jax.lax.dynamic_slice(products, corner, part.shape)
         return jax.lax.dynamic_update_slice(products, jnp.where(inside, part, kept), corner)
@@ -128,11 +128,12 @@ def _chunk_product(
     slot: Array,
     first: Array,
     step: int,
+    part: int,
 ) -> Float[Array, "block_R block_O"]:
-    """`x` times output features `first : first + step` of a slot's matrix, in float32."""
+    """`x` times output features `first : first + step` of a slot's matrix, in float32. Each of its parts has `part`."""
     if is_blocked(scales):
-        terms = slot_blocks(w, scales, slot, first, step)
-        products = [_product(x[:, part :: len(terms)], block) for part, block in enumerate(terms)]
+        terms = slot_blocks(w, scales, slot, first, step, part)
+        products = [_product(x[:, number :: len(terms)], block) for number, block in enumerate(terms)]
         return sum(products[1:], start=products[0])
     block = slot_block(w, slot, (first, 0), (step, w.shape[2]))
     return scaled(_product(x, block), slot_scales(scales, slot, first, step))

@@ -37,8 +37,8 @@ def _products(
 ) -> Float[Array, "n D"]:
     """Row `i` through the expert at `slot[i]`, in float32."""
     precise = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
-    w_in, in_scales = factor_and_scales(experts.w_in[slot], _at(experts.in_scales, slot), x.dtype)
-    w_out, out_scales = factor_and_scales(experts.w_out[slot], _at(experts.out_scales, slot), x.dtype)
+    w_in, in_scales = factor_and_scales(experts.w_in[slot], _at(experts.in_scales, slot), x.dtype, config.expert_hidden)
+    w_out, out_scales = factor_and_scales(experts.w_out[slot], _at(experts.out_scales, slot), x.dtype, x.shape[1])
     hidden = jnp.einsum("nD,nFD->nF", x.astype(w_in.dtype), w_in, **precise)
     hidden = plus_bias(scaled(hidden, in_scales), experts.b_in, slot)
     gated = gate(hidden, config).astype(x.dtype)

@@ -82,14 +82,14 @@ def vector_products(
         if not is_blocked(experts.in_scales):
             return None
         return [
-            slot_blocks(experts.w_in, experts.in_scales, groups.slot[start], part * F + first, step_in)
+            slot_blocks(experts.w_in, experts.in_scales, groups.slot[start], part * F + first, step_in, F)
             for part in range(config.ffn_in_factor)
         ]
 
     def shared_out(first: Array) -> Blocks | None:
         if not is_blocked(experts.out_scales):
             return None
-        return slot_blocks(experts.w_out, experts.out_scales, groups.slot[start], first, step_out)
+        return slot_blocks(experts.w_out, experts.out_scales, groups.slot[start], first, step_out, D)
 
     def project_in(hidden: Array, i: Array, first: Array, shared: Sequence[Blocks] | None) -> Array:
         x = jax.lax.dynamic_index_in_dim(rows, groups.row[i], 0)

@@ -24,8 +24,8 @@ def ragged(operands: Operands, config: ModelConfig) -> Float[Array, "R D"]:
     sizes = jnp.sum(groups.slot[:, None] == slots[None, :], axis=0, dtype=jnp.int32)
     x = rows[groups.row[by_slot]]
     slot = jnp.minimum(groups.slot[by_slot], experts.capacity - 1)  # an absent expert's product is never read
-    w_in, in_scales = factor_and_scales(experts.w_in, experts.in_scales, rows.dtype)
-    w_out, out_scales = factor_and_scales(experts.w_out, experts.out_scales, rows.dtype)
+    w_in, in_scales = factor_and_scales(experts.w_in, experts.in_scales, rows.dtype, config.expert_hidden)
+    w_out, out_scales = factor_and_scales(experts.w_out, experts.out_scales, rows.dtype, rows.shape[1])
     in_scales, out_scales = (None if s is None else s[slot] for s in (in_scales, out_scales))
     hidden = plus_bias(scaled(_ragged_dot(x, w_in, sizes), in_scales), experts.b_in, slot)
     products = scaled(_ragged_dot(gate(hidden, config).astype(rows.dtype), w_out, sizes), out_scales)

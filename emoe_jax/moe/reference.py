@@ -22,8 +22,8 @@ def reference(operands: Operands, config: ModelConfig) -> Float[Array, "R D"]:
     slots = slots_of(ids, slot_of_expert, experts.capacity)
     one_hot = jax.nn.one_hot(slots, experts.capacity, dtype=jnp.float32)  # a slot of C is all zeros
     weight_of_slot = jnp.einsum("Rk,RkC->RC", weights.astype(jnp.float32), one_hot, **precise)
-    w_in, in_scales = factor_and_scales(experts.w_in, experts.in_scales, rows.dtype)
-    w_out, out_scales = factor_and_scales(experts.w_out, experts.out_scales, rows.dtype)
+    w_in, in_scales = factor_and_scales(experts.w_in, experts.in_scales, rows.dtype, config.expert_hidden)
+    w_out, out_scales = factor_and_scales(experts.w_out, experts.out_scales, rows.dtype, rows.shape[1])
     hidden = scaled(jnp.einsum("RD,CFD->RCF", rows.astype(w_in.dtype), w_in, **precise), in_scales)
     if experts.b_in is not None:
         hidden = hidden + experts.b_in[None, :, :, 0].astype(jnp.float32)

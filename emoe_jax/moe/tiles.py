@@ -1,6 +1,7 @@
 """How a Triton kernel multiplies rows with a tile of one slot's weights, by the format that they are stored in."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from emoe_jax.experts.blocks import MXFP4_BLOCK
-from emoe_jax.moe.dequantise import half_e8m0, is_blocked, twice_fp4
+from emoe_jax.experts.blocks import FP8_BLOCK, MXFP4_BLOCK
+from emoe_jax.moe.dequantise import e4m3, half_e8m0, is_blocked, scale_rows, twice_fp4
 from emoe_jax.moe.kernel_config import MIN_TILE
 
 
@@ -22,21 +23,29 @@ class Tiles(NamedTuple):
     """Inputs that are read in one step."""
     covered: int
     """Inputs that all steps together read: those above `inputs` do not exist."""
-    has_scales: bool
-    is_blocked: bool
-    """Whether the scales are of blocks, and not of the sums."""
+    kind: Literal["plain", "channels", "fp8", "mxfp4"]
+    """What has a scale: nothing, an output channel, or a block of one of the two formats."""
+    part: int
+    """Output features of gate, of up, or of all that there is."""
 
     @classmethod
-    def of(cls, inputs: int, scales: Num[Array, "..."] | None, depth: int) -> "Tiles":
-        """Of a matrix with these scales, of all slots, in steps of `depth` or of the least that the format allows."""
-        in_blocks = is_blocked(scales)
-        depth = max(depth, 2 * MIN_TILE) if in_blocks else depth
-        return cls(inputs, depth, pl.cdiv(inputs, depth) * depth, scales is not None, in_blocks)
+    def of(cls, inputs: int, scales: Num[Array, "..."] | None, depth: int, part: int) -> "Tiles":
+        """Of a matrix with these scales, of all slots, in steps of `depth` or of what comes closest in its format."""
+        kind = "plain" if scales is None else "channels"
+        if is_blocked(scales):
+            kind = "mxfp4" if scales.dtype == jnp.uint8 else "fp8"
+            depth = max(depth, 2 * MIN_TILE) if kind == "mxfp4" else min(depth, FP8_BLOCK)
+        return cls(inputs, depth, pl.cdiv(inputs, depth) * depth, kind, part)
 
     @property
     def per_byte(self) -> int:
-        """Numbers that lie in one number of the array: two, where these are bytes of numbers of four bits."""
-        return 2 if self.is_blocked else 1
+        """Numbers that lie in one number of the array."""
+        return 2 if self.kind == "mxfp4" else 1
+
+    def split(self, refs: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+        """Scales and biases among what a kernel gets of them: at most one of each."""
+        has_scales = self.kind != "plain"
+        return refs[:has_scales], refs[has_scales:]
 
     def columns(self, at: Int[Array, ""]) -> list[Int[Array, " block_I"]]:
         """The inputs of a step, in as many groups as a byte has numbers."""
@@ -61,8 +70,11 @@ class Tiles(NamedTuple):
         """Rows, whose inputs were read as `columns` says, times the outputs `first : first + tile` of a slot."""
         known, width = self.known(self.columns(at)[0]), self.depth // self.per_byte
         w = load(w_ref.at[slot, pl.ds(first, tile), pl.ds(at // self.per_byte, width)], wanted, known)
-        if not self.is_blocked:
+        if self.kind in ("plain", "channels"):
             return dot(xs[0], w)
+        if self.kind == "fp8":  # a step is of one block of columns
+            place = scales_refs[0].at[slot, scale_rows(first, tile, self.part), at // FP8_BLOCK]
+            return dot(xs[0], e4m3(w)) * load_line(place, wanted)
         outputs, places = first + jnp.arange(tile), at // self.per_byte + jnp.arange(width)
         place = scales_refs[0].at[slot, outputs[:, None], (places // (MXFP4_BLOCK // 2))[None, :]]
         scale = half_e8m0(load(place, wanted, known))

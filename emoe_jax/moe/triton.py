@@ -63,7 +63,7 @@ def _gated_hidden(
     The operands stay whole and the kernel indexes them; Pallas computes offsets in 64 bits for arrays over 4 GiB, so a
     slab of any size is safe.
     """
-    F, tiles = config.expert_hidden, Tiles.of(x.shape[1], of_rows[0], tiling.depth)
+    F, tiles = config.expert_hidden, Tiles.of(x.shape[1], of_rows[0], tiling.depth, config.expert_hidden)
     return pl.pallas_call(
         partial(_hidden_kernel, config=config, tiling=tiling, tiles=tiles),
         grid=(blocks.start.shape[0], pl.cdiv(F, tiling.tile)),
@@ -78,7 +78,7 @@ def _hidden_kernel(
     start_ref, size_ref, slot_ref, row_ref, x_ref, w_ref, *refs, config: ModelConfig, tiling: Tiling, tiles: Tiles
 ) -> None:
     *of_rows_refs, out_ref = refs
-    scales_refs, bias_refs = of_rows_refs[: tiles.has_scales], of_rows_refs[tiles.has_scales :]  # at most one of each
+    scales_refs, bias_refs = tiles.split(of_rows_refs)
     b, first = pl.program_id(0), pl.program_id(1) * tiling.tile
     start, size, slot = start_ref[b], size_ref[b], slot_ref[b]
     F = out_ref.shape[1]
@@ -103,7 +103,7 @@ def _hidden_kernel(
 
         zero = jnp.zeros((tiling.rows, tiling.tile), jnp.float32)
         totals = jax.lax.fori_loop(0, pl.cdiv(tiles.inputs, tiles.depth), step, (zero,) * config.ffn_in_factor)
-        for scales_ref in () if tiles.is_blocked else scales_refs:
+        for scales_ref in scales_refs if tiles.kind == "channels" else ():
             scales = [load_line(scales_ref.at[slot, place], wanted) for place in places]
             totals = [total * scale for total, scale in zip(totals, scales, strict=True)]
         for bias_ref in bias_refs:
@@ -125,7 +125,7 @@ def _products(
 ) -> Float[Array, "splits A D"]:
     """`hidden[i] @ w[slot]^T` in float32 for all sorted assignments, as sums over `splits` parts of the inputs."""
     (A, F), D = hidden.shape, w.shape[1]
-    tiles = Tiles.of(F, of_rows[0], tiling.depth)
+    tiles = Tiles.of(F, of_rows[0], tiling.depth, D)
     part = pl.cdiv(pl.cdiv(F, splits), tiles.depth) * tiles.depth
     tiles = tiles._replace(covered=splits * part)
     return pl.pallas_call(
@@ -142,7 +142,7 @@ def _product_kernel(
     start_ref, size_ref, slot_ref, x_ref, w_ref, *refs, tiling: Tiling, part: int, tiles: Tiles
 ) -> None:
     *of_rows_refs, out_ref = refs
-    scales_refs, bias_refs = of_rows_refs[: tiles.has_scales], of_rows_refs[tiles.has_scales :]  # at most one of each
+    scales_refs, bias_refs = tiles.split(of_rows_refs)
     b, first, split = pl.program_id(0), pl.program_id(1) * tiling.tile, pl.program_id(2)
     start, size, slot = start_ref[b], size_ref[b], slot_ref[b]
     D = out_ref.shape[2]
@@ -163,7 +163,7 @@ def _product_kernel(
 
         total = jnp.zeros((tiling.rows, tiling.tile), jnp.float32)
         total = jax.lax.fori_loop(0, part // tiles.depth, step, total)
-        for scales_ref in () if tiles.is_blocked else scales_refs:
+        for scales_ref in scales_refs if tiles.kind == "channels" else ():
             total = total * load_line(scales_ref.at[slot, pl.ds(first, tiling.tile)], wanted)
         for bias_ref in bias_refs:  # once, in the first of the parts that are added up
             bias = load_line(bias_ref.at[slot, pl.ds(first, tiling.tile)], wanted)

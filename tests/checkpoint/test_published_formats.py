@@ -2,18 +2,20 @@
 
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from emoe_jax.checkpoint import Checkpoint
+from emoe_jax.errors import CheckpointError
 from emoe_jax.experts.record_format import RecordFormat
 from emoe_jax.models import open_checkpoint
-from tests.golden.packed import GPT_OSS, fp4_values, write_mxfp4
+from tests.golden.packed import FP8, FP8_CONFIG, GPT_OSS, fp4_values, fp8_tensors, fused, write, write_fp8, write_mxfp4
 from tests.golden.tiny import prompts
 from tests.models.loaded import load
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS = "model.safetensors"
 EXPERTS = "model.layers.1.mlp.experts"
 
 
@@ -82,3 +84,63 @@ class TestMxfp4:
         scales = rng.integers(60, 200, (2, 8, 3)).astype(np.uint8)
         theirs = convert_moe_packed_tensors(torch.tensor(blocks), torch.tensor(scales), dtype=torch.float32)
         np.testing.assert_array_equal(theirs.numpy().swapaxes(1, 2), fp4_values(blocks, scales))
+
+
+@pytest.fixture(scope="module", params=FP8)
+def fp8(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path]:
+    """A family, a checkpoint of it, and the checkpoint's twin."""
+    return request.param, *write_fp8(tmp_path_factory.mktemp(request.param), request.param)
+
+
+class TestFp8:
+    def test_a_record_has_the_bits_of_the_file(self, fp8: tuple[str, Path, Path]) -> None:
+        """The blocks of up begin where the gate's have ended, although 136 rows are no whole blocks."""
+        checkpoint = open_checkpoint(fp8[1])
+        assert checkpoint.config.expert_format == "fp8"
+        layer = checkpoint.config.moe_layers[1]
+        (stored, _), found = fp8_tensors(*FP8[fp8[0]]), record(checkpoint, "fp8")
+        for ours, projections in (("in", ("gate_proj", "up_proj")), ("out", ("down_proj",))):
+            names = [f"model.layers.{layer}.mlp.experts.2.{projection}.weight" for projection in projections]
+            numbers = np.concatenate([stored[name] for name in names])
+            np.testing.assert_array_equal(found[f"w_{ours}"], numbers.view(np.uint8))
+            scales = np.concatenate([stored[f"{name}_scale_inv"] for name in names]).astype(np.float32)
+            assert scales.shape == (2 * len(projections), 2)
+            np.testing.assert_array_equal(found[f"{ours}_scales"], scales)
+
+    def test_a_record_is_a_quarter_of_float32(self) -> None:
+        """Of an expert of Qwen3-30B-A3B: its scales are 0.2 per mille."""
+        shapes = (1536, 2048), (2048, 768)
+        packed, plain = RecordFormat.fp8(*shapes), RecordFormat.plain(*shapes, np.dtype(np.float32))
+        assert packed.nbytes == plain.nbytes // 4 + 4 * 3 * 6 * 16
+
+    def test_plain_and_int8_records_are_made_of_it(self, fp8: tuple[str, Path, Path]) -> None:
+        packed, floats = map(open_checkpoint, fp8[1:])
+        for name in ("float32", "bfloat16", "int8"):
+            found = record(packed, name)
+            for key, value in record(floats, name).items():
+                np.testing.assert_array_equal(found[key], value)
+
+    def test_dense_weights_and_logits_are_those_of_the_twin(self, fp8: tuple[str, Path, Path]) -> None:
+        packed, floats = load(fp8[1], expert_format="fp8"), load(fp8[2])
+        for ours, theirs in zip(*map(jax.tree.leaves, (packed.state, floats.state)), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        assert packed.experts[0].w_in.dtype == np.uint8
+        tokens = prompts(FP8[fp8[0]][0])
+        want = floats.forward(tokens)[0]
+        np.testing.assert_allclose(packed.forward(tokens)[0], want, atol=2e-4, rtol=0)
+
+    def test_stacks_are_read_where_gate_and_up_are_whole_blocks(self, tmp_path: Path) -> None:
+        raw = FP8["qwen3_moe"][0] | {"moe_intermediate_size": 128}
+        packed, _ = fp8_tensors(raw, np.float32)
+        config = raw | {"quantization_config": FP8_CONFIG}
+        stacks, single = write(tmp_path / "stacks", config, fused(packed)), write(tmp_path / "single", config, packed)
+        found = record(open_checkpoint(stacks), "fp8")
+        for key, value in record(open_checkpoint(single), "fp8").items():
+            np.testing.assert_array_equal(found[key], value)
+
+    def test_stacks_of_other_sizes_are_refused(self, fp8: tuple[str, Path, Path], tmp_path: Path) -> None:
+        raw, scale_dtype = FP8[fp8[0]]
+        packed, _ = fp8_tensors(raw, scale_dtype)
+        write(tmp_path, raw | {"quantization_config": FP8_CONFIG}, fused(packed))
+        with pytest.raises(CheckpointError, match=r"gate_up_proj has a gate of 136 rows; .* a multiple of 128"):
+            open_checkpoint(tmp_path)

@@ -9,7 +9,7 @@ import pytest
 
 from emoe_jax import Engine
 from emoe_jax.experts.record_format import RecordFormat
-from tests.golden.packed import write_mxfp4
+from tests.golden.packed import write_fp8, write_mxfp4
 
 PROMPT = np.random.default_rng(7).integers(3, 90, size=17).tolist()
 OPTIONS: dict[str, Any] = {"policy": "lru", "max_model_len": 64, "max_num_seqs": 2, "max_num_batched_tokens": 16}
@@ -48,6 +48,19 @@ def test_the_slab_holds_bytes_and_logits_are_those_of_the_twin(mxfp4: tuple[Path
     assert full.parts.memory.slab_bytes == 3 * 5 * RecordFormat.of(full.config, "mxfp4").nbytes
     with Engine.load(mxfp4[1], expert_memory="100%", **OPTIONS) as twin:
         np.testing.assert_allclose(full.logits(PROMPT), twin.logits(PROMPT), atol=2e-4, rtol=0)
+
+
+def test_fp8_is_exact_and_a_load_moves_a_quarter_of_float32(tmp_path: Path) -> None:
+    """And the scales, of which each of the three matrices has two by two."""
+    packed, _ = write_fp8(tmp_path, "qwen3_moe")
+    found = []
+    for memory in ("100%", "3 slots"):
+        with Engine.load(packed, expert_memory=memory, **OPTIONS) as engine:
+            assert engine.parts.memory.expert_format == "fp8"
+            found.append(engine.logits(PROMPT))
+            loads = engine.parts.residency.loads
+    np.testing.assert_array_equal(*found)
+    assert loads.loaded_bytes / loads.loads == 3 * 136 * 144 + 4 * 3 * 2 * 2
 
 
 def test_int8_is_made_of_it_on_request(mxfp4: tuple[Path, Path], full: Engine) -> None:

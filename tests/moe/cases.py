@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from emoe_jax.config import ModelConfig
-from emoe_jax.experts.blocks import dequantise_mxfp4_into
+from emoe_jax.experts.blocks import dequantise_fp8_into, dequantise_mxfp4_into
 from emoe_jax.experts.quantise import dequantise_into, quantised
 from emoe_jax.experts.record_format import RecordArray, RecordFormat
 from emoe_jax.experts.weights import ExpertWeights
@@ -17,7 +17,7 @@ from emoe_jax.moe import BACKENDS, moe_ffn
 D, F = 32, 48
 OP = jax.jit(moe_ffn, static_argnames=("config", "backend", "platform"))
 RUNNABLE = [name for name, backend in BACKENDS.items() if backend.runs_on("cpu")]
-DEQUANTISE = {"int8": dequantise_into, "mxfp4": dequantise_mxfp4_into}
+DEQUANTISE = {"int8": dequantise_into, "fp8": dequantise_fp8_into, "mxfp4": dequantise_mxfp4_into}
 WAVE_EXACT = [name for name in RUNNABLE if BACKENDS[name].wave_exact]
 
 
@@ -115,8 +115,8 @@ class Case:
         """With experts in float32 that have the same values."""
         assert self.in_scales is not None
         assert self.out_scales is not None
-        w_in = _floats(name, self.w_in, self.in_scales, self.config.expert_in_shape)
-        w_out = _floats(name, self.w_out, self.out_scales, self.config.expert_out_shape)
+        w_in = _floats(name, self.w_in, self.in_scales, self.config.expert_in_shape, self.config.ffn_in_factor)
+        w_out = _floats(name, self.w_out, self.out_scales, self.config.expert_out_shape, 1)
         return dataclasses.replace(self, w_in=w_in, w_out=w_out, in_scales=None, out_scales=None)
 
     def run(self, backend: str, accumulator: jax.Array | np.ndarray | None = None) -> np.ndarray:
@@ -150,15 +150,20 @@ class Case:
 def _random_bits(rng: np.random.Generator, E: int, array: RecordArray) -> np.ndarray:
     """Numbers of any value, and scales that keep weights below 1."""
     shape = (E, *array.shape)
+    if array.dtype == np.float32:
+        return rng.uniform(0.0001, 0.002, shape).astype(np.float32)
     if array.name.endswith("scales"):
         return rng.integers(118, 125, shape).astype(np.uint8)
-    return rng.integers(0, 256, shape).astype(np.uint8)
+    bits = rng.integers(0, 256, shape).astype(np.uint8)
+    return np.where(bits & 127 == 127, 0, bits)  # of FP8, those are NaN
 
 
-def _floats(name: str, w: np.ndarray, scales: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+def _floats(name: str, w: np.ndarray, scales: np.ndarray, shape: tuple[int, int], parts: int) -> np.ndarray:
+    """Each expert's parts are matrices of their own."""
     weights = np.empty((len(w), *shape), np.float32)
-    for numbers, scale, out in zip(w, scales, weights, strict=True):
-        DEQUANTISE[name](numbers, scale, out)
+    for arrays in zip(w, scales, weights, strict=True):
+        for numbers, scale, out in zip(*(np.split(array, parts) for array in arrays), strict=True):
+            DEQUANTISE[name](numbers, scale, out)
     return weights
 
 

@@ -15,6 +15,9 @@ SHAPES = [  # format, R, k, E, C, ffn, D, F
     ("int8", 70, 3, 64, 20, "double_glu", 32, 48),
     ("int8", 600, 2, 5, 3, "glu", 24, 40),
     ("int8", 9, 2, 6, 4, "clamped_glu", 32, 48),
+    ("fp8", 1, 1, 4, 4, "glu", 32, 48),
+    ("fp8", 9, 2, 6, 4, "double_glu", 144, 136),
+    ("fp8", 3, 2, 5, 3, "glu", 264, 256),
     ("mxfp4", 1, 1, 4, 4, "clamped_glu", 32, 64),
     ("mxfp4", 9, 2, 6, 4, "clamped_glu", 96, 32),
     ("mxfp4", 40, 2, 5, 3, "glu", 64, 32),
@@ -26,7 +29,7 @@ def case_of(R: int, k: int, E: int, C: int, ffn: str = "glu", D: int = 32, F: in
     return Case.of(model(E, k, ffn, D, F), random_ids(rng, R, E, k), random_slots(rng, E, C), C, dtype=dtype)
 
 
-FORMAT = pytest.mark.parametrize("name", ["int8", "mxfp4"])
+FORMAT = pytest.mark.parametrize("name", ["int8", "fp8", "mxfp4"])
 BACKEND = pytest.mark.parametrize("backend", RUNNABLE)
 
 
@@ -70,6 +73,7 @@ def test_scales_of_nan_reach_only_the_rows_of_their_expert(backend: str, name: s
         ("int8", 40, 2, 3, "float32"),
         ("int8", 40, 2, 2, "bfloat16"),
         ("int8", 300, 2, 5, "float32"),
+        ("fp8", 12, 2, 3, "float32"),
         ("mxfp4", 1, 4, 4, "float32"),
         ("mxfp4", 12, 2, 3, "bfloat16"),
     ],
