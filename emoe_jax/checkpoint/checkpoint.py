@@ -88,7 +88,9 @@ class Checkpoint:
             self.weights.read_stored(part, numbers, scales[:count])
         else:
             stored = self.config.expert_format or self.config.dtype
-            raise CheckpointError(f"{self.directory} has experts in {stored}, of which {name} is not made")
+            raise CheckpointError(
+                f"{self.directory} has experts in {stored}, of which {name} is not made; expected int8 or a float dtype"
+            )
         return count
 
     @property
@@ -143,8 +145,14 @@ class Checkpoint:
                 for part in source.biases:
                     self.weights.check(part)
                 return source
-        missing = next(part for part in self._stored(sources[0]) if part not in self.weights)
-        raise CheckpointError(f"{self.directory}: tensor {missing.name} is missing (expert {expert} of layer {layer})")
+        weights = (part for parts in sources[0].projections for part in parts)
+        missing = next((part for part in weights if self.weights.expert_tensors(part)[0] not in self.weights), None)
+        if missing is None:
+            bias = next(part for part in sources[0].biases if part not in self.weights)
+            problem = f"{self.directory}: tensor {bias.name} is missing"
+        else:
+            problem = self.weights.missing(missing)
+        raise CheckpointError(f"{problem} (expert {expert} of layer {layer})")
 
     def _stored(self, source: ExpertSource) -> tuple[Part, ...]:
         """All tensors of an expert, scales included."""

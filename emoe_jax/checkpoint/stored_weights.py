@@ -7,10 +7,17 @@ import numpy as np
 from jaxtyping import Float, Int8, Num
 
 from emoe_jax.checkpoint.family import Part
-from emoe_jax.checkpoint.safetensors import WEIGHT_DTYPES, SafetensorsFile, are_finite
+from emoe_jax.checkpoint.safetensors import STORED_DTYPES, WEIGHT_DTYPES, SafetensorsFile, are_finite
 from emoe_jax.checkpoint.stored_format import stored_tensors
 from emoe_jax.errors import CheckpointError
-from emoe_jax.experts.blocks import FP8_BLOCK, MXFP4_NAN, dequantise_fp8_into, dequantise_mxfp4_into, has_fp8_nan
+from emoe_jax.experts.blocks import (
+    FP8_BLOCK,
+    MXFP4_BLOCK,
+    MXFP4_NAN,
+    dequantise_fp8_into,
+    dequantise_mxfp4_into,
+    has_fp8_nan,
+)
 from emoe_jax.experts.quantise import dequantise_into, quantise_into
 from emoe_jax.experts.record_format import quantised_matrix
 
@@ -77,15 +84,51 @@ class StoredWeights:
 
         The weight may be `parts` matrices, such as a gate above its up projection: blocks must not be of both.
         """
-        rows = part.rows // parts
-        if self.expert_format == "fp8" and parts > 1 and rows % FP8_BLOCK:
-            file, name = self.located(part)
-            raise CheckpointError(
-                f"{file.path}: tensor {name} has a gate of {rows} rows; expected a multiple of {FP8_BLOCK}, or one "
-                "tensor for each projection"
-            )
-        for tensor in stored_tensors(part, self.expert_format):
+        self._check_blocks(part, parts)
+        numbers, *scales = stored_tensors(part, self.expert_format)
+        self._check(numbers.part, numbers.dtypes)
+        for tensor in scales:
+            if tensor.part not in self:
+                file, name = self.located(numbers.part)
+                raise CheckpointError(
+                    f"{file.path}: tensor {tensor.part.name} is missing; {self._says}, so {name} has scales"
+                )
             self._check(tensor.part, tensor.dtypes)
+
+    def missing(self, part: Part) -> str:
+        """What is wrong where a tensor of a weight of an expert is not there, with what is there instead."""
+        numbers, *_ = self.expert_tensors(part)
+        packed = Part(f"{part.name}_blocks", part.shape)
+        if part in self and numbers not in self:
+            file, name = self.located(part)
+            found = file.tensors[name].dtype
+            return f"{file.path}: tensor {name} is {found}; expected {numbers.name} in its place, as {self._says}"
+        if packed in self and self.expert_format != "mxfp4":
+            file, name = self.located(packed)
+            return (
+                f"{file.path}: tensor {name} has experts in MXFP4; expected config.json to say so, with "
+                '"quantization_config": {"quant_method": "mxfp4"}'
+            )
+        return f"{self.directory}: tensor {numbers.name} is missing"
+
+    @property
+    def _says(self) -> str:
+        return f"config.json says {self.expert_format} {'weights' if self.expert_format == 'fp8' else 'experts'}"
+
+    def _check_blocks(self, part: Part, parts: int) -> None:
+        """That no block of scales is of two matrices, or ends outside of one."""
+        file, name = self.located(self.expert_tensors(part)[0])
+        rows, columns = part.matrix
+        if self.expert_format == "fp8" and parts > 1 and rows // parts % FP8_BLOCK:
+            raise CheckpointError(
+                f"{file.path}: tensor {name} has a gate of {rows // parts} rows; expected a multiple of {FP8_BLOCK}, "
+                "or one tensor for each projection"
+            )
+        if self.expert_format == "mxfp4" and columns % MXFP4_BLOCK:
+            raise CheckpointError(
+                f"{file.path}: tensor {name} has rows of {columns} numbers, as config.json says; expected a multiple "
+                f"of {MXFP4_BLOCK}, in blocks of which MXFP4 has scales"
+            )
 
     def read(self, parts: tuple[Part, ...], out: Num[np.ndarray, "..."]) -> None:
         """Fill `out` with the rows of these parts, one after the other, converted to its dtype."""
@@ -152,18 +195,20 @@ class StoredWeights:
         raise CheckpointError(f"{file.path}: {name} has values that are not finite")
 
     def _check(self, part: Part, dtypes: tuple[str, ...]) -> None:
-        says = f"config.json says {self.expert_format} experts"
         if part not in self:
-            expected = "" if dtypes == tuple(WEIGHT_DTYPES) else f"; {says}, with scales"
-            raise CheckpointError(f"{self.directory}: tensor {part.name} is missing{expected}")
+            raise CheckpointError(f"{self.directory}: tensor {part.name} is missing")
         file, name = self.located(part)
         info = file.tensors[name]
         if info.shape != part.shape:
             raise CheckpointError(f"{file.path}: tensor {name} has shape {info.shape}; expected {part.shape}")
         if info.dtype in dtypes:
             return
-        if dtypes == tuple(WEIGHT_DTYPES):
-            known = ", ".join(WEIGHT_DTYPES)
-            raise CheckpointError(f"{file.path}: tensor {name} is {info.dtype}; weights must be one of {known}")
-        expected = " or ".join(dtypes)
-        raise CheckpointError(f"{file.path}: tensor {name} is {info.dtype}; expected {expected}, as {says}")
+        if dtypes != tuple(WEIGHT_DTYPES):
+            raise CheckpointError(
+                f"{file.path}: tensor {name} is {info.dtype}; expected {' or '.join(dtypes)}, as {self._says}"
+            )
+        known = ", ".join(WEIGHT_DTYPES)
+        hint = ""
+        if info.dtype in STORED_DTYPES and self.expert_format is None:
+            hint = "; quantised ones need a quantization_config in config.json"
+        raise CheckpointError(f"{file.path}: tensor {name} is {info.dtype}; weights must be one of {known}{hint}")

@@ -110,7 +110,10 @@ Change = Callable[[dict[str, np.ndarray]], Any]
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop(f"{W1}_scale"), f"tensor {W1}_scale is missing; config.json says int8 experts, with scales"),
+        (
+            lambda t: t.pop(f"{W1}_scale"),
+            f"model.safetensors: tensor {W1}_scale is missing; config.json says int8 experts, so",
+        ),
         (
             lambda t: t.update({f"{W1}_scale": np.ones(23, np.float32)}),
             rf"model.safetensors: tensor {W1}_scale has shape \(23,\); expected \(24,\)",
