@@ -28,6 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 from emoe_jax.amounts import parse_expert_memory
+from emoe_jax.checkpoint.safetensors import STORED_DTYPES
+from emoe_jax.checkpoint.stored_format import stored_tensors
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.loader import ExpertLoader
 from emoe_jax.experts.record_format import RecordFormat
@@ -58,16 +60,20 @@ def write_sparse_checkpoint(directory: Path, raw: dict[str, Any]) -> ModelConfig
     """A valid checkpoint whose tensors are holes in the file: zeros that take no disk but are read like any others."""
     config = config_from_hf(raw)
     family = family_of(raw)
-    parts = [part for parts in family.dense_tensors(config).values() for part in parts]
+    dtype = {"float32": "F32", "bfloat16": "BF16"}[raw["torch_dtype"]]
+    tensors = {part.name: (part.shape, dtype) for parts in family.dense_tensors(config).values() for part in parts}
     for layer in config.moe_layers:
         for expert in range(config.num_experts):
-            parts += family.expert_sources(config, layer, expert)[0].parts
-    dtype, itemsize = {"float32": ("F32", 4), "bfloat16": ("BF16", 2)}[raw["torch_dtype"]]
+            source = family.expert_sources(config, layer, expert)[0]
+            tensors |= {part.name: (part.shape, dtype) for part in source.biases}
+            for part in (part for parts in source.projections for part in parts):
+                for stored in stored_tensors(part, config.expert_format):
+                    tensors[stored.part.name] = stored.part.shape, dtype if dtype in stored.dtypes else stored.dtypes[0]
     header: dict[str, Any] = {}
     offset = 0
-    for part in parts:
-        end = offset + int(np.prod(part.shape, dtype=np.int64)) * itemsize
-        header[part.name] = {"dtype": dtype, "shape": part.shape, "data_offsets": [offset, end]}
+    for name, (shape, stored_as) in tensors.items():
+        end = offset + int(np.prod(shape, dtype=np.int64)) * STORED_DTYPES[stored_as].itemsize
+        header[name] = {"dtype": stored_as, "shape": shape, "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(header).encode()
     encoded += b" " * (-(8 + len(encoded)) % 64)
