@@ -24,6 +24,22 @@ _MIXTRAL: dict[str, Any] = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
+_GPT_OSS: dict[str, Any] = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "vocab_size": 201088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "num_experts_per_tok": 4,
+    "sliding_window": 128,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "quantization_config": {"quant_method": "mxfp4"},
+}
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "mixtral-8x7b": _MIXTRAL
     | {
@@ -41,6 +57,8 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 48,
         "max_position_embeddings": 65536,
     },
+    "gpt-oss-20b": _GPT_OSS | {"num_hidden_layers": 24, "num_local_experts": 32},
+    "gpt-oss-120b": _GPT_OSS | {"num_hidden_layers": 36, "num_local_experts": 128},
     "olmoe-1b-7b": {
         "architectures": ["OlmoeForCausalLM"],
         "model_type": "olmoe",
