@@ -54,8 +54,8 @@ class StoredWeights:
 
     def dense_tensors(self, part: Part) -> tuple[Part, ...]:
         """What the checkpoint has for a weight that is not an expert's: floats, or FP8 with scales like its experts."""
-        is_fp8 = self.expert_format == "fp8" and part in self and self.file_dtype(part) == "F8_E4M3"
-        return self.expert_tensors(part) if is_fp8 else (part,)
+        may_be_fp8 = self.expert_format == "fp8" and len(part.shape) == 2 and part in self
+        return self.expert_tensors(part) if may_be_fp8 and self.file_dtype(part) == "F8_E4M3" else (part,)
 
     def check(self, part: Part) -> None:
         """That a float tensor is there, of the right shape. Raises `CheckpointError`."""

@@ -26,10 +26,12 @@ W1 = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
 
 def records(checkpoint: Checkpoint, name: str) -> np.ndarray:
     """All experts in a format, as bytes."""
-    layout = RecordFormat.of(checkpoint.config, name)
-    found = np.empty((len(checkpoint.config.moe_layers), checkpoint.config.num_experts, layout.size), layout.dtype)
+    record_format = RecordFormat.of(checkpoint.config, name)
+    found = np.empty(
+        (len(checkpoint.config.moe_layers), checkpoint.config.num_experts, record_format.size), record_format.dtype
+    )
     for layer, expert in np.ndindex(found.shape[:2]):
-        checkpoint.read_expert(layer, expert, found[layer, expert], layout)
+        checkpoint.read_expert(layer, expert, found[layer, expert], record_format)
     return found.view(np.uint8)
 
 

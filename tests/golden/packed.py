@@ -57,7 +57,7 @@ def mxfp4_tensors(raw: Mapping[str, Any]) -> tuple[Tensors, Tensors]:
 
 
 def fp4_values(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """`[E, rows, columns]` in float32."""
+    """The weights of all experts, `[out, in]`, in float32."""
     values = np.empty((*blocks.shape[:-1], 32), np.float32)
     values[..., ::2], values[..., 1::2] = _FP4[blocks % 16], _FP4[blocks // 16]
     values *= 2.0 ** (scales[..., None].astype(np.float32) - 127)

@@ -61,14 +61,14 @@ def load(
 
 def load_experts(checkpoint: Checkpoint, name: str) -> tuple[ExpertWeights, ...]:
     """All experts of all layers in a format, read one record at a time as the expert store does."""
-    layout = RecordFormat.of(checkpoint.config, name)
+    record_format = RecordFormat.of(checkpoint.config, name)
     layers = []
     for m in range(len(checkpoint.config.moe_layers)):
-        records = np.empty((checkpoint.config.num_experts, layout.size), layout.dtype)
+        records = np.empty((checkpoint.config.num_experts, record_format.size), record_format.dtype)
         for expert, record in enumerate(records):
-            checkpoint.read_expert(m, expert, record, layout)
-        parts = zip(*map(layout.views, records), strict=True)
-        layers.append(layout.weights(map(np.stack, parts)))
+            checkpoint.read_expert(m, expert, record, record_format)
+        parts = zip(*map(record_format.views, records), strict=True)
+        layers.append(record_format.weights(map(np.stack, parts)))
     return tuple(layers)
 
 

@@ -76,12 +76,12 @@ FORMATS = (
         (f"{_BACKENDS}[{_FP8}-triton-interpreted]",),
     ),
     Mutant(
-        "blocks are shared",
-        "one row alone has its weights converted as a whole",
+        "blocks: chunks",
+        "an expert's weights in blocks become float32 as a whole",
         "emoe_jax/moe/loop.py",
-        "alone = most == 1 and not is_blocked(experts.in_scales)",
-        "alone = most == 1",
-        (f"{_BACKENDS}[('mxfp4', 1, 1, 4, 4, 'clamped_glu', 32, 64)-loop]",),
+        "_CHUNK_BYTES = 4 << 20\n",
+        "_CHUNK_BYTES = 4 << 40\n",
+        ("tests/moe/test_quantised.py::test_no_expert_is_dequantised_as_a_whole[1-mxfp4]",),
     ),
     Mutant(
         "mxfp4: rows in turn",
