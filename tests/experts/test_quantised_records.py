@@ -1,4 +1,4 @@
-"""Records in int8 on their way from the store to the slab: every byte of numbers and scales, whole or in pieces."""
+"""Quantised records on their way from the store to the slab: every byte of numbers and scales, whole or in pieces."""
 
 import jax
 import numpy as np
@@ -10,7 +10,7 @@ from emoe_jax.experts.loader import ExpertLoader
 from emoe_jax.experts.pieces import PIECE_BYTES, ROUND_PIECES, Rounds
 from emoe_jax.experts.record_format import RecordFormat
 from emoe_jax.experts.slab import COMMIT_SIZES, ExpertSlab, commit_experts
-from emoe_jax.experts.store import ExpertStore
+from emoe_jax.experts.store import ExpertStore, aligned_record
 from emoe_jax.experts.table import EMPTY, SlotTable
 from tests.experts.fake_reader import FakeReader
 from tests.lowering import export_for_cuda
@@ -146,3 +146,22 @@ def test_starts_zeroed_and_moves_whole_experts_when_it_is_resized() -> None:
     slab.resize(0, 2, [1])
     for array, want in zip(jax.tree.leaves(slab.weights), expected(0, 5), strict=True):
         np.testing.assert_array_equal(array[0], want)
+
+
+@pytest.mark.parametrize("piece_bytes", [PIECE_BYTES, 200])
+@pytest.mark.parametrize("name", ["fp8", "mxfp4"])
+def test_a_slot_has_every_bit_of_a_record_in_blocks(name: str, piece_bytes: int) -> None:
+    """Moved as a whole, and in pieces; any byte may be there, as a weight and in a scale."""
+    shapes = (12, 64), (5, 32)
+    record_format = RecordFormat.fp8(*shapes) if name == "fp8" else RecordFormat.mxfp4(*shapes, has_biases=True)
+    record = aligned_record(record_format)
+    record[:] = np.random.default_rng(0).integers(0, 256, record_format.size)
+    slab = ExpertSlab(record_format, [3], piece_bytes=piece_bytes)
+    if slab.rounds.pieces:
+        for number in range(len(slab.rounds)):
+            slab.write(0, 1, slab.rounds[number], slab.stage_round(record, number))
+    else:
+        slab.commit(0, [slab.stage(record)], [1])
+    assert bool(slab.rounds.pieces) == (piece_bytes == 200)
+    for array, part in zip(jax.tree.leaves(slab.weights[0]), record_format.views(record), strict=True):
+        np.testing.assert_array_equal(np.asarray(array[1]).view(np.uint8), np.ascontiguousarray(part).view(np.uint8))
