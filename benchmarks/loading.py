@@ -28,6 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 from emoe_jax.amounts import parse_expert_memory
+from emoe_jax.checkpoint.safetensors import STORED_DTYPES
+from emoe_jax.checkpoint.stored_format import stored_tensors
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.loader import ExpertLoader
 from emoe_jax.experts.record_format import RecordFormat
@@ -58,16 +60,20 @@ def write_sparse_checkpoint(directory: Path, raw: dict[str, Any]) -> ModelConfig
     """A valid checkpoint whose tensors are holes in the file: zeros that take no disk but are read like any others."""
     config = config_from_hf(raw)
     family = family_of(raw)
-    parts = [part for parts in family.dense_tensors(config).values() for part in parts]
+    dtype = {"float32": "F32", "bfloat16": "BF16"}[raw["torch_dtype"]]
+    tensors = {part.name: (part.shape, dtype) for parts in family.dense_tensors(config).values() for part in parts}
     for layer in config.moe_layers:
         for expert in range(config.num_experts):
-            parts += family.expert_sources(config, layer, expert)[0].parts
-    dtype, itemsize = {"float32": ("F32", 4), "bfloat16": ("BF16", 2)}[raw["torch_dtype"]]
+            source = family.expert_sources(config, layer, expert)[0]
+            tensors |= {part.name: (part.shape, dtype) for part in source.biases}
+            for part in (part for parts in source.projections for part in parts):
+                for stored in stored_tensors(part, config.expert_format):
+                    tensors[stored.part.name] = stored.part.shape, dtype if dtype in stored.dtypes else stored.dtypes[0]
     header: dict[str, Any] = {}
     offset = 0
-    for part in parts:
-        end = offset + int(np.prod(part.shape, dtype=np.int64)) * itemsize
-        header[part.name] = {"dtype": dtype, "shape": part.shape, "data_offsets": [offset, end]}
+    for name, (shape, stored_as) in tensors.items():
+        end = offset + int(np.prod(shape, dtype=np.int64)) * STORED_DTYPES[stored_as].itemsize
+        header[name] = {"dtype": stored_as, "shape": shape, "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(header).encode()
     encoded += b" " * (-(8 + len(encoded)) % 64)
@@ -82,14 +88,14 @@ def write_sparse_checkpoint(directory: Path, raw: dict[str, Any]) -> ModelConfig
 def measure_stage_commit(directory: Path, rounds: int) -> dict[str, float]:
     """Bytes/s of memcpy and of the loader, from the host tier and from files in the page cache, in turns."""
     config = write_sparse_checkpoint(directory, MODEL)
-    layout = RecordFormat.of(config, "float32")
+    record_format = RecordFormat.of(config, "float32")
     E, half = config.num_experts, config.num_experts // 2
     reader = open_checkpoint(directory)
-    slab = ExpertSlab(layout, [half])
-    in_memory = ExpertStore(reader, layout, 1, E, E * layout.nbytes)
+    slab = ExpertSlab(record_format, [half])
+    in_memory = ExpertStore(reader, record_format, 1, E, E * record_format.nbytes)
     records = [np.asarray(in_memory.read(0, expert)) for expert in range(E)]
-    target = np.stack([aligned_record(layout) for _ in range(half)])
-    on_disk = ExpertStore(reader, layout, 1, E)
+    target = np.stack([aligned_record(record_format) for _ in range(half)])
+    on_disk = ExpertStore(reader, record_format, 1, E)
     first, second = range(half), range(half, E)
 
     def memcpy() -> None:
@@ -113,9 +119,9 @@ def measure_stage_commit(directory: Path, rounds: int) -> dict[str, float]:
                 "file": lambda: replace(cold, first, second),
             },
         )
-    moved = half * layout.nbytes
+    moved = half * record_format.nbytes
     return {
-        "expert_bytes": layout.nbytes,
+        "expert_bytes": record_format.nbytes,
         "memcpy_bytes_per_s": moved / statistics.median(times["memcpy"]),
         "stage_commit_bytes_per_s": moved / statistics.median(times["host"]),
         "stage_commit_fraction": _ratio(times["memcpy"], times["host"]),
@@ -127,16 +133,16 @@ def measure_stage_commit(directory: Path, rounds: int) -> dict[str, float]:
 def measure_tier(directory: Path, exchanges: int, filled: bool, pause: float = 0.05) -> float:
     """Share of loads from host memory. Experts of one layer, half of which are resident, are exchanged at random."""
     config = write_sparse_checkpoint(directory, MODEL)
-    layout, E = RecordFormat.of(config, "float32"), config.num_experts
-    store = ExpertStore(open_checkpoint(directory), layout, 1, E, E // 2 * layout.nbytes)
-    slab = ExpertSlab(layout, [E // 2])
+    record_format, E = RecordFormat.of(config, "float32"), config.num_experts
+    store = ExpertStore(open_checkpoint(directory), record_format, 1, E, E // 2 * record_format.nbytes)
+    slab = ExpertSlab(record_format, [E // 2])
     table = SlotTable([E // 2], E, sharding=slab.sharding)
     rng = np.random.default_rng(0)
     with contextlib.closing(store), ExpertLoader(store, slab, table) as loader:
         loader.fill([range(E // 2)])
         if filled:
             store.start_filling((0, expert) for expert in range(E))
-            while store.stats.host_bytes < E // 2 * layout.nbytes:
+            while store.stats.host_bytes < E // 2 * record_format.nbytes:
                 time.sleep(0.01)
         for _ in range(exchanges):
             absent, resident = np.flatnonzero(~table.resident_mask[0]), table.resident(0)
@@ -149,10 +155,10 @@ def measure_tier(directory: Path, exchanges: int, filled: bool, pause: float = 0
 
 def measure_commit_scaling(rounds: int, small: int = 16, large: int = 128) -> dict[str, float]:
     """Seconds to commit one 6 MB expert in slabs of two sizes, in turns."""
-    layout = RecordFormat.plain((2048, 512), (512, 1024), np.dtype(np.float32))
-    record = aligned_record(layout)
+    record_format = RecordFormat.plain((2048, 512), (512, 1024), np.dtype(np.float32))
+    record = aligned_record(record_format)
     record[:] = 1
-    slabs = {slots: ExpertSlab(layout, [slots]) for slots in (small, large)}
+    slabs = {slots: ExpertSlab(record_format, [slots]) for slots in (small, large)}
     staged = slabs[small].stage(record)
     turn = iter(range(10**9))
 
@@ -193,20 +199,20 @@ def probe_peak_rss(directory: Path, budget: str, expert_format: str) -> dict[str
     """Load dense weights and experts as the engine does; bytes of peak memory by what they are for."""
     checkpoint = open_checkpoint(directory)
     config = checkpoint.config
-    layout = RecordFormat.of(config, expert_format)
+    record_format = RecordFormat.of(config, expert_format)
     jax.block_until_ready(jnp.zeros(8) + 1)
     before = _memory("VmRSS")
-    slots = capacities(config, layout, parse_expert_memory(budget))
+    slots = capacities(config, record_format, parse_expert_memory(budget))
     _, dense = load_dense(checkpoint, config.dtype)
-    slab = ExpertSlab(layout, slots)
+    slab = ExpertSlab(record_format, slots)
     table = SlotTable(slots, config.num_experts, sharding=slab.sharding)
-    store = ExpertStore(checkpoint, layout, len(slots), config.num_experts)
+    store = ExpertStore(checkpoint, record_format, len(slots), config.num_experts)
     began = time.perf_counter()
     with ExpertLoader(store, slab, table) as loader:
         loader.fill(make_policy("static", len(slots), config.num_experts).initial(slots))
     seconds = time.perf_counter() - began
     dense_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(dense))
-    expert_bytes = len(slots) * config.num_experts * layout.nbytes
+    expert_bytes = len(slots) * config.num_experts * record_format.nbytes
     above = _memory("VmHWM") - before - slab.nbytes - dense_bytes
     return {
         "fraction": above / expert_bytes,

@@ -38,6 +38,10 @@ Axes that are rarer have words as names:
     padded_A             assignments in blocks that never mix experts, with places that stay empty
     block_R, block_I, block_O
                          a part of R, I or O
+    packed_I, packed_D, packed_F
+                         bytes that hold I, D or F numbers of four bits
+    scaled_O, scaled_I, scaled_Fi, scaled_D, scaled_F
+                         runs of O, I, Fi, D or F that have a scale in common
     blocks               blocks of assignments
     page, pages          positions of a page, and pages of the KV cache
     pages_per_sequence   the width of a block table

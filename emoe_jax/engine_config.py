@@ -124,8 +124,8 @@ class EngineConfig(Options):
     expert_format: ExpertFormat = option(
         "auto",
         "how experts are kept on the device and in host memory: int8 takes a quarter of float32's bytes, has a scale "
-        "per output channel, and is made while loading from any checkpoint; auto is what the checkpoint has, in dtype "
-        "where its experts are not quantised",
+        "per output channel, and is made while loading from any checkpoint; auto is what the checkpoint has (mxfp4, "
+        "fp8, int8), in dtype where its experts are not quantised",
     )
     max_model_len: int | None = option(
         None, "tokens that prompt and answer may have together", low=1, metavar="TOKENS", default_text="the model's own"

@@ -68,6 +68,8 @@ def start_up_table(
     memory: Mapping[str, int],
     resident: Sequence[int],
     num_experts: int,
+    expert_format: str,
+    dtype: str,
     has_tokenizer: bool,
     has_chat_template: bool,
     tasks: Sequence[str] | None,
@@ -76,8 +78,9 @@ def start_up_table(
     sampling: Mapping[str, object] | None = None,
     pool_share: float | None = None,
 ) -> Table:
-    """`memory` in bytes by purpose; `resident` experts on the device, one number per MoE layer. `pool_share` is the
-    part of a GPU's memory that JAX takes for itself, where it does."""
+    """`memory` in bytes by purpose; `resident` experts on the device, one number per MoE layer. Experts are kept in
+    `expert_format`, and all else is in `dtype`. `pool_share` is the part of a GPU's memory that JAX takes for itself,
+    where it does."""
     table = Table(show_header=False, title="eMoE-JAX", title_justify="left")
     table.add_row("model", escape(f"{model} ({family})"))
     if not has_tokenizer:
@@ -96,6 +99,8 @@ def start_up_table(
     per_layer = str(low) if low == high else f"{low} to {high}"
     share = sum(resident) / (num_experts * len(resident))
     table.add_row("experts resident", f"{per_layer} of {num_experts} in each of {len(resident)} layers ({share:.0%})")
+    all_else = "" if expert_format == dtype else f", all else in {dtype}"
+    table.add_row("experts kept in", f"{expert_format}{all_else}")
     table.add_row("routing", routing)
     if step is not None:
         table.add_row("a step computes", f"up to {step.sequences} sequences and {step.tokens} tokens")

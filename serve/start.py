@@ -94,6 +94,8 @@ def serve(options: ServerOptions, engine: Engine, listener: socket.socket, provi
         memory=engine.memory_report(),
         resident=[len(layer) for layer in state["residency"]["experts"]],
         num_experts=engine.config.num_experts,
+        expert_format=engine.memory.expert_format,
+        dtype=engine.memory.dtype,
         has_tokenizer=engine.tokenizer is not None,
         has_chat_template=engine.tokenizer is not None and engine.tokenizer.has_chat_template,
         tasks=tasks,

@@ -20,6 +20,7 @@ from benchmarks.memory.needs import Workload, measure
 from emoe_jax.amounts import parse_bytes
 from emoe_jax.config import ModelConfig
 from emoe_jax.errors import EmoeError, one_line, require
+from emoe_jax.experts.record_format import QUANTISED
 from emoe_jax.memory.plan import DTYPES, resolve_dtype
 from emoe_jax.models import config_from_hf
 from emoe_jax.planning.catalogue import read_config
@@ -51,10 +52,14 @@ def run(name: str, config: ModelConfig, given: argparse.Namespace) -> dict[str, 
     """All numbers, with what they are of."""
     device_bytes = parse_bytes("--device-memory", given.device_memory)
     load = Workload(given.prompt_length, given.batch, given.output_tokens)
+    dtype = resolve_dtype(given.dtype, config, "gpu")
+    kept = given.expert_format if given.expert_format != "auto" else config.expert_format or dtype
+    lengths, batches = given.prompt_lengths, given.batches
     return {
         "model": {
             "name": name,
-            "dtype": resolve_dtype(given.dtype, config, "gpu"),
+            "dtype": dtype,
+            "expert_format": kept,
             "moe_layers": len(config.moe_layers),
             "experts": config.num_experts,
             "top_k": config.top_k,
@@ -62,7 +67,7 @@ def run(name: str, config: ModelConfig, given: argparse.Namespace) -> dict[str, 
         },
         "device_bytes": device_bytes,
         "load": load._asdict(),
-        "resident": measure(config, given.dtype, device_bytes, given.shares, load, given.prompt_lengths, given.batches),
+        "resident": measure(config, dtype, device_bytes, given.shares, load, lengths, batches, kept),
     }
 
 
@@ -74,6 +79,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     of.add_argument("--geometry", choices=sorted(GEOMETRIES), help="a known model's shape, without a checkpoint")
     add("--device-memory", default="160GB", metavar="SIZE", help="of all devices together (default 160GB, the paper's)")
     add("--dtype", choices=DTYPES, default="auto", help="auto is the checkpoint's, as on a GPU")
+    formats = ("auto", *QUANTISED)
+    add("--expert-format", choices=formats, default="auto", help="of experts; auto is the checkpoint's, else dtype")
     add("--shares", type=float, nargs="+", default=[1.0, 0.6, 0.4, 0.2], metavar="SHARE", help="of resident experts")
     add("--prompt-length", type=int, default=512, metavar="N", help="tokens, where batches vary (default 512)")
     add("--batch", type=int, default=4, metavar="N", help="sequences, where prompt lengths vary (default 4)")

@@ -44,9 +44,9 @@ class Needs:
     page: int
 
     @classmethod
-    def of(cls, config: ModelConfig, share: float, dtype: str) -> Needs:
+    def of(cls, config: ModelConfig, share: float, dtype: str, expert_format: str = "auto") -> Needs:
         """Raises `CapacityError` for a share below top-k experts."""
-        plan = _plan(config, share, dtype, _NO_LIMIT)
+        plan = _plan(config, share, dtype, _NO_LIMIT, expert_format)
         return cls(sum(plan.capacities), plan.dense_bytes, plan.slab_bytes, page_bytes(config, plan.dtype))
 
     def memory(self, load: Workload) -> int:
@@ -58,10 +58,10 @@ class Needs:
         return (memory - self.weights - self.slab) // self.page - 1
 
 
-def pages_on(config: ModelConfig, share: float, dtype: str, device_bytes: int) -> int:
+def pages_on(config: ModelConfig, share: float, dtype: str, device_bytes: int, expert_format: str = "auto") -> int:
     """Pages for sequences that the engine has on this device; 0 where it does not start."""
     try:
-        return _plan(config, share, dtype, device_bytes).num_pages - 1
+        return _plan(config, share, dtype, device_bytes, expert_format).num_pages - 1
     except CapacityError:
         return 0
 
@@ -84,21 +84,23 @@ def measure(
     load: Workload,
     prompt_lengths: Sequence[int],
     batches: Sequence[int],
+    expert_format: str = "auto",
 ) -> dict[str, Any]:
     """`{share: numbers}`. Ratios are to the same model with all experts resident; None where that has no room at all.
 
     `same_device`: what the device has room for with each. `same_memory`: what has room where all experts and `load` do,
     as in the paper. Lengths are what memory has room for; `within_model` ends at the model's last position.
     """
-    full, full_pages = Needs.of(config, 1.0, dtype), pages_on(config, 1.0, dtype, device_bytes)
+    full = Needs.of(config, 1.0, dtype, expert_format)
+    full_pages = pages_on(config, 1.0, dtype, device_bytes, expert_format)
     results: dict[str, Any] = {}
     for share in shares:
         try:
-            needs = Needs.of(config, share, dtype)
+            needs = Needs.of(config, share, dtype, expert_format)
         except CapacityError as error:
             results[f"{share:g}"] = {"problem": str(error)}
             continue
-        pages = pages_on(config, share, dtype, device_bytes)
+        pages = pages_on(config, share, dtype, device_bytes, expert_format)
         results[f"{share:g}"] = {
             "slots": needs.slots,
             "weights": needs.weights,
@@ -128,13 +130,14 @@ def _room(pages: int, load: Workload, config: ModelConfig, full_prompt: int, ful
     }
 
 
-def _plan(config: ModelConfig, share: float, dtype: str, device_bytes: int) -> MemoryPlan:
+def _plan(config: ModelConfig, share: float, dtype: str, device_bytes: int, expert_format: str) -> MemoryPlan:
     """With as large a KV cache as there is room for."""
     return MemoryPlan.of(
         config.replace(max_position=_NO_LIMIT),
         platform=_PLATFORM,
         device_bytes=device_bytes,
         dtype=dtype,
+        expert_format=expert_format,
         expert_memory=f"{100 * share:.6f}%",
         max_num_seqs=1,
     )

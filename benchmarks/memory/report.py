@@ -16,7 +16,7 @@ def print_numbers(numbers: dict[str, Any], console: Console) -> None:
     """What is needed by length and by batch, then what there is room for."""
     load, model = numbers["load"], numbers["model"]
     rows = {share: cell for share, cell in numbers["resident"].items() if "problem" not in cell}
-    described = f"{model['name']}, {model['dtype']}"
+    described = _described(model)
     for name, title in (
         ("by_prompt_length", f"GB by prompt length, batch {load['batch']} ({described})"),
         ("by_batch", f"GB by batch, prompts of {load['prompt_length']} tokens ({described})"),
@@ -78,10 +78,15 @@ def plot(numbers: dict[str, Any], path: Path) -> None:
     panels[1].set_xlabel(f"batch (prompts of {load['prompt_length']} tokens)")
     panels[0].set_ylabel("weights, expert slab and KV cache, GB")
     panels[0].legend()
-    figure.suptitle(f"{model['name']}, {model['dtype']}")
+    figure.suptitle(_described(model))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _described(model: dict[str, Any]) -> str:
+    experts = "" if model["expert_format"] == model["dtype"] else f", experts in {model['expert_format']}"
+    return f"{model['name']}, {model['dtype']}{experts}"
 
 
 def _ratio(value: float | None) -> str:

@@ -71,14 +71,14 @@ class SimulatedExperts:
     def __init__(self, model: ModelExperts, setting: Setting, times: ExpertTimes, seed: int = 0):
         """Raises `ConfigError` for a residency that the model cannot have."""
         config, known = model.config, model.knowledge
-        layout = RecordFormat.of(config, "float32")
-        slots = tuple(capacities(config, layout, parse_expert_memory(setting.residency or ALL)))
+        record_format = RecordFormat.of(config, "float32")
+        slots = tuple(capacities(config, record_format, parse_expert_memory(setting.residency or ALL)))
         slots = known.split(slots, config)
         shape = (len(config.moe_layers), config.num_experts)
         self.profile = model.profile
         self.table = SlotTable(slots, config.num_experts)
         self.loads = LoaderStats()
-        self.expert_bytes = layout.nbytes
+        self.expert_bytes = record_format.nbytes
         self.routing: RoutingContract = setting.routing or "resident"
         self.is_full = all(capacity == config.num_experts for capacity in slots)
         self._policy = make_policy(POLICY, *shape, known.rates(config), known.for_policies())

@@ -72,11 +72,11 @@ def workloads(dry: bool) -> tuple[Workload, ...]:
 class _RandomExperts:
     """Reads any expert from one buffer of random numbers, as fast as memory copies."""
 
-    def __init__(self, layout: RecordFormat, inputs: int):
-        numbers = np.random.default_rng(0).standard_normal(layout.size, np.float32) * inputs**-0.5
-        self._record = numbers.astype(layout.dtype)
+    def __init__(self, record_format: RecordFormat, inputs: int):
+        numbers = np.random.default_rng(0).standard_normal(record_format.size, np.float32) * inputs**-0.5
+        self._record = numbers.astype(record_format.dtype)
 
-    def read_expert(self, layer: int, expert: int, record: np.ndarray, layout: RecordFormat, /) -> None:
+    def read_expert(self, layer: int, expert: int, record: np.ndarray, record_format: RecordFormat, /) -> None:
         record[:] = self._record
 
 
@@ -108,16 +108,16 @@ class Bench:
 
     def __init__(self, load: Workload, config: ModelConfig, share: float, loads: bool):
         """With `loads` every layer is asked for an absent expert all the time."""
-        self.config, layout = config, RecordFormat.of(config, load.dtype)
+        self.config, record_format = config, RecordFormat.of(config, load.dtype)
         slots = min(config.num_experts, max(config.top_k, round(share * config.num_experts)))
         self.residency = Residency(
             config,
-            layout,
+            record_format,
             [slots] * len(config.moe_layers),
-            _RandomExperts(layout, config.hidden_size),
+            _RandomExperts(record_format, config.hidden_size),
             "emoe-no-refresh",
             memory_kind=None if jax.default_backend() == "cpu" else "pinned_host",
-            host_bytes=4 * layout.nbytes,
+            host_bytes=4 * record_format.nbytes,
         )
         self.residency.fill()
         sequences, length = max(load.batches), load.prompt + 4 * _STEPS + 16

@@ -8,15 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Float, Int8
 
 from emoe_jax.checkpoint.family import ExpertSource, Family, Part
 from emoe_jax.checkpoint.files import open_weights
-from emoe_jax.checkpoint.safetensors import WEIGHT_DTYPES, SafetensorsFile, are_finite
+from emoe_jax.checkpoint.safetensors import WEIGHT_DTYPES, SafetensorsFile
+from emoe_jax.checkpoint.stored_weights import StoredWeights
 from emoe_jax.config import ModelConfig
 from emoe_jax.errors import CheckpointError
-from emoe_jax.experts.quantise import dequantise_into, quantise_into
-from emoe_jax.experts.record_format import RecordFormat
+from emoe_jax.experts.record_format import RecordFormat, quantised_matrix
 from emoe_jax.progress import Progress
 
 # Tensors that some tools save although they follow from the configuration.
@@ -36,11 +35,13 @@ class Checkpoint:
         self.family = family
         self.raw_config = raw_config
         files = open_weights(directory)
-        self._names = {self.family.canonical(name): name for name in files}
-        self._files = {canonical: files[name] for canonical, name in self._names.items()}
+        names = {self.family.canonical(name): name for name in files}
+        by_canonical = {canonical: files[name] for canonical, name in names.items()}
+        self.weights = StoredWeights(directory, by_canonical, names, config.expert_format)
         self._dense = self.family.dense_tensors(config)
         for parts in self._dense.values():
-            self._check(parts)
+            for part in parts:
+                self.weights.check_dense(part)
         if not (raw_config.get("dtype") or raw_config.get("torch_dtype")):
             config = config.replace(dtype=self._stored_dtype())
         self.config = config
@@ -54,63 +55,43 @@ class Checkpoint:
         """Bytes on disk of everything but the experts."""
         return sum(self._bytes(part) for parts in self._dense.values() for part in parts)
 
-    def read_expert(self, moe_index: int, expert: int, record: np.ndarray, layout: RecordFormat) -> None:
-        """Fill one contiguous record with expert `expert` of the `moe_index`-th MoE layer, in the format `layout`.
+    def read_expert(self, moe_index: int, expert: int, record: np.ndarray, record_format: RecordFormat) -> None:
+        """Fill one contiguous record with expert `expert` of the `moe_index`-th MoE layer, in a format.
 
         One copy where format and dtype are those of the file. Where they are not, host memory holds at most one of the
-        expert's projections besides. Raises `CheckpointError` where the file was changed since it was opened, and for
-        weights or scales that are not finite: a file may have been overwritten without a trace.
+        expert's projections besides. Raises `CheckpointError` where the file was changed since it was opened, for
+        weights or scales that are not finite, as a file may have been overwritten without a trace, and for a quantised
+        format that is neither int8 nor that of the file.
         """
         source = self._sources[moe_index][expert]
-        views = layout.views(record)
-        projections = views[:2]
-        scales, biases = (views[2:4], views[4:]) if layout.is_quantised else ((None, None), views[2:])
-        for parts, out, of_rows in zip(source.projections, projections, scales, strict=True):
-            row = 0
+        views = dict(zip((array.name for array in record_format.arrays), record_format.views(record), strict=True))
+        for name, parts in zip(("in", "out"), source.projections, strict=True):
+            row = scale_row = 0
             for part in parts:
-                rows = slice(row, row + part.rows)
-                if of_rows is not None:
-                    self.read_quantised(part, out[rows], of_rows[rows])
+                out = views[f"w_{name}"][row : row + part.rows]
+                if record_format.is_quantised:
+                    scales = views[f"{name}_scales"][scale_row:]
+                    scale_row += self._read_quantised(part, out, scales, record_format.name)
                 else:
-                    self._read_plain(part, out[rows])
+                    self.weights.read_plain(part, out)
                 row += part.rows
-        for part, out in zip(source.biases, biases, strict=True):
-            self._read((part,), out)
-            self._check_finite(part, out)
+        for name, part in zip(("b_in", "b_out"), source.biases, strict=False):
+            self.weights.read((part,), views[name])
+            self.weights.check_finite(part, views[name])
 
-    def read_quantised(self, part: Part, numbers: Int8[np.ndarray, "O I"], scales: Float[np.ndarray, " O"]) -> None:
-        """Rows of an expert in int8, as they are stored, or made of the weights that are. Raises as `read_expert`."""
-        if self.config.expert_format is None:
-            weights = np.empty(numbers.shape, np.float32)
-            self._read_plain(part, weights)
-            quantise_into(weights, numbers, scales)
-            return
-        self._read((part,), numbers)
-        self._read((part.scales,), scales)
-        if not are_finite(scales) or np.any(scales < 0):
-            file, name = self.located(part.scales)
-            raise CheckpointError(
-                f"{file.path}: tensor {name} has scales that are negative or not finite; expected finite numbers "
-                "from 0 up"
-            )
-
-    def _read_plain(self, part: Part, out: Float[np.ndarray, "O I"]) -> None:
-        if self.config.expert_format is None:
-            self._read((part,), out)
+    def _read_quantised(self, part: Part, numbers: np.ndarray, scales: np.ndarray, name: str) -> int:
+        """Rows of an expert, and the first of these scales. Returns how many rows of scales these are."""
+        _, ((count, *_), _) = quantised_matrix(name, part.matrix)
+        if name == "int8":
+            self.weights.read_int8(part, numbers, scales[:count])
+        elif name == self.config.expert_format:
+            self.weights.read_stored(part, numbers, scales[:count])
         else:
-            numbers, scales = np.empty(out.shape, np.int8), np.empty(len(out), np.float32)
-            self.read_quantised(part, numbers, scales)
-            dequantise_into(numbers, scales, out)
-        self._check_finite(part, out)
-
-    def _check_finite(self, part: Part, numbers: Float[np.ndarray, "O I"]) -> None:
-        if not are_finite(numbers):
-            file, name = self.located(part)
-            raise CheckpointError(f"{file.path}: {name} has values that are not finite")
-
-    def located(self, part: Part) -> tuple[SafetensorsFile, str]:
-        """The file that has a part's tensor, and the tensor's name there."""
-        return self._files[part.name], self._names[part.name]
+            stored = self.config.expert_format or self.config.dtype
+            raise CheckpointError(
+                f"{self.directory} has experts in {stored}, of which {name} is not made; expected int8 or a float dtype"
+            )
+        return count
 
     @property
     def expert_sources(self) -> Iterator[ExpertSource]:
@@ -121,7 +102,7 @@ class Checkpoint:
     def other_tensors(self) -> Iterator[tuple[SafetensorsFile, str]]:
         """Files and names of all tensors that are not experts'."""
         experts = {part.name for source in self.expert_sources for part in self._stored(source)}
-        return ((self._files[key], name) for key, name in self._names.items() if key not in experts)
+        return ((self.weights.files[key], name) for key, name in self.weights.names.items() if key not in experts)
 
     def load_dense(self, abstract: nnx.State, dtype: str | np.dtype, progress: Progress | None = None) -> nnx.State:
         """Everything but the experts on the default device, as the state of which `abstract` has the shapes.
@@ -136,85 +117,65 @@ class Checkpoint:
             parts = self._dense[".".join(map(str, path))]
             keeps_float32 = variable.get_metadata().get("keeps_float32", False)
             host = np.empty(variable.shape, np.dtype(np.float32 if keeps_float32 else dtype))
-            self._read(parts, host)
+            self.weights.read_dense(parts, host)
             flat.append((path, variable.replace(jax.block_until_ready(jax.device_put(host)))))
             done += sum(self._bytes(part) for part in parts)
             if progress is not None:
                 progress(done, total)
         return nnx.from_flat_state(flat)
 
-    def _read(self, parts: tuple[Part, ...], out: np.ndarray) -> None:
-        row = 0
-        for part in parts:
-            target = out[row : row + part.rows]
-            if len(part.selected) == 1:  # the bias of an expert is a matrix of one input
-                target = target.reshape(-1)
-            file, name = self._files[part.name], self._names[part.name]
-            file.read_into(name, target, part.index, part.transposed, part.turns)
-            row += part.rows
-
     def _stored_dtype(self) -> str:
         (embedding,) = self._dense["embedding"]
-        info = self._files[embedding.name].tensors[self._names[embedding.name]]
-        return WEIGHT_DTYPES[info.dtype].name
+        file, name = self.weights.located(embedding)
+        return WEIGHT_DTYPES[file.tensors[name].dtype].name
 
     def _bytes(self, part: Part) -> int:
-        info = self._files[part.name].tensors[self._names[part.name]]
-        return info.stop - info.start
+        file, name = self.weights.located(part)
+        return file.tensors[name].stop - file.tensors[name].start
 
     def _pick_source(self, layer: int, expert: int) -> ExpertSource:
         """The first layout of which all tensors exist, its shapes checked."""
         sources = self.family.expert_sources(self.config, layer, expert)
         for source in sources:
-            if all(part.name in self._files for part in source.parts):
-                if self.config.expert_format is None:
-                    self._check(source.parts)
-                else:
-                    self._check(source.parts, "I8")
-                    self._check(tuple(part.scales for part in source.parts), "F32")
+            numbers = [self.weights.expert_tensors(part)[0] for parts in source.projections for part in parts]
+            if all(part in self.weights for part in (*numbers, *source.biases)):
+                for part in source.w_in:
+                    self.weights.check_expert(part, self.config.ffn_in_factor // len(source.w_in))
+                self.weights.check_expert(source.w_out)
+                for part in source.biases:
+                    self.weights.check(part)
                 return source
-        missing = next(part.name for part in sources[0].parts if part.name not in self._files)
-        raise CheckpointError(f"{self.directory}: tensor {missing} is missing (expert {expert} of layer {layer})")
+        weights = (part for parts in sources[0].projections for part in parts)
+        missing = next((part for part in weights if self.weights.expert_tensors(part)[0] not in self.weights), None)
+        if missing is None:
+            bias = next(part for part in sources[0].biases if part not in self.weights)
+            problem = f"{self.directory}: tensor {bias.name} is missing"
+        else:
+            problem = self.weights.missing(missing)
+        raise CheckpointError(f"{problem} (expert {expert} of layer {layer})")
 
     def _stored(self, source: ExpertSource) -> tuple[Part, ...]:
         """All tensors of an expert, scales included."""
-        scales = () if self.config.expert_format is None else tuple(part.scales for part in source.parts)
-        return (*source.parts, *scales)
-
-    def _check(self, parts: tuple[Part, ...], dtype: str | None = None) -> None:
-        """That the tensors are there, of the right shape, and of `dtype`; without it, of any that weights may have."""
-        for part in parts:
-            if part.name not in self._files:
-                expected = (
-                    "" if dtype is None else f"; config.json says {self.config.expert_format} experts, with scales"
-                )
-                raise CheckpointError(f"{self.directory}: tensor {part.name} is missing{expected}")
-            file, name = self.located(part)
-            info = file.tensors[name]
-            if info.shape != part.shape:
-                raise CheckpointError(f"{file.path}: tensor {name} has shape {info.shape}; expected {part.shape}")
-            if dtype is not None and info.dtype != dtype:
-                says = f"config.json says {self.config.expert_format} experts"
-                raise CheckpointError(f"{file.path}: tensor {name} is {info.dtype}; expected {dtype}, as {says}")
-            if dtype is None and info.dtype not in WEIGHT_DTYPES:
-                known = ", ".join(WEIGHT_DTYPES)
-                raise CheckpointError(f"{file.path}: tensor {name} is {info.dtype}; weights must be one of {known}")
+        weights = (part for parts in source.projections for part in parts)
+        return (*(stored for part in weights for stored in self.weights.expert_tensors(part)), *source.biases)
 
     def _refuse_unknown(self) -> None:
         """A tensor that nothing reads means that the model on disk is not the one that would be computed."""
-        used = {part.name for parts in self._dense.values() for part in parts}
+        dense = (part for parts in self._dense.values() for part in parts)
+        used = {stored.name for part in dense for stored in self.weights.dense_tensors(part)}
         used |= {part.name for source in self.expert_sources for part in self._stored(source)}
-        for canonical, name in self._names.items():
+        for canonical, name in self.weights.names.items():
             if canonical in used or name.endswith(_DERIVED_SUFFIXES) or self.family.ignored(self.config, name):
                 continue
             if name == "lm_head.weight" and self.config.tie_embeddings:
-                self._check_tied(self._files[canonical], name)
+                self._check_tied(self.weights.files[canonical], name)
                 continue
-            raise CheckpointError(f"{self._files[canonical].path}: tensor {name} is not part of {self.family.name}")
+            path = self.weights.files[canonical].path
+            raise CheckpointError(f"{path}: tensor {name} is not part of {self.family.name}")
 
     def _check_tied(self, file: SafetensorsFile, head: str) -> None:
         embedding = "model.embed_tokens.weight"
-        if not file.same_bytes(head, self._files[embedding], embedding):
+        if not file.same_bytes(head, self.weights.files[embedding], embedding):
             raise CheckpointError(
                 f"{file.path}: {head} differs from {embedding}, though config.json says tie_word_embeddings"
             )

@@ -22,6 +22,7 @@ from emoe_jax.checkpoint.files import CONFIG, INDEX, PICKLES
 from emoe_jax.checkpoint.quantisation import KEY, quantization_config
 from emoe_jax.checkpoint.safetensors import SafetensorsFile
 from emoe_jax.checkpoint.save import MAX_SHARD_BYTES, Tensor, write_files
+from emoe_jax.checkpoint.stored_format import stored_tensors
 from emoe_jax.engine_config import ExpertFormat
 from emoe_jax.errors import CheckpointError, EmoeError, one_line
 from emoe_jax.models.loading import open_checkpoint
@@ -85,10 +86,11 @@ def _tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     scales: dict[Part, np.ndarray] = {}
     for source in checkpoint.expert_sources:
         for part in source.parts:
-            _, name = checkpoint.located(part)
+            _, name = checkpoint.weights.located(part)
             stored = tensors.setdefault(name, Tensor(part.shape, np.dtype(np.int8), []))
             stored.pieces.append(_numbers(checkpoint, part, scales))
-            scale = tensors.setdefault(f"{name}_scale", Tensor(part.scales.shape, np.dtype(np.float32), []))
+            scale_shape = stored_tensors(part, "int8")[1].part.shape
+            scale = tensors.setdefault(f"{name}_scale", Tensor(scale_shape, np.dtype(np.float32), []))
             scale.pieces.append(lambda part=part: scales.pop(part))
     return tensors
 
@@ -104,7 +106,7 @@ def _numbers(checkpoint: Checkpoint, part: Part, scales: dict[Part, np.ndarray])
         shape = part.shape if part.index is None else part.shape[1:]
         numbers = np.empty(shape[::-1] if part.transposed else shape, np.int8)
         scales[part] = np.empty(part.rows, np.float32)
-        checkpoint.read_quantised(part, numbers, scales[part])
+        checkpoint.weights.read_int8(part, numbers, scales[part])
         return numbers.T if part.transposed else numbers
 
     return piece

@@ -33,11 +33,10 @@ class Part:
         return self.shape if self.index is None else self.shape[1:]
 
     @property
-    def scales(self) -> "Part":
-        """Where a checkpoint with quantised experts stores the scales of these rows, one for each row. Those of a fused
-        tensor are one tensor for all experts."""
-        stack = () if self.index is None else self.shape[:1]
-        return Part(f"{self.name}_scale", (*stack, self.rows), self.index)
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of what it fills, where that is a part of a matrix."""
+        rows, columns = self.selected
+        return (columns, rows) if self.transposed else (rows, columns)
 
 
 @dataclasses.dataclass(frozen=True)

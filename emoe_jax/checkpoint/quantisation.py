@@ -1,8 +1,10 @@
 """How `config.json` says that weights are quantised: the formats that are read, and the names of the others."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from emoe_jax.errors import ConfigError
+from emoe_jax.experts.blocks import FP8_BLOCK
 
 KEY = "quantization_config"
 METHOD = "emoe"
@@ -17,10 +19,11 @@ def quantization_config(expert_format: str) -> dict[str, str]:
     return {"quant_method": METHOD, "experts": expert_format}
 
 
-def stored_expert_format(value: Any) -> str | None:
+def stored_expert_format(value: Any, family: str, formats: Sequence[str] = ()) -> str | None:
     """The format of the experts that `quantization_config` says; None where they are plain.
 
-    Raises `ConfigError`, which names the format, for one that is not read.
+    `formats` are those that checkpoints of the family come in, besides the ones that `convert` writes. Raises
+    `ConfigError`, which names the format, for one that is not read.
     """
     if value is None:
         return None
@@ -28,7 +31,28 @@ def stored_expert_format(value: Any) -> str | None:
         return "int8"
     if not isinstance(value, dict):
         raise ConfigError(f"config.json: {KEY} is {value!r}; expected an object")
-    raise ConfigError(f"config.json: {KEY} says {_name(value)}, which is not read; {_INSTEAD}")
+    method = value.get("quant_method")
+    if method in formats and method == "mxfp4":
+        return "mxfp4"
+    if method in formats and method == "fp8":
+        _check_fp8(value)
+        return "fp8"
+    raise ConfigError(f"config.json: {KEY} says {_name(value)}, which is not read for {family}; {_INSTEAD}")
+
+
+def _check_fp8(value: dict[str, Any]) -> None:
+    """Refuse what is not e4m3 in blocks, or needs scales of activations."""
+    blocks = [FP8_BLOCK, FP8_BLOCK]
+    for key, found, expected in (
+        ("weight_block_size", value.get("weight_block_size"), blocks),
+        ("fmt", value.get("fmt", "e4m3"), "e4m3"),
+        ("activation_scheme", value.get("activation_scheme", "dynamic"), "dynamic"),
+    ):
+        if found != expected:
+            raise ConfigError(
+                f"config.json: {KEY} says FP8 with {key} = {found!r}, which is not read; expected {expected!r}; "
+                f"{_INSTEAD}"
+            )
 
 
 def _name(value: dict[str, Any]) -> str:

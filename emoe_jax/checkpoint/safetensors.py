@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from emoe_jax.errors import CheckpointError
+from emoe_jax.experts.blocks import FP8
 
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
 _CHUNK = 1 << 20
@@ -27,7 +28,7 @@ _PANEL = 64
 
 WEIGHT_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 
-STORED_DTYPES = WEIGHT_DTYPES | {"I8": np.dtype(np.int8)}
+STORED_DTYPES = WEIGHT_DTYPES | {"I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "F8_E4M3": FP8}
 """Those of all tensors that can be read, quantised ones included."""
 
 _BITS = {"BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F64": 64, "C64": 64}

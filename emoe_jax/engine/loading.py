@@ -148,10 +148,10 @@ def _empty_residency(
 ) -> Residency:
     """Slab, store and loader of a checkpoint, still empty. Raises `ConfigError` for a policy that cannot be had."""
     config = checkpoint.config
-    layout = RecordFormat.of(config, memory.expert_format)
+    record_format = RecordFormat.of(config, memory.expert_format)
     return Residency(
         config,
-        layout,
+        record_format,
         memory.capacities,
         checkpoint,
         options.policy,

@@ -59,7 +59,7 @@ class ExpertLoader:
         self._store = store
         self._slab = slab
         self._table = table
-        nbytes = store.layout.nbytes
+        nbytes = store.record_format.nbytes
         self._window = window or default_window(nbytes)
         self._retries = retries
         self._backoff = backoff
@@ -341,7 +341,7 @@ class ExpertLoader:
             self._queue.finish(ticket, LoadState.COMMITTED)
         self._half_written.finished(writes.tickets)
         self._half_written.go_on(writes.unfinished)
-        self._count(loads=len(writes.tickets), loaded_bytes=len(writes.tickets) * self._store.layout.nbytes)
+        self._count(loads=len(writes.tickets), loaded_bytes=len(writes.tickets) * self._store.record_format.nbytes)
 
     def _rebuild_if_lost(self, layer: int) -> None:
         """Give a layer new arrays if it has none, without experts. Those it had are noted for `restore`."""
@@ -385,7 +385,7 @@ class ExpertLoader:
         """Bring a round of a record to the device, over the modelled link where there is one."""
         if self._link is None:
             return self._slab.stage_round(record, ticket.round)
-        with self._link.transfer(self._store.layout.nbytes // ticket.rounds, lambda: ticket.urgent):
+        with self._link.transfer(self._store.record_format.nbytes // ticket.rounds, lambda: ticket.urgent):
             return self._slab.stage_round(record, ticket.round)
 
     def _count(self, **increments: float) -> None:

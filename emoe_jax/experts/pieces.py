@@ -17,8 +17,8 @@ loads faster between steps, and take more of the device."""
 
 _WINDOW_BYTES = 64 << 20
 
-# A flat record of `layout.size` numbers, in numpy memory or in pinned host memory; pinned, a large one is a tuple of
-# its pieces, because nothing can be cut out of an array there. Never written again once published.
+# A flat record of as many numbers as its format says, in numpy memory or in pinned host memory; pinned, a large one is
+# a tuple of its pieces, because nothing can be cut out of an array there. Never written again once published.
 HostRecord = np.ndarray | jax.Array | tuple[jax.Array, ...]
 
 
@@ -41,17 +41,17 @@ class Rounds:
     rows that the one before ends with. A record of at most `piece_bytes` has one round, and no pieces.
     """
 
-    def __init__(self, layout: RecordFormat, piece_bytes: int = PIECE_BYTES):
+    def __init__(self, record_format: RecordFormat, piece_bytes: int = PIECE_BYTES):
         self._piece_bytes = piece_bytes
         self.pieces: tuple[Piece, ...] = ()
         """Of all rounds; none where records are moved as a whole."""
-        if layout.nbytes > piece_bytes:
-            itemsize, starts = layout.dtype.itemsize, [0]
-            for array in layout.arrays:
+        if record_format.nbytes > piece_bytes:
+            itemsize, starts = record_format.dtype.itemsize, [0]
+            for array in record_format.arrays:
                 starts.append(starts[-1] + array.nbytes // itemsize)
             self.pieces = tuple(
                 piece
-                for part, array in enumerate(layout.arrays)
+                for part, array in enumerate(record_format.arrays)
                 for piece in _pieces(part, starts[part], array, itemsize, piece_bytes)
             )
 

@@ -90,13 +90,13 @@ class ExpertSlab:
 
     def __init__(
         self,
-        layout: RecordFormat,
+        record_format: RecordFormat,
         capacities: Sequence[int],
         sharding: jax.sharding.SingleDeviceSharding | None = None,
         piece_bytes: int = PIECE_BYTES,
     ):
-        self.layout = layout
-        self.rounds = Rounds(layout, piece_bytes)
+        self.record_format = record_format
+        self.rounds = Rounds(record_format, piece_bytes)
         """How records are cut. Those that are not are written by `commit`, others piece by piece by `write`."""
         self.capacities = tuple(capacities)
         self.sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -111,7 +111,7 @@ class ExpertSlab:
     @property
     def nbytes(self) -> int:
         """Bytes of all slots on the device, empty ones included."""
-        return sum(self.capacities) * self.layout.nbytes
+        return sum(self.capacities) * self.record_format.nbytes
 
     def stage(self, record: np.ndarray | jax.Array) -> Num[Array, " numbers"]:
         """Start the transfer of one record, or a piece of one, to the device. Any thread may call it.
@@ -158,7 +158,7 @@ class ExpertSlab:
         if not 0 <= slot < self.capacities[layer]:
             raise IndexError(f"slot {slot} of layer {layer} is not one of {self.capacities[layer]}")
         for piece, array in zip(pieces, staged, strict=True):
-            name = self.layout.arrays[piece.part].name
+            name = self.record_format.arrays[piece.part].name
             whole = getattr(self._weights[layer], name)
             written = write_piece(whole, array, np.int32(slot), np.int32(piece.row))
             self._weights[layer] = dataclasses.replace(self._weights[layer], **{name: written})
@@ -204,8 +204,10 @@ class ExpertSlab:
             if self.rounds.pieces:
                 self._compile_writes(layer)
                 continue
-            record = aligned_record(self.layout)
-            for part, array in zip(self.layout.views(record), jax.tree.leaves(self._weights[layer]), strict=True):
+            record = aligned_record(self.record_format)
+            for part, array in zip(
+                self.record_format.views(record), jax.tree.leaves(self._weights[layer]), strict=True
+            ):
                 part[:] = array[0]
             staged = self.stage(record)
             for size in COMMIT_SIZES:
@@ -216,13 +218,13 @@ class ExpertSlab:
     def _compile_writes(self, layer: int) -> None:
         """Write the first piece of each part of what is in slot 0."""
         for piece in (piece for piece in self.rounds.pieces if piece.row == 0):
-            array = getattr(self._weights[layer], self.layout.arrays[piece.part].name)
+            array = getattr(self._weights[layer], self.record_format.arrays[piece.part].name)
             rows = np.asarray(array[0, : piece.rows]).ravel()
-            self.write(layer, 0, [piece], [self.stage(rows.view(self.layout.dtype))])
+            self.write(layer, 0, [piece], [self.stage(rows.view(self.record_format.dtype))])
         self.block_until_ready(layer)
 
     def _empty(self, capacity: int) -> ExpertWeights:
-        weights = jax.device_put(self.layout.empty_weights(capacity), self.sharding)
+        weights = jax.device_put(self.record_format.empty_weights(capacity), self.sharding)
         for array in jax.tree.leaves(weights):
             use_huge_pages(array)
         return weights

@@ -27,8 +27,8 @@ _CPU_SHARE = 0.5  # of the time of a thread that fills the tier beside steps on 
 class ExpertReader(Protocol):
     """The source that the store reads from, such as a `Checkpoint`. `layer` counts MoE layers only."""
 
-    def read_expert(self, layer: int, expert: int, record: np.ndarray, layout: RecordFormat, /) -> None:
-        """Fill `record` (`[layout.size]`, slab dtype). May be called from several threads at once; may raise."""
+    def read_expert(self, layer: int, expert: int, record: np.ndarray, record_format: RecordFormat, /) -> None:
+        """Fill `record` (`[record_format.size]`, slab dtype). May be called from several threads at once; may raise."""
         ...
 
 
@@ -49,11 +49,11 @@ class StoreStats:
     host_bytes: int = 0
 
 
-def aligned_record(layout: RecordFormat) -> np.ndarray:
+def aligned_record(record_format: RecordFormat) -> np.ndarray:
     """Uninitialised memory for one record, aligned so that `device_put` on CPU aliases it instead of copying."""
-    raw = np.empty(layout.nbytes + _ALIGNMENT, np.uint8)
+    raw = np.empty(record_format.nbytes + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + layout.nbytes].view(layout.dtype)
+    return raw[start : start + record_format.nbytes].view(record_format.dtype)
 
 
 class ExpertStore:
@@ -70,7 +70,7 @@ class ExpertStore:
     def __init__(
         self,
         reader: ExpertReader,
-        layout: RecordFormat,
+        record_format: RecordFormat,
         num_layers: int,
         num_experts: int,
         host_budget_bytes: int = 0,
@@ -81,12 +81,12 @@ class ExpertStore:
     ):
         if host_budget_bytes < 0:
             raise ConfigError(f"host memory budget of {host_budget_bytes} bytes is negative")
-        self.layout = layout
+        self.record_format = record_format
         self.num_layers = num_layers
         self.num_experts = num_experts
         self._reader = reader
-        self._rounds = Rounds(layout, piece_bytes)
-        self._tier = HostTier(host_budget_bytes // layout.nbytes, num_layers, num_experts)
+        self._rounds = Rounds(record_format, piece_bytes)
+        self._tier = HostTier(host_budget_bytes // record_format.nbytes, num_layers, num_experts)
         self._pinned = None
         if memory_kind is not None:
             sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -102,7 +102,7 @@ class ExpertStore:
         self._totals: Counter[str] = Counter()  # fields of StoreStats
 
     def read(self, layer: int, expert: int) -> HostRecord:
-        """The record of one expert, `[layout.size]`, read-only. Raises whatever the reader raises."""
+        """The record of one expert, `[record_format.size]`, read-only. Raises whatever the reader raises."""
         with self._lock:
             self._loads += 1
         try:
@@ -217,19 +217,19 @@ class ExpertStore:
     def stats(self) -> StoreStats:
         """A consistent copy of the totals, and the bytes that the host tier holds now."""
         with self._lock:
-            return StoreStats(**self._totals, host_bytes=len(self._tier) * self.layout.nbytes)
+            return StoreStats(**self._totals, host_bytes=len(self._tier) * self.record_format.nbytes)
 
     def _read_files(self, layer: int, expert: int) -> HostRecord:
-        record = aligned_record(self.layout)
+        record = aligned_record(self.record_format)
         began = time.perf_counter()
         try:
-            self._reader.read_expert(layer, expert, record, self.layout)
+            self._reader.read_expert(layer, expert, record, self.record_format)
         except BaseException:
             with self._lock:
                 self._count(failed_reads=1, seconds=time.perf_counter() - began)
             raise
         with self._lock:
-            self._count(reads=1, read_bytes=self.layout.nbytes, seconds=time.perf_counter() - began)
+            self._count(reads=1, read_bytes=self.record_format.nbytes, seconds=time.perf_counter() - began)
         record.flags.writeable = False  # device arrays may alias it: a later write would change the slab's source
         if self._pinned is None or not self._tier.most:
             return record

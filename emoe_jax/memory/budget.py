@@ -11,7 +11,7 @@ from emoe_jax.experts.record_format import RecordFormat
 
 
 def capacities(
-    config: ModelConfig, layout: RecordFormat, budget: ExpertBudget, device_limit: int | None = None
+    config: ModelConfig, record_format: RecordFormat, budget: ExpertBudget, device_limit: int | None = None
 ) -> list[int]:
     """Slots of each MoE layer: as many as the budget buys in all, and where they do not come out even, one more in the
     first layers; at most all experts.
@@ -27,7 +27,7 @@ def capacities(
     if budget.kind == "share":
         slots = math.floor(budget.amount * num_experts * num_layers)
     elif budget.kind == "bytes":
-        slots = math.floor(budget.amount / layout.nbytes)
+        slots = math.floor(budget.amount / record_format.nbytes)
     else:
         slots = int(budget.amount) * num_layers
         if budget.amount > num_experts:
@@ -39,10 +39,10 @@ def capacities(
     if slots < config.top_k * num_layers:
         raise CapacityError(
             f"expert memory of {budget} gives {_per_layer(slots, num_layers)}, but the model routes each token to "
-            f"{config.top_k}; the smallest budget is {_smallest(config, layout, budget.kind)}"
+            f"{config.top_k}; the smallest budget is {_smallest(config, record_format, budget.kind)}"
         )
     slots = min(slots, num_experts * num_layers)
-    needed = slots * layout.nbytes
+    needed = slots * record_format.nbytes
     if device_limit is not None and needed > device_limit:
         raise CapacityError(
             f"expert memory of {budget} is {format_bytes(needed)} ({_per_layer(slots, num_layers)}), "
@@ -57,12 +57,12 @@ def _per_layer(slots: int, num_layers: int) -> str:
     return f"{each}{f' or {each + 1}' if more else ''} expert slots in each of {num_layers} layers"
 
 
-def _smallest(config: ModelConfig, layout: RecordFormat, kind: Literal["share", "bytes", "slots"]) -> str:
+def _smallest(config: ModelConfig, record_format: RecordFormat, kind: Literal["share", "bytes", "slots"]) -> str:
     """The least budget that reaches top-k slots, rounded up and written so that it parses."""
     if kind == "share":
         return f"{math.ceil(Fraction(1000 * config.top_k, config.num_experts)) / 10:g}%"
     if kind == "slots":
         return f"{config.top_k} slots"
-    count = config.top_k * layout.nbytes * len(config.moe_layers)
+    count = config.top_k * record_format.nbytes * len(config.moe_layers)
     unit, size = ("GiB", 2**30) if count >= 2**30 else ("MiB", 2**20) if count >= 2**20 else ("KiB", 2**10)
     return f"{math.ceil(Fraction(100 * count, size)) / 100:g}{unit}"

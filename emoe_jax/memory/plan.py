@@ -111,13 +111,13 @@ class MemoryPlan:
         dtype = resolve_dtype(dtype, config, platform)
         if expert_format == "auto":
             expert_format = config.expert_format or dtype
-        layout = RecordFormat.of(config, expert_format)
+        record_format = RecordFormat.of(config, expert_format)
         page = page_bytes(config, dtype)
-        sizes = Sizes(layout.nbytes, page // config.num_layers, config.num_layers)
+        sizes = Sizes(record_format.nbytes, page // config.num_layers, config.num_layers)
         if step_bytes is None:
             staging, step_bytes = 0, math.ceil(device_bytes * WORKSPACE_SHARE)
         else:
-            staging = staging_bytes(layout.nbytes)
+            staging = staging_bytes(record_format.nbytes)
         usable = device_bytes - staging - step_bytes
         dense = dense_parameters(config) * jnp.dtype(dtype).itemsize
         if dense > usable:
@@ -134,13 +134,13 @@ class MemoryPlan:
             if kv_memory is not None:
                 least = most_wanted = parse_bytes("kv_memory", kv_memory)
             most = int(machine_bytes * CPU_SHARE) - dense if platform == "cpu" and machine_bytes else usable
-            expert_budget = _fitting(config, layout, usable - dense, (least, most_wanted), most)
+            expert_budget = _fitting(config, record_format, usable - dense, (least, most_wanted), most)
         else:
             expert_budget = parse_expert_memory(str(expert_memory))
-        slots = tuple(capacities(config, layout, expert_budget, usable - dense))
+        slots = tuple(capacities(config, record_format, expert_budget, usable - dense))
         if spread is not None and expert_budget.kind != "slots":
             slots = spread(slots)
-        slab = sum(slots) * layout.nbytes
+        slab = sum(slots) * record_format.nbytes
         left = usable - dense - slab
         budget = left if kv_memory is None else parse_bytes("kv_memory", kv_memory)
         if budget > left:
@@ -168,7 +168,7 @@ class MemoryPlan:
         else:
             taken = dense + slab + planned.num_pages * page + staging + step_bytes if platform == "cpu" else 0
             host = int(max(0, machine_bytes - taken) * HOST_SHARE)
-            host = min(host, len(slots) * config.num_experts * layout.nbytes)
+            host = min(host, len(slots) * config.num_experts * record_format.nbytes)
         return cls(
             dtype=dtype,
             expert_format=expert_format,
@@ -230,13 +230,15 @@ class MemoryPlan:
         }
 
 
-def _fitting(config: ModelConfig, layout: RecordFormat, room: int, cache: tuple[int, int], most: int) -> ExpertBudget:
+def _fitting(
+    config: ModelConfig, record_format: RecordFormat, room: int, cache: tuple[int, int], most: int
+) -> ExpertBudget:
     """Bytes for as many experts as fit into `room` beside the KV cache, and into `most`.
 
     `cache` is the least that the KV cache needs and the most that it wants. Raises `CapacityError` where that least
     and top-k experts of each layer are more than `room`.
     """
-    smallest = config.top_k * len(config.moe_layers) * layout.nbytes
+    smallest = config.top_k * len(config.moe_layers) * record_format.nbytes
     least, wanted = cache
     if smallest + least > room:
         raise CapacityError(

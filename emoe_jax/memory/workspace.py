@@ -84,10 +84,10 @@ def compile_steps(
     def on_device(array: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
-    layout = RecordFormat.of(config, plan.expert_format)
+    record_format = RecordFormat.of(config, plan.expert_format)
     skeleton, leaves = step.Skeleton.split(model)
     table = jax.ShapeDtypeStruct((len(config.moe_layers), config.num_experts), np.int32)
-    experts = tuple(jax.eval_shape(lambda c=capacity: layout.empty_weights(c)) for capacity in plan.capacities)
+    experts = tuple(jax.eval_shape(lambda c=capacity: record_format.empty_weights(c)) for capacity in plan.capacities)
     cache = jax.eval_shape(lambda: new_cache(config, plan.num_pages, dtype))
     last_tokens = jax.ShapeDtypeStruct((buckets.token_places,), np.int32)
     leaves, experts, table, cache, last_tokens = jax.tree.map(on_device, (leaves, experts, table, cache, last_tokens))

@@ -12,7 +12,8 @@ from emoe_jax.models.tensors import decoder_tensors, expert_sources, is_of_layer
 
 
 def _config(raw: Mapping[str, Any]) -> ModelConfig:
-    hf = HfConfig("glm4_moe", raw, aliases={"num_local_experts": "n_routed_experts", "num_experts": "n_routed_experts"})
+    names = {"num_local_experts": "n_routed_experts", "num_experts": "n_routed_experts"}
+    hf = HfConfig("glm4_moe", raw, aliases=names, formats=("fp8",))
     decoder = hf.decoder(norm_eps=1e-5, max_position=131072, rotated_part=0.5)
     layers = decoder["num_layers"]
     hf.same_attention(layers, None)

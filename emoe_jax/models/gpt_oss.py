@@ -1,6 +1,6 @@
 """gpt-oss (20b, 120b): attention sinks, a window on every other layer, biases everywhere, experts of a clamped GLU.
 
-Gate and up of an expert are stored in turn, row by row, and `[in, out]`. Checkpoints in MXFP4 are refused.
+Gate and up of an expert are stored in turn, row by row: `[in, out]` as floats, and `[out, in]` in MXFP4, as published.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ def _config(raw: Mapping[str, Any]) -> ModelConfig:
     if not (raw.get("rope_parameters") or raw.get("rope_scaling")):
         raw = {**raw, "rope_parameters": _YARN}
     names = {"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"}
-    hf = HfConfig("gpt_oss", raw, aliases=names)
+    hf = HfConfig("gpt_oss", raw, aliases=names, formats=("mxfp4",))
     hf.must_be("attention_sinks", True)
     decoder = hf.decoder(norm_eps=1e-5, max_position=131072, theta=150000.0, head_dim=64)
     layers = decoder["num_layers"]

@@ -51,8 +51,15 @@ _ROPE_OPTIONS: dict[str, dict[str, bool]] = {
 class HfConfig:
     """Reads a `config.json` key by key and, in `finish`, refuses the keys that were not read."""
 
-    def __init__(self, family: str, raw: Mapping[str, Any], aliases: Mapping[str, str] | None = None):
-        """`aliases` maps an older name of a key to the name under which it is read."""
+    def __init__(
+        self,
+        family: str,
+        raw: Mapping[str, Any],
+        aliases: Mapping[str, str] | None = None,
+        formats: Sequence[str] = (),
+    ):
+        """`aliases` maps an older name of a key to the name under which it is read. `formats` are the quantised ones
+        that checkpoints of the family are published in."""
         self._family = family
         self._raw: dict[str, Any] = {}
         self._read: set[str] = set()
@@ -61,7 +68,7 @@ class HfConfig:
             if name in self._raw and self._raw[name] != value:
                 raise ConfigError(f"config.json: {key} = {value!r} contradicts {name} = {self._raw[name]!r}")
             self._raw[name] = value
-        self.expert_format = stored_expert_format(self._raw.pop(QUANTISATION, None))
+        self.expert_format = stored_expert_format(self._raw.pop(QUANTISATION, None), family, formats)
         """What experts are stored in where they are quantised."""
 
     def get(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:

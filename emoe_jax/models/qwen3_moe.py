@@ -10,7 +10,8 @@ from emoe_jax.models.tensors import decoder_tensors, expert_sources
 
 
 def _config(raw: Mapping[str, Any]) -> ModelConfig:
-    hf = HfConfig("qwen3_moe", raw, aliases={"num_local_experts": "num_experts"})  # transformers 5 saves the former
+    names = {"num_local_experts": "num_experts"}  # transformers 5 saves the former
+    hf = HfConfig("qwen3_moe", raw, aliases=names, formats=("fp8",))
     decoder = hf.decoder(norm_eps=1e-6, max_position=32768)
     layers = decoder["num_layers"]
     bias = hf.get("attention_bias", bool, False)

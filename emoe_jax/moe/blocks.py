@@ -9,11 +9,12 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Int8
+from jaxtyping import Array, Float, Int, Int8, Num, UInt8
 
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models.decoder import gate
+from emoe_jax.moe.dequantise import is_blocked, slot_blocks
 from emoe_jax.moe.dispatch import (
     Dispatch,
     combine,
@@ -100,7 +101,7 @@ def _block_products(
         firsts = [part * F + c * step_in for part in range(config.ffn_in_factor)]
         parts = [
             plus_bias_block(
-                _chunk_product(x, experts.w_in, experts.in_scales, slot, row, step_in), experts.b_in, slot, row
+                _chunk_product(x, experts.w_in, experts.in_scales, slot, row, step_in, F), experts.b_in, slot, row
             )
             for row in firsts
         ]
@@ -112,7 +113,7 @@ def _block_products(
     def project_out(c: Array, products: Array) -> Array:
         corner = (start, c * step_out)
         first = c * step_out
-        product = _chunk_product(hidden, experts.w_out, experts.out_scales, slot, first, step_out)
+        product = _chunk_product(hidden, experts.w_out, experts.out_scales, slot, first, step_out, D)
         part = plus_bias_block(product, experts.b_out, slot, first)
         kept = jax.lax.dynamic_slice(products, corner, part.shape)
         return jax.lax.dynamic_update_slice(products, jnp.where(inside, part, kept), corner)
@@ -122,18 +123,25 @@ def _block_products(
 
 def _chunk_product(
     x: Float[Array, "block_R I"],
-    w: Float[Array, "C O I"] | Int8[Array, "C O I"],
-    scales: Float[Array, "C O"] | None,
+    w: Float[Array, "C O I"] | Int8[Array, "C O I"] | UInt8[Array, "C O packed_I"],
+    scales: Num[Array, "..."] | None,
     slot: Array,
     first: Array,
     step: int,
+    part: int,
 ) -> Float[Array, "block_R block_O"]:
-    """`x` times output features `first : first + step` of a slot's matrix, in float32."""
+    """`x` times output features `first : first + step` of a slot's matrix, in float32. Each of its parts has `part`."""
+    if is_blocked(scales):
+        terms = slot_blocks(w, scales, slot, first, step, part)
+        products = [_product(x[:, number :: len(terms)], block) for number, block in enumerate(terms)]
+        return sum(products[1:], start=products[0])
     block = slot_block(w, slot, (first, 0), (step, w.shape[2]))
-    x, scale = x.astype(block.dtype), slot_scales(scales, slot, first, step)
+    return scaled(_product(x, block), slot_scales(scales, slot, first, step))
+
+
+def _product(x: Float[Array, "block_R I"], block: Float[Array, "block_O I"]) -> Float[Array, "block_R block_O"]:
+    x = x.astype(block.dtype)
     if x.shape[0] > _LEFT_FACTOR_ROWS:
-        return scaled(jnp.dot(x, block.T, preferred_element_type=jnp.float32), scale)
+        return jnp.dot(x, block.T, preferred_element_type=jnp.float32)
     columns = jnp.dot(block, x.T, preferred_element_type=jnp.float32)
-    return scaled(
-        jax.lax.optimization_barrier(columns).T, scale
-    )  # without the barrier, XLA would swap the factors back
+    return jax.lax.optimization_barrier(columns).T  # without the barrier, XLA would swap the factors back

@@ -2,11 +2,12 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models.decoder import gate
+from emoe_jax.moe.dequantise import factor_and_scales, is_blocked
 from emoe_jax.moe.dispatch import combine, dispatch, largest_divisor, plus_bias, scaled
 from emoe_jax.moe.operands import Operands
 
@@ -19,7 +20,8 @@ def gather(operands: Operands, config: ModelConfig) -> Float[Array, "R D"]:
     rows, ids, weights, slot_of_expert, experts, accumulator = operands
     groups = dispatch(ids, slot_of_expert, experts.capacity)
     slot = jnp.minimum(groups.slot, experts.capacity - 1)  # an absent expert's product is never read
-    size = largest_divisor(ids.size, _COPY_BYTES // (config.expert_params * rows.dtype.itemsize))
+    itemsize = 4 if is_blocked(experts.in_scales) else rows.dtype.itemsize
+    size = largest_divisor(ids.size, _COPY_BYTES // (config.expert_params * itemsize))
     x, slot = rows[groups.row].reshape(-1, size, rows.shape[1]), slot.reshape(-1, size)
     if slot.shape[0] == 1:
         products = _products(x[0], slot[0], experts, config)
@@ -35,12 +37,14 @@ def _products(
 ) -> Float[Array, "n D"]:
     """Row `i` through the expert at `slot[i]`, in float32."""
     precise = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
-    hidden = jnp.einsum("nD,nFD->nF", x, experts.w_in[slot].astype(x.dtype), **precise)
-    hidden = plus_bias(scaled(hidden, _at(experts.in_scales, slot)), experts.b_in, slot)
+    w_in, in_scales = factor_and_scales(experts.w_in[slot], _at(experts.in_scales, slot), x.dtype, config.expert_hidden)
+    w_out, out_scales = factor_and_scales(experts.w_out[slot], _at(experts.out_scales, slot), x.dtype, x.shape[1])
+    hidden = jnp.einsum("nD,nFD->nF", x.astype(w_in.dtype), w_in, **precise)
+    hidden = plus_bias(scaled(hidden, in_scales), experts.b_in, slot)
     gated = gate(hidden, config).astype(x.dtype)
-    products = jnp.einsum("nF,nDF->nD", gated, experts.w_out[slot].astype(x.dtype), **precise)
-    return plus_bias(scaled(products, _at(experts.out_scales, slot)), experts.b_out, slot)
+    products = jnp.einsum("nF,nDF->nD", gated.astype(w_out.dtype), w_out, **precise)
+    return plus_bias(scaled(products, out_scales), experts.b_out, slot)
 
 
-def _at(scales: Float[Array, "C O"] | None, slot: Int[Array, " n"]) -> Float[Array, "n O"] | None:
+def _at(scales: Num[Array, "C *O"] | None, slot: Int[Array, " n"]) -> Num[Array, "n *O"] | None:
     return None if scales is None else scales[slot]

@@ -3,9 +3,11 @@
 XLA:CPU fuses a dynamic slice into a matrix-vector product, and splits that loop over the cores, so an expert is read
 straight from the slab at memory speed; for two or more rows at once it would copy the expert out first and repack it.
 Rows that share an expert are visited chunk by chunk, so that only the first reads from memory, the others from cache.
+Weights in blocks are not fused: a chunk of them becomes float32 once, for all rows that share the expert.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from jaxtyping import Array, Float, Int, Int8
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models.decoder import gate
+from emoe_jax.moe.dequantise import Blocks, is_blocked, multiply, slot_blocks
 from emoe_jax.moe.dispatch import (
     Dispatch,
     dispatch,
@@ -71,44 +74,68 @@ def vector_products(
 ) -> Array:
     """`write` the products of sorted assignments `start : stop`, at most `most`, which have one expert in common."""
     D, F = rows.shape[1], config.expert_hidden
-    alone = most == 1  # no other to share a chunk with
+    alone = most == 1 and not is_blocked(experts.in_scales)  # no other to share a chunk with
     step_in = F if alone else largest_divisor(F, _CHUNK_BYTES // (config.ffn_in_factor * D * rows.dtype.itemsize))
     step_out = D if alone else largest_divisor(D, _CHUNK_BYTES // (F * rows.dtype.itemsize))
 
-    def project_in(hidden: Array, i: Array, first: Array) -> Array:
+    def shared_in(first: Array) -> Sequence[Blocks] | None:
+        if not is_blocked(experts.in_scales):
+            return None
+        return [
+            slot_blocks(experts.w_in, experts.in_scales, groups.slot[start], part * F + first, step_in, F)
+            for part in range(config.ffn_in_factor)
+        ]
+
+    def shared_out(first: Array) -> Blocks | None:
+        if not is_blocked(experts.out_scales):
+            return None
+        return slot_blocks(experts.w_out, experts.out_scales, groups.slot[start], first, step_out, D)
+
+    def project_in(hidden: Array, i: Array, first: Array, shared: Sequence[Blocks] | None) -> Array:
         x = jax.lax.dynamic_index_in_dim(rows, groups.row[i], 0)
         firsts = [part * F + first for part in range(config.ffn_in_factor)]
         slot = groups.slot[i]
-        parts = [
-            plus_bias_block(
-                _vector_product(x, experts.w_in, experts.in_scales, slot, row, step_in), experts.b_in, slot, row
-            )
-            for row in firsts
-        ]
+        if shared is None:
+            parts = [_vector_product(x, experts.w_in, experts.in_scales, slot, row, step_in) for row in firsts]
+        else:
+            parts = [multiply(x, blocks) for blocks in shared]
+        parts = [plus_bias_block(part, experts.b_in, slot, row) for part, row in zip(parts, firsts, strict=True)]
         gated = gate(jnp.concatenate(parts, axis=-1), config)
         return jax.lax.dynamic_update_slice(hidden, gated.astype(hidden.dtype), (i - start, first))
 
-    def project_out(out: Array, i: Array, first: Array) -> Array:
+    def project_out(out: Array, i: Array, first: Array, shared: Blocks | None) -> Array:
         x = jax.lax.dynamic_index_in_dim(hidden, i - start, 0)
         slot = groups.slot[i]
-        product = _vector_product(x, experts.w_out, experts.out_scales, slot, first, step_out)
+        if shared is None:
+            product = _vector_product(x, experts.w_out, experts.out_scales, slot, first, step_out)
+        else:
+            product = multiply(x, shared)
         return write(out, i, first, plus_bias_block(product, experts.b_out, slot, first))
 
     hidden = jnp.zeros((most, F), rows.dtype)
     if alone:
-        hidden = project_in(hidden, start, jnp.int32(0))
-        return project_out(out, start, jnp.int32(0))
-    hidden = _visit(start, stop, F, step_in, project_in, hidden)
-    return _visit(start, stop, D, step_out, project_out, out)
+        hidden = project_in(hidden, start, jnp.int32(0), None)
+        return project_out(out, start, jnp.int32(0), None)
+    hidden = _visit(start, stop, F, step_in, shared_in, project_in, hidden)
+    return _visit(start, stop, D, step_out, shared_out, project_out, out)
 
 
 def _visit(
-    start: Array, stop: Array, size: int, step: int, body: Callable[[Array, Array, Array], Array], carry: Array
+    start: Array,
+    stop: Array,
+    size: int,
+    step: int,
+    share: Callable[[Array], Any],
+    body: Callable[[Array, Array, Array, Any], Array],
+    carry: Array,
 ) -> Array:
-    """`body(carry, assignment, first feature of a chunk)` for every assignment, chunk after chunk."""
+    """`body(carry, assignment, first feature of a chunk, share(first feature))` for every assignment, chunk after
+    chunk. What is shared is computed once for each chunk, and lies in memory."""
 
     def chunk(c: Array | int, carry: Array) -> Array:
-        return jax.lax.fori_loop(start, stop, lambda i, value: body(value, i, jnp.int32(c * step)), carry)
+        first = jnp.int32(c * step)
+        shared = share(first)
+        return jax.lax.fori_loop(start, stop, lambda i, value: body(value, i, first, shared), carry)
 
     return chunk(0, carry) if size == step else jax.lax.fori_loop(0, size // step, chunk, carry)
 

@@ -6,10 +6,11 @@ the groups. On CUDA with a newer jaxlib, cuDNN 9.22 or higher multiplies group b
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Int8
+from jaxtyping import Array, Bool, Float, Int
 
 from emoe_jax.config import ModelConfig
 from emoe_jax.models.decoder import gate
+from emoe_jax.moe.dequantise import factor_and_scales
 from emoe_jax.moe.dispatch import combine, dispatch, plus_bias, scaled
 from emoe_jax.moe.operands import Operands
 
@@ -23,24 +24,23 @@ def ragged(operands: Operands, config: ModelConfig) -> Float[Array, "R D"]:
     sizes = jnp.sum(groups.slot[:, None] == slots[None, :], axis=0, dtype=jnp.int32)
     x = rows[groups.row[by_slot]]
     slot = jnp.minimum(groups.slot[by_slot], experts.capacity - 1)  # an absent expert's product is never read
-    in_scales, out_scales = (None if s is None else s[slot] for s in (experts.in_scales, experts.out_scales))
-    hidden = plus_bias(scaled(_ragged_dot(x, experts.w_in, sizes), in_scales), experts.b_in, slot)
-    products = scaled(_ragged_dot(gate(hidden, config).astype(rows.dtype), experts.w_out, sizes), out_scales)
+    w_in, in_scales = factor_and_scales(experts.w_in, experts.in_scales, rows.dtype, config.expert_hidden)
+    w_out, out_scales = factor_and_scales(experts.w_out, experts.out_scales, rows.dtype, rows.shape[1])
+    in_scales, out_scales = (None if s is None else s[slot] for s in (in_scales, out_scales))
+    hidden = plus_bias(scaled(_ragged_dot(x, w_in, sizes), in_scales), experts.b_in, slot)
+    products = scaled(_ragged_dot(gate(hidden, config).astype(rows.dtype), w_out, sizes), out_scales)
     products = plus_bias(products, experts.b_out, slot)
-    lost = ~jnp.append(_finite(experts.w_in) & _finite(experts.w_out), True)[groups.slot[by_slot]]
+    lost = ~jnp.append(_finite(w_in) & _finite(w_out), True)[groups.slot[by_slot]]
     products = jnp.where(lost[:, None], jnp.nan, products)
     return combine(products[jnp.argsort(by_slot)], groups, weights, accumulator)
 
 
-def _ragged_dot(
-    x: Float[Array, "A I"], w: Float[Array, "C O I"] | Int8[Array, "C O I"], sizes: Int[Array, " C"]
-) -> Float[Array, "A O"]:
-    w = jnp.where(_finite(w)[:, None, None], w, 0).astype(
-        x.dtype
-    )  # where it is dense, every row is multiplied by every slot
+def _ragged_dot(x: Float[Array, "A I"], w: Float[Array, "C O I"], sizes: Int[Array, " C"]) -> Float[Array, "A O"]:
+    w = jnp.where(_finite(w)[:, None, None], w, 0)  # where it is dense, every row is multiplied by every slot
+    x = x.astype(w.dtype)
     precision = jax.lax.Precision.HIGHEST  # float32 is not TF32
     return jax.lax.ragged_dot(x, jnp.swapaxes(w, 1, 2), sizes, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _finite(w: Float[Array, "C O I"] | Int8[Array, "C O I"]) -> Bool[Array, " C"]:
+def _finite(w: Float[Array, "C O I"]) -> Bool[Array, " C"]:
     return jnp.all(jnp.isfinite(w), axis=(1, 2))

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float
 
 from emoe_jax.config import ModelConfig
 from emoe_jax.models.decoder import gate
+from emoe_jax.moe.dequantise import factor_and_scales
 from emoe_jax.moe.dispatch import scaled, slots_of
 from emoe_jax.moe.operands import Operands
 
@@ -13,19 +14,21 @@ from emoe_jax.moe.operands import Operands
 def reference(operands: Operands, config: ModelConfig) -> Float[Array, "R D"]:
     """Costs `C` experts per row and `R * C * Fi` numbers: for tests and tiny models.
 
-    Integers of eight bits are exact in every dtype of rows. Scales apply after the product, in float32.
+    Integers of eight bits are exact in every dtype of rows. Their scales apply after the product, in float32. Weights
+    in blocks become float32, and so do the rows that are multiplied with them.
     """
     rows, ids, weights, slot_of_expert, experts, accumulator = operands
     precise = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
     slots = slots_of(ids, slot_of_expert, experts.capacity)
     one_hot = jax.nn.one_hot(slots, experts.capacity, dtype=jnp.float32)  # a slot of C is all zeros
     weight_of_slot = jnp.einsum("Rk,RkC->RC", weights.astype(jnp.float32), one_hot, **precise)
-    hidden = scaled(jnp.einsum("RD,CFD->RCF", rows, experts.w_in.astype(rows.dtype), **precise), experts.in_scales)
+    w_in, in_scales = factor_and_scales(experts.w_in, experts.in_scales, rows.dtype, config.expert_hidden)
+    w_out, out_scales = factor_and_scales(experts.w_out, experts.out_scales, rows.dtype, rows.shape[1])
+    hidden = scaled(jnp.einsum("RD,CFD->RCF", rows.astype(w_in.dtype), w_in, **precise), in_scales)
     if experts.b_in is not None:
         hidden = hidden + experts.b_in[None, :, :, 0].astype(jnp.float32)
     gated = gate(hidden, config).astype(rows.dtype)
-    products = jnp.einsum("RCF,CDF->RCD", gated, experts.w_out.astype(rows.dtype), **precise)
-    products = scaled(products, experts.out_scales)
+    products = scaled(jnp.einsum("RCF,CDF->RCD", gated.astype(w_out.dtype), w_out, **precise), out_scales)
     if experts.b_out is not None:
         products = products + experts.b_out[None, :, :, 0].astype(jnp.float32)
     asked = jnp.any(one_hot > 0, axis=1)  # a slot that a row does not ask for may hold anything

@@ -2,8 +2,8 @@
 
 The first kernel multiplies a block of rows with gate and up at once and writes the gated hidden rows, the second
 multiplies these with the output projection. A program owns one block of one expert's assignments and one tile of its
-weights, read in place. Quantised weights become numbers of the rows' dtype tile by tile, and the sums get the scales of
-their output channels. The functions of `row_blocks` and `kernel_config` say which.
+weights, read in place. Quantised weights become numbers of the rows' dtype tile by tile. The scales of output channels
+apply to the sums, and those of blocks to the tiles. The functions of `row_blocks` and `kernel_config` say which.
 """
 
 from functools import partial
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Bool, Float, Int, Int8
+from jaxtyping import Array, Float, Int, Int8, UInt8
 
 from emoe_jax.config import ModelConfig
 from emoe_jax.moe.activations import gate_in_kernel
@@ -20,9 +20,10 @@ from emoe_jax.moe.dispatch import combine, dispatch
 from emoe_jax.moe.kernel_config import DEFAULT_TABLE, KernelTable, Tiling
 from emoe_jax.moe.operands import Operands
 from emoe_jax.moe.row_blocks import RowBlocks
+from emoe_jax.moe.tiles import Tiles, below, both, load, load_line
 
-ScalesAndBias = tuple[Float[Array, "C O"] | None, Float[Array, "C O 1"] | None]
-"""Of the output channels of a matrix of every slot, None where there are none."""
+ScalesAndBias = tuple[Array | None, Float[Array, "C O 1"] | None]
+"""Of a matrix of every slot, None where there are none. Scales are of its output channels, or of its blocks."""
 
 
 def triton(
@@ -51,7 +52,7 @@ def _gated_hidden(
     blocks: RowBlocks,
     row: Int[Array, " A"],
     x: Float[Array, "R D"],
-    w: Float[Array, "C Fi D"] | Int8[Array, "C Fi D"],
+    w: Float[Array, "C Fi D"] | Int8[Array, "C Fi D"] | UInt8[Array, "C Fi packed_D"],
     of_rows: ScalesAndBias,
     config: ModelConfig,
     tiling: Tiling,
@@ -62,58 +63,61 @@ def _gated_hidden(
     The operands stay whole and the kernel indexes them; Pallas computes offsets in 64 bits for arrays over 4 GiB, so a
     slab of any size is safe.
     """
-    F = config.expert_hidden
+    F, tiles = config.expert_hidden, Tiles.of(x.shape[1], of_rows[0], tiling.depth, config.expert_hidden)
     return pl.pallas_call(
-        partial(_hidden_kernel, config=config, tiling=tiling, is_scaled=of_rows[0] is not None),
+        partial(_hidden_kernel, config=config, tiling=tiling, tiles=tiles),
         grid=(blocks.start.shape[0], pl.cdiv(F, tiling.tile)),
         out_shape=jax.ShapeDtypeStruct((row.shape[0], F), x.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
         interpret=interpret,
         name="moe_gated_hidden",
-    )(*blocks, row, x, w, *_operands(of_rows))
+    )(*blocks, row, x, w, *_operands(*of_rows))
 
 
 def _hidden_kernel(
-    start_ref, size_ref, slot_ref, row_ref, x_ref, w_ref, *refs, config: ModelConfig, tiling: Tiling, is_scaled: bool
+    start_ref, size_ref, slot_ref, row_ref, x_ref, w_ref, *refs, config: ModelConfig, tiling: Tiling, tiles: Tiles
 ) -> None:
     *of_rows_refs, out_ref = refs
-    scales_refs, bias_refs = of_rows_refs[:is_scaled], of_rows_refs[is_scaled:]  # at most one of each
+    scales_refs, bias_refs = tiles.split(of_rows_refs)
     b, first = pl.program_id(0), pl.program_id(1) * tiling.tile
     start, size, slot = start_ref[b], size_ref[b], slot_ref[b]
-    D, F = x_ref.shape[1], out_ref.shape[1]
+    F = out_ref.shape[1]
 
     @pl.when(size > 0)
     def _() -> None:
         inside = jnp.arange(tiling.rows) < size
         row = plgpu.load(row_ref.at[pl.ds(start, tiling.rows)], mask=inside, other=0)
-        wanted = _below(F, first, tiling.tile)
-        places = [pl.ds(first + part * F, tiling.tile) for part in range(config.ffn_in_factor)]
+        wanted = below(F, first, tiling.tile)
+        firsts = [first + part * F for part in range(config.ffn_in_factor)]
+        places = [pl.ds(part, tiling.tile) for part in firsts]
 
         def step(i, totals):
-            at = i * tiling.depth
-            known = _below(D, at, tiling.depth)
+            at = i * tiles.depth
             # Rows are picked by number here, so that no kernel of its own has to gather them.
-            x = _load(x_ref.at[row[:, None], (at + jnp.arange(tiling.depth))[None, :]], inside, known)
-            parts = [_load(w_ref.at[slot, place, pl.ds(at, tiling.depth)], wanted, known) for place in places]
-            return tuple(total + _dot(x, w) for total, w in zip(totals, parts, strict=True))
+            xs = [
+                load(x_ref.at[row[:, None], columns[None, :]], inside, tiles.known(columns))
+                for columns in tiles.columns(at)
+            ]
+            parts = [tiles.product(xs, w_ref, scales_refs, slot, part, tiling.tile, wanted, at) for part in firsts]
+            return tuple(total + part for total, part in zip(totals, parts, strict=True))
 
         zero = jnp.zeros((tiling.rows, tiling.tile), jnp.float32)
-        totals = jax.lax.fori_loop(0, pl.cdiv(D, tiling.depth), step, (zero,) * config.ffn_in_factor)
-        for scales_ref in scales_refs:
-            scales = [_load_line(scales_ref.at[slot, place], wanted) for place in places]
+        totals = jax.lax.fori_loop(0, pl.cdiv(tiles.inputs, tiles.depth), step, (zero,) * config.ffn_in_factor)
+        for scales_ref in scales_refs if tiles.kind == "channels" else ():
+            scales = [load_line(scales_ref.at[slot, place], wanted) for place in places]
             totals = [total * scale for total, scale in zip(totals, scales, strict=True)]
         for bias_ref in bias_refs:
-            biases = [_load_line(bias_ref.at[slot, place], wanted) for place in places]
+            biases = [load_line(bias_ref.at[slot, place], wanted) for place in places]
             totals = [total + bias for total, bias in zip(totals, biases, strict=True)]
         gated = gate_in_kernel(totals, config).astype(out_ref.dtype)
         corner = out_ref.at[pl.ds(start, tiling.rows), pl.ds(first, tiling.tile)]
-        plgpu.store(corner, gated, mask=_mask(inside, wanted))
+        plgpu.store(corner, gated, mask=both(inside, wanted))
 
 
 def _products(
     blocks: RowBlocks,
     hidden: Float[Array, "A F"],
-    w: Float[Array, "C D F"] | Int8[Array, "C D F"],
+    w: Float[Array, "C D F"] | Int8[Array, "C D F"] | UInt8[Array, "C D packed_F"],
     of_rows: ScalesAndBias,
     tiling: Tiling,
     splits: int,
@@ -121,86 +125,54 @@ def _products(
 ) -> Float[Array, "splits A D"]:
     """`hidden[i] @ w[slot]^T` in float32 for all sorted assignments, as sums over `splits` parts of the inputs."""
     (A, F), D = hidden.shape, w.shape[1]
-    part = pl.cdiv(pl.cdiv(F, splits), tiling.depth) * tiling.depth
+    tiles = Tiles.of(F, of_rows[0], tiling.depth, D)
+    part = pl.cdiv(pl.cdiv(F, splits), tiles.depth) * tiles.depth
+    tiles = tiles._replace(covered=splits * part)
     return pl.pallas_call(
-        partial(_product_kernel, tiling=tiling, part=part, is_scaled=of_rows[0] is not None),
+        partial(_product_kernel, tiling=tiling, part=part, tiles=tiles),
         grid=(blocks.start.shape[0], pl.cdiv(D, tiling.tile), splits),
         out_shape=jax.ShapeDtypeStruct((splits, A, D), jnp.float32),
         compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
         interpret=interpret,
         name="moe_products",
-    )(*blocks, hidden, w, *_operands(of_rows))
+    )(*blocks, hidden, w, *_operands(*of_rows))
 
 
 def _product_kernel(
-    start_ref, size_ref, slot_ref, x_ref, w_ref, *refs, tiling: Tiling, part: int, is_scaled: bool
+    start_ref, size_ref, slot_ref, x_ref, w_ref, *refs, tiling: Tiling, part: int, tiles: Tiles
 ) -> None:
     *of_rows_refs, out_ref = refs
-    scales_refs, bias_refs = of_rows_refs[:is_scaled], of_rows_refs[is_scaled:]  # at most one of each
+    scales_refs, bias_refs = tiles.split(of_rows_refs)
     b, first, split = pl.program_id(0), pl.program_id(1) * tiling.tile, pl.program_id(2)
     start, size, slot = start_ref[b], size_ref[b], slot_ref[b]
-    (_, D, F), splits = w_ref.shape, out_ref.shape[0]
+    D = out_ref.shape[2]
 
     @pl.when(size > 0)
     def _() -> None:
         inside = jnp.arange(tiling.rows) < size
-        wanted = _below(D, first, tiling.tile)
+        wanted = below(D, first, tiling.tile)
+        row = start + jnp.arange(tiling.rows)
 
         def step(i, total):
-            at = split * part + i * tiling.depth
-            known = None if splits * part == F else at + jnp.arange(tiling.depth) < F
-            x = _load(x_ref.at[pl.ds(start, tiling.rows), pl.ds(at, tiling.depth)], inside, known)
-            w = _load(w_ref.at[slot, pl.ds(first, tiling.tile), pl.ds(at, tiling.depth)], wanted, known)
-            return total + _dot(x, w)
+            at = split * part + i * tiles.depth
+            xs = [
+                load(x_ref.at[row[:, None], columns[None, :]], inside, tiles.known(columns))
+                for columns in tiles.columns(at)
+            ]
+            return total + tiles.product(xs, w_ref, scales_refs, slot, first, tiling.tile, wanted, at)
 
         total = jnp.zeros((tiling.rows, tiling.tile), jnp.float32)
-        total = jax.lax.fori_loop(0, part // tiling.depth, step, total)
-        for scales_ref in scales_refs:
-            total = total * _load_line(scales_ref.at[slot, pl.ds(first, tiling.tile)], wanted)
+        total = jax.lax.fori_loop(0, part // tiles.depth, step, total)
+        for scales_ref in scales_refs if tiles.kind == "channels" else ():
+            total = total * load_line(scales_ref.at[slot, pl.ds(first, tiling.tile)], wanted)
         for bias_ref in bias_refs:  # once, in the first of the parts that are added up
-            bias = _load_line(bias_ref.at[slot, pl.ds(first, tiling.tile)], wanted)
+            bias = load_line(bias_ref.at[slot, pl.ds(first, tiling.tile)], wanted)
             total = total + jnp.where(split == 0, bias, 0.0)
         corner = out_ref.at[split, pl.ds(start, tiling.rows), pl.ds(first, tiling.tile)]
-        plgpu.store(corner, total, mask=_mask(inside, wanted))
+        plgpu.store(corner, total, mask=both(inside, wanted))
 
 
-def _below(size: int, first: Int[Array, ""], tile: int) -> Bool[Array, " block_O"] | None:
-    """Which of the features from `first` on exist; none where tiles fit exactly, so that nothing is masked."""
-    return None if size % tile == 0 else first + jnp.arange(tile) < size
-
-
-def _mask(
-    first: Bool[Array, " block_O"] | None, second: Bool[Array, " block_I"] | None
-) -> Bool[Array, "block_O block_I"] | Bool[Array, "block_O 1"] | Bool[Array, "1 block_I"] | None:
-    """Where both of two masks of lines and of columns hold."""
-    lines = None if first is None else first[:, None]
-    columns = None if second is None else second[None, :]
-    if lines is None or columns is None:
-        return columns if lines is None else lines
-    return lines & columns
-
-
-def _load(
-    place, first: Bool[Array, " block_O"] | None, second: Bool[Array, " block_I"] | None
-) -> Float[Array, "block_O block_I"] | Int8[Array, "block_O block_I"]:
-    """A tile of a matrix, zero where a mask of its lines or of its columns says so."""
-    mask = _mask(first, second)
-    return plgpu.load(place) if mask is None else plgpu.load(place, mask=mask, other=0)
-
-
-def _operands(of_rows: ScalesAndBias) -> list[Array]:
-    """What a kernel gets of scales and biases: vectors, none where there are none."""
-    return [each.reshape(each.shape[:2]) for each in of_rows if each is not None]
-
-
-def _load_line(place, mask: Bool[Array, " block_O"] | None) -> Float[Array, "1 block_O"]:
-    """A part of one slot's scales or bias, in float32, for the columns of a product."""
-    numbers = plgpu.load(place) if mask is None else plgpu.load(place, mask=mask, other=0)
-    return numbers.astype(jnp.float32)[None, :]
-
-
-def _dot(
-    x: Float[Array, "block_R block_I"], w: Float[Array, "block_O block_I"] | Int8[Array, "block_O block_I"]
-) -> Float[Array, "block_R block_O"]:
-    """`x @ w^T` in float32. No TF32: its rounding would show in the router's choices further on."""
-    return plgpu.dot(x, w.astype(x.dtype), trans_b=True, precision=jax.lax.Precision.HIGHEST)
+def _operands(scales: Array | None, bias: Float[Array, "C O 1"] | None) -> list[Array]:
+    """What a kernel gets of scales and biases, none where there are none. A bias becomes a vector."""
+    vector = None if bias is None else bias.reshape(bias.shape[:2])
+    return [each for each in (scales, vector) if each is not None]

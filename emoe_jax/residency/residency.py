@@ -64,7 +64,7 @@ class Residency:
     def __init__(
         self,
         config: ModelConfig,
-        layout: RecordFormat,
+        record_format: RecordFormat,
         capacities: Sequence[int],
         reader: ExpertReader,
         policy: str,
@@ -88,12 +88,12 @@ class Residency:
         self.policy_name = policy
         shape = (len(config.moe_layers), config.num_experts)
         self.policy = make_policy(policy, *shape, rates, knowledge, seed)
-        self.slab = ExpertSlab(layout, capacities)
+        self.slab = ExpertSlab(record_format, capacities)
         self.table = SlotTable(capacities, config.num_experts, sharding=self.slab.sharding)
         self.config = config
         self._store = ExpertStore(
             reader,
-            layout,
+            record_format,
             len(config.moe_layers),
             config.num_experts,
             host_bytes,
@@ -147,7 +147,7 @@ class Residency:
     @property
     def expert_bytes(self) -> int:
         """Of one expert in the slab."""
-        return self.slab.layout.nbytes
+        return self.slab.record_format.nbytes
 
     @property
     def coverage(self) -> float | None:

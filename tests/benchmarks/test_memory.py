@@ -41,6 +41,20 @@ def test_half_precision_takes_half():
     assert Needs.of(CONFIG.replace(dtype="bfloat16"), 0.5, "auto") == half
 
 
+@pytest.mark.parametrize(
+    ("geometry", "name", "expert"),
+    [
+        ("gpt-oss-20b", "auto", 3 * 2880 * 2880 // 2 + 3 * 2880 * 90 + 4 * 3 * 2880),
+        ("qwen3-30b-a3b", "fp8", 3 * 768 * 2048 + 4 * 3 * 6 * 16),
+        ("qwen3-30b-a3b", "int8", 3 * 768 * 2048 + 4 * (2 * 768 + 2048)),
+    ],
+)
+def test_experts_in_published_formats_by_hand(geometry: str, name: str, expert: int):
+    config = config_from_hf(GEOMETRIES[geometry])
+    slots = len(config.moe_layers) * config.num_experts
+    assert Needs.of(config, 1.0, "auto", name).slab == slots * expert
+
+
 def test_room_by_hand():
     numbers = measure(CONFIG, "float32", DEVICE, [1.0, 0.5, 0.1], LOAD, [16, 64], [1, 3])
     full, half = numbers["1"], numbers["0.5"]

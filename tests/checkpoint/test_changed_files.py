@@ -130,15 +130,15 @@ def test_weights_that_are_not_finite_are_refused(tiny_checkpoint: Path, tmp_path
     """Overwritten with the same size, and the time of the last write put back: only the weights themselves tell."""
     directory, shard = copied(tiny_checkpoint, tmp_path / "copy")
     checkpoint = open_checkpoint(directory)
-    layout = RecordFormat.of(checkpoint.config, dtype)
-    record = np.empty(layout.size, layout.dtype)
-    checkpoint.read_expert(2, 7, record, layout)
+    record_format = RecordFormat.of(checkpoint.config, dtype)
+    record = np.empty(record_format.size, record_format.dtype)
+    checkpoint.read_expert(2, 7, record, record_format)
     status = shard.stat()
     header = int.from_bytes(shard.read_bytes()[:8], "little") + 8
     overwrite(shard, header, b"\xff" * (status.st_size - header))
     os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
     with pytest.raises(CheckpointError, match=r"layers\.2.*experts\.7.*not finite"):
-        checkpoint.read_expert(2, 7, record, layout)
+        checkpoint.read_expert(2, 7, record, record_format)
 
 
 @pytest.mark.parametrize("damage", ["shrink", "overwrite"])

@@ -48,8 +48,8 @@ class Pieces:
         nnx.update(model, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), nnx.state(model)))
         self.skeleton, self.leaves = step.Skeleton.split(model)
         self.layers = [step.Skeleton.split(layer) for layer in model.layers]
-        layout = RecordFormat.of(config, dtype)
-        self.experts = jax.eval_shape(lambda: layout.empty_weights(capacity))
+        record_format = RecordFormat.of(config, dtype)
+        self.experts = jax.eval_shape(lambda: record_format.empty_weights(capacity))
         self.cache = jax.eval_shape(lambda: new_cache(config, pages, dtype))
         self.words = empty_batch(shape).words
         B, R, E, k = shape.sequences, shape.rows, config.num_experts, config.top_k

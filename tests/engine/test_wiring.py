@@ -234,7 +234,7 @@ def test_background_loads_keep_below_the_links_bandwidth(load: Load, monkeypatch
     engine.generate([1, 2, 3], LONG)
     loads = engine.state()["residency"]["loads"]
     assert loads["in_flight"] > 3
-    assert loads["staged_bytes"] - before <= 2 * engine.parts.residency.slab.layout.nbytes
+    assert loads["staged_bytes"] - before <= 2 * engine.parts.residency.slab.record_format.nbytes
 
 
 def test_loads_go_over_the_modelled_link(load: Load) -> None:
@@ -258,6 +258,6 @@ def test_experts_are_read_from_files_once_where_the_host_has_room(load: Load) ->
         engine.generate([1, 2, number], LONG, routing="exact")
     state = engine.state()
     store = state["residency"]["store"]
-    assert state["memory"]["host"] >= LAYERS * EXPERTS * engine.parts.residency.slab.layout.nbytes
+    assert state["memory"]["host"] >= LAYERS * EXPERTS * engine.parts.residency.slab.record_format.nbytes
     assert store["reads"] <= LAYERS * (EXPERTS + 2)  # those that were resident at the start once more
     assert store["hits"] > store["reads"]

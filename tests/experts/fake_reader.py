@@ -8,12 +8,12 @@ import numpy as np
 from emoe_jax.experts.record_format import RecordFormat
 
 # Small, and not a multiple of 64 bytes, so that nothing depends on lucky alignment.
-LAYOUT = RecordFormat.plain((6, 3), (3, 3), np.dtype(np.float32))
+RECORD_FORMAT = RecordFormat.plain((6, 3), (3, 3), np.dtype(np.float32))
 
 
-def expected(layer: int, expert: int, layout: RecordFormat = LAYOUT) -> np.ndarray:
+def expected(layer: int, expert: int, record_format: RecordFormat = RECORD_FORMAT) -> np.ndarray:
     """The record of an expert: no two experts share a number."""
-    return ((layer * 100 + expert + 1) * 1000 + np.arange(layout.size) % 1000).astype(layout.dtype)
+    return ((layer * 100 + expert + 1) * 1000 + np.arange(record_format.size) % 1000).astype(record_format.dtype)
 
 
 class FakeReader:
@@ -30,7 +30,7 @@ class FakeReader:
         with self._lock:
             self.failures[layer, expert] = times
 
-    def read_expert(self, layer: int, expert: int, record: np.ndarray, layout: RecordFormat) -> None:
+    def read_expert(self, layer: int, expert: int, record: np.ndarray, record_format: RecordFormat) -> None:
         with self._lock:
             self.reads.append((layer, expert))
             fails = self.failures[layer, expert] > 0
@@ -39,4 +39,4 @@ class FakeReader:
         record[: record.size // 2] = -1  # half-written first: must never be seen
         if fails:
             raise OSError(f"cannot read expert {expert} of layer {layer}")
-        record[:] = expected(layer, expert, layout)
+        record[:] = expected(layer, expert, record_format)

@@ -8,7 +8,7 @@ from emoe_jax.experts.loader import ExpertLoader
 from emoe_jax.experts.slab import ExpertSlab
 from emoe_jax.experts.store import ExpertStore
 from emoe_jax.experts.table import EMPTY, SlotTable
-from tests.experts.fake_reader import LAYOUT, FakeReader, expected
+from tests.experts.fake_reader import RECORD_FORMAT, FakeReader, expected
 
 NUM_EXPERTS = 8
 
@@ -16,10 +16,12 @@ NUM_EXPERTS = 8
 class Rig:
     """`check` compares the slab with what the table says. `options` go to the loader."""
 
-    def __init__(self, capacities: list[int], backoff: float = 0.001, piece_bytes: int = LAYOUT.nbytes, **options: Any):
+    def __init__(
+        self, capacities: list[int], backoff: float = 0.001, piece_bytes: int = RECORD_FORMAT.nbytes, **options: Any
+    ):
         self.reader = FakeReader()
-        self.store = ExpertStore(self.reader, LAYOUT, len(capacities), NUM_EXPERTS, piece_bytes=piece_bytes)
-        self.slab = ExpertSlab(LAYOUT, capacities, piece_bytes=piece_bytes)
+        self.store = ExpertStore(self.reader, RECORD_FORMAT, len(capacities), NUM_EXPERTS, piece_bytes=piece_bytes)
+        self.slab = ExpertSlab(RECORD_FORMAT, capacities, piece_bytes=piece_bytes)
         self.table = SlotTable(capacities, NUM_EXPERTS)
         self.loader = ExpertLoader(self.store, self.slab, self.table, backoff=backoff, **options)
 

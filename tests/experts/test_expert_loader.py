@@ -10,7 +10,7 @@ import pytest
 
 from emoe_jax.errors import ConfigError
 from emoe_jax.experts.tickets import LoadState
-from tests.experts.fake_reader import LAYOUT
+from tests.experts.fake_reader import RECORD_FORMAT
 from tests.experts.rig import Rig
 
 
@@ -26,7 +26,11 @@ def test_request_stage_commit(rig: Callable[..., Rig]):
     assert r.table.resident(1).tolist() == [0, 7]
     r.check()
     stats = r.loader.stats
-    assert (stats.loads, stats.loaded_bytes, stats.staged_bytes) == (3, 3 * LAYOUT.nbytes, 3 * LAYOUT.nbytes)
+    assert (stats.loads, stats.loaded_bytes, stats.staged_bytes) == (
+        3,
+        3 * RECORD_FORMAT.nbytes,
+        3 * RECORD_FORMAT.nbytes,
+    )
     assert stats.bandwidth is not None
     assert stats.bandwidth > 0
 
@@ -208,7 +212,7 @@ def test_the_window_bounds_what_is_staged(rig: Callable[..., Rig]):
 
 
 def test_bandwidth_budget(rig: Callable[..., Rig]):
-    r = rig([8], bandwidth=LAYOUT.nbytes / 0.05, window=8)
+    r = rig([8], bandwidth=RECORD_FORMAT.nbytes / 0.05, window=8)
     began = time.perf_counter()
     for expert in range(5):
         r.loader.request(0, expert)

@@ -10,7 +10,7 @@ from emoe_jax.experts.record_format import RecordFormat
 from emoe_jax.experts.slab import COMMIT_SIZES, ExpertSlab, commit_experts
 from emoe_jax.experts.store import ExpertStore
 from emoe_jax.experts.weights import ExpertWeights
-from tests.experts.fake_reader import LAYOUT, FakeReader, expected
+from tests.experts.fake_reader import RECORD_FORMAT, FakeReader, expected
 from tests.lowering import export_for_cuda
 
 WIDE = RecordFormat.plain((512, 128), (128, 256), np.dtype(np.float32))
@@ -30,19 +30,19 @@ def pointers(weights: ExpertWeights) -> tuple[int, int]:
 
 
 def test_starts_zeroed_with_a_capacity_per_layer():
-    slab = ExpertSlab(LAYOUT, [3, 2])
+    slab = ExpertSlab(RECORD_FORMAT, [3, 2])
     assert [weights.capacity for weights in slab.weights] == [3, 2]
     assert all(not leaf.any() for leaf in jax.tree.leaves(slab.weights))
-    assert slab.nbytes == 5 * LAYOUT.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(slab.weights))
+    assert slab.nbytes == 5 * RECORD_FORMAT.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(slab.weights))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 13])
 def test_batches_of_any_size_land_where_they_belong(count: int):
-    slab = ExpertSlab(LAYOUT, [4, 16])
+    slab = ExpertSlab(RECORD_FORMAT, [4, 16])
     slots = np.random.default_rng(count).permutation(16)[:count].tolist()
     slab.commit(1, [slab.stage(expected(1, expert)) for expert in range(count)], slots)
     for slot in range(16):
-        want = expected(1, slots.index(slot)) if slot in slots else np.zeros(LAYOUT.size)
+        want = expected(1, slots.index(slot)) if slot in slots else np.zeros(RECORD_FORMAT.size)
         np.testing.assert_array_equal(contents(slab, 1, slot), want)
     assert not np.asarray(slab.weights[0].w_in).any()
 
@@ -50,11 +50,11 @@ def test_batches_of_any_size_land_where_they_belong(count: int):
 @pytest.mark.parametrize("piece_bytes", [1 << 20, 40])
 def test_biases_are_parts_of_a_record(piece_bytes: int):
     """Written whole and in pieces, counted in bytes, and not there in a family without."""
-    layout = RecordFormat.plain((6, 3), (3, 3), np.dtype(np.float32), has_biases=True)
-    assert layout.nbytes == LAYOUT.nbytes + 4 * (6 + 3)
-    slab = ExpertSlab(layout, [2], piece_bytes=piece_bytes)
-    assert slab.nbytes == 2 * layout.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(slab.weights))
-    record = np.arange(layout.size, dtype=np.float32)
+    record_format = RecordFormat.plain((6, 3), (3, 3), np.dtype(np.float32), has_biases=True)
+    assert record_format.nbytes == RECORD_FORMAT.nbytes + 4 * (6 + 3)
+    slab = ExpertSlab(record_format, [2], piece_bytes=piece_bytes)
+    assert slab.nbytes == 2 * record_format.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(slab.weights))
+    record = np.arange(record_format.size, dtype=np.float32)
     for number in range(len(slab.rounds)):
         staged = slab.stage_round(record, number)
         if slab.rounds.pieces:
@@ -67,19 +67,19 @@ def test_biases_are_parts_of_a_record(piece_bytes: int):
     np.testing.assert_array_equal(b_in[1, :, 0], record[27:33])
     slab.resize(0, 3, [1])
     np.testing.assert_array_equal(contents(slab, 0, 0), record)
-    assert len(jax.tree.leaves(ExpertSlab(LAYOUT, [2]).weights[0])) == 2
+    assert len(jax.tree.leaves(ExpertSlab(RECORD_FORMAT, [2]).weights[0])) == 2
 
 
 @pytest.mark.parametrize("memory_kind", [None, "pinned_host"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_from_store_to_slab(memory_kind: str | None, dtype: str):
-    layout = RecordFormat.plain((6, 3), (3, 3), np.dtype(jnp.dtype(dtype)))
-    store = ExpertStore(FakeReader(), layout, 1, 4, 4 * layout.nbytes, memory_kind=memory_kind)
-    slab = ExpertSlab(layout, [2])
+    record_format = RecordFormat.plain((6, 3), (3, 3), np.dtype(jnp.dtype(dtype)))
+    store = ExpertStore(FakeReader(), record_format, 1, 4, 4 * record_format.nbytes, memory_kind=memory_kind)
+    slab = ExpertSlab(record_format, [2])
     (staged,) = slab.stage_round(store.read(0, 3), 0)
     assert staged.sharding.memory_kind == "device"
     slab.commit(0, [staged], [1])
-    np.testing.assert_array_equal(contents(slab, 0, 1), expected(0, 3, layout))
+    np.testing.assert_array_equal(contents(slab, 0, 1), expected(0, 3, record_format))
 
 
 def test_commits_are_in_place_and_donate_the_old_arrays():
@@ -105,14 +105,14 @@ def test_no_temporaries(size: int):
 
 
 def test_nothing_compiles_after_construction():
-    slab = ExpertSlab(LAYOUT, [16, 5])
+    slab = ExpertSlab(RECORD_FORMAT, [16, 5])
     compiled = compiled_commits()
     staged = [slab.stage(expected(0, expert)) for expert in range(16)]
     for count in range(1, 17):
         slab.commit(0, staged[:count], list(range(count)))
     for count in range(1, 6):
         slab.commit(1, staged[:count], list(range(count)))
-    store = ExpertStore(FakeReader(), LAYOUT, 1, 4, 4 * LAYOUT.nbytes, memory_kind="pinned_host")
+    store = ExpertStore(FakeReader(), RECORD_FORMAT, 1, 4, 4 * RECORD_FORMAT.nbytes, memory_kind="pinned_host")
     slab.commit(0, slab.stage_round(store.read(0, 0), 0), [3])
     assert compiled_commits() == compiled
 
@@ -132,7 +132,7 @@ def test_huge_pages_keep_zeros_and_place():
 
 
 def test_bad_slots_are_refused_before_anything_is_written():
-    slab = ExpertSlab(LAYOUT, [2])
+    slab = ExpertSlab(RECORD_FORMAT, [2])
     staged = [slab.stage(expected(0, expert)) for expert in range(2)]
     for slots, error, message in (
         ([0, 2], IndexError, "slot 2 of layer 0 is not one of 2"),
@@ -148,9 +148,9 @@ def test_bad_slots_are_refused_before_anything_is_written():
 @pytest.mark.parametrize("size", COMMIT_SIZES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_lowers_for_cuda(size: int, dtype: type):
-    layout = RecordFormat.plain((64, 32), (32, 32), np.dtype(dtype))
-    weights = jax.eval_shape(lambda: layout.empty_weights(8))
-    record = jax.ShapeDtypeStruct((layout.size,), dtype)
+    record_format = RecordFormat.plain((64, 32), (32, 32), np.dtype(dtype))
+    weights = jax.eval_shape(lambda: record_format.empty_weights(8))
+    record = jax.ShapeDtypeStruct((record_format.size,), dtype)
     slots = jax.ShapeDtypeStruct((size,), np.int32)
     exported = export_for_cuda(commit_experts, weights, (record,) * size, slots)
     assert exported.platforms == ("cuda",)

@@ -9,12 +9,12 @@ import pytest
 from emoe_jax.errors import ConfigError
 from emoe_jax.experts.record_format import RecordFormat
 from emoe_jax.experts.store import ExpertStore, aligned_record
-from tests.experts.fake_reader import LAYOUT, FakeReader, expected
+from tests.experts.fake_reader import RECORD_FORMAT, FakeReader, expected
 
 
 def make_store(reader: FakeReader, records: int, **options) -> ExpertStore:
     return ExpertStore(
-        reader, LAYOUT, num_layers=2, num_experts=8, host_budget_bytes=records * LAYOUT.nbytes, **options
+        reader, RECORD_FORMAT, num_layers=2, num_experts=8, host_budget_bytes=records * RECORD_FORMAT.nbytes, **options
     )
 
 
@@ -29,8 +29,8 @@ def test_records_are_aligned_read_only_and_right():
 
 def test_device_put_of_a_record_aliases_it():
     # The reason why a record is never written again: on CPU the device array *is* the record.
-    layout = RecordFormat.plain((64, 32), (32, 32), np.dtype(np.float32))
-    record = aligned_record(layout)
+    record_format = RecordFormat.plain((64, 32), (32, 32), np.dtype(np.float32))
+    record = aligned_record(record_format)
     record[:] = 1
     staged = jax.device_put(record)
     assert staged.unsafe_buffer_pointer() == record.ctypes.data
@@ -46,8 +46,8 @@ def test_host_tier_evicts_the_least_recently_used():
     assert reader.reads == [(0, 0), (0, 1), (0, 2), (0, 1)]
     assert [store.is_in_host_memory(0, expert) for expert in range(3)] == [True, True, False]
     assert (store.stats.hits, store.stats.reads, store.stats.evictions) == (2, 4, 2)
-    assert store.stats.read_bytes == 4 * LAYOUT.nbytes
-    assert store.stats.host_bytes == 2 * LAYOUT.nbytes
+    assert store.stats.read_bytes == 4 * RECORD_FORMAT.nbytes
+    assert store.stats.host_bytes == 2 * RECORD_FORMAT.nbytes
 
 
 def test_without_a_budget_every_read_goes_to_the_files():
@@ -125,9 +125,9 @@ def test_without_page_locked_memory_left_the_tier_stays_as_large_as_it_is(monkey
     assert isinstance(record, np.ndarray)
     np.testing.assert_array_equal(record, expected(0, 2))
     assert [store.is_in_host_memory(0, expert) for expert in range(3)] == [False, True, True]
-    assert (store.stats.unpinned, store.stats.host_bytes) == (1, 2 * LAYOUT.nbytes)
+    assert (store.stats.unpinned, store.stats.host_bytes) == (1, 2 * RECORD_FORMAT.nbytes)
     assert isinstance(store.read(0, 3), jax.Array)
-    assert store.stats.host_bytes == 2 * LAYOUT.nbytes
+    assert store.stats.host_bytes == 2 * RECORD_FORMAT.nbytes
 
 
 def test_out_of_range_and_negative_budget_are_refused():
@@ -137,4 +137,4 @@ def test_out_of_range_and_negative_budget_are_refused():
     with pytest.raises(IndexError, match="no expert 0 in layer 2"):
         store.read(2, 0)
     with pytest.raises(ConfigError, match="-5 bytes"):
-        ExpertStore(FakeReader(), LAYOUT, 1, 1, host_budget_bytes=-5)
+        ExpertStore(FakeReader(), RECORD_FORMAT, 1, 1, host_budget_bytes=-5)

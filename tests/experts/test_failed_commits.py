@@ -11,7 +11,7 @@ from emoe_jax.experts import slab as slab_module
 from emoe_jax.experts.tickets import LoadState
 from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.residency.residency import SECONDS_BEFORE_RETRY, Residency
-from tests.experts.fake_reader import LAYOUT, FakeReader
+from tests.experts.fake_reader import RECORD_FORMAT, FakeReader
 from tests.experts.rig import Rig
 from tests.residency.test_residency import CONFIG, LAYERS, Clock, plan, rates
 
@@ -120,7 +120,7 @@ def test_residency_goes_on_with_the_experts_it_had(monkeypatch, donated):
     """All slots of a layer were about to change: the layer may not be left without experts."""
     clock = Clock()
     first = {"rates": rates(0, 1, 2, 3), "clock": clock}
-    with Residency(CONFIG, LAYOUT, [4] * LAYERS, FakeReader(), "emoe", **first) as residency:
+    with Residency(CONFIG, RECORD_FORMAT, [4] * LAYERS, FakeReader(), "emoe", **first) as residency:
         residency.fill()
         plan(residency, rates(4, 5, 6, 7))
         monkeypatch.setattr(slab_module, "commit_experts", failing(donated))
@@ -138,7 +138,7 @@ def test_residency_goes_on_with_the_experts_it_had(monkeypatch, donated):
 
 
 def test_arrays_that_were_never_computed_are_found_after_a_step_failed():
-    with Residency(CONFIG, LAYOUT, [4] * LAYERS, FakeReader(), "emoe", rates=rates(0, 1, 2, 3)) as residency:
+    with Residency(CONFIG, RECORD_FORMAT, [4] * LAYERS, FakeReader(), "emoe", rates=rates(0, 1, 2, 3)) as residency:
         residency.fill()
         for array in jax.tree.leaves(residency.slab.weights[1]):
             array.delete()

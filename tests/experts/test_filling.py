@@ -13,7 +13,7 @@ from emoe_jax.experts.loader import ExpertLoader
 from emoe_jax.experts.slab import ExpertSlab
 from emoe_jax.experts.store import ExpertStore
 from emoe_jax.experts.table import SlotTable
-from tests.experts.fake_reader import LAYOUT, FakeReader, expected
+from tests.experts.fake_reader import RECORD_FORMAT, FakeReader, expected
 from tests.experts.rig import NUM_EXPERTS
 
 Store = Callable[..., ExpertStore]
@@ -31,7 +31,7 @@ def store(reader: FakeReader, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store
     stores: list[ExpertStore] = []
 
     def make(records: int, **options: Any) -> ExpertStore:
-        stores.append(ExpertStore(reader, LAYOUT, 1, NUM_EXPERTS, records * LAYOUT.nbytes, **options))
+        stores.append(ExpertStore(reader, RECORD_FORMAT, 1, NUM_EXPERTS, records * RECORD_FORMAT.nbytes, **options))
         return stores[-1]
 
     yield make
@@ -54,7 +54,7 @@ def kept(store: ExpertStore) -> list[int]:
 def test_loads_after_the_start_come_from_host_memory(reader: FakeReader, store: Store) -> None:
     """Two slots, and a tier for the other six experts: whatever is exchanged, no load reads a file."""
     tier = store(NUM_EXPERTS - 2)
-    slab, table = ExpertSlab(LAYOUT, [2]), SlotTable([2], NUM_EXPERTS)
+    slab, table = ExpertSlab(RECORD_FORMAT, [2]), SlotTable([2], NUM_EXPERTS)
     with closing(ExpertLoader(tier, slab, table)) as loader:
         loader.fill([[0, 1]])
         assert kept(tier) == []  # the device has them
@@ -70,13 +70,13 @@ def test_loads_after_the_start_come_from_host_memory(reader: FakeReader, store: 
         stats = tier.stats
         assert stats.reads - stats.fills == 2  # the initial ones
         assert stats.hits == 4 + 4
-        assert stats.host_bytes <= (NUM_EXPERTS - 2) * LAYOUT.nbytes
+        assert stats.host_bytes <= (NUM_EXPERTS - 2) * RECORD_FORMAT.nbytes
 
 
 def test_nothing_is_filled_while_a_load_reads(reader: FakeReader, store: Store) -> None:
     tier = store(4)
     reader.gate.clear()
-    load = ExpertLoader(tier, ExpertSlab(LAYOUT, [2]), SlotTable([2], NUM_EXPERTS))
+    load = ExpertLoader(tier, ExpertSlab(RECORD_FORMAT, [2]), SlotTable([2], NUM_EXPERTS))
     with closing(load):
         load.request(0, 0)
         until(lambda: reader.reads == [(0, 0)])
@@ -117,7 +117,7 @@ def test_a_record_that_is_being_read_has_its_room_already(reader: FakeReader, st
 
 def test_two_workers_read_and_copy_at_once(reader: FakeReader, store: Store) -> None:
     reader.gate.clear()
-    loader = ExpertLoader(store(0), ExpertSlab(LAYOUT, [4]), SlotTable([4], NUM_EXPERTS), workers=2)
+    loader = ExpertLoader(store(0), ExpertSlab(RECORD_FORMAT, [4]), SlotTable([4], NUM_EXPERTS), workers=2)
     with closing(loader):
         for expert in range(3):
             loader.request(0, expert)

@@ -8,7 +8,7 @@ import pytest
 
 from emoe_jax.errors import ConfigError
 from emoe_jax.experts.link import ModelledLink
-from tests.experts.fake_reader import LAYOUT
+from tests.experts.fake_reader import RECORD_FORMAT
 from tests.experts.rig import Rig
 
 GB = 10**9
@@ -150,7 +150,7 @@ def test_a_link_that_moves_nothing_is_refused(bandwidth: float) -> None:
 def test_every_load_takes_its_time() -> None:
     """Waited for and in the background alike, through the loader, on the real clock."""
     each = 0.02
-    rig = Rig([4, 4], link=ModelledLink(LAYOUT.nbytes / each))
+    rig = Rig([4, 4], link=ModelledLink(RECORD_FORMAT.nbytes / each))
     with rig.loader:
         began = time.monotonic()
         rig.loader.load_now(0, [0, 1, 2])

@@ -8,12 +8,12 @@ import pytest
 
 from emoe_jax.errors import CapacityError
 from emoe_jax.experts.tickets import LoadState
-from tests.experts.fake_reader import LAYOUT
+from tests.experts.fake_reader import RECORD_FORMAT
 from tests.experts.rig import Rig
 
 
 def test_load_now_is_not_held_back_by_the_bandwidth_budget(rig: Callable[..., Rig]):
-    r = rig([8], bandwidth=LAYOUT.nbytes / 1000)
+    r = rig([8], bandwidth=RECORD_FORMAT.nbytes / 1000)
     tickets = [r.loader.request(0, expert) for expert in range(2)]
     while tickets[0].state is not LoadState.READY:
         time.sleep(0.001)

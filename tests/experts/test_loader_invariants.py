@@ -18,7 +18,7 @@ from emoe_jax.experts.store import ExpertStore
 from emoe_jax.experts.table import EMPTY, SlotTable
 from emoe_jax.experts.tickets import LoadState, LoadTicket
 from emoe_jax.experts.weights import ExpertWeights
-from tests.experts.fake_reader import LAYOUT, FakeReader, expected
+from tests.experts.fake_reader import RECORD_FORMAT, FakeReader, expected
 
 CAPACITIES = (3, 2)
 NUM_EXPERTS = 6
@@ -53,15 +53,20 @@ class LoaderMachine(RuleBasedStateMachine):
         window=st.integers(1, 8),
         cached=st.integers(0, 4),
         fill=st.booleans(),
-        piece_bytes=st.sampled_from([LAYOUT.nbytes, LAYOUT.nbytes, 12, 24]),  # one round, one, three, two
+        piece_bytes=st.sampled_from([RECORD_FORMAT.nbytes, RECORD_FORMAT.nbytes, 12, 24]),  # one round, one, three, two
         workers=st.integers(1, 2),
         filling=st.booleans(),
     )
     def build(self, window: int, cached: int, fill: bool, piece_bytes: int, workers: int, filling: bool) -> None:
         self.store = store = ExpertStore(
-            self.reader, LAYOUT, len(CAPACITIES), NUM_EXPERTS, cached * LAYOUT.nbytes, piece_bytes=piece_bytes
+            self.reader,
+            RECORD_FORMAT,
+            len(CAPACITIES),
+            NUM_EXPERTS,
+            cached * RECORD_FORMAT.nbytes,
+            piece_bytes=piece_bytes,
         )
-        self.slab = ExpertSlab(LAYOUT, CAPACITIES, piece_bytes=piece_bytes)
+        self.slab = ExpertSlab(RECORD_FORMAT, CAPACITIES, piece_bytes=piece_bytes)
         self.table = SlotTable(CAPACITIES, NUM_EXPERTS, sharding=self.slab.sharding)
         self.loader = ExpertLoader(
             store, self.slab, self.table, window=window, retries=1, backoff=0.0005, workers=workers
@@ -126,7 +131,7 @@ class LoaderMachine(RuleBasedStateMachine):
     def records(self, layer: int) -> np.ndarray:
         """By expert, the record that a step should find, or zeros where the expert is absent."""
         resident = self.table.resident_mask[layer]
-        zeros = np.zeros(LAYOUT.size, LAYOUT.dtype)
+        zeros = np.zeros(RECORD_FORMAT.size, RECORD_FORMAT.dtype)
         return np.stack([expected(layer, e) if resident[e] else zeros for e in range(NUM_EXPERTS)])
 
     @precondition(lambda self: self.reader.gate.is_set())
@@ -150,7 +155,7 @@ class LoaderMachine(RuleBasedStateMachine):
                 if expert == EMPTY and self.slab.rounds.pieces:
                     continue  # written in part
                 record = np.concatenate([w_in[slot].ravel(), w_out[slot].ravel()])
-                want = np.zeros(LAYOUT.size) if expert == EMPTY else expected(layer, int(expert))
+                want = np.zeros(RECORD_FORMAT.size) if expert == EMPTY else expected(layer, int(expert))
                 np.testing.assert_array_equal(record, want)
 
     @invariant()
@@ -176,8 +181,8 @@ class LoaderMachine(RuleBasedStateMachine):
             self.loader.close()
             self.store.close()
             stats = self.loader.stats
-            assert stats.loaded_bytes == stats.loads * LAYOUT.nbytes
-            assert stats.loads <= stats.staged_bytes // LAYOUT.nbytes
+            assert stats.loaded_bytes == stats.loads * RECORD_FORMAT.nbytes
+            assert stats.loads <= stats.staged_bytes // RECORD_FORMAT.nbytes
 
 
 TestLoaderInvariants = LoaderMachine.TestCase

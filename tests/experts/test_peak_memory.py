@@ -8,6 +8,31 @@ from benchmarks.loading import MODEL, measure_peak_rss
 # 8 layers x 16 experts of 1.6 MB: 201 MB of experts.
 SMALL = MODEL | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8, "vocab_size": 1024}
 
+# 8 layers x 16 experts of 1.6 million weights, in four bits.
+PACKED = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "vocab_size": 1024,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 16,
+    "num_experts_per_tok": 2,
+    "torch_dtype": "bfloat16",
+    "quantization_config": {"quant_method": "mxfp4"},
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loading_in_four_bits_makes_no_floats_of_them(tmp_path: Path):
+    """Of all experts, which as float32 would take 805 MB."""
+    (probe,) = measure_peak_rss(tmp_path, PACKED, ("100%",), "mxfp4")["peak_rss"]
+    assert probe["slab_bytes"] == probe["expert_bytes"] < 0.14 * 805_306_368
+    # The compiler takes most of it, with float experts too.
+    assert probe["above_bytes"] < 200e6
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_in_int8_holds_only_slab_dense_weights_and_a_few_experts(tmp_path: Path):

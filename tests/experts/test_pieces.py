@@ -17,7 +17,7 @@ from emoe_jax.experts.slab import ExpertSlab
 from emoe_jax.experts.store import ExpertStore
 from emoe_jax.experts.tickets import LoadState, LoadTicket
 from tests.compilations import heard_compilations
-from tests.experts.fake_reader import LAYOUT, FakeReader, expected
+from tests.experts.fake_reader import RECORD_FORMAT, FakeReader, expected
 from tests.experts.rig import Rig
 
 ROW_BYTES = 12  # a piece of one row: nine pieces, in rounds of four, four and one
@@ -39,12 +39,12 @@ def commit_all(r: Rig, ticket: LoadTicket) -> None:
 def test_pieces_make_up_the_record(
     in_shape: tuple[int, int], out_shape: tuple[int, int], piece_bytes: int, has_biases: bool
 ) -> None:
-    layout = RecordFormat.plain(in_shape, out_shape, np.dtype(np.float32), has_biases)
-    rounds = Rounds(layout, piece_bytes)
-    record = np.arange(layout.size, dtype=np.float32)
-    arrays = [np.full(shape, -1, np.float32) for shape in (array.shape for array in layout.arrays)]
+    record_format = RecordFormat.plain(in_shape, out_shape, np.dtype(np.float32), has_biases)
+    rounds = Rounds(record_format, piece_bytes)
+    record = np.arange(record_format.size, dtype=np.float32)
+    arrays = [np.full(shape, -1, np.float32) for shape in (array.shape for array in record_format.arrays)]
     assert len(rounds.cut(record)) == max(1, len(rounds.pieces))
-    if layout.nbytes <= piece_bytes:
+    if record_format.nbytes <= piece_bytes:
         assert not rounds.pieces
         assert len(rounds) == 1
         return
@@ -201,8 +201,10 @@ def test_nothing_compiles_after_the_start() -> None:
 def test_pinned_records_come_in_pieces() -> None:
     """Nothing can be cut out of an array in page-locked memory."""
     reader = FakeReader()
-    store = ExpertStore(reader, LAYOUT, 1, 8, 8 * LAYOUT.nbytes, memory_kind="pinned_host", piece_bytes=ROW_BYTES)
-    slab = ExpertSlab(LAYOUT, [2], piece_bytes=ROW_BYTES)
+    store = ExpertStore(
+        reader, RECORD_FORMAT, 1, 8, 8 * RECORD_FORMAT.nbytes, memory_kind="pinned_host", piece_bytes=ROW_BYTES
+    )
+    slab = ExpertSlab(RECORD_FORMAT, [2], piece_bytes=ROW_BYTES)
     record = store.read(0, 3)
     assert isinstance(record, tuple)
     assert {part.sharding.memory_kind for part in record} == {"pinned_host"}
@@ -210,4 +212,4 @@ def test_pinned_records_come_in_pieces() -> None:
         slab.write(0, 1, slab.rounds[number], slab.stage_round(record, number))
     written = np.concatenate([np.asarray(part[1]).ravel() for part in jax.tree.leaves(slab.weights[0])])
     np.testing.assert_array_equal(written, expected(0, 3))
-    assert store.stats.host_bytes == LAYOUT.nbytes
+    assert store.stats.host_bytes == RECORD_FORMAT.nbytes

@@ -22,7 +22,7 @@ CONFIG = ModelConfig(
     expert_hidden=128,
     moe_layers=(0, 1, 2, 3),
 )
-LAYOUT = RecordFormat.of(CONFIG, "float32")  # 96 KiB per expert, 384 KiB for one slot in every layer
+RECORD_FORMAT = RecordFormat.of(CONFIG, "float32")  # 96 KiB per expert, 384 KiB for one slot in every layer
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ LAYOUT = RecordFormat.of(CONFIG, "float32")  # 96 KiB per expert, 384 KiB for on
     ],
 )
 def test_budgets_are_spent_to_the_last_slot(text: str, slots: list[int]):
-    assert capacities(CONFIG, LAYOUT, parse_expert_memory(text)) == slots
+    assert capacities(CONFIG, RECORD_FORMAT, parse_expert_memory(text)) == slots
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_what_is_no_budget_is_refused(text: str):
 )
 def test_more_slots_than_experts_are_refused(text: str, hint: str):
     with pytest.raises(ConfigError, match=rf"slots is more than all experts; a layer has 16{hint}$"):
-        capacities(CONFIG, LAYOUT, parse_expert_memory(text))
+        capacities(CONFIG, RECORD_FORMAT, parse_expert_memory(text))
 
 
 @pytest.mark.parametrize(
@@ -72,16 +72,16 @@ def test_more_slots_than_experts_are_refused(text: str, hint: str):
 )
 def test_below_top_k_both_numbers_and_the_smallest_budget_are_named(text: str, smallest: str):
     with pytest.raises(CapacityError, match=f"routes each token to 2; the smallest budget is {smallest}$"):
-        capacities(CONFIG, LAYOUT, parse_expert_memory(text))
-    assert capacities(CONFIG, LAYOUT, parse_expert_memory(smallest)) == [2] * 4
+        capacities(CONFIG, RECORD_FORMAT, parse_expert_memory(text))
+    assert capacities(CONFIG, RECORD_FORMAT, parse_expert_memory(smallest)) == [2] * 4
 
 
 def test_larger_than_the_device_is_refused_with_both_numbers():
     with pytest.raises(CapacityError, match="6 GiB is more than the 4 MiB"):
-        capacities(CONFIG, LAYOUT, parse_expert_memory("6GiB"), device_limit=4 << 20)
+        capacities(CONFIG, RECORD_FORMAT, parse_expert_memory("6GiB"), device_limit=4 << 20)
     with pytest.raises(CapacityError, match=r"100% is 6 MiB \(16 expert slots in each of 4 layers\), more"):
-        capacities(CONFIG, LAYOUT, parse_expert_memory("100%"), device_limit=4 << 20)
-    assert capacities(CONFIG, LAYOUT, parse_expert_memory("50%"), device_limit=4 << 20) == [8] * 4
+        capacities(CONFIG, RECORD_FORMAT, parse_expert_memory("100%"), device_limit=4 << 20)
+    assert capacities(CONFIG, RECORD_FORMAT, parse_expert_memory("50%"), device_limit=4 << 20) == [8] * 4
 
 
 @settings(max_examples=200, deadline=None)
@@ -94,14 +94,14 @@ def test_larger_than_the_device_is_refused_with_both_numbers():
 def test_the_smallest_budget_named_is_one_that_works(num_experts: int, data: st.DataObject, kind: str, hidden: int):
     top_k = data.draw(st.integers(1, num_experts))
     config = CONFIG.replace(num_experts=num_experts, top_k=top_k, hidden_size=hidden)
-    layout = RecordFormat.of(config, "bfloat16")
+    record_format = RecordFormat.of(config, "bfloat16")
     with pytest.raises(CapacityError) as caught:
-        capacities(config, layout, parse_expert_memory(f"0{kind}"))
+        capacities(config, record_format, parse_expert_memory(f"0{kind}"))
     smallest = parse_expert_memory(str(caught.value).rsplit("is ", 1)[1])
-    slots = capacities(config, layout, smallest)
+    slots = capacities(config, record_format, smallest)
     assert all(top_k <= count <= num_experts for count in slots)
     limit = (
-        capacities(config, layout, parse_expert_memory("100%"), sum(slots) * layout.nbytes)
+        capacities(config, record_format, parse_expert_memory("100%"), sum(slots) * record_format.nbytes)
         if min(slots) == num_experts
         else None
     )

@@ -49,12 +49,12 @@ def expected(engine_of: EngineFactory) -> list[list[int]]:
 def check_slab(engine: Engine, checkpoint: Path) -> None:
     """Every resident expert's slot holds its weights."""
     source, slab, table = open_checkpoint(checkpoint), engine.parts.residency.slab, engine.parts.residency.table
-    record = aligned_record(slab.layout)
+    record = aligned_record(slab.record_format)
     for layer, weights in enumerate(slab.weights):
         assert weights.capacity == slab.capacities[layer] == table.capacities[layer]
         for expert in table.resident(layer).tolist():
-            source.read_expert(layer, expert, record, slab.layout)
-            for part, array in zip(slab.layout.views(record), (weights.w_in, weights.w_out), strict=True):
+            source.read_expert(layer, expert, record, slab.record_format)
+            for part, array in zip(slab.record_format.views(record), (weights.w_in, weights.w_out), strict=True):
                 np.testing.assert_array_equal(array[table.slot(layer, expert)], part)
 
 

@@ -47,22 +47,28 @@ class LoadedModel:
         return tokens[len(prompt) :]
 
 
-def load(directory: Path, dtype: str = "float32", router_capacity_factor: float | None = None) -> LoadedModel:
+def load(
+    directory: Path,
+    dtype: str = "float32",
+    router_capacity_factor: float | None = None,
+    expert_format: str | None = None,
+) -> LoadedModel:
+    """Experts are kept in `dtype`, or in `expert_format`."""
     checkpoint = open_checkpoint(directory, router_capacity_factor=router_capacity_factor)
     graphdef, state = load_dense(checkpoint, dtype)
-    return LoadedModel(checkpoint, graphdef, state, load_experts(checkpoint, dtype))
+    return LoadedModel(checkpoint, graphdef, state, load_experts(checkpoint, expert_format or dtype))
 
 
-def load_experts(checkpoint: Checkpoint, dtype: str) -> tuple[ExpertWeights, ...]:
-    """All experts of all layers, read one record at a time as the expert store does."""
-    layout = RecordFormat.of(checkpoint.config, dtype)
+def load_experts(checkpoint: Checkpoint, name: str) -> tuple[ExpertWeights, ...]:
+    """All experts of all layers in a format, read one record at a time as the expert store does."""
+    record_format = RecordFormat.of(checkpoint.config, name)
     layers = []
     for m in range(len(checkpoint.config.moe_layers)):
-        records = np.empty((checkpoint.config.num_experts, layout.size), layout.dtype)
+        records = np.empty((checkpoint.config.num_experts, record_format.size), record_format.dtype)
         for expert, record in enumerate(records):
-            checkpoint.read_expert(m, expert, record, layout)
-        parts = zip(*map(layout.views, records), strict=True)
-        layers.append(layout.weights(map(np.stack, parts)))
+            checkpoint.read_expert(m, expert, record, record_format)
+        parts = zip(*map(record_format.views, records), strict=True)
+        layers.append(record_format.weights(map(np.stack, parts)))
     return tuple(layers)
 
 

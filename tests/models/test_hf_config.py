@@ -172,8 +172,8 @@ REFUSED = [
     (GLM4, {"routed_scaling_factor": 0}, "routed_scaling_factor is 0.0; expected a positive number"),
     (
         GPT_OSS,
-        {"quantization_config": {"quant_method": "mxfp4"}},
-        "quantization_config says MXFP4, which is not read",
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
+        "quantization_config says FP8, which is not read for gpt_oss",
     ),
     (GPT_OSS, {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported by gpt_oss; supported: 'silu'"),
     (GPT_OSS, {"swiglu_limit": -1}, "swiglu_limit is -1.0; expected a positive number"),

@@ -8,14 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from emoe_jax.config import ModelConfig
-from emoe_jax.experts.quantise import quantised
-from emoe_jax.experts.record_format import RecordFormat
+from emoe_jax.experts.blocks import dequantise_fp8_into, dequantise_mxfp4_into
+from emoe_jax.experts.quantise import dequantise_into, quantised
+from emoe_jax.experts.record_format import RecordArray, RecordFormat
 from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.moe import BACKENDS, moe_ffn
 
 D, F = 32, 48
 OP = jax.jit(moe_ffn, static_argnames=("config", "backend", "platform"))
 RUNNABLE = [name for name, backend in BACKENDS.items() if backend.runs_on("cpu")]
+DEQUANTISE = {"int8": dequantise_into, "fp8": dequantise_fp8_into, "mxfp4": dequantise_mxfp4_into}
 WAVE_EXACT = [name for name in RUNNABLE if BACKENDS[name].wave_exact]
 
 
@@ -82,14 +84,14 @@ class Case:
     def slab(self, slots: np.ndarray, capacity: int) -> ExpertWeights:
         """The experts at their slots; unused slots hold NaN, so that reading one cannot go unnoticed.
 
-        Quantised experts have NaN among the scales there: integers have none.
+        Quantised experts have NaN among the scales there: integers have none. Among bytes it is 255.
         """
         held = np.flatnonzero(slots < capacity)
 
         def placed(experts: np.ndarray | None) -> jax.Array | None:
             if experts is None:
                 return None
-            unused = 77 if experts.dtype == np.int8 else np.nan
+            unused = {"int8": 77, "uint8": 255}.get(experts.dtype.name, np.nan)
             array = np.full((capacity, *experts.shape[1:]), unused, experts.dtype)
             array[slots[held]] = experts[held]
             return jnp.asarray(array)
@@ -97,10 +99,25 @@ class Case:
         arrays = (self.w_in, self.w_out, self.in_scales, self.out_scales, self.b_in, self.b_out)
         return ExpertWeights(*map(placed, arrays))  # pyright: ignore
 
-    def quantised(self) -> "Case":
-        """With the same experts in int8."""
-        (w_in, in_scales), (w_out, out_scales) = quantised(self.w_in), quantised(self.w_out)
+    def quantised(self, name: str = "int8") -> "Case":
+        """With the same experts in int8, or with other ones in a format of blocks."""
+        if name == "int8":
+            (w_in, in_scales), (w_out, out_scales) = quantised(self.w_in), quantised(self.w_out)
+        else:
+            rng = np.random.default_rng(3)
+            w_in, w_out, in_scales, out_scales = (
+                _random_bits(rng, self.config.num_experts, array)
+                for array in RecordFormat.of(self.config, name).arrays[:4]
+            )
         return dataclasses.replace(self, w_in=w_in, w_out=w_out, in_scales=in_scales, out_scales=out_scales)
+
+    def dequantised(self, name: str) -> "Case":
+        """With experts in float32 that have the same values."""
+        assert self.in_scales is not None
+        assert self.out_scales is not None
+        w_in = _floats(name, self.w_in, self.in_scales, self.config.expert_in_shape, self.config.ffn_in_factor)
+        w_out = _floats(name, self.w_out, self.out_scales, self.config.expert_out_shape, 1)
+        return dataclasses.replace(self, w_in=w_in, w_out=w_out, in_scales=None, out_scales=None)
 
     def run(self, backend: str, accumulator: jax.Array | np.ndarray | None = None) -> np.ndarray:
         slab = self.slab(self.slots, self.capacity)
@@ -128,6 +145,26 @@ class Case:
             wave = dataclasses.replace(self, slots=slots, capacity=size)
             out = wave.run(backend, accumulator=out)
         return out
+
+
+def _random_bits(rng: np.random.Generator, E: int, array: RecordArray) -> np.ndarray:
+    """Numbers of any value, and scales that keep weights below 1."""
+    shape = (E, *array.shape)
+    if array.dtype == np.float32:
+        return rng.uniform(0.0001, 0.002, shape).astype(np.float32)
+    if array.name.endswith("scales"):
+        return rng.integers(118, 125, shape).astype(np.uint8)
+    bits = rng.integers(0, 256, shape).astype(np.uint8)
+    return np.where(bits & 127 == 127, 0, bits)  # of FP8, those are NaN
+
+
+def _floats(name: str, w: np.ndarray, scales: np.ndarray, shape: tuple[int, int], parts: int) -> np.ndarray:
+    """Each expert's parts are matrices of their own."""
+    weights = np.empty((len(w), *shape), np.float32)
+    for arrays in zip(w, scales, weights, strict=True):
+        for numbers, scale, out in zip(*(np.split(array, parts) for array in arrays), strict=True):
+            DEQUANTISE[name](numbers, scale, out)
+    return weights
 
 
 def random_ids(rng: np.random.Generator, R: int, E: int, k: int) -> np.ndarray:

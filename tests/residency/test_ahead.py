@@ -9,7 +9,7 @@ import pytest
 
 from emoe_jax.residency.ahead import AheadStats, LoadsAhead
 from emoe_jax.residency.residency import Residency
-from tests.experts.fake_reader import LAYOUT, FakeReader
+from tests.experts.fake_reader import RECORD_FORMAT, FakeReader
 from tests.residency.test_residency import CONFIG, EXPERTS, LAYERS
 
 Made = tuple[Residency, LoadsAhead, FakeReader]
@@ -18,7 +18,7 @@ Made = tuple[Residency, LoadsAhead, FakeReader]
 @pytest.fixture
 def made() -> Iterator[Made]:
     reader = FakeReader()
-    residency = Residency(CONFIG, LAYOUT, [4] * LAYERS, reader, "pre-gated")
+    residency = Residency(CONFIG, RECORD_FORMAT, [4] * LAYERS, reader, "pre-gated")
     residency.fill()
     reader.reads.clear()
     assert residency.waves.ahead is not None
@@ -139,6 +139,6 @@ def test_what_a_failed_step_had_asked_for_is_asked_for_again(made: Made) -> None
 
 
 def test_other_policies_do_not_look_ahead() -> None:
-    with Residency(CONFIG, LAYOUT, [4] * LAYERS, FakeReader(), "lru") as residency:
+    with Residency(CONFIG, RECORD_FORMAT, [4] * LAYERS, FakeReader(), "lru") as residency:
         assert residency.waves.ahead is None
         assert residency.state()["ahead"] is None

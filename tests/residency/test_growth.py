@@ -11,7 +11,7 @@ import pytest
 from emoe_jax.policies.regret import Regret
 from emoe_jax.policies.rule import ExpectedWishes
 from emoe_jax.residency.residency import Residency
-from tests.experts.fake_reader import LAYOUT, FakeReader
+from tests.experts.fake_reader import RECORD_FORMAT, FakeReader
 from train.demo.shape import model_config
 
 LIBRARY = "/emoe_jax/"
@@ -32,7 +32,7 @@ def _calls(policy: str, layers: int, experts: int) -> Calls:
     config = model_config(num_hidden_layers=layers, num_local_experts=experts)
     now = iter(range(0, 1_000_000, 1000))
     options: dict[str, Any] = {"clock": lambda: float(next(now))}
-    with Residency(config, LAYOUT, [4] * layers, FakeReader(), policy, **options) as residency:
+    with Residency(config, RECORD_FORMAT, [4] * layers, FakeReader(), policy, **options) as residency:
         residency.fill()
         regret = Regret([4] * layers, experts, config.top_k, steps=100)
         counts = np.where(residency.table.resident_mask, 3, 0)

@@ -9,7 +9,7 @@ from emoe_jax.errors import ConfigError
 from emoe_jax.policies.rule import ExpectedWishes
 from emoe_jax.residency import residency as residency_module
 from emoe_jax.residency.residency import Residency
-from tests.experts.fake_reader import LAYOUT, FakeReader
+from tests.experts.fake_reader import RECORD_FORMAT, FakeReader
 from train.demo.shape import model_config
 
 LAYERS, EXPERTS = 2, 8
@@ -31,7 +31,7 @@ def made() -> Iterator[Callable[..., tuple[Residency, FakeReader]]]:
 
     def make(policy: str = "emoe", capacity: int = 4, **options: Any) -> tuple[Residency, FakeReader]:
         reader = FakeReader()
-        residency = Residency(CONFIG, LAYOUT, [capacity] * LAYERS, reader, policy, **options)
+        residency = Residency(CONFIG, RECORD_FORMAT, [capacity] * LAYERS, reader, policy, **options)
         made.append((residency, reader))
         residency.fill()
         return made[-1]
@@ -248,7 +248,7 @@ def test_masks_taken_from_the_table_do_not_change(made):
 def test_absent_experts_come_to_host_memory_the_best_first(made: Callable[..., tuple[Residency, FakeReader]]) -> None:
     """Room for three of the eight that are absent: those of the highest rates."""
     known = np.arange(LAYERS * EXPERTS, dtype=np.float32).reshape(LAYERS, EXPERTS)
-    residency, reader = made("static", rates=known, host_bytes=3 * LAYOUT.nbytes)
+    residency, reader = made("static", rates=known, host_bytes=3 * RECORD_FORMAT.nbytes)
     deadline = time.monotonic() + 20
     while len(reader.reads) < 2 * 4 + 3:
         assert time.monotonic() < deadline

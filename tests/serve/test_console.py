@@ -1,6 +1,7 @@
 """The table that a server prints when it starts."""
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -21,6 +22,8 @@ def test_host_memory_is_named_where_there_is_any(host: int, shown: bool) -> None
         memory={"device": 16 * GIB, "weights": GIB, "slab": 2 * GIB, "kv_cache": GIB, "workspace": GIB, "host": host},
         resident=[3, 4],
         num_experts=8,
+        expert_format="mxfp4",
+        dtype="bfloat16",
         has_tokenizer=True,
         has_chat_template=True,
         tasks=None,
@@ -34,6 +37,7 @@ def test_host_memory_is_named_where_there_is_any(host: int, shown: bool) -> None
     assert "CPU, 16 GiB of host RAM" in text
     assert "[tiny] (mixtral)" in text
     assert "up to 16 sequences and 512 tokens" in text
+    assert re.search(r"experts kept in +│ mxfp4, all else in bfloat16", text)
     assert "3 to 4 of 8 in each of 2 layers (44%)" in text
 
 
@@ -48,6 +52,8 @@ def test_the_pool_is_named_where_there_is_one() -> None:
             memory=given,
             resident=[3],
             num_experts=8,
+            expert_format="float32",
+            dtype="float32",
             has_tokenizer=True,
             has_chat_template=True,
             tasks=None,

@@ -42,10 +42,10 @@ def read(directory: Path) -> tuple[ModelConfig, Parameters, Tokenizer]:
     dense = {".".join(map(str, path)): variable[...] for path, variable in nnx.to_flat_state(state)}
     layers = []
     for layer in range(len(config.moe_layers)):
-        layout = RecordFormat.of(config, "float32")
-        records = np.empty((config.num_experts, layout.size), np.float32)
+        record_format = RecordFormat.of(config, "float32")
+        records = np.empty((config.num_experts, record_format.size), np.float32)
         for expert, record in enumerate(records):
-            checkpoint.read_expert(layer, expert, record, layout)
-        views = [layout.views(record) for record in records]
-        layers.append(layout.weights(map(np.stack, zip(*views, strict=True))))
+            checkpoint.read_expert(layer, expert, record, record_format)
+        views = [record_format.views(record) for record in records]
+        layers.append(record_format.weights(map(np.stack, zip(*views, strict=True))))
     return config, Parameters(dense, tuple(layers)), Tokenizer.from_file(str(directory / "tokenizer.json"))

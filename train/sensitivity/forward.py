@@ -104,14 +104,14 @@ def page_room(tokens: int) -> int:
 
 def _experts(checkpoint: Checkpoint, layer: int, dtype: str) -> ExpertWeights:
     """All experts of one MoE layer, in order."""
-    layout, number = RecordFormat.of(checkpoint.config, dtype), checkpoint.config.num_experts
-    arrays = [np.empty((number, *array.shape), array.dtype) for array in layout.arrays]
-    record = np.empty(layout.size, layout.dtype)
+    record_format, number = RecordFormat.of(checkpoint.config, dtype), checkpoint.config.num_experts
+    arrays = [np.empty((number, *array.shape), array.dtype) for array in record_format.arrays]
+    record = np.empty(record_format.size, record_format.dtype)
     for expert in range(number):
-        checkpoint.read_expert(layer, expert, record, layout)
-        for array, part in zip(arrays, layout.views(record), strict=True):
+        checkpoint.read_expert(layer, expert, record, record_format)
+        for array, part in zip(arrays, record_format.views(record), strict=True):
             array[expert] = part
-    return layout.weights(arrays)
+    return record_format.weights(arrays)
 
 
 @partial(jax.jit, static_argnames=("skeleton", "config"), donate_argnames=("cache",))
