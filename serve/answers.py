@@ -14,6 +14,12 @@ class PromptTokensDetails(BaseModel):
     cached_tokens: int
 
 
+class CompletionTokensDetails(BaseModel):
+    """`reasoning_tokens` are those of the answers up to the end of their thoughts."""
+
+    reasoning_tokens: int
+
+
 class Usage(BaseModel):
     """Tokens of all prompts and all answers of a request. `prompt_tokens` include cached ones."""
 
@@ -21,6 +27,8 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: Omittable[PromptTokensDetails] = None
+    completion_tokens_details: Omittable[CompletionTokensDetails] = None
+    """Where the server tells thoughts from answers, and no stop string can have held them back."""
 
 
 class EmoeAnswer(BaseModel):
@@ -92,11 +100,13 @@ class ChatLogprobs(BaseModel):
 
 
 class AssistantMessage(BaseModel):
-    """The text of an answer. `refusal` is always null: the server knows no refusals."""
+    """What an answer says. `refusal` is always null: the server knows no refusals."""
 
     role: Literal["assistant"] = "assistant"
     content: str
     refusal: None = None
+    reasoning_content: Omittable[str] = None
+    """What the model thought before it answered (vLLM's field)."""
 
 
 class ChatChoice(BaseModel):
@@ -127,6 +137,7 @@ class ChatDelta(BaseModel):
 
     role: Omittable[Literal["assistant"]] = None
     content: Omittable[str] = None
+    reasoning_content: Omittable[str] = None
 
 
 class ChatChunkChoice(BaseModel):

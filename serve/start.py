@@ -14,12 +14,14 @@ from rich.console import Console
 
 from emoe_jax import EmoeError, Engine
 from emoe_jax.memory.device_settings import pool_share
+from emoe_jax.models import family_named
 from serve.app import create_app
 from serve.console import loading_progress, start_up_table
 from serve.hosts import hosts_for
 from serve.lobby import open_lobby
 from serve.logs import configure_logging
 from serve.options import ServerOptions, as_flags
+from serve.parsing.forms import AnswerForm, form_of
 from serve.recording import check_trace_file
 from serve.server import Server, bind, url_of
 from serve.service import Service
@@ -104,9 +106,10 @@ def serve(options: ServerOptions, engine: Engine, listener: socket.socket, provi
         engine.grammars,
         options.chat_template_kwargs,
     )
+    form = answer_form(options, engine)
     tracing = None if provider is None else Tracing(provider, names[0])
     app = create_app(
-        Service(names, text, worker, tasks, engine.sampling_defaults),
+        Service(names, text, worker, tasks, engine.sampling_defaults, form),
         options.api_key,
         options.allowed_origins,
         tracing,
@@ -133,6 +136,13 @@ def serve(options: ServerOptions, engine: Engine, listener: socket.socket, provi
             engine.close()
         if provider is not None:
             provider.shutdown()  # sends what is left
+
+
+def answer_form(options: ServerOptions, engine: Engine) -> AnswerForm:
+    """How the model writes reasoning and calls of tools: as options, its family or its chat template say."""
+    family, tokenizer = family_named(engine.config.family), engine.tokenizer
+    writes = (lambda text: False) if tokenizer is None else tokenizer.template_writes
+    return form_of(options.reasoning_parser, "none", (family.reasoning, family.calls), writes)
 
 
 def _routing(options: ServerOptions, tolerance: float) -> str:

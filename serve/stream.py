@@ -15,7 +15,7 @@ from serve.failures import early_end
 from serve.generation import Generation, Update
 from serve.options import KEEP_ALIVE_SECONDS
 from serve.schema import StreamOptions
-from serve.service import emoe_of, usage_of
+from serve.service import emoe_of
 
 log = logging.getLogger("serve")
 
@@ -57,6 +57,10 @@ class ChunkWriter(Protocol[ChunkType]):
 
     def empty(self) -> ChunkType:
         """A chunk without choices, for the usage."""
+        ...
+
+    def usage(self, outputs: list[RequestOutput]) -> Usage:
+        """Tokens of a finished request."""
         ...
 
 
@@ -140,6 +144,6 @@ def _closed(
     """The last chunks, `emoe` on the very last. Only a client that asked for usage gets a chunk without choices."""
     if include_usage:
         chunks = [*chunks, writer.empty()]
-        chunks[-1].usage = usage_of(outputs)
+        chunks[-1].usage = writer.usage(outputs)
     chunks[-1].emoe = emoe_of(outputs)
     return chunks

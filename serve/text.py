@@ -29,6 +29,9 @@ BYTES_PER_ID = 4
 TOKENS_PER_CUT = 64
 """How many tokens a cut adds at most: a word falls into two."""
 
+TAG_TOKENS = 16
+"""How many tokens at the end of a prompt hold a tag and the blanks behind it."""
+
 MAX_CACHED_TEXTS = 1 << 16
 """Tokens whose text is remembered: log probabilities of a long prompt ask for many, and often."""
 
@@ -68,6 +71,10 @@ class ServedTokenizer(Protocol):
         """Whether the text after this prompt is decoded by itself, without the prompt's end."""
         ...
 
+    def special_id(self, token: str) -> int | None:
+        """The id of a special token that is called so; answers do not show it unless they are asked to."""
+        ...
+
 
 class ServedGrammars(Protocol):
     """What the server needs of the engine's grammars."""
@@ -102,6 +109,7 @@ class TextCodec:
         self.max_model_len = max_model_len
         self.token_text = functools.lru_cache(MAX_CACHED_TEXTS)(self._token_text)
         self.token_bytes = functools.lru_cache(MAX_CACHED_TEXTS)(self._token_bytes)
+        self.special_ids = functools.cache(self._special_ids)
         self._lanes = TextLanes(max_waiting_bytes)
         self._grammar_room = Room(max_waiting_bytes, GRAMMAR_BYTES, "grammar compiler")
         self._compilers = concurrent.futures.ThreadPoolExecutor(GRAMMAR_THREADS, thread_name_prefix="grammars")
@@ -189,6 +197,17 @@ class TextCodec:
     def begins_text(self, prompt: Sequence[int]) -> bool:
         """Whether what follows the prompt is decoded as a text of its own."""
         return self._tokenizer is not None and self._tokenizer.begins_text(prompt)
+
+    def ends_in(self, prompt: Sequence[int], tag: str) -> bool:
+        """Whether the text of a prompt ends in this tag, blanks aside."""
+        if self._tokenizer is None:
+            return False
+        return self._tokenizer.decode(list(prompt[-TAG_TOKENS:]), skip_special_tokens=False).rstrip().endswith(tag)
+
+    def _special_ids(self, tags: tuple[str, ...]) -> tuple[int, ...]:
+        """Those of the tags that are special tokens of the model."""
+        ids = [] if self._tokenizer is None else map(self._tokenizer.special_id, tags)
+        return tuple(i for i in ids if i is not None)
 
     def _token_text(self, token_id: int) -> str:
         """The text of one token. OpenAI's `bytes:\\xa1` for part of a character, so that no two tokens read the same;

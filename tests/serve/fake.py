@@ -50,6 +50,9 @@ class FakeTokenizer:
     def begins_text(self, prompt: Sequence[int]) -> bool:
         return False
 
+    def special_id(self, token: str) -> int | None:
+        return None
+
     def add(self, token_id: int) -> str:
         return chr(token_id)
 
