@@ -8,6 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Request
 from fastapi.responses import Response
 
+from emoe_jax.errors import RequestError
 from emoe_jax.requests.request import RequestOutput, SamplingParams
 from serve.answers import (
     AssistantMessage,
@@ -17,6 +18,10 @@ from serve.answers import (
     ChatDelta,
     ChatResponse,
     CompletionTokensDetails,
+    FunctionCall,
+    FunctionCallDelta,
+    ToolCallAnswer,
+    ToolCallDelta,
     Usage,
 )
 from serve.body import JsonRoute
@@ -25,8 +30,8 @@ from serve.generation import Generation, Update
 from serve.logprobs import TokenPlaces, chat_logprobs
 from serve.parsing import think
 from serve.parsing.answer_parser import AnswerParser
-from serve.parsing.events import Event, Text, Thought
-from serve.parsing.forms import PLAIN, AnswerForm
+from serve.parsing.events import CallArguments, CallBegun, Event, Text, Thought
+from serve.parsing.forms import PLAIN, AnswerForm, Tools
 from serve.reader import AnswerReader
 from serve.schema import ChatRequest, SloHeaders
 from serve.service import Service, emoe_of, until_disconnect, usage_of
@@ -66,13 +71,19 @@ class Chat:
     form: AnswerForm
     opened: bool
     """Whether the prompt has begun the thoughts."""
+    tools: Tools | None = None
+    """What the answers may call."""
+    parallel: bool = True
+    """Whether an answer may have several calls."""
     readers: dict[int, AnswerReader] = dataclasses.field(default_factory=dict)
     """By the number of the answer among the `n` of the request."""
 
     def reader(self, index: int) -> AnswerReader:
         """Of one answer, made when it is first asked for."""
         if index not in self.readers:
-            self.readers[index] = AnswerReader(AnswerParser(self.form, opened=self.opened))
+            self.readers[index] = AnswerReader(
+                AnswerParser(self.form, self.tools, opened=self.opened, parallel=self.parallel)
+            )
         return self.readers[index]
 
     async def read(self) -> RequestOutput:
@@ -108,21 +119,35 @@ async def begin_chat(service: Service, body: ChatRequest, request: Request, slo:
     max_tokens = service.token_budget(prompt, "messages", asked, asked_param)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = body.to_params(max_tokens, logprobs, service.sampling_defaults)
-    # What has to match something leaves no room for thoughts.
-    form = service.form if params.structured_outputs is None else PLAIN
-    text = service.text
-    params = dataclasses.replace(
-        params,
-        shown_token_ids=text.special_ids(form.tags),
-        stop_token_ids=(*params.stop_token_ids, *text.special_ids(form.ending_tags)),
-    )
     if body.continue_final_message:
         said = body.messages[-1].content
         opened = said.rfind(think.OPEN) > said.rfind(think.CLOSE)
     else:
-        opened = text.ends_in(prompt, think.OPEN)
+        opened = service.text.ends_in(prompt, think.OPEN)
+    params, form = with_form(service, body, params, opened)
     generation = await service.begin(request, [prompt], [params], body.emoe, slo, body.cache_salt)
-    return Chat(prompt, params, generation, form, opened)
+    return Chat(prompt, params, generation, form, opened, body.callable_tools, body.calls_in_parallel)
+
+
+def with_form(
+    service: Service, body: ChatRequest, params: SamplingParams, opened: bool
+) -> tuple[SamplingParams, AnswerForm]:
+    """The parameters with what the form of the answers asks for, and the form. Raises `RequestError`."""
+    if params.structured_outputs is None:
+        form = body.answer_form(service.form)
+        grammar = body.to_grammar(form, service.text.special_id, opened)
+    elif body.callable_tools is None:  # what has to match something leaves no room for thoughts
+        form, grammar = PLAIN, params.structured_outputs
+    else:
+        param = params.structured_outputs.param
+        raise RequestError(f"{param} leaves no room for calls of tools; give tools or {param}", param=param)
+    text = service.text
+    return dataclasses.replace(
+        params,
+        structured_outputs=grammar,
+        shown_token_ids=text.special_ids(form.tags),
+        stop_token_ids=(*params.stop_token_ids, *text.special_ids(form.ending_tags)),
+    ), form
 
 
 @dataclasses.dataclass
@@ -144,7 +169,7 @@ class ChatWriter:
             reader = self.chat.reader(completion.index)
             choice = ChatChoice(
                 index=completion.index,
-                message=AssistantMessage(content=reader.content, reasoning_content=reader.reasoning or None),
+                message=_message(reader),
                 finish_reason=reader.finish_reason(completion.finish_reason),
             )
             if completion.logprobs is not None:
@@ -176,7 +201,7 @@ class ChatWriter:
             result.append(opening)
             self.begun[delta.index] = self._places()
         reader = self.chat.reader(delta.index)
-        said = [_said(event) for event in reader.add(delta)]
+        said = [_said(event, reader) for event in reader.add(delta)]
         choices = [ChatChunkChoice(index=delta.index, delta=piece) for piece in said or [ChatDelta()]]
         last = choices[-1]
         last.finish_reason = reader.finish_reason(delta.finish_reason)
@@ -208,11 +233,28 @@ class ChatWriter:
         return chunk
 
 
-def _said(event: Event) -> ChatDelta:
+def _message(reader: AnswerReader) -> AssistantMessage:
+    """A whole answer. One that calls tools need not say anything."""
+    calls = [
+        ToolCallAnswer(id=call.id, function=FunctionCall(name=call.name, arguments=call.arguments))
+        for call in reader.calls
+    ]
+    return AssistantMessage(
+        content=reader.content or (None if calls else ""),
+        reasoning_content=reader.reasoning or None,
+        tool_calls=calls or None,
+    )
+
+
+def _said(event: Event, reader: AnswerReader) -> ChatDelta:
     """An event as a chunk tells it."""
     match event:
         case Thought(text):
             return ChatDelta(reasoning_content=text)
         case Text(text):
             return ChatDelta(content=text)
-    raise AssertionError(event)
+        case CallBegun(call, name):
+            function, call_id = FunctionCallDelta(name=name, arguments=""), reader.calls[call].id
+            return ChatDelta(tool_calls=[ToolCallDelta(index=call, id=call_id, type="function", function=function)])
+        case CallArguments(call, text):
+            return ChatDelta(tool_calls=[ToolCallDelta(index=call, function=FunctionCallDelta(arguments=text))])

@@ -142,7 +142,7 @@ def answer_form(options: ServerOptions, engine: Engine) -> AnswerForm:
     """How the model writes reasoning and calls of tools: as options, its family or its chat template say."""
     family, tokenizer = family_named(engine.config.family), engine.tokenizer
     writes = (lambda text: False) if tokenizer is None else tokenizer.template_writes
-    return form_of(options.reasoning_parser, "none", (family.reasoning, family.calls), writes)
+    return form_of(options.reasoning_parser, options.tool_call_parser, (family.reasoning, family.calls), writes)
 
 
 def _routing(options: ServerOptions, tolerance: float) -> str:

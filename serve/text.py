@@ -49,10 +49,11 @@ class ServedTokenizer(Protocol):
 
     def chat(
         self,
-        messages: list[dict[str, str]],
+        messages: list[dict[str, Any]],
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         kwargs: Mapping[str, Any] | None = None,
+        tools: list[dict[str, Any]] | None = None,
     ) -> list[int]:
         """Raises `RequestError` when there is no template or when it refuses the messages, `CheckpointError` when it
         fails.
@@ -144,10 +145,11 @@ class TextCodec:
 
     async def chat(
         self,
-        messages: list[dict[str, str]],
+        messages: list[dict[str, Any]],
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         kwargs: Mapping[str, Any] | None = None,
+        tools: list[dict[str, Any]] | None = None,
         *,
         must_fit: bool = True,
     ) -> list[int]:
@@ -155,7 +157,8 @@ class TextCodec:
         `RequestError` is raised for texts that have more tokens than the context.
         """
         tokenizer = self._required("messages")
-        texts = [text for message in messages for text in message.values()]
+        texts = [_text_of(value) for message in messages for value in message.values()]
+        texts += map(_text_of, tools or ())
         variables = json.dumps(kwargs or {})
         self._check_length(sum(map(len, texts)), "messages")
         self._check_length(len(variables), "chat_template_kwargs")
@@ -163,8 +166,8 @@ class TextCodec:
 
         def encode() -> list[int]:
             if must_fit:
-                self._check_tokens([message["content"] for message in messages], "messages")
-            return tokenizer.chat(messages, add_generation_prompt, continue_final_message, kwargs)
+                self._check_tokens(texts, "messages")
+            return tokenizer.chat(messages, add_generation_prompt, continue_final_message, kwargs, tools)
 
         size = sum(map(size_of, texts)) + len(variables) + MESSAGE_BYTES * len(messages)
         with self._lanes.reserve(1, size):
@@ -206,8 +209,11 @@ class TextCodec:
 
     def _special_ids(self, tags: tuple[str, ...]) -> tuple[int, ...]:
         """Those of the tags that are special tokens of the model."""
-        ids = [] if self._tokenizer is None else map(self._tokenizer.special_id, tags)
-        return tuple(i for i in ids if i is not None)
+        return tuple(i for i in map(self.special_id, tags) if i is not None)
+
+    def special_id(self, tag: str) -> int | None:
+        """The id of a tag that is a special token of the model."""
+        return None if self._tokenizer is None else self._tokenizer.special_id(tag)
 
     def _token_text(self, token_id: int) -> str:
         """The text of one token. OpenAI's `bytes:\\xa1` for part of a character, so that no two tokens read the same;
@@ -266,3 +272,8 @@ class TextCodec:
                 param=param,
                 code="context_length_exceeded",
             )
+
+
+def _text_of(value: Any) -> str:
+    """A text as it is, calls and tools as JSON: about what a template writes of them."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

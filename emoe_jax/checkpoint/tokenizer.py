@@ -155,16 +155,17 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
         """Token ids of a conversation under the chat template, which runs in a sandbox.
 
-        The template gets the messages as they are, and `kwargs` as variables. Only the template writes control tokens
-        (`_control_tokens`): where a message holds the text of one, it stays text. With `continue_final_message` the
-        prompt ends in the last message's text, and `add_generation_prompt` has to be false. Raises `RequestError` when
-        there is no template or when it refuses the messages (`raise_exception`), and `CheckpointError` when the
-        template itself fails.
+        The template gets the messages and `tools` as they are, and `kwargs` as variables. Only the template writes
+        control tokens (`_control_tokens`): where a message or a tool holds the text of one, it stays text. With
+        `continue_final_message` the prompt ends in the last message's text, and `add_generation_prompt` has to be
+        false. Raises `RequestError` when there is no template or when it refuses the messages (`raise_exception`), and
+        `CheckpointError` when the template itself fails.
         """
-        text = self._render(messages, add_generation_prompt, continue_final_message, kwargs)
+        text = self._render(messages, add_generation_prompt, continue_final_message, kwargs, tools)
         ids = self._chat_template()[1].encode(text)
         return ids if self._prepend_bos_id is None else [self._prepend_bos_id, *ids]
 
@@ -174,11 +175,12 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> TemplateText:
         try:
             template, _ = self._chat_template()
             special = self.backend.special_tokens_map
-            return template.render(messages, special, add_generation_prompt, continue_final_message, kwargs)
+            return template.render(messages, special, add_generation_prompt, continue_final_message, kwargs, tools)
         except RequestError:
             raise
         except Exception as error:  # whatever a foreign template may raise

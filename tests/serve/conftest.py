@@ -47,12 +47,13 @@ def running_server(
     root_path: str = "",
     keep_alive: float = 15.0,
     form: AnswerForm = PLAIN,
+    max_model_len: int = MAX_MODEL_LEN,
 ) -> Iterator[httpx.Client]:
     worker = EngineWorker(engine, max_unfinished)
     text = TextCodec(
         engine.tokenizer,
         VOCAB_SIZE,
-        MAX_MODEL_LEN,
+        max_model_len,
         grammars,
         template_kwargs=template_kwargs,
         max_waiting_bytes=max_waiting_bytes,
