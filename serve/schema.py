@@ -85,7 +85,7 @@ def _prompt_list(value: Any) -> list[Prompt]:
     return value
 
 
-def _stop_list(value: Any) -> list[str] | None:
+def stop_list(value: Any) -> list[str] | None:
     if value is None:
         return None
     strings = [value] if isinstance(value, str) else value
@@ -200,7 +200,7 @@ class SamplingRequest(StructuredRequest):
     seed: Annotated[int, sampling("seed")] | None = None
     n: Annotated[int, sampling("n")] | None = None
     max_tokens: Annotated[int, sampling("max_tokens")] | None = None
-    stop: Annotated[list[str] | None, BeforeValidator(_stop_list, json_schema_input_type=str | list[str] | None)] = None
+    stop: Annotated[list[str] | None, BeforeValidator(stop_list, json_schema_input_type=str | list[str] | None)] = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None

@@ -15,7 +15,7 @@ from serve.strict import StrictModel
 from serve.validation import found
 
 MAX_TOOLS = 512
-MAX_NAME = 64
+MAX_NAME = 128
 MAX_CALLS = 256
 """Of one message."""
 

@@ -196,6 +196,8 @@ class Completion:
     token_ids: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None
+    stop_string: str | None = None
+    """Which of the request's stop strings ended it, if one did. The text does not have it."""
     error: str | None = None
     """What went wrong, where the answer ended because the model's own numbers did."""
     queue_seconds: float | None = None

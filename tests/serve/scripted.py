@@ -22,7 +22,7 @@ class ScriptedEngine(FakeEngine):
         else:
             text, stopped = stream.add(token)
             if stopped:
-                completion.finish_reason = "stop"
+                completion.finish_reason, completion.stop_string = "stop", stream.stopped_by
             elif len(completion.token_ids) == running.params.max_tokens:
                 completion.finish_reason = "length"
         if completion.finish_reason is not None:

@@ -177,7 +177,7 @@ def test_a_forced_call_is_read_whatever_the_models_own_form_is(start_server: Sta
         ({"tools": [{"type": "retrieval"}]}, "tools[0].type", "expected 'function'"),
         ({"tools": tool("")}, "tools[0].function.name", "at least 1"),
         ({"tools": tool("a b")}, "tools[0].function.name", "other characters"),
-        ({"tools": tool("x" * 65)}, "tools[0].function.name", "at most 64"),
+        ({"tools": tool("x" * 129)}, "tools[0].function.name", "at most 128"),
         ({"tools": tool() + tool()}, "tools[1].function.name", "'f', as is that of another"),
         ({"tools": tool(parameters=[])}, "tools[0].function.parameters", "a JSON schema of an object"),
         ({"tools": tool(parameters={"type": "string"})}, "tools[0].function.parameters", 'another type than "object"'),

@@ -46,7 +46,7 @@ ANSWER = st.lists(st.sampled_from([*TAG, *WORDS]), max_size=14).map("".join)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-@settings(max_examples=250, deadline=None, derandomize=True)
+@settings(max_examples=120, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_pieces_say_what_the_whole_says(form: AnswerForm, data: st.DataObject) -> None:
     text = data.draw(ANSWER)
