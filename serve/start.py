@@ -81,6 +81,7 @@ def serve(options: ServerOptions, engine: Engine, listener: socket.socket, provi
     names = tuple(options.served_model_name or [engine.model_name])
     tasks = None if engine.task_profile is None else tuple(engine.task_profile.tasks)
     step, state = engine.options.step_size(jax.default_backend()), engine.state()
+    form = answer_form(options, engine)
     table = start_up_table(
         model=names[0],
         family=engine.config.family,
@@ -96,6 +97,7 @@ def serve(options: ServerOptions, engine: Engine, listener: socket.socket, provi
         sampling=engine.sampling_defaults,
         url=url,
         pool_share=pool_share(os.environ, jax.devices()[0].platform),
+        form=form,
     )
     Console().print(table)
     worker = EngineWorker(engine, step.sequences + options.max_num_queued_reqs)
@@ -106,7 +108,6 @@ def serve(options: ServerOptions, engine: Engine, listener: socket.socket, provi
         engine.grammars,
         options.chat_template_kwargs,
     )
-    form = answer_form(options, engine)
     tracing = None if provider is None else Tracing(provider, names[0])
     app = create_app(
         Service(names, text, worker, tasks, engine.sampling_defaults, form),

@@ -1,5 +1,6 @@
 """Thoughts on the wire: `reasoning_content` beside the answer, whole and streamed."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from emoe_jax.models import families
 from serve.answers import ChatChunk, ChatResponse
 from serve.options import ServerOptions
 from serve.parsing.forms import AnswerForm
+from serve.start import answer_form
 from tests.serve.conftest import StartServer
 from tests.serve.events import events_of
 from tests.serve.scripted import ScriptedEngine
@@ -114,3 +116,22 @@ def test_families_name_forms_that_there_are() -> None:
     assert forms["qwen3_moe"] == ("think", None)
     for reasoning, _ in forms.values():
         assert reasoning is None or ServerOptions(reasoning_parser=reasoning)  # pyright: ignore[reportArgumentType]
+
+
+def test_options_win_over_the_family_and_the_template() -> None:
+    class Model:
+        """An engine, as far as its form goes."""
+
+        def __init__(self, family: str, template: str):
+            self.config = SimpleNamespace(family=family)
+            self.tokenizer = SimpleNamespace(template_writes=lambda text: text in template)
+
+    def form(model: Any, **options: Any) -> AnswerForm:
+        return answer_form(ServerOptions(**options), model)
+
+    qwen = Model("qwen3_moe", "<think></think><tool_call>")
+    assert form(qwen) == AnswerForm("think", "hermes")
+    assert form(qwen, reasoning_parser="none", tool_call_parser="qwen-xml") == AnswerForm("none", "qwen-xml")
+    assert form(Model("gpt_oss", "")) == AnswerForm("harmony", "harmony")
+    assert form(Model("mixtral", "[TOOL_CALLS]")) == AnswerForm("none", "mistral")
+    assert form(SimpleNamespace(config=SimpleNamespace(family="mixtral"), tokenizer=None)) == AnswerForm()
