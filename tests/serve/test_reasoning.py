@@ -12,7 +12,7 @@ from serve.parsing.forms import AnswerForm
 from serve.start import answer_form
 from tests.serve.conftest import StartServer
 from tests.serve.events import events_of
-from tests.serve.scripted import ScriptedEngine
+from tests.serve.scripted import ScriptedEngine, Tagging
 
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hi"}]
@@ -94,6 +94,24 @@ def test_a_prompt_may_have_begun_the_thoughts(start_server: StartServer) -> None
         assert ended["content"] == "2+2</think>4"  # the template writes a mark behind it
         open_thought = [{"role": "user", "content": "<think>a</think>"}]
         assert "reasoning_content" not in message(messages=open_thought, continue_final_message=True)
+
+
+def test_a_template_may_begin_the_thoughts(start_server: StartServer) -> None:
+    engine = ScriptedEngine("2+2</think>4", Tagging({}, "<think>\n"))
+    with start_server(engine, form=THINK) as client:
+        message = client.post(CHAT, json={"messages": HELLO}).json()["choices"][0]["message"]
+    assert (message["reasoning_content"], message["content"]) == ("2+2", "4")
+
+
+def test_tags_that_are_special_tokens_are_shown_to_the_parser_and_may_end_answers(start_server: StartServer) -> None:
+    engine = ScriptedEngine("hi", Tagging({"<|channel|>": 5, "<|call|>": 6, "<think>": 7}))
+    with start_server(engine, form=AnswerForm("harmony")) as client:
+        for body in ({"stop_token_ids": [9]}, {"response_format": {"type": "json_object"}}):
+            assert client.post(CHAT, json={"messages": HELLO, **body}).status_code == 200
+        client.post("/v1/completions", json={"prompt": "hi"})
+    shown = [request["params"].shown_token_ids for request in engine.requests]
+    assert shown == [(5, 6), (), ()]
+    assert [request["params"].stop_token_ids for request in engine.requests] == [(9, 6), (), ()]
 
 
 def test_answers_of_a_request_are_told_apart_one_by_one(start_server: StartServer) -> None:

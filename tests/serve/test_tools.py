@@ -160,6 +160,21 @@ def test_calls_that_have_to_fit_are_held_to_a_grammar(
         assert ("city" in grammar) == (body.get("tool_choice") != NAMED)
 
 
+def test_only_strict_functions_are_held_to_their_schemas_where_nothing_has_to_be_called(
+    start_server: StartServer,
+) -> None:
+    engine = ScriptedEngine("hi")
+    both = tool(parameters=CITY, strict=True) + tool("loose", parameters={"required": ["town"]})
+    with start_server(engine, form=HERMES, max_model_len=1000) as client:
+        for choice in ("auto", "required"):
+            client.post(CHAT, json={"messages": HELLO, "tools": both, "tool_choice": choice})
+    grammars = [request["params"].structured_outputs.grammar for request in engine.requests]
+    assert [("city" in grammar, "town" in grammar, "loose" in grammar) for grammar in grammars] == [
+        (True, False, True),
+        (True, True, True),
+    ]
+
+
 def test_a_forced_call_is_read_whatever_the_models_own_form_is(start_server: StartServer) -> None:
     for form in (AnswerForm(), AnswerForm("none", "qwen-xml"), HERMES):
         with start_server(ScriptedEngine(F), form=form, max_model_len=1000) as client:

@@ -46,6 +46,7 @@ CASES: list[Case] = [
     ("one", HERMES, call(CITY), "", OSLO),
     ("in one line", HERMES, '<tool_call>{"name":"weather","arguments":{"city":"Oslo"}}</tool_call>', "", OSLO),
     ("behind text", HERMES, f"I look.\n{call(CITY)}", "I look.", OSLO),
+    ("between texts", HERMES, f"I look.\n{call(CITY)} Done.", "I look. Done.", OSLO),
     ("before text", HERMES, f"{call(CITY)}\nDone.", "\nDone.", OSLO),
     ("parallel", HERMES, f"{call(CITY)}\n{call('{}', 'now')}\n{call(CITY)}", "", [*OSLO, NOW, *OSLO]),
     ("two in one tag", HERMES, f'<tool_call>{{"name": "now"}}\n{call(CITY)[12:]}', "", [NOW, *OSLO]),
