@@ -157,8 +157,8 @@ class TextCodec:
         `RequestError` is raised for texts that have more tokens than the context.
         """
         tokenizer = self._required("messages")
-        texts = [_text_of(value) for message in messages for value in message.values()]
-        texts += map(_text_of, tools or ())
+        tools_text = [json.dumps(tool, ensure_ascii=False) for tool in tools or ()]
+        texts = [_text_of(value) for message in messages for value in message.values()] + tools_text
         variables = json.dumps(kwargs or {})
         self._check_length(sum(map(len, texts)), "messages")
         self._check_length(len(variables), "chat_template_kwargs")
@@ -166,7 +166,7 @@ class TextCodec:
 
         def encode() -> list[int]:
             if must_fit:
-                self._check_tokens(texts, "messages")
+                self._check_tokens([*(message["content"] for message in messages), *tools_text], "messages")
             return tokenizer.chat(messages, add_generation_prompt, continue_final_message, kwargs, tools)
 
         size = sum(map(size_of, texts)) + len(variables) + MESSAGE_BYTES * len(messages)
