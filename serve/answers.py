@@ -14,6 +14,12 @@ class PromptTokensDetails(BaseModel):
     cached_tokens: int
 
 
+class CompletionTokensDetails(BaseModel):
+    """`reasoning_tokens` are those of the answers up to the end of their thoughts."""
+
+    reasoning_tokens: int
+
+
 class Usage(BaseModel):
     """Tokens of all prompts and all answers of a request. `prompt_tokens` include cached ones."""
 
@@ -21,6 +27,8 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: Omittable[PromptTokensDetails] = None
+    completion_tokens_details: Omittable[CompletionTokensDetails] = None
+    """Where the server tells thoughts from answers, and no stop string can have held them back."""
 
 
 class EmoeAnswer(BaseModel):
@@ -91,16 +99,51 @@ class ChatLogprobs(BaseModel):
     refusal: None = None
 
 
+class FunctionCall(BaseModel):
+    """The name of a tool, and its arguments as JSON."""
+
+    name: str
+    arguments: str
+
+
+class ToolCallAnswer(BaseModel):
+    """One call of a tool. The message with its result names the `id`."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class FunctionCallDelta(BaseModel):
+    """The name comes first, then the arguments in pieces."""
+
+    name: Omittable[str] = None
+    arguments: str
+
+
+class ToolCallDelta(BaseModel):
+    """What a chunk adds to call `index`. Only the first has `id`, `type` and name."""
+
+    index: int
+    id: Omittable[str] = None
+    type: Omittable[Literal["function"]] = None
+    function: FunctionCallDelta
+
+
 class AssistantMessage(BaseModel):
-    """The text of an answer. `refusal` is always null: the server knows no refusals."""
+    """What an answer says. `refusal` is always null: the server knows no refusals."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
+    """Null where the answer calls tools and says nothing else."""
     refusal: None = None
+    reasoning_content: Omittable[str] = None
+    """What the model thought before it answered (vLLM's field)."""
+    tool_calls: Omittable[list[ToolCallAnswer]] = None
 
 
 class ChatChoice(BaseModel):
-    """One answer of `n`. `finish_reason` is `stop`, `length` or `error`."""
+    """One answer of `n`. `finish_reason` is `stop`, `tool_calls`, `length` or `error`."""
 
     index: int
     message: AssistantMessage
@@ -127,6 +170,8 @@ class ChatDelta(BaseModel):
 
     role: Omittable[Literal["assistant"]] = None
     content: Omittable[str] = None
+    reasoning_content: Omittable[str] = None
+    tool_calls: Omittable[list[ToolCallDelta]] = None
 
 
 class ChatChunkChoice(BaseModel):

@@ -15,13 +15,14 @@ from serve.dashboard import dashboard_routes
 from serve.errors import ErrorResponse, install_error_handlers
 from serve.guard import OPEN_PATHS, Guard
 from serve.hosts import ANY
+from serve.messages import messages_routes
 from serve.metrics import RequestMetrics
 from serve.models import model_routes
 from serve.observer import Observer
+from serve.options import KEEP_ALIVE_SECONDS
 from serve.paths import Paths
 from serve.service import ClientGone, Service
 from serve.snapshots import Snapshots
-from serve.stream import KEEP_ALIVE_SECONDS
 from serve.tracing import Tracing
 
 DESCRIPTION = "Mixture-of-Experts inference with a fixed number of experts on the device, behind OpenAI's API."
@@ -69,6 +70,7 @@ def create_app(
     app.state.keep_alive = keep_alive
     app.include_router(completion_routes(service))
     app.include_router(chat_routes(service))
+    app.include_router(messages_routes(service))
     metrics = RequestMetrics()
     app.include_router(model_routes(service, Snapshots(service.worker, metrics, service.names[0])))
     app.include_router(dashboard_routes())

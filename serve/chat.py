@@ -8,12 +8,31 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Request
 from fastapi.responses import Response
 
-from emoe_jax.requests.request import RequestOutput
-from serve.answers import AssistantMessage, ChatChoice, ChatChunk, ChatChunkChoice, ChatDelta, ChatResponse
+from emoe_jax.errors import RequestError
+from emoe_jax.requests.request import RequestOutput, SamplingParams
+from serve.answers import (
+    AssistantMessage,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatDelta,
+    ChatResponse,
+    CompletionTokensDetails,
+    FunctionCall,
+    FunctionCallDelta,
+    ToolCallAnswer,
+    ToolCallDelta,
+    Usage,
+)
 from serve.body import JsonRoute
 from serve.failures import check_answered
-from serve.generation import Update
+from serve.generation import Generation, Update
 from serve.logprobs import TokenPlaces, chat_logprobs
+from serve.parsing import think
+from serve.parsing.answer_parser import AnswerParser
+from serve.parsing.events import CallArguments, CallBegun, Event, Text, Thought
+from serve.parsing.forms import PLAIN, AnswerForm, Tools
+from serve.reader import AnswerReader
 from serve.schema import ChatRequest, SloHeaders
 from serve.service import Service, emoe_of, until_disconnect, usage_of
 from serve.stream import OR_STREAM, EventStream
@@ -28,30 +47,107 @@ def chat_routes(service: Service) -> APIRouter:
         body: ChatRequest, request: Request, slo: Annotated[SloHeaders, Header()]
     ) -> Response:
         """Answer a conversation. A stream's events are `chat.completion.chunk` objects."""
-        service.check_model(body.model)
-        messages = [message.to_template() for message in body.messages]
-        service.check_room(1, body.n or 1)
-        prompt = await until_disconnect(request, service.text.chat(messages, **body.template_arguments()))
-        if body.max_completion_tokens is not None:
-            asked, asked_param = body.max_completion_tokens, "max_completion_tokens"
-        else:
-            asked, asked_param = body.max_tokens, "max_tokens"
-        max_tokens = service.token_budget(prompt, "messages", asked, asked_param)
-        params = body.to_params(
-            max_tokens, (body.top_logprobs or 0) if body.logprobs else None, service.sampling_defaults
-        )
-        writer = ChatWriter(service, body, prompt)
-        generation = await service.begin(request, [prompt], [params], body.emoe, slo, body.cache_salt)
+        chat = await begin_chat(service, body, request, slo)
+        writer = ChatWriter(service, body, chat)
         if body.stream:
-            return EventStream(generation, writer, body.stream_options)
+            return EventStream(chat.generation, writer, body.stream_options)
         try:
-            outputs = await until_disconnect(request, generation.outputs())
+            output = await until_disconnect(request, chat.read())
         finally:
-            generation.abort()
-        check_answered(outputs)
-        return Response(writer.whole(outputs[0]).model_dump_json(), media_type="application/json")
+            chat.generation.abort()
+        check_answered([output])
+        return Response(writer.whole(output).model_dump_json(), media_type="application/json")
 
     return router
+
+
+@dataclasses.dataclass
+class Chat:
+    """A conversation that the engine answers, and what its answers have said so far."""
+
+    prompt: list[int]
+    params: SamplingParams
+    generation: Generation
+    form: AnswerForm
+    opened: bool
+    """Whether the prompt has begun the thoughts."""
+    tools: Tools | None = None
+    """What the answers may call."""
+    parallel: bool = True
+    """Whether an answer may have several calls."""
+    readers: dict[int, AnswerReader] = dataclasses.field(default_factory=dict)
+    """By the number of the answer among the `n` of the request."""
+
+    def reader(self, index: int) -> AnswerReader:
+        """Of one answer, made when it is first asked for."""
+        if index not in self.readers:
+            self.readers[index] = AnswerReader(
+                AnswerParser(self.form, self.tools, opened=self.opened, parallel=self.parallel)
+            )
+        return self.readers[index]
+
+    async def read(self) -> RequestOutput:
+        """Read the answers to their ends."""
+        output = None
+        async for batch in self.generation.batches():
+            for update in batch:
+                self.reader(update.delta.index).add(update.delta)
+                output = update.output or output
+        assert output is not None
+        return output
+
+    @property
+    def reasoning_tokens(self) -> int | None:
+        """Of all answers. None where they are not told apart, and where a stop string may have held text back: then
+        it is not known which token a tag came with.
+        """
+        if self.form.reasoning == "none" or self.params.stop:
+            return None
+        return sum(reader.parser.reasoning_tokens for reader in self.readers.values())
+
+
+async def begin_chat(service: Service, body: ChatRequest, request: Request, slo: SloHeaders) -> Chat:
+    """Have the engine take a conversation. Raises what refuses it."""
+    service.check_model(body.model)
+    messages = [message.to_template() for message in body.messages]
+    service.check_room(1, body.n or 1)
+    prompt = await until_disconnect(request, service.text.chat(messages, **body.template_arguments()))
+    if body.max_completion_tokens is not None:
+        asked, asked_param = body.max_completion_tokens, "max_completion_tokens"
+    else:
+        asked, asked_param = body.max_tokens, "max_tokens"
+    max_tokens = service.token_budget(prompt, "messages", asked, asked_param)
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    params = body.to_params(max_tokens, logprobs, service.sampling_defaults)
+    if body.continue_final_message:
+        said = body.messages[-1].content
+        opened = said.rfind(think.OPEN) > said.rfind(think.CLOSE)
+    else:
+        opened = service.text.ends_in(prompt, think.OPEN)
+    params, form = with_form(service, body, params, opened)
+    generation = await service.begin(request, [prompt], [params], body.emoe, slo, body.cache_salt)
+    return Chat(prompt, params, generation, form, opened, body.callable_tools, body.calls_in_parallel)
+
+
+def with_form(
+    service: Service, body: ChatRequest, params: SamplingParams, opened: bool
+) -> tuple[SamplingParams, AnswerForm]:
+    """The parameters with what the form of the answers asks for, and the form. Raises `RequestError`."""
+    if params.structured_outputs is None:
+        form = body.answer_form(service.form)
+        grammar = body.to_grammar(form, service.text.special_id, opened)
+    elif body.callable_tools is None:  # what has to match something leaves no room for thoughts
+        form, grammar = PLAIN, params.structured_outputs
+    else:
+        param = params.structured_outputs.param
+        raise RequestError(f"{param} leaves no room for calls of tools; give tools or {param}", param=param)
+    text = service.text
+    return dataclasses.replace(
+        params,
+        structured_outputs=grammar,
+        shown_token_ids=text.special_ids(form.tags),
+        stop_token_ids=(*params.stop_token_ids, *text.special_ids(form.ending_tags)),
+    ), form
 
 
 @dataclasses.dataclass
@@ -60,7 +156,7 @@ class ChatWriter:
 
     service: Service
     request: ChatRequest
-    prompt: list[int]
+    chat: Chat
     id: str = dataclasses.field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
     begun: dict[int, TokenPlaces] = dataclasses.field(default_factory=dict)
@@ -70,10 +166,11 @@ class ChatWriter:
         """The answer to a finished request, one choice for each of its `n` completions."""
         choices = []
         for completion in output.completions:
+            reader = self.chat.reader(completion.index)
             choice = ChatChoice(
                 index=completion.index,
-                message=AssistantMessage(content=completion.text),
-                finish_reason=completion.finish_reason,
+                message=_message(reader),
+                finish_reason=reader.finish_reason(completion.finish_reason),
             )
             if completion.logprobs is not None:
                 choice.logprobs = chat_logprobs(completion.logprobs, self.service.text, self._places())
@@ -85,39 +182,46 @@ class ChatWriter:
             created=self.created,
             model=self.service.names[0],
             choices=choices,
-            usage=usage_of([output]),
+            usage=self.usage([output]),
             emoe=emoe_of([output]),
-            prompt_token_ids=self.prompt if self.request.return_token_ids else None,
+            prompt_token_ids=self.chat.prompt if self.request.return_token_ids else None,
         )
 
     def chunks(self, progress: Update) -> list[ChatChunk]:
-        """What to send for one delta: an opening chunk with the role where the choice is new, then its text.
+        """What to send for one delta: an opening chunk with the role where the choice is new, then what it says.
 
-        A delta without text, log probabilities, token ids or finish reason adds no chunk of its own.
+        A delta that says nothing and has no log probabilities, token ids or finish reason adds no chunk of its own.
         """
         delta = progress.delta
         result = []
         if delta.index not in self.begun:
             opening = self._chunk(ChatChunkChoice(index=delta.index, delta=ChatDelta(role="assistant", content="")))
             if self.request.return_token_ids and not self.begun:
-                opening.prompt_token_ids = self.prompt
+                opening.prompt_token_ids = self.chat.prompt
             result.append(opening)
             self.begun[delta.index] = self._places()
-        choice = ChatChunkChoice(
-            index=delta.index,
-            delta=ChatDelta(content=delta.text or None),
-            finish_reason=delta.finish_reason,
-        )
+        reader = self.chat.reader(delta.index)
+        said = [_said(event, reader) for event in reader.add(delta)]
+        choices = [ChatChunkChoice(index=delta.index, delta=piece) for piece in said or [ChatDelta()]]
+        last = choices[-1]
+        last.finish_reason = reader.finish_reason(delta.finish_reason)
         if delta.logprobs:
-            choice.logprobs = chat_logprobs(delta.logprobs, self.service.text, self.begun[delta.index])
+            last.logprobs = chat_logprobs(delta.logprobs, self.service.text, self.begun[delta.index])
         if self.request.return_token_ids:
-            choice.token_ids = list(delta.token_ids)
-        if choice.delta.content or choice.finish_reason or choice.logprobs or choice.token_ids:
-            result.append(self._chunk(choice))
+            last.token_ids = list(delta.token_ids)
+        if said or last.finish_reason or last.logprobs or last.token_ids:
+            result += map(self._chunk, choices)
         return result
 
+    def usage(self, outputs: list[RequestOutput]) -> Usage:
+        """Tokens of the request, those of the thoughts by themselves where they are known."""
+        usage, thoughts = usage_of(outputs), self.chat.reasoning_tokens
+        if thoughts is not None:
+            usage.completion_tokens_details = CompletionTokensDetails(reasoning_tokens=thoughts)
+        return usage
+
     def _places(self) -> TokenPlaces:
-        return TokenPlaces(self.service.text, self.service.text.begins_text(self.prompt))
+        return TokenPlaces(self.service.text, self.service.text.begins_text(self.chat.prompt))
 
     def empty(self) -> ChatChunk:
         """A chunk without choices, for the usage."""
@@ -127,3 +231,30 @@ class ChatWriter:
         chunk = self.empty()
         chunk.choices.append(choice)
         return chunk
+
+
+def _message(reader: AnswerReader) -> AssistantMessage:
+    """A whole answer. One that calls tools need not say anything."""
+    calls = [
+        ToolCallAnswer(id=call.id, function=FunctionCall(name=call.name, arguments=call.arguments))
+        for call in reader.calls
+    ]
+    return AssistantMessage(
+        content=reader.content or (None if calls else ""),
+        reasoning_content=reader.reasoning or None,
+        tool_calls=calls or None,
+    )
+
+
+def _said(event: Event, reader: AnswerReader) -> ChatDelta:
+    """An event as a chunk tells it."""
+    match event:
+        case Thought(text):
+            return ChatDelta(reasoning_content=text)
+        case Text(text):
+            return ChatDelta(content=text)
+        case CallBegun(call, name):
+            function, call_id = FunctionCallDelta(name=name, arguments=""), reader.calls[call].id
+            return ChatDelta(tool_calls=[ToolCallDelta(index=call, id=call_id, type="function", function=function)])
+        case CallArguments(call, text):
+            return ChatDelta(tool_calls=[ToolCallDelta(index=call, function=FunctionCallDelta(arguments=text))])

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Header, Request
 from fastapi.responses import Response
 
 from emoe_jax.requests.request import RequestOutput, TokenLogprob
-from serve.answers import CompletionChoice, CompletionLogprobs, CompletionResponse
+from serve.answers import CompletionChoice, CompletionLogprobs, CompletionResponse, Usage
 from serve.body import JsonRoute
 from serve.failures import check_answered
 from serve.generation import Update
@@ -111,7 +111,7 @@ class CompletionWriter:
                     choice.prompt_token_ids = self.prompts[position]
                     choice.token_ids = completion.token_ids
                 answer.choices.append(choice)
-        answer.usage = usage_of(outputs)
+        answer.usage = self.usage(outputs)
         answer.emoe = emoe_of(outputs)
         return answer
 
@@ -143,6 +143,10 @@ class CompletionWriter:
     def empty(self) -> CompletionResponse:
         """An answer without choices, for the usage of a stream and as the start of a whole answer."""
         return CompletionResponse(id=self.id, created=self.created, model=self.service.names[0], choices=[])
+
+    def usage(self, outputs: list[RequestOutput]) -> Usage:
+        """Tokens of all prompts and answers."""
+        return usage_of(outputs)
 
     def _places(self, position: int) -> TokenPlaces:
         """From the first token on that has a log probability: of the prompt when it is scored, else of the answer."""

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from emoe_jax.amounts import format_bytes
 from emoe_jax.engine_config import StepSize
+from serve.parsing.forms import PLAIN, AnswerForm
 
 ProgressCallback = Callable[[str, int, int], None]
 
@@ -77,6 +78,7 @@ def start_up_table(
     step: StepSize | None = None,
     sampling: Mapping[str, object] | None = None,
     pool_share: float | None = None,
+    form: AnswerForm = PLAIN,
 ) -> Table:
     """`memory` in bytes by purpose; `resident` experts on the device, one number per MoE layer. Experts are kept in
     `expert_format`, and all else is in `dtype`. `pool_share` is the part of a GPU's memory that JAX takes for itself,
@@ -87,6 +89,8 @@ def start_up_table(
         table.add_row("tokenizer", "none in the checkpoint: takes and returns token ids only, no chat")
     elif not has_chat_template:
         table.add_row("chat template", "none, or several without a default: /v1/completions only, no chat")
+    if form != PLAIN:
+        table.add_row("answers", f"thoughts are told by: {form.reasoning}; calls of tools by: {form.calls}")
     planned = format_bytes(memory["device"])
     table.add_row("device", escape(f"CPU, {planned} of host RAM" if device == "cpu" else f"{device}, {planned}"))
     if pool_share is not None:

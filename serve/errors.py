@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from typing import cast
+from typing import Literal, cast
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
@@ -32,6 +32,29 @@ class ErrorResponse(BaseModel):
     """The body of every 4xx and 5xx answer."""
 
     error: ErrorBody
+
+
+class MessagesErrorBody(BaseModel):
+    """Anthropic's: a kind of mistake, and what was wrong."""
+
+    type: str
+    message: str
+
+
+class MessagesError(BaseModel):
+    """The body of every 4xx and 5xx answer of `/v1/messages`, in Anthropic's shape."""
+
+    type: Literal["error"] = "error"
+    error: MessagesErrorBody
+
+
+MESSAGES = "/v1/messages"
+_MESSAGES_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    503: "overloaded_error",
+}
 
 
 class ApiError(HTTPException):
@@ -80,21 +103,30 @@ def describe(error: Exception) -> tuple[int, ErrorBody, Mapping[str, str] | None
             return 500, body, None
 
 
-def error_response(error: Exception) -> Response:
-    """The answer for any exception: status, body and headers as `describe` has them."""
+def messages_error(status: int, body: ErrorBody) -> MessagesError:
+    """An error in Anthropic's shape."""
+    usual = "api_error" if status >= 500 else "invalid_request_error"
+    return MessagesError(error=MessagesErrorBody(type=_MESSAGES_TYPES.get(status, usual), message=body.message))
+
+
+def error_response(error: Exception, path: str = "") -> Response:
+    """The answer for any exception: status, body and headers as `describe` has them, in the shape of the path's API."""
     status, body, headers = describe(error)
-    return JSONResponse(ErrorResponse(error=body).model_dump(), status_code=status, headers=headers)
+    is_messages = path == MESSAGES or path.startswith(f"{MESSAGES}/")
+    answer = messages_error(status, body) if is_messages else ErrorResponse(error=body)
+    return JSONResponse(answer.model_dump(), status_code=status, headers=headers)
 
 
 def install_error_handlers(app: FastAPI) -> None:
     """Answer every known exception of the app's routes, unknown paths included, by `error_response`."""
 
-    def on_known(_: Request, error: Exception) -> Response:
-        return error_response(error)
+    def on_known(request: Request, error: Exception) -> Response:
+        return error_response(error, request.scope["path"])
 
     def on_http(request: Request, error: Exception) -> Response:
+        path = request.scope["path"]
         if isinstance(error, ApiError):
-            return error_response(error)
+            return error_response(error, path)
         error = cast(StarletteHTTPException, error)
         messages = {
             404: "no such path",
@@ -102,7 +134,7 @@ def install_error_handlers(app: FastAPI) -> None:
         }
         message = messages.get(error.status_code, str(error.detail))
         headers = dict(error.headers) if error.headers else None
-        return error_response(ApiError(error.status_code, message, headers=headers))
+        return error_response(ApiError(error.status_code, message, headers=headers), path)
 
     for kind in (
         RequestError,

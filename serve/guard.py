@@ -66,12 +66,12 @@ class Guard:
             await send(message)
 
         try:
-            await (error_response(refusal) if refusal else self.app)(scope, receive, send_with_id)
+            await (error_response(refusal, scope["path"]) if refusal else self.app)(scope, receive, send_with_id)
         except Exception as error:
             if answered:
                 raise
             log.error("a route failed", exc_info=error, extra={"fields": {"request_id": request_id}})
-            await error_response(error)(scope, receive, send_with_id)
+            await error_response(error, scope["path"])(scope, receive, send_with_id)
 
     def _key(self, headers: Headers) -> bytes | None:
         """The hash of the key that a request has, None without a valid one."""

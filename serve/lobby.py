@@ -35,7 +35,7 @@ class Lobby:
             error = refusal
         except ClientDisconnect:
             return
-        await error_response(error)(scope, receive, send)
+        await error_response(error, scope["path"])(scope, receive, send)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from emoe_jax.demo import MISSING, demo_model, is_missing
 from emoe_jax.engine_config import EngineConfig
@@ -12,6 +12,7 @@ from emoe_jax.option_fields import option
 from emoe_jax.requests.request import RESERVED_VARIABLES
 from serve.flags import flag_names, parser_of, read_values
 from serve.logs import LogFormat
+from serve.parsing.forms import CallForm, ReasoningForm
 from serve.paths import hides_own_path
 
 COMMAND = "python -m serve.main"
@@ -78,6 +79,12 @@ class ServerOptions(EngineConfig):
         """variables of the chat template where requests do not set them, such as '{"enable_thinking": false}'""",
         metavar="JSON",
         check=_template_kwargs,
+    )
+    reasoning_parser: Literal["auto"] | ReasoningForm = option(
+        "auto", "how the model's thoughts are told from its answers; auto: as its family or chat template says"
+    )
+    tool_call_parser: Literal["auto"] | CallForm = option(
+        "auto", "how calls of tools are told from the model's answers; auto: as its family or chat template says"
     )
     host: str = option("127.0.0.1", "address to listen on", metavar="HOST")
     port: int = option(8000, "port to listen on; 0 picks a free one", low=0, high=65535, metavar="PORT")

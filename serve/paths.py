@@ -17,6 +17,8 @@ OWN_PATHS = (
     "/v1/completions",
     "/v1/emoe/state",
     "/v1/health",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
     "/v1/models",
 )
 """All paths of the server, but those below the last."""

@@ -35,6 +35,7 @@ from serve.bounds import sampling, within
 from serve.strict import ClosedModel, StrictModel
 from serve.structured import StructuredRequest
 from serve.template import TemplateRequest
+from serve.tools import Calls, ToolChoiceRequest
 from serve.validation import found
 
 MAX_PROMPTS = 256
@@ -84,7 +85,7 @@ def _prompt_list(value: Any) -> list[Prompt]:
     return value
 
 
-def _stop_list(value: Any) -> list[str] | None:
+def stop_list(value: Any) -> list[str] | None:
     if value is None:
         return None
     strings = [value] if isinstance(value, str) else value
@@ -199,7 +200,7 @@ class SamplingRequest(StructuredRequest):
     seed: Annotated[int, sampling("seed")] | None = None
     n: Annotated[int, sampling("n")] | None = None
     max_tokens: Annotated[int, sampling("max_tokens")] | None = None
-    stop: Annotated[list[str] | None, BeforeValidator(_stop_list, json_schema_input_type=str | list[str] | None)] = None
+    stop: Annotated[list[str] | None, BeforeValidator(stop_list, json_schema_input_type=str | list[str] | None)] = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
@@ -292,6 +293,10 @@ class ChatMessage(StrictModel):
     reasoning_content: str | None = None
     """What an assistant thought, for templates that show it apart from its answer; `reasoning` is the same."""
     reasoning: str | None = None
+    tool_calls: Calls | None = None
+    """What an assistant has called."""
+    tool_call_id: str | None = None
+    """Of the call whose result a tool says."""
 
     @field_validator("content", mode="before")
     @classmethod
@@ -303,17 +308,23 @@ class ChatMessage(StrictModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_tool_calls(cls, data: Any) -> Any:
-        if isinstance(data, dict) and (data.get("tool_calls") or data.get("function_call")):
-            raise ValueError("tool calls are not supported by this server")
+    def _refuse_function_call(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("function_call"):
+            raise ValueError("function_call is not supported by this server; tool_calls are")
         return data
 
-    def to_template(self) -> dict[str, str]:
-        """The message as a chat template reads it."""
-        return self.model_dump(exclude_none=True)
+    @model_validator(mode="after")
+    def _check_caller(self) -> "ChatMessage":
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"has tool_calls, but its role is {self.role}; only an assistant calls tools")
+        return self
+
+    def to_template(self) -> dict[str, Any]:
+        """The message as a chat template reads it: arguments of calls are objects."""
+        return {name: value for name, value in self.model_dump(exclude_none=True).items() if value != []}
 
 
-class ChatRequest(TemplateRequest, SamplingRequest):
+class ChatRequest(ToolChoiceRequest, TemplateRequest, SamplingRequest):
     """Body of `/v1/chat/completions`."""
 
     refused: ClassVar[Refused] = {
@@ -328,8 +339,6 @@ class ChatRequest(TemplateRequest, SamplingRequest):
         "modalities": (["text"],),
         "prediction": (),
         "reasoning_effort": ("none",),
-        "tool_choice": ("none", "auto"),
-        "tools": ([],),
         "web_search_options": (),
     }
 

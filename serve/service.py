@@ -15,6 +15,7 @@ from emoe_jax.tasks.profile import OTHER
 from serve.answers import EmoeAnswer, PromptTokensDetails, Usage
 from serve.errors import ApiError
 from serve.generation import Generation, Submission
+from serve.parsing.forms import PLAIN, AnswerForm
 from serve.schema import EmoeRequest, SloHeaders
 from serve.text import TextCodec
 from serve.worker import EngineWorker
@@ -37,6 +38,8 @@ class Service:
     """Tasks of the task profile; None without one, when a request may name any."""
     sampling_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Sampling parameters of requests that leave them open, as the checkpoint says."""
+    form: AnswerForm = PLAIN
+    """How the model writes reasoning and calls of tools."""
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     @property

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from emoe_jax import EmoeError, Engine
 from emoe_jax.memory.device_settings import pool_share
+from emoe_jax.models import family_named
 from emoe_jax.planning.slow import slow_parts
 from serve.app import create_app
 from serve.console import loading_progress, start_up_table
@@ -21,6 +22,7 @@ from serve.hosts import hosts_for
 from serve.lobby import open_lobby
 from serve.logs import configure_logging
 from serve.options import ServerOptions, as_flags
+from serve.parsing.forms import AnswerForm, form_of
 from serve.recording import check_trace_file
 from serve.server import Server, bind, url_of
 from serve.service import Service
@@ -86,6 +88,7 @@ def serve(options: ServerOptions, engine: Engine, listener: socket.socket, provi
     names = tuple(options.served_model_name or [engine.model_name])
     tasks = None if engine.task_profile is None else tuple(engine.task_profile.tasks)
     step, state = engine.options.step_size(jax.default_backend()), engine.state()
+    form = answer_form(options, engine)
     table = start_up_table(
         model=names[0],
         family=engine.config.family,
@@ -103,6 +106,7 @@ def serve(options: ServerOptions, engine: Engine, listener: socket.socket, provi
         sampling=engine.sampling_defaults,
         url=url,
         pool_share=pool_share(os.environ, jax.devices()[0].platform),
+        form=form,
     )
     Console().print(table)
     for line in slow_parts(engine.config, engine.memory, options.contract, jax.default_backend()):
@@ -117,7 +121,7 @@ def serve(options: ServerOptions, engine: Engine, listener: socket.socket, provi
     )
     tracing = None if provider is None else Tracing(provider, names[0])
     app = create_app(
-        Service(names, text, worker, tasks, engine.sampling_defaults),
+        Service(names, text, worker, tasks, engine.sampling_defaults, form),
         options.api_key,
         options.allowed_origins,
         tracing,
@@ -144,6 +148,13 @@ def serve(options: ServerOptions, engine: Engine, listener: socket.socket, provi
             engine.close()
         if provider is not None:
             provider.shutdown()  # sends what is left
+
+
+def answer_form(options: ServerOptions, engine: Engine) -> AnswerForm:
+    """How the model writes reasoning and calls of tools: as options, its family or its chat template say."""
+    family, tokenizer = family_named(engine.config.family), engine.tokenizer
+    writes = (lambda text: False) if tokenizer is None else tokenizer.template_writes
+    return form_of(options.reasoning_parser, options.tool_call_parser, (family.reasoning, family.calls), writes)
 
 
 def _routing(options: ServerOptions, tolerance: float) -> str:

@@ -5,10 +5,10 @@ from typing import Any
 from pydantic import model_validator
 
 from emoe_jax.errors import RequestError
-from serve.strict import StrictModel
+from serve.tools import ToolsRequest
 
 
-class TemplateRequest(StrictModel):
+class TemplateRequest(ToolsRequest):
     """Without `add_generation_prompt`, the assistant's turn is begun unless the last message is continued."""
 
     add_generation_prompt: bool | None = None
@@ -32,4 +32,5 @@ class TemplateRequest(StrictModel):
             "add_generation_prompt": begun,
             "continue_final_message": continued,
             "kwargs": self.chat_template_kwargs or {},
+            "tools": self.template_tools(),
         }

@@ -29,6 +29,9 @@ BYTES_PER_ID = 4
 TOKENS_PER_CUT = 64
 """How many tokens a cut adds at most: a word falls into two."""
 
+TAG_TOKENS = 16
+"""How many tokens at the end of a prompt hold a tag and the blanks behind it."""
+
 MAX_CACHED_TEXTS = 1 << 16
 """Tokens whose text is remembered: log probabilities of a long prompt ask for many, and often."""
 
@@ -46,10 +49,11 @@ class ServedTokenizer(Protocol):
 
     def chat(
         self,
-        messages: list[dict[str, str]],
+        messages: list[dict[str, Any]],
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         kwargs: Mapping[str, Any] | None = None,
+        tools: list[dict[str, Any]] | None = None,
     ) -> list[int]:
         """Raises `RequestError` when there is no template or when it refuses the messages, `CheckpointError` when it
         fails.
@@ -66,6 +70,10 @@ class ServedTokenizer(Protocol):
 
     def begins_text(self, prompt: Sequence[int]) -> bool:
         """Whether the text after this prompt is decoded by itself, without the prompt's end."""
+        ...
+
+    def special_id(self, token: str) -> int | None:
+        """The id of a special token that is called so; answers do not show it unless they are asked to."""
         ...
 
 
@@ -102,6 +110,7 @@ class TextCodec:
         self.max_model_len = max_model_len
         self.token_text = functools.lru_cache(MAX_CACHED_TEXTS)(self._token_text)
         self.token_bytes = functools.lru_cache(MAX_CACHED_TEXTS)(self._token_bytes)
+        self.special_ids = functools.cache(self._special_ids)
         self._lanes = TextLanes(max_waiting_bytes)
         self._grammar_room = Room(max_waiting_bytes, GRAMMAR_BYTES, "grammar compiler")
         self._compilers = concurrent.futures.ThreadPoolExecutor(GRAMMAR_THREADS, thread_name_prefix="grammars")
@@ -136,10 +145,11 @@ class TextCodec:
 
     async def chat(
         self,
-        messages: list[dict[str, str]],
+        messages: list[dict[str, Any]],
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         kwargs: Mapping[str, Any] | None = None,
+        tools: list[dict[str, Any]] | None = None,
         *,
         must_fit: bool = True,
     ) -> list[int]:
@@ -147,7 +157,8 @@ class TextCodec:
         `RequestError` is raised for texts that have more tokens than the context.
         """
         tokenizer = self._required("messages")
-        texts = [text for message in messages for text in message.values()]
+        tools_text = [json.dumps(tool, ensure_ascii=False) for tool in tools or ()]
+        texts = [_text_of(value) for message in messages for value in message.values()] + tools_text
         variables = json.dumps(kwargs or {})
         self._check_length(sum(map(len, texts)), "messages")
         self._check_length(len(variables), "chat_template_kwargs")
@@ -155,8 +166,8 @@ class TextCodec:
 
         def encode() -> list[int]:
             if must_fit:
-                self._check_tokens([message["content"] for message in messages], "messages")
-            return tokenizer.chat(messages, add_generation_prompt, continue_final_message, kwargs)
+                self._check_tokens([*(message["content"] for message in messages), *tools_text], "messages")
+            return tokenizer.chat(messages, add_generation_prompt, continue_final_message, kwargs, tools)
 
         size = sum(map(size_of, texts)) + len(variables) + MESSAGE_BYTES * len(messages)
         with self._lanes.reserve(1, size):
@@ -189,6 +200,20 @@ class TextCodec:
     def begins_text(self, prompt: Sequence[int]) -> bool:
         """Whether what follows the prompt is decoded as a text of its own."""
         return self._tokenizer is not None and self._tokenizer.begins_text(prompt)
+
+    def ends_in(self, prompt: Sequence[int], tag: str) -> bool:
+        """Whether the text of a prompt ends in this tag, blanks aside."""
+        if self._tokenizer is None:
+            return False
+        return self._tokenizer.decode(list(prompt[-TAG_TOKENS:]), skip_special_tokens=False).rstrip().endswith(tag)
+
+    def _special_ids(self, tags: tuple[str, ...]) -> tuple[int, ...]:
+        """Those of the tags that are special tokens of the model."""
+        return tuple(i for i in map(self.special_id, tags) if i is not None)
+
+    def special_id(self, tag: str) -> int | None:
+        """The id of a tag that is a special token of the model."""
+        return None if self._tokenizer is None else self._tokenizer.special_id(tag)
 
     def _token_text(self, token_id: int) -> str:
         """The text of one token. OpenAI's `bytes:\\xa1` for part of a character, so that no two tokens read the same;
@@ -247,3 +272,8 @@ class TextCodec:
                 param=param,
                 code="context_length_exceeded",
             )
+
+
+def _text_of(value: Any) -> str:
+    """A text as it is, calls and tools as JSON: about what a template writes of them."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,6 +1,7 @@
 """A checkpoint's chat template: what it renders, which roles it knows, which tokens it reads in messages."""
 
 import functools
+import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
@@ -58,8 +59,11 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> TemplateText:
         """The prompt. `special_tokens` and `kwargs` are variables; the text of the former counts as the template's own.
+
+        Arguments of calls in messages are objects. A template that joins them to a text gets them in JSON.
 
         Raises `RequestError` for contradictions, and whatever the template raises.
         """
@@ -76,14 +80,24 @@ class ChatTemplate:
         if continue_final_message:
             tag = f"FINAL_MESSAGE_{secrets.token_hex(8)} "  # the blank tells whether the template trims messages
             shown[-1] = _tagged(shown[-1], tag)
-        variables = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+        variables = {
+            "tools": _plain(tools, param="tools"),
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
         variables |= {name: _owned(value) for name, value in special_tokens.items()}
-        text = TemplateText(self._template.render({"messages": shown} | variables | given))
+        try:
+            text = TemplateText(self._template.render({"messages": shown} | variables | given))
+        except TypeError:
+            written = [_with_written_arguments(message) for message in shown]
+            if written == shown:
+                raise
+            text = TemplateText(self._template.render({"messages": written} | variables | given))
         return _until(text, tag, messages[-1]["content"]) if tag else text
 
     def _shown(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """A message as the template gets it."""
-        shown = {name: _plain(value) for name, value in message.items() if value is not None}
+        shown = {name: _plain(value, param="messages") for name, value in message.items() if value is not None}
         role = shown.get("role")
         if role in STAND_INS and not self.knows_role(role):
             role = STAND_INS[role]
@@ -111,23 +125,35 @@ def _read_literals(tree: nodes.Template) -> set[str]:
     return {node.value for node in constants if isinstance(node, nodes.Const) and isinstance(node.value, str)}
 
 
-def _plain(value: Any, depth: int = 0) -> Any:
-    """JSON's types alone, so that a template gets no methods but those of texts, lists and dicts."""
+def _plain(value: Any, depth: int = 0, param: str = "chat_template_kwargs") -> Any:
+    """JSON's types alone, so that a template gets no methods but those of texts, lists and dicts. `param` is the field
+    that is blamed for what is nested too deeply.
+    """
     if depth > MAX_DEPTH:
-        raise RequestError(f"lists and objects are nested more than {MAX_DEPTH} deep", param="chat_template_kwargs")
+        raise RequestError(f"lists and objects are nested more than {MAX_DEPTH} deep", param=param)
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, str):
         return "".join([value])  # a plain one
     if isinstance(value, Mapping):
-        return {_plain(name): _plain(part, depth + 1) for name, part in value.items()}
+        return {_plain(name): _plain(part, depth + 1, param) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(part, depth + 1) for part in value]
+        return [_plain(part, depth + 1, param) for part in value]
     raise RequestError(f"a {type(value).__name__} cannot be part of a message; expected JSON's types", "messages")
 
 
 def _owned(value: Any) -> Any:
     return [_owned(part) for part in value] if isinstance(value, list | tuple) else TemplateText.own(str(value))
+
+
+def _with_written_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose calls have their arguments as JSON."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    functions = [{**call["function"], "arguments": json.dumps(call["function"]["arguments"])} for call in calls]
+    written = [{**call, "function": function} for call, function in zip(calls, functions, strict=True)]
+    return {**message, "tool_calls": written}
 
 
 def _tagged(message: dict[str, Any], tag: str) -> dict[str, Any]:

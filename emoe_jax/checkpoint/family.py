@@ -77,7 +77,9 @@ class Family:
     `dense_tensors(config)` covers all weights but the experts. `expert_sources(config, layer, expert)` lists the
     layouts that are understood, one tensor per expert or fused; `layer` is the decoder's layer index. `aliases` maps
     the ending of a tensor name that some checkpoints use to the ending that `dense_tensors` uses.
-    `ignored(config, name)` says whether a tensor may be there although nothing reads it.
+    `ignored(config, name)` says whether a tensor may be there although nothing reads it. `reasoning` and `calls` name
+    the forms in which its models write thoughts and calls of tools, where all of them use one; else a checkpoint's
+    chat template tells.
     """
 
     name: str
@@ -88,6 +90,8 @@ class Family:
     expert_sources: Callable[[ModelConfig, int, int], tuple[ExpertSource, ...]]
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored: Callable[[ModelConfig, str], bool] = lambda config, name: False
+    reasoning: str | None = None
+    calls: str | None = None
 
     def canonical(self, name: str) -> str:
         """The name under which `dense_tensors` knows the checkpoint tensor `name`."""

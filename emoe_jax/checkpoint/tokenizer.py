@@ -101,6 +101,10 @@ class Tokenizer:
         eos = self.backend.eos_token_id
         return () if eos is None else (eos,)
 
+    def template_writes(self, text: str) -> bool:
+        """Whether the chat template has this text among its own; False without a template."""
+        return self.has_chat_template and self._chat_template()[0].writes(text)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids; special tokens are those that the checkpoint's tokenizer adds to a prompt."""
         if self._prepend_bos_id is not None:
@@ -151,16 +155,17 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
         """Token ids of a conversation under the chat template, which runs in a sandbox.
 
-        The template gets the messages as they are, and `kwargs` as variables. Only the template writes control tokens
-        (`_control_tokens`): where a message holds the text of one, it stays text. With `continue_final_message` the
-        prompt ends in the last message's text, and `add_generation_prompt` has to be false. Raises `RequestError` when
-        there is no template or when it refuses the messages (`raise_exception`), and `CheckpointError` when the
-        template itself fails.
+        The template gets the messages and `tools` as they are, and `kwargs` as variables. Only the template writes
+        control tokens (`_control_tokens`): where a message or a tool holds the text of one, it stays text. With
+        `continue_final_message` the prompt ends in the last message's text, and `add_generation_prompt` has to be
+        false. Raises `RequestError` when there is no template or when it refuses the messages (`raise_exception`), and
+        `CheckpointError` when the template itself fails.
         """
-        text = self._render(messages, add_generation_prompt, continue_final_message, kwargs)
+        text = self._render(messages, add_generation_prompt, continue_final_message, kwargs, tools)
         ids = self._chat_template()[1].encode(text)
         return ids if self._prepend_bos_id is None else [self._prepend_bos_id, *ids]
 
@@ -170,11 +175,12 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> TemplateText:
         try:
             template, _ = self._chat_template()
             special = self.backend.special_tokens_map
-            return template.render(messages, special, add_generation_prompt, continue_final_message, kwargs)
+            return template.render(messages, special, add_generation_prompt, continue_final_message, kwargs, tools)
         except RequestError:
             raise
         except Exception as error:  # whatever a foreign template may raise
@@ -233,9 +239,9 @@ class Tokenizer:
         spec = json.loads(self.backend.backend_tokenizer.to_str())
         return json.dumps(_without_prefix({**spec, "padding": None, "truncation": None}))
 
-    def stream(self, prompt: Sequence[int] = ()) -> "TokenStream":
-        """An incremental decoder of what follows a prompt."""
-        return TokenStream(self, prompt)
+    def stream(self, prompt: Sequence[int] = (), shown: Sequence[int] = ()) -> "TokenStream":
+        """An incremental decoder of what follows a prompt. Special tokens that are `shown` have their names as text."""
+        return TokenStream(self, prompt, shown)
 
     def _use_chat_template(self, template: str | Path) -> None:
         own = self.backend.chat_template
@@ -278,6 +284,11 @@ class Tokenizer:
         """Whether the token has no text of its own: special tokens and ids beyond the vocabulary."""
         return token_id in self.special_ids or token_id >= self._size
 
+    def special_id(self, token: str) -> int | None:
+        """The id of a special token that is called so. None where there is none: then it is written as text."""
+        special = self.backend.added_tokens_decoder
+        return next((i for i in self.special_ids if special[i].content == token), None)
+
     def is_byte(self, token_id: int) -> bool:
         """Whether the token is a single byte, whose meaning depends on the bytes that follow."""
         return token_id in self._byte_ids
@@ -292,8 +303,9 @@ class TokenStream:
     the first token of a text differently. Nothing is emitted while the text ends in an incomplete character.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), shown: Sequence[int] = ()):
         self.backend = tokenizer
+        self._shown = frozenset(shown)
         # Tokens of the last piece, then tokens that have given none yet. The end of the prompt is such a last piece.
         self._window = _text_end(tokenizer, prompt)
         self._emitted = len(self._window)  # of the window, how many tokens have given a piece
@@ -301,6 +313,10 @@ class TokenStream:
 
     def add(self, token_id: int) -> str:
         """Text that has become certain with this token."""
+        if token_id in self._shown:
+            text = self.flush() + self.backend.backend.convert_ids_to_tokens(token_id)
+            self._window, self._emitted, self._emitted_text = [], 0, ""  # what follows is a text of its own
+            return text
         if self.backend.is_silent(token_id):
             return ""
         self._window.append(token_id)

@@ -81,7 +81,7 @@ class Answer:
         completion.token_ids.append(sampled.token_id)
         if completion.queue_seconds is None and sequence.started_at is not None:
             completion.queue_seconds = sequence.started_at - sequence.arrival
-        completion.finish_reason = reason
+        completion.finish_reason, completion.stop_string = reason, stream.stopped_by
         prompt_logprobs = tuple(sequence.prompt_logprobs) if len(completion.token_ids) == 1 else ()
         delta = Delta(sequence.request_id, sequence.index, text, (sampled.token_id,), logprobs, reason, prompt_logprobs)
         return delta, stream.stopped

@@ -143,8 +143,9 @@ class Intake:
     def text_stream(self, sequence: Sequence) -> TextStream:
         """Turns a sequence's tokens into text as they come."""
         tokenizer = self._tokenizer
-        stream = None if tokenizer is None else tokenizer.stream(sequence.prompt_token_ids)
-        return TextStream(stream, sequence.params.stop)
+        params = sequence.params
+        stream = None if tokenizer is None else tokenizer.stream(sequence.prompt_token_ids, params.shown_token_ids)
+        return TextStream(stream, params.stop)
 
     def _classify(self, prompt: Prompt, token_ids: list[int]) -> str | None:
         """The task of a prompt, None without a task profile or without text."""

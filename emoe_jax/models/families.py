@@ -45,3 +45,8 @@ def family_of(raw: Mapping[str, Any]) -> Family:
     found = ", ".join(map(str, architectures)) or f"model_type {model_type!r}"
     known = ", ".join(name for family in families() for name in family.architectures)
     raise ConfigError(f"config.json: architecture {found} is not supported; supported: {known}")
+
+
+def family_named(name: str) -> Family:
+    """The family that a `ModelConfig` names."""
+    return next(family for family in families() if family.name == name)

@@ -57,4 +57,5 @@ GLM4_MOE = Family(
     dense_tensors=partial(decoder_tensors, shared_expert="mlp.shared_experts"),
     expert_sources=expert_sources,
     ignored=is_of_layers_behind,
+    reasoning="think",
 )

@@ -91,4 +91,6 @@ GPT_OSS = Family(
     config=_config,
     dense_tensors=partial(decoder_tensors, router="mlp.router.weight"),
     expert_sources=_expert_sources,
+    reasoning="harmony",
+    calls="harmony",
 )

@@ -64,4 +64,5 @@ QWEN3_MOE = Family(
     config=_config,
     dense_tensors=decoder_tensors,
     expert_sources=expert_sources,
+    reasoning="think",
 )

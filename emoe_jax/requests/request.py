@@ -94,6 +94,8 @@ class SamplingParams(Parameters):
     prompt_logprobs: int | None = option(None, "the same of the prompt's tokens", low=0, high=MAX_LOGPROBS)
     structured_outputs: StructuredOutputsParams | None = None
     """What answers have to match; one that ends by `max_tokens` or `stop` may be cut before it does."""
+    shown_token_ids: tuple[int, ...] = ()
+    """Special tokens that the answer's text has by name; others have no text. A parser of answers looks for them."""
     forced_token_ids: tuple[int, ...] = ()
     """The answer, given: each step decodes one of these tokens, whatever the model would choose, and `logprobs` say how
     probable each was. `max_tokens` becomes their number, and a token that ends texts does not end this one."""
@@ -103,6 +105,7 @@ class SamplingParams(Parameters):
             object.__setattr__(self, "stop", (self.stop,))
         object.__setattr__(self, "stop", tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "shown_token_ids", tuple(self.shown_token_ids))
         object.__setattr__(self, "forced_token_ids", tuple(self.forced_token_ids))
         if self.forced_token_ids:
             object.__setattr__(self, "max_tokens", len(self.forced_token_ids))
@@ -128,8 +131,9 @@ class SamplingParams(Parameters):
             raise RequestError(message, param="stop_token_ids")
         for token in self.stop_token_ids:
             _check_integer("stop_token_ids", token, TOKEN_ID)
-        for token in self.forced_token_ids:
-            _check_integer("forced_token_ids", token, TOKEN_ID)
+        for name in ("shown_token_ids", "forced_token_ids"):
+            for token in getattr(self, name):
+                _check_integer(name, token, TOKEN_ID)
         if self.forced_token_ids:
             for name in ("stop", "stop_token_ids", "structured_outputs"):
                 if getattr(self, name):
@@ -192,6 +196,8 @@ class Completion:
     token_ids: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None
+    stop_string: str | None = None
+    """Which of the request's stop strings ended it, if one did. The text does not have it."""
     error: str | None = None
     """What went wrong, where the answer ended because the model's own numbers did."""
     queue_seconds: float | None = None

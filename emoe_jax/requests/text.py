@@ -52,7 +52,13 @@ class TextStream:
         self._detokenizer = detokenizer
         self._stops = [_StopString(string) for string in stop]
         self._held = ""
-        self.stopped = False
+        self.stopped_by: str | None = None
+        """The stop string that ended the text."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has ended the text."""
+        return self.stopped_by is not None
 
     def add(self, token_id: int) -> tuple[str, bool]:
         """Text that this token allows to emit, and whether a stop string has been reached."""
@@ -77,9 +83,10 @@ class TextStream:
             # A list, not a generator: every automaton must see every character.
             complete = [len(stop.string) for stop in self._stops if stop.add(character)]
             if complete:
-                self.stopped = True
+                start = index - max(complete)
+                self.stopped_by = pending[start:index]
                 self._held = ""
-                return pending[: index - max(complete)]
+                return pending[:start]
         keep = len(pending) - max(stop.matched for stop in self._stops)
         self._held = pending[keep:]
         return pending[:keep]

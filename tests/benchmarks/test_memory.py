@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.memory.__main__ import main
 from benchmarks.memory.compiled import step_bytes
+from benchmarks.memory.geometries import GEOMETRIES
 from benchmarks.memory.needs import Needs, Workload, measure, pages_on
 from emoe_jax.config import ModelConfig
 from emoe_jax.errors import CapacityError

@@ -110,6 +110,22 @@ def test_special_tokens(tmp_path):
     assert tokenizer.eos_token_ids == (1,)
 
 
+def test_special_tokens_have_a_text_where_they_are_shown(tokenizer):
+    begin, end = tokenizer.special_id("<s>"), tokenizer.special_id("</s>")
+    assert {begin, end} == {tokenizer.backend.bos_token_id, tokenizer.backend.eos_token_id}
+    assert tokenizer.special_id("the") is tokenizer.special_id("<|channel|>") is None
+    words = [tokenizer.encode(text, add_special_tokens=False) for text in ("the cat", "語 cats", "a")]
+    ids = [*words[0], begin, *words[1], end, *words[2][:-1], words[1][0], begin]
+    stream = tokenizer.stream((), [begin])
+    pieces = [stream.add(i) for i in ids]
+    assert pieces[len(words[0])].endswith("<s>")
+    text = "".join(pieces) + stream.flush()
+    assert text.count("<s>") == 2
+    assert "</s>" not in text
+    assert text.startswith("the cat<s>語 cats")
+    assert stream_all(tokenizer, ids)[0].count("<s>") == 0
+
+
 def test_ids_beyond_the_vocabulary_have_no_text(tokenizer):
     """Embedding tables are padded to round sizes, so a model can produce such ids."""
     assert tokenizer.decode([5000]) == ""

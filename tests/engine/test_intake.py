@@ -1,5 +1,6 @@
 """What the engine does when a request comes is little, however many sequences it has and however long its prompt is."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,9 +9,23 @@ import pytest
 from emoe_jax import RequestError, SamplingParams
 from emoe_jax.engine.intake import MAX_CLASSIFIED_TOKENS, Intake
 from emoe_jax.requests.adjustment import LogitAdjustment
+from tests.checkpoint.test_tokenizer import byte_level
 from tests.engines import EngineFactory
 
 PROMPT = [5, 9, 17, 3]
+
+
+def test_special_tokens_have_a_text_where_a_request_asks_for_it(
+    engine_of: EngineFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, tokenizer = engine_of(expert_memory="100%"), byte_level(tmp_path)
+    monkeypatch.setattr(engine._intake, "_tokenizer", tokenizer)
+    texts = []
+    for shown in ((), (0,)):
+        params = SamplingParams(forced_token_ids=(30, 0, 1, 30), shown_token_ids=shown)
+        texts.append(engine.generate(PROMPT, params)[0].text)
+    letter = tokenizer.token_text(30)
+    assert texts == [letter * 2, f"{letter}<s>{letter}"]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import uvicorn
 
 from serve.app import create_app
 from serve.lanes import MAX_WAITING_BYTES
+from serve.parsing.forms import PLAIN, AnswerForm
 from serve.protocol import HttpConfig
 from serve.server import bind, url_of
 from serve.service import Service
@@ -45,17 +46,19 @@ def running_server(
     sampling_defaults: Mapping[str, Any] | None = None,
     root_path: str = "",
     keep_alive: float = 15.0,
+    form: AnswerForm = PLAIN,
+    max_model_len: int = MAX_MODEL_LEN,
 ) -> Iterator[httpx.Client]:
     worker = EngineWorker(engine, max_unfinished)
     text = TextCodec(
         engine.tokenizer,
         VOCAB_SIZE,
-        MAX_MODEL_LEN,
+        max_model_len,
         grammars,
         template_kwargs=template_kwargs,
         max_waiting_bytes=max_waiting_bytes,
     )
-    service = Service(("fake", "alias"), text, worker, tasks, sampling_defaults or {})
+    service = Service(("fake", "alias"), text, worker, tasks, sampling_defaults or {}, form)
     app = create_app(
         service,
         api_keys,

@@ -31,6 +31,7 @@ class FakeTokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         kwargs: Mapping[str, Any] | None = None,
+        tools: list[dict[str, Any]] | None = None,
     ) -> list[int]:
         if messages[0]["role"] == "tool":
             raise RequestError("conversations start with the user", param="messages")
@@ -38,6 +39,7 @@ class FakeTokenizer:
             raise CheckpointError("the model's chat template failed on the messages: division by zero")
         text = "".join(f"{message['role']}:{message['content']};" for message in messages)
         text = text.removesuffix(";") if continue_final_message else text + "assistant:" * add_generation_prompt
+        text = "".join(f"{tool['function']['name']}();" for tool in tools or ()) + text
         text = "".join(f"{name}={value};" for name, value in (kwargs or {}).items()) + text
         return self.encode(text, add_special_tokens=False)
 
@@ -49,6 +51,9 @@ class FakeTokenizer:
 
     def begins_text(self, prompt: Sequence[int]) -> bool:
         return False
+
+    def special_id(self, token: str) -> int | None:
+        return None
 
     def add(self, token_id: int) -> str:
         return chr(token_id)

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from emoe_jax.engine_config import StepSize
 from serve.console import start_up_table
+from serve.parsing.forms import AnswerForm
 
 GIB = 2**30
 
@@ -41,9 +42,9 @@ def test_host_memory_is_named_where_there_is_any(host: int, shown: bool) -> None
     assert "3 to 4 of 8 in each of 2 layers (44%)" in text
 
 
-def test_the_pool_is_named_where_there_is_one() -> None:
+def test_pool_and_form_of_answers_are_named_where_there_are_any() -> None:
     given = {"device": 72 * GIB, "weights": GIB, "slab": GIB, "kv_cache": GIB, "workspace": GIB, "host": 0}
-    for share, shown in ((0.9, True), (None, False)):
+    for share, form, shown in ((0.9, AnswerForm("think", "hermes"), True), (None, AnswerForm(), False)):
         table = start_up_table(
             model="m",
             family="mixtral",
@@ -59,7 +60,9 @@ def test_the_pool_is_named_where_there_is_one() -> None:
             tasks=None,
             url="http://127.0.0.1:8000",
             pool_share=share,
+            form=form,
         )
         output = io.StringIO()
         Console(file=output, width=120).print(table)
         assert ("90% of the card (XLA_CLIENT_MEM_FRACTION)" in output.getvalue()) == shown
+        assert ("thoughts are told by: think; calls of tools by: hermes" in output.getvalue()) == shown

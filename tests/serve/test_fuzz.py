@@ -7,18 +7,21 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serve.errors import ErrorResponse
+from serve.errors import ErrorResponse, MessagesError
+from serve.messages_schema import MessagesRequest
 from serve.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 VALID: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "hi", "max_tokens": 2},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
+    "/v1/messages": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
     "/tokenize": {"prompt": "hi"},
     "/detokenize": {"tokens": [104, 105]},
 }
 SCHEMAS = {
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatRequest,
+    "/v1/messages": MessagesRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }
@@ -45,4 +48,4 @@ def test_any_value_is_answered(client: httpx.Client, path: str, data: st.DataObj
     response = client.post(path, json={**VALID[path], **changes})
     assert response.status_code in (200, 400, 404), response.text
     if response.status_code != 200:
-        ErrorResponse.model_validate_json(response.text)
+        (MessagesError if path == "/v1/messages" else ErrorResponse).model_validate_json(response.text)

@@ -121,6 +121,27 @@ def test_openai_client_streams_what_it_answers_whole(client: openai.OpenAI) -> N
     }
 
 
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "judge"}}])
+def test_a_model_that_knows_no_tools_calls_one_where_it_has_to(client: openai.OpenAI, choice: Any) -> None:
+    schema = {"properties": {"wet": {"type": "boolean"}}, "required": ["wet"], "additionalProperties": False}
+    tools: Any = [{"type": "function", "function": {"name": "judge", "parameters": {"type": "object", **schema}}}]
+    settings: Any = {"model": "tiny", "messages": HELLO, "temperature": 0, "tools": tools, "tool_choice": choice}
+    settings |= {"parallel_tool_calls": False, "extra_body": {"emoe": {"routing": "exact"}}}
+    whole = client.chat.completions.create(**settings).choices[0]
+    assert (whole.finish_reason, whole.message.content) == ("tool_calls", None)
+    call: Any = (whole.message.tool_calls or [])[0]
+    assert call.type == "function"
+    assert call.function.name == "judge"
+    assert type(json.loads(call.function.arguments)["wet"]) is bool
+    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**settings, stream=True)]
+    deltas: list[Any] = [delta for chunk in chunks for delta in chunk.delta.tool_calls or ()]
+    assert [(delta.index, delta.function.name) for delta in deltas if delta.id] == [(0, "judge")]
+    assert "".join(delta.function.arguments or "" for delta in deltas) == call.function.arguments
+    assert chunks[-1].finish_reason == "tool_calls"
+    messages = [*HELLO, whole.message.model_dump(), {"role": "tool", "tool_call_id": call.id, "content": "yes"}]
+    assert client.chat.completions.create(**settings | {"messages": messages, "tool_choice": "none"}).choices
+
+
 def test_openai_client_understands_errors(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="gpt-5", messages=HELLO)

@@ -8,7 +8,8 @@ import httpx
 import openai
 import pytest
 
-from serve.stream import KEEP_ALIVE_SECONDS, sse
+from serve.options import KEEP_ALIVE_SECONDS
+from serve.stream import sse
 from tests.serve.conftest import StartServer
 from tests.serve.fake import FakeEngine, FakeTokenizer
 from tests.serve.test_server import COMPLETIONS, ask, wait_until

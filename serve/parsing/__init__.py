@@ -1,0 +1,1 @@
+"""Reasoning and calls of tools, told from the text of an answer while it comes."""
