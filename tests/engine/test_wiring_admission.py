@@ -112,7 +112,7 @@ def test_the_scheduler_learns_what_steps_take(engine: Engine, monkeypatch: pytes
     after = engine.state()["scheduler"]
     assert after["seconds_per_token"] > before["seconds_per_token"] + 0.04
     assert after["cost"]["observed"] >= before["cost"]["observed"] + 40
-    assert after["cost"]["step"] + after["cost"]["decode"] > 0.05
+    assert after["cost"]["step"] + after["cost"]["decode"] > 0.02
 
 
 def test_a_sequence_that_has_waited_for_long_goes_first(engine: Engine) -> None:
