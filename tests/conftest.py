@@ -4,7 +4,6 @@ import functools
 import gc
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,10 +14,6 @@ from hypothesis import settings
 from tests.engines import engine_of, tiny_checkpoint
 
 __all__ = ["engine_of", "tiny_checkpoint"]
-
-# Tests compile much and compute little. A GPU's kernels are tested as users get them.
-if not Path("/dev/nvidiactl").exists():
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 
 # Machines are shared: how long an example takes says nothing.
 settings.register_profile("suite", deadline=None)
@@ -68,6 +63,23 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
             patch.setenv(name.upper(), str(value))
         yield
     jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_compilations() -> Iterator[None]:
+    """Steps of engines, which are compiled ahead, do without LLVM's optimisations on a CPU: tests compile many and run
+    each of them for moments.
+    """
+    compile_ahead = jax.stages.Lowered.compile
+
+    def compile_quickly(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+        options: Any = {"xla_backend_optimization_level": 0}
+        return compile_ahead(lowered, compiler_options=options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if jax.default_backend() == "cpu":
+            patch.setattr(jax.stages.Lowered, "compile", compile_quickly)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
