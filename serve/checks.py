@@ -118,7 +118,7 @@ def device_memory() -> Iterator[Finding]:
     size = usable_memory()
     little = size < LITTLE_MEMORY
     mend = "end other programs that use the device" if little else ""
-    yield Finding("device memory", "warning" if little else "ok", f"{format_bytes(size)} are free", mend)
+    yield Finding("device memory", "warning" if little else "ok", f"{format_bytes(size)}", mend)
 
 
 def link() -> Iterator[Finding]:

@@ -71,7 +71,7 @@ class Message(StrictModel):
     role: Literal["user", "assistant"]
     content: Annotated[
         list[ContentBlock],
-        Field(max_length=MAX_BLOCKS, fail_fast=True),
+        Field(min_length=1, max_length=MAX_BLOCKS, fail_fast=True),
         BeforeValidator(_as_blocks, json_schema_input_type=str | list[ContentBlock]),
     ]
 
@@ -192,7 +192,7 @@ class CountRequest(StrictModel):
                 turns += _user(texts)
                 texts = []
                 turns.append(_result(block, names.get(block.tool_use_id)))
-            turns += _user(texts) if texts or not message.content else []
+            turns += _user(texts)
         return turns
 
 

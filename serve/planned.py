@@ -9,6 +9,7 @@ from rich.table import Table
 
 from emoe_jax.amounts import format_bytes, parse_bytes
 from emoe_jax.config import ModelConfig
+from emoe_jax.errors import ConfigError
 from emoe_jax.memory.device_settings import prepare_devices
 from emoe_jax.memory.plan import machine_memory, usable_memory
 from emoe_jax.planning.catalogue import find_model
@@ -54,12 +55,20 @@ def target_of(options: PlanOptions) -> Target:
     memory = target.memory_bytes
     if options.device_memory is not None:
         memory = parse_bytes("device_memory", options.device_memory)
+        if 0 < target.memory_bytes < memory:
+            raise ConfigError(
+                f"device_memory is {format_bytes(memory)}; expected at most {format_bytes(target.memory_bytes)}, "
+                f"90 % of {target.name}"
+            )
     return dataclasses.replace(target, memory_bytes=memory, **rates)
 
 
 def load_of(options: PlanOptions, config: ModelConfig) -> Load:
     """What times are predicted for."""
     prompt = options.prompt or options.context or min(PROMPT, config.max_position)
+    limit = options.context or config.max_position
+    if prompt > limit:
+        raise ConfigError(f"the prompt has {prompt} tokens; expected at most {limit}, those of the longest context")
     return Load(prompt, options.batch or 1, options.coverage, options.slo_ttft_ms, options.slo_tpot_ms)
 
 

@@ -12,7 +12,7 @@ from emoe_jax.requests.structured_params import StructuredOutputsParams
 from serve.parsing.call_grammar import ANY_ARGUMENTS, CallGrammar, SpecialId
 from serve.parsing.forms import AnswerForm, Tools
 from serve.strict import StrictModel
-from serve.validation import found
+from serve.validation import found, named
 
 MAX_TOOLS = 512
 MAX_NAME = 128
@@ -109,7 +109,7 @@ def _choice(value: Any) -> str | None:
     function = value.get("function") if isinstance(value, Mapping) and value.get("type") == "function" else None
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str):
-        raise ValueError(f"is none of them; {_EXPECTED_CHOICE}")
+        raise ValueError(f"is {named(value)}; {_EXPECTED_CHOICE}")
     return f"function:{name}"
 
 

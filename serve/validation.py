@@ -1,6 +1,7 @@
 """Why a request's body does not fit, in the library's words: `top_p is 5; expected at most 1`."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,9 @@ _KINDS = {
     "too_long": "at most {max_length}",
 }
 """What pydantic's complaints expect. Each sentence begins with what was found."""
+
+
+_WORD = re.compile(r"[\w.-]{1,32}")
 
 
 def describe_validation(errors: Sequence[Any]) -> tuple[str, str | None]:
@@ -68,8 +72,15 @@ def found(value: Any) -> str:
     return json.dumps(value)
 
 
+def named(value: Any) -> str:
+    """The same of a value that should be one of a few words: a single short word is no prompt."""
+    return repr(value) if isinstance(value, str) and _WORD.fullmatch(value) else found(value)
+
+
 def _size_or_kind(kind: str, value: Any) -> str:
     """`is 5`, or the size where that is at fault."""
+    if kind == "literal_error":
+        return f"is {named(value)}"
     if kind.endswith(("too_short", "too_long")):
         return f"has {len(value)} {'characters' if isinstance(value, str) else 'elements'}"
     return f"is {found(value)}"

@@ -181,6 +181,9 @@ def test_bad_bodies_name_the_field(client: httpx.Client, path: str, body: Any, p
             "messages[0].content",
             "messages[0].content is missing",
         ),
+        (CHAT, {"messages": [{"role": "wizard", "content": "a"}]}, "messages[0].role", "role is 'wizard'; expected"),
+        (CHAT, {"messages": HELLO, "tool_choice": "maybe"}, "tool_choice", "tool_choice is 'maybe'; expected"),
+        (CHAT, {"messages": HELLO, "tool_choice": "a b"}, "tool_choice", "tool_choice is a string; expected"),
         (CHAT, {"messages": HELLO, "temperature": "hot"}, "temperature", "temperature is a string; expected a number"),
     ],
 )

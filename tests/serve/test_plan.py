@@ -140,6 +140,8 @@ def test_the_table_has_the_same_numbers(
         (["olmoe-1b-7b", "--device", "l4", "--coverage", "2"], "--coverage"),
         (["olmoe-1b-7b", "--device-memory", "much"], "--device-memory"),
         (["olmoe-1b-7b", "--hbm-gbps", "9"], "--hbm-gbps describes a device of your own; give --device-memory and"),
+        (["olmoe-1b-7b", "--device", "l4", "--prompt", "5000"], "the prompt has 5000 tokens; expected at most 4096"),
+        (["olmoe-1b-7b", "--device", "l4", "--device-memory", "40GiB"], "--device-memory is 40 GiB; expected at most"),
         (["olmoe-1b-7b", "--devise", "l4"], "the nearest known one is '--device'"),
         (["olmoe-1b-7b", "l4"], "unknown option 'l4'"),
     ],
