@@ -1,4 +1,4 @@
-"""Ending the process on Ctrl-C or SIGTERM while a model loads."""
+"""Ending the process on Ctrl-C or SIGTERM while a model loads, and once a server has shut down."""
 
 import contextlib
 import os
@@ -40,6 +40,12 @@ def exit_on_signal() -> Iterator[Callable[[], None]]:
     with contextlib.ExitStack() as stack:
         stack.callback(end)
         yield stack.close
+
+
+def end_at_once_on_signal() -> None:
+    """From now on a signal ends the process without a word: every request has ended, and the rest is tidying up."""
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: os._exit(0))
 
 
 def _leave_to_watcher(*_: object) -> None:

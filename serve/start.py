@@ -19,6 +19,7 @@ from emoe_jax.planning.slow import slow_parts
 from serve.app import create_app
 from serve.console import loading_progress, start_up_table
 from serve.hosts import hosts_for
+from serve.interrupt import end_at_once_on_signal
 from serve.lobby import open_lobby
 from serve.logs import configure_logging
 from serve.options import ServerOptions, as_flags
@@ -143,6 +144,7 @@ def serve(options: ServerOptions, engine: Engine, listener: socket.socket, provi
     )
     try:
         asyncio.run(server.serve([listener]))
+        end_at_once_on_signal()
     finally:
         if worker.stop():
             engine.close()
