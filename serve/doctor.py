@@ -14,6 +14,7 @@ from emoe_jax.option_fields import Options, option
 from serve import checks
 from serve.checks import Check, Finding, Level
 from serve.flags import parser_of, read_values
+from serve.interrupt import INTERRUPTED
 
 COMMAND = "python -m serve.doctor"
 HEALTHY, PROBLEM = 0, 1
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None, command: str = COMMAND) -> int:
             if not options.json:
                 print(as_line(finding), flush=True)
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     worst = max((LEVELS.index(finding.level) for finding in findings), default=0)
     if options.json:
         print(json.dumps({"status": LEVELS[worst], "findings": [one._asdict() for one in findings]}, indent=1))

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-STATUS = 130
+INTERRUPTED = 130
 """The exit status of an interrupted start, as shells have it for Ctrl-C."""
 SHOW_CURSOR = "\x1b[?25h"
 
@@ -42,10 +42,12 @@ def exit_on_signal() -> Iterator[Callable[[], None]]:
         yield stack.close
 
 
-def end_at_once_on_signal() -> None:
-    """From now on a signal ends the process without a word: every request has ended, and the rest is tidying up."""
+def end_at_once_on_signal(status: int) -> None:
+    """From now on a signal ends the process without a word, with this status: the engine is closed, and what libraries
+    do at the end would be interrupted with a traceback.
+    """
     for number in SIGNALS:
-        signal.signal(number, lambda *_: os._exit(0))
+        signal.signal(number, lambda *_: os._exit(status))
 
 
 def _leave_to_watcher(*_: object) -> None:
@@ -57,4 +59,4 @@ def _watch(receiver: socket.socket) -> None:
         if number[0] in SIGNALS:
             if sys.stderr.isatty():
                 print(SHOW_CURSOR, file=sys.stderr, flush=True)  # the progress bar has hidden it
-            os._exit(STATUS)
+            os._exit(INTERRUPTED)

@@ -17,6 +17,7 @@ from emoe_jax.errors import ConfigError, EmoeError, one_line
 from emoe_jax.option_fields import Options, option
 from emoe_jax.planning.targets import EFFICIENCY
 from serve.flags import flag_names, parser_of, read_values
+from serve.interrupt import INTERRUPTED
 
 COMMAND = "python -m serve.plan"
 FITS, DOES_NOT, MISTAKE = 0, 1, 2
@@ -179,7 +180,7 @@ def main(arguments: Sequence[str] | None = None, command: str = COMMAND) -> int:
         print(f"error: {as_flags(one_line(error))}", file=sys.stderr)
         return MISTAKE
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     return FITS if plan.fit.fits and plan.meets_slo is not False else DOES_NOT
 
 

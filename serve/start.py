@@ -19,7 +19,7 @@ from emoe_jax.planning.slow import slow_parts
 from serve.app import create_app
 from serve.console import loading_progress, start_up_table
 from serve.hosts import hosts_for
-from serve.interrupt import end_at_once_on_signal
+from serve.interrupt import INTERRUPTED, end_at_once_on_signal
 from serve.lobby import open_lobby
 from serve.logs import configure_logging
 from serve.options import ServerOptions, as_flags
@@ -48,12 +48,14 @@ def run(options: ServerOptions, on_loaded: Callable[[], None]) -> int:
                 engine = load(options)
             on_loaded()
             serve(options, engine, listener, provider)
+        status = 0
     except EmoeError as error:
         print(f"error: {as_flags(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return 130
-    return 0
+        status = INTERRUPTED
+    end_at_once_on_signal(status)
+    return status
 
 
 def keep_compilations() -> None:
@@ -144,7 +146,6 @@ def serve(options: ServerOptions, engine: Engine, listener: socket.socket, provi
     )
     try:
         asyncio.run(server.serve([listener]))
-        end_at_once_on_signal()
     finally:
         if worker.stop():
             engine.close()

@@ -259,6 +259,17 @@ def test_a_forced_end_takes_seconds(tiny: Path, timeout: str, signals: int) -> N
         assert "Traceback" not in "".join(server.output)
 
 
+def test_signals_while_it_tidies_up_print_nothing(tiny: Path) -> None:
+    with server_process("--model", str(tiny), "--max-num-seqs", "1") as server:
+        server.process.send_signal(signal.SIGINT)
+        server.wait_for("shut down", 10)
+        while server.process.poll() is None:
+            server.process.send_signal(signal.SIGINT)
+            time.sleep(0.05)
+        assert server.wait(4) in (0, 130)
+        assert "Traceback" not in "".join(server.output)
+
+
 def test_sigterm_lets_running_requests_finish(server: ServerProcess, http: httpx.Client) -> None:
     """Last in this module: the server is gone afterwards."""
     body = {"prompt": "hello", "max_tokens": 200, "ignore_eos": True, "stream": True}
