@@ -100,7 +100,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     )
     table.add_row("under `resident`", f"{speed.tpot_resident_ms:.4g} ms, as it waits for no expert")
     if plan.meets_slo is not None:
-        table.add_row("objectives", "met" if plan.meets_slo else "missed")
+        table.add_row("objectives", "met" if plan.meets_slo else _missed(plan))
     table.add_row("smallest known card", plan.smallest_device or "none")
     console = console or Console()
     console.print(table)
@@ -114,6 +114,13 @@ _BOUNDS = {
     "link": "loading experts over the link",
     "overhead": "what a step takes beside",
 }
+
+
+def _missed(plan: Plan) -> str:
+    speed, load = plan.speed, plan.load
+    times = (("first token", speed.ttft_ms, load.ttft_ms), ("each token", speed.tpot_ms, load.tpot_ms))
+    late = [f"{what} in {wanted:g} ms" for what, least, wanted in times if wanted is not None and least > wanted]
+    return f"missed: {' and '.join(late)}" if late else "missed: it does not fit"
 
 
 def _counted(count: int, noun: str) -> str:

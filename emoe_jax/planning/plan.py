@@ -136,6 +136,8 @@ def plan_model(
         footprint = cards = Footprint.compiled(config, options, target.platform)
         fit = footprint.fit(target)
     speed = speed_of(footprint, fit, target, load)
+    if fit.fits:  # a card has to hold as long sequences
+        cards = cards.with_options(dataclasses.replace(options, max_model_len=fit.context))
     smallest = next((card.name for card in cards_by_size(efficiency) if _suits(cards, card, load)), None)
     advice = () if fit.fits and speed.meets(load) else tuple(advised(footprint, fit, speed, target, load))
     return Plan(model, target, footprint, load, fit, speed, smallest, advice)
@@ -153,29 +155,33 @@ def speed_of(footprint: Footprint, fit: Fit, target: Target, load: Load) -> Spee
 def advised(footprint: Footprint, fit: Fit, speed: Speed, target: Target, load: Load) -> Iterator[str]:
     """Changes that each would do alone, tried before they are named."""
     if not fit.fits:
-        yield from _room_for_all(footprint, fit, target)
+        yield from _room_for_all(footprint, fit, target, load)
     elif load.tpot_ms is not None and speed.tpot_ms > load.tpot_ms:
         yield from _faster(footprint, fit, speed, target, load)
 
 
-def _room_for_all(footprint: Footprint, fit: Fit, target: Target) -> Iterator[str]:
+def _room_for_all(footprint: Footprint, fit: Fit, target: Target, load: Load) -> Iterator[str]:
     options = footprint.options
+
+    def does(changed: EngineConfig, load: Load = load) -> bool:
+        return _suits(footprint.with_options(changed), target, load)
+
     for expert_format in dict.fromkeys((options.expert_format, "int8")):
         flags = "" if expert_format == options.expert_format else " --expert-format int8"
-        other = footprint.with_options(dataclasses.replace(options, expert_format=expert_format))
-        if flags and other.fit(target).fits:
+        other = dataclasses.replace(options, expert_format=expert_format)
+        if flags and does(other):
             yield f"{flags.strip()} fits with the same --expert-memory"
             continue
-        share = other.largest_share(target)
-        if share is None:
-            continue
-        shared = dataclasses.replace(other.options, expert_memory=f"{share:g}%")
-        if footprint.with_options(shared).fit(target).fits:
+        share = footprint.with_options(other).largest_share(target)
+        if share is not None and does(dataclasses.replace(other, expert_memory=f"{share:g}%")):
             yield f"--expert-memory {share:g}%{flags} fits: the most of the experts that leaves room for the sequences"
-    if fit.max_context >= 2:
-        yield f"--context {fit.max_context} fits: the longest sequences, {footprint.batch} at once"
-    if 0 < fit.max_batch < footprint.batch:
-        yield f"--batch {fit.max_batch} fits: as many sequences of {fit.context} tokens as have room at once"
+    context, batch = fit.max_context, fit.max_batch
+    shorter = dataclasses.replace(load, prompt=min(load.prompt, context))
+    if context >= 2 and does(dataclasses.replace(options, max_model_len=context), shorter):
+        yield f"--context {context} fits: the longest sequences, {footprint.batch} at once"
+    fewer = dataclasses.replace(load, batch=batch)
+    if 0 < batch < footprint.batch and does(dataclasses.replace(options, max_num_seqs=batch), fewer):
+        yield f"--batch {batch} fits: as many sequences of {fit.context} tokens as have room at once"
 
 
 def _faster(footprint: Footprint, fit: Fit, speed: Speed, target: Target, load: Load) -> Iterator[str]:

@@ -162,3 +162,5 @@ def test_what_to_change_is_tried_before_it_is_named() -> None:
         "--context 32 fits: the longest sequences, 5 at once",
         "--batch 3 fits: as many sequences of 64 tokens as have room at once",
     ]
+    hasty = Load(tpot_ms=1e-9)
+    assert list(advised(crowded, fit, speed_of(crowded, fit, device, hasty), device, hasty)) == []

@@ -85,6 +85,20 @@ def test_objectives_choose_the_card_and_the_status(run: Run) -> None:
     assert (missed["fits"], missed["meets_slo"], status, missed["smallest_device"]) == (True, False, 1, None)
 
 
+def test_the_smallest_card_holds_as_long_sequences(run: Run) -> None:
+    asked = ("gpt-oss-20b", "--expert-memory", "100%")
+    _, plan = run(*asked, "--device", "h200")
+    _, short = run(*asked, "--device", "h200", "--context", "4096")
+    assert (plan["context"], plan["smallest_device"], short["smallest_device"]) == (131_072, "rtx3090", "l4")
+    assert run(*asked, "--device", "l4", "--context", "131072")[0] == 1
+
+
+def test_the_table_says_which_objective_is_missed(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["olmoe-1b-7b", "--device", "h200", "--slo-tpot-ms", "1000"]
+    assert emoe.main(["plan", *asked, "--slo-ttft-ms", "0.01"]) == 1
+    assert "missed: first token in 0.01 ms" in capsys.readouterr().out
+
+
 def test_coverage_that_would_meet_an_objective_is_named(run: Run) -> None:
     asked = ("mixtral-8x7b", "--device", "h100-80gb", "--expert-memory", "60%", "--slo-tpot-ms", "50")
     status, plan = run(*asked)
