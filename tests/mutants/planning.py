@@ -43,8 +43,8 @@ PLANNING = (
         "plan: advice",
         "changes are named without being tried",
         "emoe_jax/planning/plan.py",
-        "if flags and other.fit(target).fits:",
-        "if flags:",
+        "        if flags and does(other):\n",
+        "        if flags:\n",
         (f"{_COMMAND}::test_advice_that_would_not_do_is_not_named",),
     ),
     Mutant(
