@@ -68,6 +68,20 @@ def test_each_kind_counts_by_the_answers_there_were_of_it() -> None:
     assert mix.unknown == 0
 
 
+def test_of_audited_kinds_that_are_much_alike_the_most_similar_one_counts() -> None:
+    one, other = (Wishes.of(np.array([counts] * 2)) for counts in ([600, 400, 0], [600, 200, 200]))
+    assert ALIKE < one.overlap(other) < 0.95
+    mix = TrafficMix()
+    for wishes, kl in ((one, 0.002), (other, 0.02)):
+        mix.ended(wishes, 32, 0.02)
+        mix.found(finding(kl), wishes)
+    for _ in range(RECENT):
+        mix.ended(one, 32, 0.02)
+    estimate = mix.estimate()
+    assert estimate is not None
+    assert (estimate.mean, mix.unknown) == (pytest.approx(0.002), 0)
+
+
 def test_answers_that_gave_up_more_are_expected_to_have_lost_more() -> None:
     mix = TrafficMix()
     mix.ended(wishes_of(0), 32, 0.02)
