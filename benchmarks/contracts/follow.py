@@ -18,6 +18,7 @@ from emoe_jax import Engine
 from emoe_jax.audit.findings import Estimate
 from emoe_jax.requests.sequence import Sequence as EngineSequence
 from emoe_jax.requests.served import ServedLogits
+from emoe_jax.residency.accounts import UNCLASSIFIED
 
 WINDOW = 50
 """Requests of a row of the summary."""
@@ -70,7 +71,7 @@ class Rescored:
         ours = log_softmax(self._full.logits(text)[positions].astype(np.float64), axis=-1)
         theirs = log_softmax(served.logits(positions).astype(np.float64), axis=-1)
         kl = rel_entr(np.exp(ours), np.exp(theirs)).sum(axis=-1).mean()
-        task = sequence.task or "unclassified"
+        task = sequence.task or UNCLASSIFIED
         target = self._engine.auditor.target
         settled = target is not None and target.search(sequence.task).settled
         tolerance = sequence.allowance.tolerance

@@ -15,7 +15,7 @@ from emoe_jax.audit.target import QualityTarget
 from emoe_jax.device.dispatcher import Dispatcher
 from emoe_jax.engine_config import EngineConfig
 from emoe_jax.policies.pace import Pace
-from emoe_jax.requests.sequence import Sequence, SequenceStatus
+from emoe_jax.requests.sequence import Sequence, SequenceStatus, substituted_share
 from emoe_jax.requests.served import ServedLogits
 from emoe_jax.residency.residency import Residency
 from emoe_jax.scheduling.plan import PrefillChunk, StepPlan
@@ -180,7 +180,7 @@ class Auditor:
 
     def _given_up_by(self, answer: Sequence) -> float:
         """The share of an answer's router weight that was substituted."""
-        return answer.substituted_weight * self._residency.config.top_k / max(1, answer.assigned)
+        return substituted_share(answer.substituted_weight, answer.assigned, self._residency.config.top_k)
 
     def _release(self, text: Sequence) -> None:
         self._pool.free(text.pages)

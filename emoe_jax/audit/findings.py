@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 
 from scipy.special import stdtrit
 
-from emoe_jax.residency.accounts import MOST_TASKS
-from emoe_jax.tasks import OTHER
+from emoe_jax.residency.accounts import account_of
 
 RECENT = 128
 """Audited answers of a task that its estimates are of."""
@@ -81,16 +80,15 @@ class Findings:
     """The newest audits of every contract and task."""
 
     def __init__(self) -> None:
-        self._recent: dict[tuple[str, str], deque[Finding]] = {}
+        self._recent: dict[str, dict[str, deque[Finding]]] = {}
         self._totals: dict[tuple[str, str], int] = {}
 
     def add(self, contract: str, task: str | None, finding: Finding) -> None:
         """Book the audit of an answer."""
-        key = contract, task or "unclassified"
-        if key not in self._recent and len(self._recent) >= MOST_TASKS:
-            key = contract, OTHER
-        self._recent.setdefault(key, deque(maxlen=RECENT)).append(finding)
-        self._totals[key] = self._totals.get(key, 0) + 1
+        of_tasks = self._recent.setdefault(contract, {})
+        name = account_of(task, of_tasks)
+        of_tasks.setdefault(name, deque(maxlen=RECENT)).append(finding)
+        self._totals[contract, name] = self._totals.get((contract, name), 0) + 1
 
     def state(self) -> dict[str, Any]:
         """By contract and task: audits since the start; of the newest under one tolerance, the newest, the tokens they
@@ -99,7 +97,9 @@ class Findings:
         `perplexity_ratio` is expected on text such as the model writes with all experts: exp of the mean KL.
         """
         state: dict[str, Any] = {}
-        for (contract, task), recent in sorted(self._recent.items()):
+        booked = ((contract, task) for contract in sorted(self._recent) for task in sorted(self._recent[contract]))
+        for contract, task in booked:
+            recent = self._recent[contract][task]
             # A tolerance that is searched for changes, and more answers are audited meanwhile.
             findings = [each for each in recent if each.tolerance == recent[-1].tolerance]
             kl = Estimate.of_kl(findings)

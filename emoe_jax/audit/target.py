@@ -6,8 +6,7 @@ from typing import Any
 from emoe_jax.audit.findings import Finding
 from emoe_jax.audit.mix import TrafficMix, Wishes
 from emoe_jax.requests.contract import USUAL_TOLERANCE, QualityTargets
-from emoe_jax.residency.accounts import MOST_TASKS
-from emoe_jax.tasks import OTHER
+from emoe_jax.residency.accounts import account_of
 
 STEPS = range(-8, 13)
 """Rungs of the ladder around the usual tolerance, each `2 ** (1 / 4)` of the one below it. Below them is 0: `exact`."""
@@ -135,9 +134,7 @@ class QualityTarget:
 
     def search(self, task: str | None) -> ToleranceSearch:
         """That of a task, begun when it is first asked for."""
-        name = task or "unclassified"
-        if name not in self._tasks and len(self._tasks) >= MOST_TASKS:
-            name = OTHER
+        name = account_of(task, self._tasks)
         if name not in self._tasks:
             target = self._targets.of_tasks.get(name, self._targets.usual)
             self._tasks[name] = ToleranceSearch(target, self._rungs, self._start)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from emoe_jax.requests.request import Completion, Delta, FinishReason, RequestOutput, TokenLogprob
-from emoe_jax.requests.sequence import Sequence
+from emoe_jax.requests.sequence import Sequence, substituted_share
 from emoe_jax.requests.text import TextStream
 from emoe_jax.scheduling.plan import SampledToken
 
@@ -53,7 +53,7 @@ class Answer:
         replaced = sum(sequence.substituted for sequence in self._sequences)
         weight = sum(sequence.substituted_weight for sequence in self._sequences)
         self._output.substituted = replaced / assigned if assigned else 0.0
-        self._output.substituted_weight = weight * self._top_k / assigned if assigned else 0.0
+        self._output.substituted_weight = substituted_share(weight, assigned, self._top_k)
         self._output.num_cached_tokens = self._sequences[0].num_cached
         self._output.slo_unattainable = any(sequence.slo_unattainable for sequence in self._sequences)
         if self._output.prompt_logprobs is not None:

@@ -20,6 +20,11 @@ class SequenceStatus(enum.Enum):
     FINISHED = "finished"
 
 
+def substituted_share(weight: float, assigned: int, top_k: int) -> float:
+    """The share of router weight that was substituted, of so many choices. A token has a weight of 1 in each layer."""
+    return weight * top_k / assigned if assigned else 0.0
+
+
 @dataclasses.dataclass(eq=False, slots=True)
 class Sequence:
     """State of one completion, mutated by the scheduler only (the counters: by the step's owner).
