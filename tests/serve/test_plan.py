@@ -89,7 +89,7 @@ def test_the_smallest_card_holds_as_long_sequences(run: Run) -> None:
     asked = ("gpt-oss-20b", "--expert-memory", "100%")
     _, plan = run(*asked, "--device", "h200")
     _, short = run(*asked, "--device", "h200", "--context", "4096")
-    assert (plan["context"], plan["smallest_device"], short["smallest_device"]) == (131_072, "rtx3090", "l4")
+    assert (plan["context"], plan["smallest_device"], short["smallest_device"]) == (131_072, "rtx5090", "l4")
     assert run(*asked, "--device", "l4", "--context", "131072")[0] == 1
 
 
