@@ -14,6 +14,7 @@ JSON: `{"live": [{"contract", "tolerance", "share", "batch", "perplexity_ratio",
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,6 +67,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--link-gbps", type=positive, metavar="GBPS", help="a modelled link; without it loads take what they take")
     add("--trace", type=Path, metavar="FILE", help="also replay this routing trace, its last quarter of prompts")
     add("--trace-tokens", type=count, default=20_000, metavar="N", help="of it, at most (default 20000)")
+    add(
+        "--exchange",
+        type=positive,
+        metavar="SHARE",
+        help="load an expert whose mean weight is so much higher than a resident one's; without it, as breaches ask",
+    )
     add("--follow", metavar="PERCENT", help="a quality target, such as 1%%, to follow through the tasks in halves")
     add("--follow-requests", type=count, default=40, metavar="N", help="of each task (default 40)")
     add(
@@ -103,7 +110,8 @@ def run(given: argparse.Namespace, console: Console) -> None:
         traces = read_traces(given.trace, None, None)
         tested = _first_tokens(traces.replayed, given.trace_tokens)
         for part in given.shares:
-            rows = replay(tested, traces.trained, part, [0.0, *sorted(given.tolerances)])
+            exchange = math.inf if given.exchange is None else given.exchange
+            rows = replay(tested, traces.trained, part, [0.0, *sorted(given.tolerances)], exchange=exchange)
             results["replay"][f"{part:g}"] = rows
             show(console, f"{given.trace.name}: {len(tested.experts):,} tokens, {part:.0%} resident", rows)
         write_json(results, given.json)

@@ -43,6 +43,16 @@ def test_first_choices_are_always_loaded(trace: RoutingTrace) -> None:
     assert kept == {**none, "tolerance": 1.0}
 
 
+def test_exchanges_are_loads_that_raise_coverage(trace: RoutingTrace) -> None:
+    [without] = replay(trace, trace, 0.5, [0.25])
+    [few] = replay(trace, trace, 0.5, [0.25], exchange=10.0)
+    [many] = replay(trace, trace, 0.5, [0.25], exchange=0.01)
+    assert few == without
+    assert many["loads_per_token_layer"] > many["breaches"]
+    assert many["coverage"] > without["coverage"]
+    assert many["substituted_weight"] < without["substituted_weight"]
+
+
 def test_with_room_for_all_nothing_is_missed(trace: RoutingTrace) -> None:
     [row] = replay(trace, trace, 1.0, [0.0])
     assert (row["breaches"], row["coverage"], row["free_tokens"]) == (0, 1, 1)
