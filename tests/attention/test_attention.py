@@ -60,7 +60,8 @@ def pages() -> LayerKV:
     """Random pages."""
     empty = LayerKV.zeros(PAGES, K, H, "float32")
     keys = jax.random.split(jax.random.key(5), 2)
-    return LayerKV(*(jax.random.normal(key, x.shape) for key, x in zip(keys, (empty.k, empty.v), strict=True)))
+    k, v = (jax.random.normal(key, empty.k.shape) for key in keys)
+    return LayerKV(k, v)
 
 
 @pytest.mark.parametrize(("T", "at"), [(1, 0), (6, 2), (33, 30)])
