@@ -14,7 +14,8 @@ The axes of all arrays of the project. An axis has one name and a name is one ax
     N       query heads
     K       kv heads
     G       query heads of one kv head
-    H       head dim
+    H       head dim, of keys and queries
+    Hv      head dim of values: H, or in latent attention the part of a key that is a value, too
     L       layers
     M       MoE layers
     M1      MoE layers but one, M - 1
@@ -100,13 +101,42 @@ class RopeConfig:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float = 1.0
+    all_dim_factor: float = 1.0
+    """YaRN's temperature of `mscale_all_dim`. Latent attention multiplies its scores by the square."""
     truncate: bool = True
     fraction: float = 1.0
     """Of a head, the part that is rotated, from its first number on."""
+    interleaved: bool = False
+    """Whether the two numbers that are rotated together are neighbours, as DeepSeek has them, and not half a head
+    apart."""
 
     def rotated(self, head_dim: int) -> int:
         """How many numbers of a head are rotated."""
         return int(head_dim * self.fraction)
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentConfig:
+    """Latent attention (DeepSeek-V2): of each token a layer keeps one vector, of which the keys and values of all heads
+    are made, and a rotated part of a key that all heads share."""
+
+    kv_rank: int
+    """Numbers of the vector."""
+    rope_dim: int
+    """Numbers of a head's keys that have a position."""
+    nope_dim: int
+    """Numbers of a head's keys that have none: a linear map of the vector."""
+    value_dim: int
+    """Numbers of a head's values: another linear map of it."""
+    q_rank: int | None = None
+    """Numbers of the vector that queries are made of; None where they are made of the hidden state."""
+    norm_eps: float = 1e-6
+    """Of the norms of both vectors."""
+
+    @property
+    def key_dim(self) -> int:
+        """Numbers that a layer keeps of a token: the vector, and the part of a key that is shared."""
+        return self.kv_rank + self.rope_dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +156,8 @@ class RouterConfig:
     groups: int = 1
     """Groups of neighbouring experts; wishes are of the best `chosen_groups` of them."""
     chosen_groups: int = 1
+    group_rank: Literal["best", "two_best"] = "two_best"
+    """What groups are ordered by: their best expert (DeepSeek-V2), or the two best together (DeepSeek-V3)."""
     capacity_factor: float | None = None
     """Above None, OpenMoE's dropping of tokens over an expert's capacity."""
     min_capacity: int = 4
@@ -148,6 +180,9 @@ class ModelConfig:
     expert_hidden: int
     moe_layers: tuple[int, ...]
     norm_eps: float = 1e-6
+    latent: LatentConfig | None = None
+    """Latent attention. It is computed as attention of all heads to one kv head of `latent.key_dim` numbers, the first
+    `latent.kv_rank` of which are its value. `num_kv_heads` and `head_dim` say so."""
     rope: RopeConfig = RopeConfig()
     attention_scale: float = 1.0
     embedding_multiplier: float = 1.0
@@ -190,13 +225,39 @@ class ModelConfig:
             raise ConfigError(f"top-k of {self.top_k} does not fit {self.num_experts} experts")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"{self.num_heads} query heads are not a multiple of {self.num_kv_heads} kv heads")
-        rotated = self.rope.rotated(self.head_dim)
+        if self.latent is not None and (self.num_kv_heads, self.head_dim) != (1, self.latent.key_dim):
+            raise ConfigError(
+                f"{self.num_kv_heads} kv heads of {self.head_dim} numbers given; latent attention has 1 of "
+                f"{self.latent.key_dim}"
+            )
+        name = "head_dim" if self.latent is None else "qk_rope_head_dim"
+        rotated = self.rope.rotated(self.rope_dim)
         if rotated % 2 or not rotated:
-            what = "head_dim is" if self.rope.fraction == 1 else f"the rotated part of head_dim {self.head_dim} is"
+            what = f"{name} is" if self.rope.fraction == 1 else f"the rotated part of {name} {self.rope_dim} is"
             raise ConfigError(f"{what} {rotated}; rotary positions need an even size")
         self._check_groups()
         if self.sliding_windows and len(self.sliding_windows) != self.num_layers:
             raise ConfigError(f"{len(self.sliding_windows)} sliding windows given for {self.num_layers} layers")
+
+    @property
+    def rope_dim(self) -> int:
+        """Numbers of a head in which rotary positions are counted."""
+        return self.head_dim if self.latent is None else self.latent.rope_dim
+
+    @property
+    def shared_value_dim(self) -> int | None:
+        """The first so many numbers of a key are its value; None where values are kept beside keys."""
+        return None if self.latent is None else self.latent.kv_rank
+
+    @property
+    def value_head_dim(self) -> int:
+        """Numbers of a value as attention sums them up."""
+        return self.shared_value_dim or self.head_dim
+
+    @property
+    def kept_numbers(self) -> int:
+        """What a layer keeps of a token in the KV cache: keys and values, or one vector for both."""
+        return self.num_kv_heads * self.head_dim * (2 if self.latent is None else 1)
 
     @property
     def ffn_in_factor(self) -> int:
@@ -226,8 +287,11 @@ class ModelConfig:
         if not 1 <= chosen <= groups:
             raise ConfigError(f"{chosen} chosen groups of experts do not fit {groups} groups")
         size = self.num_experts // groups
-        if groups > 1 and (size < 2 or chosen * size < self.top_k):
-            raise ConfigError(f"top-k of {self.top_k} does not fit {chosen} groups of {size} experts, at least 2 each")
+        least = 2 if self.router.group_rank == "two_best" else 1
+        if groups > 1 and (size < least or chosen * size < self.top_k):
+            raise ConfigError(
+                f"top-k of {self.top_k} does not fit {chosen} groups of {size} experts, at least {least} each"
+            )
 
     def is_moe(self, layer: int) -> bool:
         """Whether the decoder layer of this index has experts; False for an index beyond the model."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from emoe_jax.attention.sums import attention_mask
-from emoe_jax.models.decoder import RMSNorm
+from emoe_jax.models.modules import RMSNorm
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -33,11 +33,14 @@ class AttentionCase:
     kv_heads: int
     head_dim: int
     window: int | None = None
+    shared: int | None = None
+    """Latent attention: the first so many numbers of a key are its value."""
 
     @property
     def name(self) -> str:
-        window = "" if self.window is None else f", window {self.window}"
-        return f"attention {self.groups} x {self.rows} rows, {self.context} tokens, {self.heads} heads{window}"
+        rule = "" if self.window is None else f", window {self.window}"
+        rule += "" if self.shared is None else ", latent"
+        return f"attention {self.groups} x {self.rows} rows, {self.context} tokens, {self.heads} heads{rule}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,13 +64,20 @@ ATTENTION = (
     AttentionCase(64, 1, 1024, 32, 4, 128),
     AttentionCase(16, 32, 4096, 32, 8, 128),
     AttentionCase(8, 1, 4096, 64, 8, 64, window=128),
+    AttentionCase(8, 1, 4096, 16, 1, 576, shared=512),
+    AttentionCase(8, 1, 4096, 128, 1, 576, shared=512),
+    AttentionCase(4, 32, 4096, 16, 1, 576, shared=512),
 )
 EXPERTS = (
     *(ExpertCase(rows, 8, 2, 4096, 14336) for rows in (1, 8, 64, 512)),
     *(ExpertCase(rows, 32, 4, 2880, 2880) for rows in (1, 64, 512)),
     *(ExpertCase(rows, 128, 8, 2048, 768) for rows in (1, 64, 512)),
 )
-DRY_ATTENTION = (AttentionCase(2, 1, 70, 4, 2, 16), AttentionCase(2, 8, 40, 4, 2, 16, window=20))
+DRY_ATTENTION = (
+    AttentionCase(2, 1, 70, 4, 2, 16),
+    AttentionCase(2, 8, 40, 4, 2, 16, window=20),
+    AttentionCase(2, 1, 40, 4, 1, 24, shared=16),
+)
 DRY_EXPERTS = (ExpertCase(5, 4, 2, 32, 48),)
 
 
@@ -86,8 +96,10 @@ def check_attention(
         case.rows,
     )
     keys = jax.random.split(jax.random.key(0), 3)
-    blank = LayerKV.zeros(1 + case.groups * pages_each, case.kv_heads, case.head_dim, dtype)
-    cache = LayerKV(*(jax.random.normal(key, blank.k.shape, dtype) for key in keys[:2]))
+    blank = LayerKV.zeros(1 + case.groups * pages_each, case.kv_heads, case.head_dim, dtype, case.shared)
+    leaves, tree = jax.tree.flatten(blank)
+    numbers = [jax.random.normal(key, x.shape, dtype) for key, x in zip(keys[:2], leaves, strict=False)]
+    cache = jax.tree.unflatten(tree, numbers)
     q = jax.random.normal(keys[2], (case.groups, case.rows, case.heads, case.head_dim), dtype)
     run = jax.jit(
         partial(attend, window=case.window, scale=case.head_dim**-0.5), static_argnames=("backend", "platform")
@@ -99,7 +111,7 @@ def check_attention(
         got = run(q, cache, view, backend=backend)
         taken = seconds(lambda: run(q, cache, view, backend=backend), repetitions)
     seen = contexts if case.window is None else np.minimum(contexts, case.window + case.rows - 1)
-    moved = 2 * int(seen.sum()) * case.kv_heads * case.head_dim * cache.k.dtype.itemsize
+    moved = len(leaves) * int(seen.sum()) * case.kv_heads * case.head_dim * cache.k.dtype.itemsize
     return _result(case.name, backend, dtype, got, wanted, taken, moved, bandwidth)
 
 

@@ -1,4 +1,4 @@
-"""Grouped-query attention: `uncached` (a sequence to itself) and `paged` (over the KV cache)."""
+"""Grouped-query and latent attention: `uncached` (a sequence to itself) and `paged` (over the KV cache)."""
 
 from emoe_jax.attention.paged import attend, paged_attend
 from emoe_jax.attention.pages import KVView, LayerKV, Places, write

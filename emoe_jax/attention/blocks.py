@@ -26,16 +26,16 @@ take longer to compile."""
 TILE = 128
 """Rows of a tile. Longer chunks are cut into tiles, each of which walks its own context."""
 
-_Carried = tuple[AttentionSums, tuple[Array, Array]]
+_Carried = tuple[AttentionSums, tuple[Array, ...]]
 
 
-def blocks(operands: Operands) -> Float[Array, "B T N H"]:
+def blocks(operands: Operands) -> Float[Array, "B T N Hv"]:
     """Cost follows the contexts at hand: of each group in the large blocks, of the longest edge in the small ones.
 
     A block that a row does not see leaves its sums as they are, bit for bit.
     """
     q, _, view, *_ = operands
-    B, T, N, H = q.shape
+    B, T, N, _ = q.shape
     if T <= TILE:
         return _attend(operands)
     number = -(-T // TILE)
@@ -45,8 +45,8 @@ def blocks(operands: Operands) -> Float[Array, "B T N H"]:
         jnp.pad(view.valid, padding).reshape(-1, TILE),
         jnp.repeat(view.block_tables, number, axis=0),
     )
-    queries = jnp.pad(q, (*padding, (0, 0), (0, 0))).reshape(-1, TILE, N, H)
-    return _attend(operands._replace(q=queries, view=tiles)).reshape(B, -1, N, H)[:, :T]
+    queries = jnp.pad(q, (*padding, (0, 0), (0, 0))).reshape(-1, TILE, *q.shape[2:])
+    return _attend(operands._replace(q=queries, view=tiles)).reshape(B, number * TILE, N, -1)[:, :T]
 
 
 class Cut(NamedTuple):
@@ -75,9 +75,9 @@ class Cut(NamedTuple):
         return cls(first, left, large, right)
 
 
-def _attend(operands: Operands) -> Float[Array, "B T N H"]:
+def _attend(operands: Operands) -> Float[Array, "B T N Hv"]:
     q, cache, view, sinks, window, _ = operands
-    sums = AttentionSums.zero(q, cache.kv_heads)
+    sums = AttentionSums.zero(q, cache.kv_heads, cache.value_dim)
     cut = Cut.of(view, window)
     if view.block_tables.shape[1] > FEW_PAGES:
         sums = _add_large(sums, operands, cut)
@@ -98,7 +98,7 @@ def _add_large(sums: AttentionSums, operands: Operands, cut: Cut) -> AttentionSu
         b = jnp.sum(item >= ends)
         at = start[b] + (item - (ends[b] - cut.large[b])) * LARGE
         rows = cache.rows(jax.lax.dynamic_slice(view.block_tables, (b, at), (1, LARGE)))
-        k, v = (x.astype(jnp.float32).reshape(K, -1, H) for x in rows)
+        k, v = (x[0] for x in cache.split(tuple(x.astype(jnp.float32) for x in rows), 1))
         own, own_queries = jax.tree.map(
             lambda x: jax.lax.dynamic_index_in_dim(x, b, keepdims=False), (carried[0], queries)
         )
@@ -110,12 +110,12 @@ def _add_large(sums: AttentionSums, operands: Operands, cut: Cut) -> AttentionSu
     def loop(flat: AttentionSums) -> AttentionSums:
         # The loop hands on the rows, though no iteration reads those of the one before: XLA then copies them as they
         # are. Else it makes them one with a reshape, and the copy takes twice as long.
-        shape = (K * LARGE, PAGE_SIZE * H)
-        rows = jnp.zeros(shape, cache.k.dtype), jnp.zeros(shape, cache.v.dtype)
+        kept = (cache.k,) if cache.v is None else (cache.k, cache.v)
+        rows = tuple(jnp.zeros((K * LARGE, PAGE_SIZE * H), x.dtype) for x in kept)
         flat, rows = jax.lax.fori_loop(0, ends[-1], add, (flat, rows))
         never = ends[-1] < 0
-        kept = [jnp.where(never, x[0, 0].astype(jnp.float32), flat.weight) for x in rows]
-        return flat._replace(weight=jnp.where(never, kept[0], kept[1]))
+        read = [jnp.where(never, x[0, 0].astype(jnp.float32), flat.weight) for x in rows]
+        return flat._replace(weight=jnp.where(never, read[0], read[-1]))
 
     flat = jax.tree.map(lambda x: x.reshape(*queries.shape[:3], *x.shape[4:]), sums)
     flat = jax.lax.cond(ends[-1] > 0, loop, lambda flat: flat, flat)
@@ -123,7 +123,7 @@ def _add_large(sums: AttentionSums, operands: Operands, cut: Cut) -> AttentionSu
 
 
 def _with_seen(
-    sums: AttentionSums, q: Float[Array, "K Q H"], k: Float[Array, "K S H"], v: Float[Array, "K S H"]
+    sums: AttentionSums, q: Float[Array, "K Q H"], k: Float[Array, "K S H"], v: Float[Array, "K S Hv"]
 ) -> AttentionSums:
     """The sums of one group with `S` more positions that all its rows see."""
     scores = jnp.einsum("KQH,KSH->KQS", q, k)

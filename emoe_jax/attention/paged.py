@@ -22,7 +22,7 @@ def attend(
     sinks: Float[Array, " N"] | None = None,
     backend: str = "auto",
     platform: str | None = None,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N Hv"]:
     """Softmax attention of rows to the positions that they see, read from the pages in place. Writes nothing.
 
     A row sees the positions up to its own, at most `window` of them; their keys and values must have been written. A
@@ -55,8 +55,8 @@ def paged_attend(config: ModelConfig, window: int | None, cache: LayerKV, view: 
     """`write` the new keys and values of the rows of a view to their pages, then let the rows `attend`."""
 
     def attend_fn(q: Array, k: Array, v: Array, sinks: Array | None = None) -> tuple[Array, LayerKV]:
-        rows = (-1, *k.shape[2:])
-        written = write(cache, k.reshape(rows), v.reshape(rows), view.places())
+        keys, values = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
+        written = write(cache, keys, values, view.places())
         return attend(q, written, view, window=window, scale=config.attention_scale, sinks=sinks), written
 
     return attend_fn

@@ -15,43 +15,56 @@ class LayerKV:
     """Keys (rotated) and values of one layer. Page 0 is the trash page: padded rows write there.
 
     Pages are the first axis. The order of the other axes is known to this package only: what a kv head has in a page is
-    one matrix.
+    one matrix. Where `v` is None, the first `shared_value_dim` numbers of a key are its value (latent attention).
     """
 
     k: Float[Array, "pages K page H"]
-    v: Float[Array, "pages K page H"]
+    v: Float[Array, "pages K page H"] | None
+    shared_value_dim: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
-    def zeros(cls, num_pages: int, kv_heads: int, head_dim: int, dtype: str) -> "LayerKV":
+    def zeros(
+        cls, num_pages: int, kv_heads: int, head_dim: int, dtype: str, shared_value_dim: int | None = None
+    ) -> "LayerKV":
         """So many pages of zeros, the trash page included."""
         shape = (num_pages, kv_heads, PAGE_SIZE, head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        values = jnp.zeros(shape, dtype) if shared_value_dim is None else None
+        return cls(jnp.zeros(shape, dtype), values, shared_value_dim)
 
     @property
     def kv_heads(self) -> int:
         """`K`."""
         return self.k.shape[1]
 
-    def rows(self, named: Int[Array, "B pages_per_sequence"]) -> tuple[Float[Array, "n I"], Float[Array, "n I"]]:
-        """Copies of the keys and values of these pages: one row per sequence, kv head and page, in this order.
+    @property
+    def value_dim(self) -> int:
+        """`Hv`."""
+        return self.shared_value_dim or self.k.shape[3]
 
-        XLA copies long rows several times as fast as blocks with more axes.
+    def rows(self, named: Int[Array, "B pages_per_sequence"]) -> tuple[Float[Array, "n I"], ...]:
+        """Copies of these pages, first the keys and then the values, unless they are a part of the keys.
+
+        One row per sequence, kv head and page, in this order: XLA copies long rows several times as fast as blocks with
+        more axes.
         """
         heads = jnp.arange(self.kv_heads, dtype=jnp.int32)
         rows = (named[:, None, :] * self.kv_heads + heads[None, :, None]).reshape(-1)
         size = PAGE_SIZE * self.k.shape[3]
-        return (
-            self.k.reshape(-1, size).at[rows].get(mode="promise_in_bounds"),
-            self.v.reshape(-1, size).at[rows].get(mode="promise_in_bounds"),
-        )
+        kept = (self.k,) if self.v is None else (self.k, self.v)
+        return tuple(x.reshape(-1, size).at[rows].get(mode="promise_in_bounds") for x in kept)
+
+    def split(
+        self, rows: tuple[Float[Array, "n I"], ...], sequences: int
+    ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S Hv"]]:
+        """What `rows` copied for so many sequences as keys and values."""
+        shaped = [x.reshape(sequences, self.kv_heads, -1, self.k.shape[3]) for x in rows]
+        return shaped[0], shaped[-1][..., : self.value_dim]
 
     def gather(
         self, named: Int[Array, "B pages_per_sequence"]
-    ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+    ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S Hv"]]:
         """Copies of the keys and values of these pages, one after the other."""
-        shape = (len(named), self.kv_heads, named.shape[1] * PAGE_SIZE, self.k.shape[3])
-        k, v = self.rows(named)
-        return k.reshape(shape), v.reshape(shape)
+        return self.split(self.rows(named), len(named))
 
 
 @jax.tree_util.register_dataclass
@@ -101,11 +114,13 @@ class Places:
 
 
 @jax.named_scope("kv_write")
-def write(cache: LayerKV, k: Float[Array, "R K H"], v: Float[Array, "R K H"], places: Places) -> LayerKV:
+def write(cache: LayerKV, k: Float[Array, "R K H"], v: Float[Array, "R K Hv"], places: Places) -> LayerKV:
     """The pages with the keys and values of `R` rows written to their places, in the pages' dtype.
 
     In place where `cache` is donated. All rows of a step are written before any row attends: rows of one chunk see each
-    other through the pages.
+    other through the pages. Values that are a part of the keys are there with them.
     """
     at = places.pages, slice(None), places.offsets
-    return LayerKV(cache.k.at[at].set(k.astype(cache.k.dtype)), cache.v.at[at].set(v.astype(cache.v.dtype)))
+    keys = cache.k.at[at].set(k.astype(cache.k.dtype))
+    values = None if cache.v is None else cache.v.at[at].set(v.astype(cache.v.dtype))
+    return dataclasses.replace(cache, k=keys, v=values)

@@ -8,7 +8,7 @@ from emoe_jax.attention.operands import Operands
 from emoe_jax.attention.sums import attention_mask
 
 
-def reference(operands: Operands) -> Float[Array, "B T N H"]:
+def reference(operands: Operands) -> Float[Array, "B T N Hv"]:
     """Softmax attention in float32 by its definition. Its memory grows with rows times positions times `K * H`."""
     q, cache, view, sinks, window, scale = operands
     B, T, _, H = q.shape
@@ -25,4 +25,4 @@ def reference(operands: Operands) -> Float[Array, "B T N H"]:
     shares = jax.nn.softmax(scores, axis=-1)[..., : k.shape[1]]
     visible = jnp.where(seen[..., None, None], v[:, None], 0)  # per row: 0 times NaN would be NaN
     mean = jnp.einsum("BTKGS,BTSKH->BTKGH", shares, visible, precision=jax.lax.Precision.HIGHEST)
-    return jnp.where(view.valid[:, :, None, None], mean.reshape(q.shape), 0).astype(q.dtype)
+    return jnp.where(view.valid[:, :, None, None], mean.reshape(*q.shape[:3], -1), 0).astype(q.dtype)

@@ -14,7 +14,7 @@ from emoe_jax.attention.triton import triton
 class AttentionBackend(Protocol):
     """What `attend` promises, for one kind of device."""
 
-    def __call__(self, operands: Operands) -> Float[Array, "B T N H"]: ...
+    def __call__(self, operands: Operands) -> Float[Array, "B T N Hv"]: ...
 
 
 BACKENDS: dict[str, AttentionBackend] = {

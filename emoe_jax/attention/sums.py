@@ -29,20 +29,20 @@ class AttentionSums(NamedTuple):
 
     highest: Float[Array, "B K G T"]
     weight: Float[Array, "B K G T"]
-    values: Float[Array, "B K G T H"]
+    values: Float[Array, "B K G T Hv"]
 
     @classmethod
-    def zero(cls, q: Float[Array, "B T N H"], kv_heads: int) -> "AttentionSums":
+    def zero(cls, q: Float[Array, "B T N H"], kv_heads: int, value_dim: int) -> "AttentionSums":
         """The sums over no keys. `q` gives the shape only; `kv_heads` must divide its `N` heads."""
-        B, T, N, H = q.shape
+        B, T, N, _ = q.shape
         rows = (B, kv_heads, N // kv_heads, T)
-        return cls(jnp.full(rows, _MASKED), jnp.zeros(rows, jnp.float32), jnp.zeros((*rows, H), jnp.float32))
+        return cls(jnp.full(rows, _MASKED), jnp.zeros(rows, jnp.float32), jnp.zeros((*rows, value_dim), jnp.float32))
 
     def add(
         self,
         q: Float[Array, "B T N H"],
         k: Float[Array, "B S K H"],
-        v: Float[Array, "B S K H"],
+        v: Float[Array, "B S K Hv"],
         mask: Bool[Array, "B T S"],
         scale: float,
     ) -> "AttentionSums":
@@ -72,12 +72,12 @@ class AttentionSums(NamedTuple):
         weight = self.weight * kept + jnp.sum(powers, axis=-1)
         return AttentionSums(highest, weight, self.values * kept[..., None] + added)
 
-    def output(self, dtype: jnp.dtype, sinks: Float[Array, " N"] | None = None) -> Float[Array, "B T N H"]:
+    def output(self, dtype: jnp.dtype, sinks: Float[Array, " N"] | None = None) -> Float[Array, "B T N Hv"]:
         """The weighted means in `dtype`, heads in the order of `q`. A query that saw no key gets NaN.
 
         `sinks` are logits, one per head, of a key more that every query sees and whose value is zero.
         """
-        B, K, G, T, H = self.values.shape
+        B, K, G, T, width = self.values.shape
         weight, values = self.weight, self.values
         if sinks is not None:
             logits = sinks.astype(jnp.float32).reshape(1, K, G, 1)
@@ -85,4 +85,4 @@ class AttentionSums(NamedTuple):
             kept = jnp.exp(self.highest - highest)
             weight, values = weight * kept + jnp.exp(logits - highest), values * kept[..., None]
         mean = values / weight[..., None]
-        return mean.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H).astype(dtype)
+        return mean.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, width).astype(dtype)

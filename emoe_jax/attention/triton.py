@@ -21,16 +21,17 @@ from emoe_jax.scheduling.pages import PAGE_SIZE
 
 _MIN_TILE = 16  # Triton's smallest matrix product
 _MAX_ROWS = 64  # of a query block
+_WIDE = 256  # numbers of a head above which a query block has half as many rows, so that its sums fit the registers
 _MASKED = float(jnp.finfo(jnp.float32).min)
 
 
-def triton(operands: Operands, *, interpret: bool = False) -> Float[Array, "B T N H"]:
+def triton(operands: Operands, *, interpret: bool = False) -> Float[Array, "B T N Hv"]:
     """`interpret` runs the kernel without a GPU, slowly. Head dims and group sizes are padded inside the kernel."""
     q, cache, view, sinks, window, scale = operands
     B, T, N, H = q.shape
     K = cache.kv_heads
     rows = T * (N // K)
-    block = min(max(_MIN_TILE, pl.next_power_of_2(rows)), _MAX_ROWS)
+    block = min(max(_MIN_TILE, pl.next_power_of_2(rows)), _MAX_ROWS if H <= _WIDE else _MAX_ROWS // 2)
     blocks = pl.cdiv(rows, block)
     splits = number_of_splits(B * K * blocks, view.block_tables.shape[1], decoding=T == 1)
     positions = jnp.where(view.valid, view.positions, -1)
@@ -41,7 +42,8 @@ def triton(operands: Operands, *, interpret: bool = False) -> Float[Array, "B T 
         kv_heads=K,
         block=block,
         splits=splits,
-        stride=_stride_pages(H),
+        stride=_stride_pages(H, cache.k.dtype.itemsize),
+        value_dim=cache.value_dim,
         window=window,
         scale=scale,
         sinks=sinks is not None,
@@ -50,28 +52,32 @@ def triton(operands: Operands, *, interpret: bool = False) -> Float[Array, "B T 
         kernel,
         grid=(B, K * blocks, splits),
         out_shape=(
-            jax.ShapeDtypeStruct((*partial_shape, H), q.dtype if splits == 1 else jnp.float32),
+            jax.ShapeDtypeStruct((*partial_shape, cache.value_dim), q.dtype if splits == 1 else jnp.float32),
             jax.ShapeDtypeStruct(partial_shape, jnp.float32),
             jax.ShapeDtypeStruct(partial_shape, jnp.float32),
         ),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="paged_attention",
-    )(positions, view.block_tables, logits, q, cache.k, cache.v)
+    )(positions, view.block_tables, logits, q, *((cache.k,) if cache.v is None else (cache.k, cache.v)))
     if splits == 1:
         return values[..., 0, :]
     mean = _combine(values, weight, highest)
     return jnp.where(view.valid[..., None, None], mean, 0).astype(q.dtype)
 
 
-def _stride_pages(head_dim: int) -> int:
+def _stride_pages(head_dim: int, itemsize: int) -> int:
     """Pages that a program reads at once: fewer of wide heads, so that two strides fit its shared memory."""
-    return 4 if head_dim <= 128 else 2
+    if head_dim <= 128:
+        return 4
+    return 1 if head_dim > _WIDE and itemsize > 2 else 2
 
 
 def _combine(
-    values: Float[Array, "B T N splits H"], weight: Float[Array, "B T N splits"], highest: Float[Array, "B T N splits"]
-) -> Float[Array, "B T N H"]:
+    values: Float[Array, "B T N splits Hv"],
+    weight: Float[Array, "B T N splits"],
+    highest: Float[Array, "B T N splits"],
+) -> Float[Array, "B T N Hv"]:
     """The mean over all parts, from sums that are relative to each part's highest score."""
     kept = jnp.exp(highest - jnp.max(highest, axis=-1, keepdims=True))
     return jnp.sum(values * kept[..., None], axis=-2) / jnp.sum(weight * kept, axis=-1)[..., None]
@@ -82,26 +88,27 @@ def _kernel(
     tables_ref: Any,
     sinks_ref: Any,
     q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    values_ref: Any,
-    weight_ref: Any,
-    highest_ref: Any,
-    *,
+    *refs: Any,
     kv_heads: int,
     block: int,
     splits: int,
     stride: int,
+    value_dim: int,
     window: int | None,
     scale: float,
     sinks: bool,
 ) -> None:
+    """`refs` are keys, values unless they are the first `value_dim` numbers of the keys, and the three outputs.
+
+    Those first numbers are then read once, and the other numbers of the keys beside them.
+    """
+    k_ref, *v_refs, values_ref, weight_ref, highest_ref = refs
     b, split = pl.program_id(0), pl.program_id(2)
     head, first_row = pl.program_id(1) % kv_heads, (pl.program_id(1) // kv_heads) * block
     _, T, N, H = q_ref.shape
     group = N // kv_heads
     keys = stride * PAGE_SIZE
-    lanes = max(_MIN_TILE, pl.next_power_of_2(H))
+    others = H - value_dim  # numbers of a key that are no value
     precision = jax.lax.Precision.HIGHEST if q_ref.dtype == jnp.float32 else None  # no TF32
 
     row = first_row + jnp.arange(block, dtype=jnp.int32)
@@ -113,8 +120,15 @@ def _kernel(
     lowest_position = jnp.min(jnp.where(real, position, highest_position))
     plan = strides(lowest_position, highest_position, window, split, splits, stride)
 
-    lane = jnp.arange(lanes, dtype=jnp.int32)[None, :]
-    q = plgpu.load(q_ref.at[b, t[:, None], n[:, None], lane], mask=real[:, None] & (lane < H), other=0)
+    lane = jnp.arange(max(_MIN_TILE, pl.next_power_of_2(value_dim)), dtype=jnp.int32)[None, :]
+    other_lane = jnp.arange(max(_MIN_TILE, pl.next_power_of_2(max(others, 1))), dtype=jnp.int32)[None, :]
+
+    def queries(first: int, lane: Array, numbers: int) -> Array:
+        at = b, t[:, None], n[:, None], first + lane
+        return plgpu.load(q_ref.at[at], mask=real[:, None] & (lane < numbers), other=0)
+
+    q = queries(0, lane, value_dim)
+    other_q = queries(value_dim, other_lane, others) if others else None
     key = jnp.arange(keys, dtype=jnp.int32)
 
     def add(index: Array, sums: tuple[Array, Array, Array], *, masked: bool) -> tuple[Array, Array, Array]:
@@ -123,11 +137,18 @@ def _kernel(
         place = plan.first + index * stride + key // PAGE_SIZE
         there = place < plan.end
         page = plgpu.load(tables_ref.at[b, jnp.minimum(place, tables_ref.shape[1] - 1)], mask=there, other=0)
-        at = page[:, None], head, (key % PAGE_SIZE)[:, None], lane
-        mask = there[:, None] & (lane < H)
-        k = plgpu.load(k_ref.at[at], mask=mask, other=0).astype(q.dtype)
-        v = plgpu.load(v_ref.at[at], mask=mask, other=0).astype(q.dtype)
-        scores = plgpu.dot(q, k, trans_b=True, precision=precision) * scale
+
+        def read(ref: Any, first: int, lane: Array, numbers: int) -> Array:
+            at = page[:, None], head, (key % PAGE_SIZE)[:, None], first + lane
+            return plgpu.load(ref.at[at], mask=there[:, None] & (lane < numbers), other=0).astype(q.dtype)
+
+        k = read(k_ref, 0, lane, value_dim)
+        v = read(v_refs[0], 0, lane, value_dim) if v_refs else k
+        scores = plgpu.dot(q, k, trans_b=True, precision=precision)
+        if other_q is not None:
+            other_k = read(k_ref, value_dim, other_lane, others)
+            scores += plgpu.dot(other_q, other_k, trans_b=True, precision=precision)
+        scores *= scale
         seen = None
         if masked:
             distance = position[:, None] - ((plan.first + index * stride) * PAGE_SIZE + key)[None, :]
@@ -152,7 +173,7 @@ def _kernel(
         first = split == 0
         logit = plgpu.load(sinks_ref.at[n], mask=inside, other=0)
         weight, highest = jnp.where(first, 1.0, weight), jnp.where(first, logit, highest)
-    sums = jnp.zeros((block, lanes), jnp.float32), weight, highest
+    sums = jnp.zeros((block, lane.shape[1]), jnp.float32), weight, highest
     if window is not None:
         sums = jax.lax.fori_loop(0, plan.plain_first, partial(add, masked=True), sums)
     sums = jax.lax.fori_loop(plan.plain_first, plan.plain_end, partial(add, masked=False), sums)
@@ -164,4 +185,4 @@ def _kernel(
         plgpu.store(weight_ref.at[b, t, n, split], weight, mask=inside)
         plgpu.store(highest_ref.at[b, t, n, split], highest, mask=inside)
     at = b, t[:, None], n[:, None], split, lane
-    plgpu.store(values_ref.at[at], values.astype(values_ref.dtype), mask=inside[:, None] & (lane < H))
+    plgpu.store(values_ref.at[at], values.astype(values_ref.dtype), mask=inside[:, None] & (lane < value_dim))

@@ -1,4 +1,4 @@
-"""Grouped-query attention of sequences to themselves, without a cache."""
+"""Attention of sequences to themselves, without a cache."""
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,12 @@ def causal_attend(config: ModelConfig, window: int | None, positions: Int[Array,
 def attend_causally(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    v: Float[Array, "B T K Hv"],
     positions: Int[Array, "B T"],
     window: int | None,
     scale: float,
     sinks: Float[Array, " N"] | None = None,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N Hv"]:
     """Sequences of equal positions attend to themselves. Scores exist for `BLOCK` queries and keys at a time."""
     T = q.shape[1]
     if T <= BLOCK:
@@ -46,19 +46,20 @@ def attend_causally(
             mask = attention_mask(at, part(positions, index)[0], window)
             return sums.add(queries, part(k, index), part(v, index), mask, scale)
 
-        return jax.lax.fori_loop(0, number, add, AttentionSums.zero(queries, k.shape[2])).output(q.dtype, sinks)
+        sums = jax.lax.fori_loop(0, number, add, AttentionSums.zero(queries, k.shape[2], v.shape[3]))
+        return sums.output(q.dtype, sinks)
 
     blocks = jax.lax.map(attended, jnp.arange(number, dtype=jnp.int32))
-    return jnp.moveaxis(blocks, 0, 1).reshape(q.shape)[:, :T]
+    return jnp.moveaxis(blocks, 0, 1).reshape(*q.shape[:3], -1)[:, :T]
 
 
 def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
     mask: Bool[Array, "B T S"],
     scale: float,
     sinks: Float[Array, " N"] | None = None,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N Hv"]:
     """Softmax attention in float32 over all keys at once."""
-    return AttentionSums.zero(q, k.shape[2]).add(q, k, v, mask, scale).output(q.dtype, sinks)
+    return AttentionSums.zero(q, k.shape[2], v.shape[3]).add(q, k, v, mask, scale).output(q.dtype, sinks)

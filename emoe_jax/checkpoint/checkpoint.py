@@ -131,7 +131,8 @@ class Checkpoint:
 
     def _bytes(self, part: Part) -> int:
         file, name = self.weights.located(part)
-        return file.tensors[name].stop - file.tensors[name].start
+        stored = file.tensors[name].stop - file.tensors[name].start
+        return stored * part.rows // part.whole.rows
 
     def _pick_source(self, layer: int, expert: int) -> ExpertSource:
         """The first layout of which all tensors exist, its shapes checked."""

@@ -2,9 +2,23 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from emoe_jax.config import ModelConfig
+
+
+class Band(NamedTuple):
+    """Of each `period` rows of a matrix, those from `start` to `stop`."""
+
+    period: int
+    start: int
+    stop: int
+
+    def of(self, matrix: np.ndarray) -> np.ndarray:
+        """A view of these rows, `[rows / period, stop - start, columns]`."""
+        return matrix.reshape(-1, self.period, matrix.shape[-1])[:, self.start : self.stop]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,7 +27,7 @@ class Part:
 
     `shape` is that of the tensor on disk; `index` selects one expert of a fused `[E, ...]` tensor, and `transposed`
     means that what is selected is stored `[in, out]`. With `turns` of 2 the rows of the first and the second half are
-    stored in turn.
+    stored in turn. With a `band` the part is some of the stored rows, and the others are of another array.
     """
 
     name: str
@@ -21,11 +35,18 @@ class Part:
     index: int | None = None
     transposed: bool = False
     turns: int = 1
+    band: Band | None = None
 
     @property
     def rows(self) -> int:
         """Rows that this part fills of the array it belongs to."""
-        return self.selected[-1] if self.transposed else self.selected[0]
+        stored = self.selected[-1] if self.transposed else self.selected[0]
+        return stored if self.band is None else stored // self.band.period * (self.band.stop - self.band.start)
+
+    @property
+    def whole(self) -> "Part":
+        """All rows of what is stored."""
+        return dataclasses.replace(self, band=None)
 
     @property
     def selected(self) -> tuple[int, ...]:

@@ -85,14 +85,34 @@ def write_files(
 def _dense_tensors(family: Family, config: ModelConfig, state: nnx.State) -> dict[str, Tensor]:
     values = {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
     tensors = {}
+    bands: dict[str, list[tuple[Part, Callable[[], np.ndarray]]]] = {}
     for path, parts in family.dense_tensors(config).items():
         array = values[path].get_value()
         row = 0
         for part in parts:
             piece = _rows(lambda a=array: np.asarray(a), row, part)
+            if part.band is not None:
+                bands.setdefault(part.name, []).append((part, piece))
+                piece = _joined(part, np.dtype(array.dtype), bands[part.name])
             tensors[part.name] = Tensor(part.shape, np.dtype(array.dtype), [piece])
             row += part.rows
     return tensors
+
+
+def _joined(
+    part: Part, dtype: np.dtype, bands: Sequence[tuple[Part, Callable[[], np.ndarray]]]
+) -> Callable[[], np.ndarray]:
+    """A tensor whose rows come from several arrays: `bands` has them all when the piece is made."""
+
+    def piece() -> np.ndarray:
+        whole = np.empty(part.shape, dtype)
+        for of, rows in bands:
+            assert of.band is not None
+            target = of.band.of(whole)
+            target[:] = rows().reshape(target.shape)
+        return whole
+
+    return piece
 
 
 def _expert_tensors(

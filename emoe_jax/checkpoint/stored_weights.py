@@ -73,7 +73,11 @@ class StoredWeights:
         row = 0
         for part in parts:
             target = out[row : row + part.rows]
-            if self.dense_tensors(part) == (part,):
+            if part.band is not None:
+                stored = np.empty(part.whole.matrix, out.dtype)
+                self.read_dense((part.whole,), stored)
+                target[:] = part.band.of(stored).reshape(target.shape)
+            elif self.dense_tensors(part) == (part,):
                 self.read((part,), target)
             else:
                 self.read_plain(part, target)

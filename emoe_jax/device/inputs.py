@@ -133,16 +133,16 @@ class FlatBatch(NamedTuple):
         def attend_fn(
             q: Float[Array, "1 R N H"],
             k: Float[Array, "1 R K H"],
-            v: Float[Array, "1 R K H"],
+            v: Float[Array, "1 R K Hv"],
             sinks: Float[Array, " N"] | None,
-        ) -> tuple[Float[Array, "1 R N H"], LayerKV]:
+        ) -> tuple[Float[Array, "1 R N Hv"], LayerKV]:
             pages = write(cache, k[0], v[0], places)
             parts, first = [], 0
             for view in views:
                 groups, rows = view.positions.shape
                 part = q[0, first : first + groups * rows].reshape(groups, rows, *q.shape[2:])
                 out = attend(part, pages, view, window=window, scale=config.attention_scale, sinks=sinks)
-                parts.append(out.reshape(groups * rows, *q.shape[2:]))
+                parts.append(out.reshape(groups * rows, *out.shape[2:]))
                 first += groups * rows
             return jnp.concatenate(parts)[None], pages
 

@@ -16,21 +16,19 @@ KVCache = tuple[LayerKV, ...]
 
 def page_bytes(config: ModelConfig, dtype: str) -> int:
     """Bytes of one page over all layers."""
-    per_token = 2 * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
-    return config.num_layers * PAGE_SIZE * per_token
+    return config.num_layers * PAGE_SIZE * config.kept_numbers * jnp.dtype(dtype).itemsize
 
 
 def new_cache(config: ModelConfig, num_pages: int, dtype: str) -> KVCache:
     """Zeroed pages for every layer."""
-    return tuple(
-        LayerKV.zeros(num_pages, config.num_kv_heads, config.head_dim, dtype) for _ in range(config.num_layers)
-    )
+    kind = config.num_kv_heads, config.head_dim, dtype, config.shared_value_dim
+    return tuple(LayerKV.zeros(num_pages, *kind) for _ in range(config.num_layers))
 
 
 @partial(jax.jit, donate_argnames=("cache",))
 def move_pages(cache: LayerKV, sources: Int[Array, " n"], targets: Int[Array, " n"]) -> LayerKV:
     """Copy pages of a layer to other places, in place. Donates `cache`; page 0 to page 0 changes nothing."""
-    return LayerKV(cache.k.at[targets].set(cache.k[sources]), cache.v.at[targets].set(cache.v[sources]))
+    return jax.tree.map(lambda pages: pages.at[targets].set(pages[sources]), cache)
 
 
 @partial(jax.jit, static_argnames=("num_pages",))
@@ -41,4 +39,4 @@ def resize_pages(cache: LayerKV, *, num_pages: int) -> LayerKV:
         missing = max(0, num_pages - pages.shape[0])
         return jnp.pad(pages[:num_pages], ((0, missing), (0, 0), (0, 0), (0, 0)))
 
-    return LayerKV(resized(cache.k), resized(cache.v))
+    return jax.tree.map(resized, cache)

@@ -157,7 +157,9 @@ class LayeredForward:
 
     def _blank_pages(self, count: int, like: LayerKV) -> LayerKV:
         """Pages of one layer for an uncached forward."""
-        shape, dtype = (count, *like.k.shape[1:]), like.k.dtype
-        zeros = np.zeros(shape, dtype)
         sharding = self._residency.slab.sharding
-        return LayerKV(jax.device_put(zeros, sharding), jax.device_put(zeros.copy(), sharding))
+
+        def blank(pages: Array) -> Array:
+            return jax.device_put(np.zeros((count, *pages.shape[1:]), pages.dtype), sharding)
+
+        return jax.tree.map(blank, like)

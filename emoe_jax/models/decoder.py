@@ -15,18 +15,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.weights import ExpertWeights
+from emoe_jax.models.attention import Attention, LatentAttention
+from emoe_jax.models.modules import INIT_STDDEV, Linear, RMSNorm
 from emoe_jax.models.products import times_transposed
-from emoe_jax.models.rope import inverse_frequencies, rotate
 from emoe_jax.models.routing import Allowances, Routing, route
 
 MoEFunction = Callable[[Array, Array, Array, ExpertWeights], Array]
 """`(rows [R, D], ids [R, k], weights [R, k], experts of the layer) -> [R, D]`."""
 
 AttendFunction = Callable[[Array, Array, Array, Array | None], tuple[Array, Any]]
-"""`(q [B, T, N, H], k, v [B, T, K, H], sinks [N] or None) -> (attended [B, T, N, H], cache)`; owns masking and the KV
-cache."""
-
-_INIT_STDDEV = 0.02
+"""`(q [B, T, N, H], k [B, T, K, H], v [B, T, K, Hv], sinks [N] or None) -> (attended [B, T, N, Hv], cache)`; owns
+masking and the KV cache."""
 
 
 def activation_function(config: ModelConfig) -> Callable[[Array], Array]:
@@ -62,38 +61,8 @@ def gate_parts(
     return act(gate_rows) * up
 
 
-def _for_last_axis(vector: Array, like: Array) -> Array:
-    """A vector with axes of size 1 in front, so that it has the rank of the array whose last axis it goes along."""
-    return jnp.expand_dims(vector, tuple(range(like.ndim - 1)))
-
-
 def _times(x: Float[Array, "..."], factor: float) -> Float[Array, "..."]:
     return x if factor == 1 else x * factor
-
-
-class Linear(nnx.Module):
-    """`y = x W^T (+ b)` with the weight stored `[out, in]`, as checkpoints have it."""
-
-    def __init__(self, in_features: int, out_features: int, *, rngs: nnx.Rngs, bias: bool = False):
-        self.weight = nnx.Param(jax.random.normal(rngs.params(), (out_features, in_features)) * _INIT_STDDEV)
-        self.bias = nnx.Param(jnp.zeros((out_features,))) if bias else None
-
-    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        y = times_transposed(x, self.weight[...])
-        return y if self.bias is None else y + _for_last_axis(self.bias[...], y)
-
-
-class RMSNorm(nnx.Module):
-    """Statistics in float32, cast back, then the weight: the order checkpoints were trained with."""
-
-    def __init__(self, size: int, eps: float):
-        self.weight = nnx.Param(jnp.ones((size,)))
-        self.eps = eps
-
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return _for_last_axis(self.weight[...], x) * x32.astype(x.dtype)
 
 
 class Router(nnx.Module):
@@ -101,7 +70,7 @@ class Router(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         E = config.num_experts
-        self.weight = nnx.Param(jax.random.normal(rngs.params(), (E, config.hidden_size)) * _INIT_STDDEV)
+        self.weight = nnx.Param(jax.random.normal(rngs.params(), (E, config.hidden_size)) * INIT_STDDEV)
         self.bias = nnx.Param(jnp.zeros((E,))) if config.router.bias else None
         # Rounded to a model's bfloat16 it would change choices.
         self.choice_bias = nnx.Param(jnp.zeros((E,)), keeps_float32=True) if config.router.choice_bias else None
@@ -126,40 +95,6 @@ class FeedForward(nnx.Module):
         return self.w_out(gate(self.w_in(x), self.config))
 
 
-class Attention(nnx.Module):
-    """Projections, q/k norms and rotary positions; the owner of the cache does the attending."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
-        self.qkv = Linear(config.hidden_size, (N + 2 * K) * H, rngs=rngs, bias=config.qkv_bias)
-        self.out = Linear(N * H, config.hidden_size, rngs=rngs, bias=config.output_bias)
-        self.sinks = nnx.Param(jnp.zeros((N,))) if config.attention_sinks else None
-        if config.qk_norm != "none":
-            q_size, k_size = (H, H) if config.qk_norm == "head" else (N * H, K * H)
-            self.q_norm = RMSNorm(q_size, config.norm_eps)
-            self.k_norm = RMSNorm(k_size, config.norm_eps)
-
-    def project(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]
-    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-        """Queries and keys rotated to their positions, and values."""
-        config = self.config
-        B, T, _ = x.shape
-        N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
-        q, k, v = jnp.split(self.qkv(x), [N * H, (N + K) * H], axis=-1)
-        if config.qk_norm == "full":
-            q, k = self.q_norm(q), self.k_norm(k)
-        if config.clip_qkv is not None:
-            q, k, v = (jnp.clip(z, -config.clip_qkv, config.clip_qkv) for z in (q, k, v))
-        q, k, v = q.reshape(B, T, N, H), k.reshape(B, T, K, H), v.reshape(B, T, K, H)
-        if config.qk_norm == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
-        frequencies = inverse_frequencies(config.rope, H)
-        factor = config.rope.attention_factor
-        return rotate(q, positions, frequencies, factor), rotate(k, positions, frequencies, factor), v
-
-
 class Layer(nnx.Module):
     """One decoder layer. MoE layers have a router (and a shared or extra FFN); the others a dense FFN."""
 
@@ -167,7 +102,7 @@ class Layer(nnx.Module):
         self.config = config
         D = config.hidden_size
         self.input_norm = RMSNorm(D, config.norm_eps)
-        self.self_attention = Attention(config, rngs=rngs)
+        self.self_attention = (Attention if config.latent is None else LatentAttention)(config, rngs=rngs)
         self.ffn_norm = RMSNorm(D, config.norm_eps)
         if not config.is_moe(index):
             self.mlp = FeedForward(config, config.dense_hidden, rngs=rngs)
@@ -189,7 +124,7 @@ class Layer(nnx.Module):
         q, k, v = self.self_attention.project(self.input_norm(x), positions)
         sinks = self.self_attention.sinks
         attended, cache = attend_fn(q, k, v, None if sinks is None else sinks[...])
-        return self._add(x, self.self_attention.out(attended.reshape(*x.shape[:2], -1))), cache
+        return self._add(x, self.self_attention.output(attended)), cache
 
     @jax.named_scope("dense_ffn")
     def dense(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -235,11 +170,11 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         shape = (config.vocab_size, config.hidden_size)
-        self.embedding = nnx.Param(jax.random.normal(rngs.params(), shape) * _INIT_STDDEV)
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), shape) * INIT_STDDEV)
         self.layers = nnx.List([Layer(config, index, rngs=rngs) for index in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         if not config.tie_embeddings:
-            self.head = nnx.Param(jax.random.normal(rngs.params(), shape) * _INIT_STDDEV)
+            self.head = nnx.Param(jax.random.normal(rngs.params(), shape) * INIT_STDDEV)
 
     @jax.named_scope("embedding")
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -260,8 +195,8 @@ def init_experts(config: ModelConfig, key: Array) -> tuple[ExpertWeights, ...]:
     experts = []
     for layer_key in jax.random.split(key, len(config.moe_layers)):
         key_in, key_out = jax.random.split(layer_key)
-        w_in = jax.random.normal(key_in, (config.num_experts, *config.expert_in_shape)) * _INIT_STDDEV
-        w_out = jax.random.normal(key_out, (config.num_experts, *config.expert_out_shape)) * _INIT_STDDEV
+        w_in = jax.random.normal(key_in, (config.num_experts, *config.expert_in_shape)) * INIT_STDDEV
+        w_out = jax.random.normal(key_out, (config.num_experts, *config.expert_out_shape)) * INIT_STDDEV
         b_in, b_out = (jnp.zeros((*w.shape[:2], 1)) if config.expert_bias else None for w in (w_in, w_out))
         experts.append(ExpertWeights(w_in, w_out, b_in=b_in, b_out=b_out))
     return tuple(experts)

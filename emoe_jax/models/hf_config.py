@@ -304,9 +304,11 @@ def _rope(
     factor = numbers.get("factor", max_position / original)
     if factor < 1.0:
         raise ConfigError(f"config.json: rope factor is {factor}; expected at least 1")
-    attention_factor = 1.0
+    attention_factor = all_dim_factor = 1.0
     if kind == "yarn":
         attention_factor = numbers.get("attention_factor", _yarn_attention_factor(factor, numbers))
+        if "mscale_all_dim" in numbers:
+            all_dim_factor = _yarn_term(factor, numbers["mscale_all_dim"])
     return RopeConfig(
         theta=theta,
         kind=kind,
@@ -317,6 +319,7 @@ def _rope(
         beta_fast=numbers.get("beta_fast", 32.0),
         beta_slow=numbers.get("beta_slow", 1.0),
         attention_factor=attention_factor,
+        all_dim_factor=all_dim_factor,
         truncate=truncate,
     )
 
@@ -338,10 +341,10 @@ def _context_length(rope: RopeConfig, max_position: int) -> int:
 
 def _yarn_attention_factor(factor: float, options: Mapping[str, float]) -> float:
     """YaRN's temperature: `0.1 ln(factor) + 1`, or the ratio of two such terms with `mscale` factors."""
-
-    def term(scale: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
-
     if "mscale" in options and "mscale_all_dim" in options:
-        return term(options["mscale"]) / term(options["mscale_all_dim"])
-    return term(1.0)
+        return _yarn_term(factor, options["mscale"]) / _yarn_term(factor, options["mscale_all_dim"])
+    return _yarn_term(factor, 1.0)
+
+
+def _yarn_term(factor: float, scale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0

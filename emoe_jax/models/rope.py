@@ -1,4 +1,4 @@
-"""Rotary position embedding, half-split form, with the scaling rules of current checkpoints."""
+"""Rotary position embedding in both orders of pairs, with the scaling rules of current checkpoints."""
 
 import math
 
@@ -57,15 +57,26 @@ def _yarn(rope: RopeConfig, base: np.ndarray, head_dim: int) -> np.ndarray:
 
 
 def rotate(
-    x: Float[Array, "B T heads H"], positions: Int[Array, "B T"], frequencies: np.ndarray, attention_factor: float
+    x: Float[Array, "B T heads H"],
+    positions: Int[Array, "B T"],
+    frequencies: np.ndarray,
+    attention_factor: float,
+    interleaved: bool = False,
 ) -> Float[Array, "B T heads H"]:
     """Rotate every head of `x` to its position. Angles in float32.
 
     Pairs are `(j, j + n)` for the `n` frequencies. What lies behind the first `2n` numbers of a head stays as it is.
+    With `interleaved`, pairs are `(2j, 2j + 1)`; they come out as `(j, j + n)`, which no product of two heads notices.
     """
     angles = positions[..., None].astype(jnp.float32) * frequencies[None, None, :]
     cos = (jnp.cos(angles) * attention_factor)[:, :, None, :].astype(x.dtype)
     sin = (jnp.sin(angles) * attention_factor)[:, :, None, :].astype(x.dtype)
     n = len(frequencies)
-    first, second, *rest = jnp.split(x, [n, 2 * n], axis=-1) if 2 * n < x.shape[-1] else jnp.split(x, 2, axis=-1)
+    parts = [x] if 2 * n == x.shape[-1] else jnp.split(x, [2 * n], axis=-1)
+    rotated, rest = parts[0], parts[1:]
+    if interleaved:
+        pairs = rotated.reshape(*x.shape[:-1], n, 2)
+        first, second = pairs[..., 0], pairs[..., 1]
+    else:
+        first, second = jnp.split(rotated, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, *rest], axis=-1)

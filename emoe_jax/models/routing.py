@@ -66,7 +66,8 @@ def route(
 
     Experts rank by score, or by score plus `choice_bias`. Where experts have groups, those of the best groups rank
     before all others, so wishes are of these groups. An expert of another group stands in only where no other is left.
-    A group is as good as the two best of its experts together (DeepSeek-V3). Weights and shares know no bias.
+    A group is as good as the two best of its experts together (DeepSeek-V3), or as its best one (DeepSeek-V2).
+    Weights and shares know no bias.
 
     With `allowances`, that holds for rows without a bound on their tolerance. The others keep their wishes and the
     weights of these, and do without some that are not allowed: those of the smallest shares, as far as tolerance,
@@ -151,8 +152,8 @@ def _ranks(
     if router.groups == 1:
         return ranks
     size = ranks.shape[1] // router.groups
-    best_two, _ = jax.lax.top_k(ranks.reshape(-1, router.groups, size), 2)
-    _, chosen = jax.lax.top_k(jnp.sum(best_two, axis=-1), router.chosen_groups)
+    best, _ = jax.lax.top_k(ranks.reshape(-1, router.groups, size), 2 if router.group_rank == "two_best" else 1)
+    _, chosen = jax.lax.top_k(jnp.sum(best, axis=-1), router.chosen_groups)
     groups = jnp.arange(router.groups, dtype=jnp.int32)
     inside = jnp.any(chosen[:, :, None] == groups[None, None, :], axis=1)
     spread = jnp.max(ranks, axis=-1, keepdims=True) - jnp.min(ranks, axis=-1, keepdims=True)

@@ -1,8 +1,9 @@
 """Tensor names that the checkpoints of several families share. A family file says only where its own differ."""
 
+import dataclasses
 import re
 
-from emoe_jax.checkpoint.family import DenseTensors, ExpertSource, Part
+from emoe_jax.checkpoint.family import Band, DenseTensors, ExpertSource, Part
 from emoe_jax.config import ModelConfig
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -17,12 +18,17 @@ def decoder_tensors(
     """
     tensors = outer_tensors(config)
     for layer in range(config.num_layers):
-        tensors |= attention_tensors(config, layer)
+        hub, ours = f"model.layers.{layer}", f"layers.{layer}"
+        tensors |= {
+            f"{ours}.input_norm.weight": (Part(f"{hub}.input_layernorm.weight", (config.hidden_size,)),),
+            f"{ours}.ffn_norm.weight": (Part(f"{hub}.post_attention_layernorm.weight", (config.hidden_size,)),),
+        }
+        of_attention = attention_tensors if config.latent is None else latent_attention_tensors
+        tensors |= of_attention(config, f"{ours}.self_attention", f"{hub}.self_attn")
         if config.is_moe(layer):
             tensors |= moe_tensors(config, layer, router, shared_expert)
         else:
-            ours, hub = f"layers.{layer}.mlp", f"model.layers.{layer}.mlp"
-            tensors |= ffn_tensors(config, ours, hub, config.dense_hidden)
+            tensors |= ffn_tensors(config, f"{ours}.mlp", f"{hub}.mlp", config.dense_hidden)
     return tensors
 
 
@@ -48,31 +54,53 @@ def moe_tensors(config: ModelConfig, layer: int, router: str, shared_expert: str
     return tensors
 
 
-def attention_tensors(config: ModelConfig, layer: int) -> DenseTensors:
+def attention_tensors(config: ModelConfig, ours: str, hub: str) -> DenseTensors:
     """The attention names and norms that Llama-like checkpoints share."""
     D, H = config.hidden_size, config.head_dim
     widths = {"q": config.num_heads * H, "k": config.num_kv_heads * H, "v": config.num_kv_heads * H}
-    hub, ours = f"model.layers.{layer}", f"layers.{layer}"
     tensors: DenseTensors = {
-        f"{ours}.input_norm.weight": (Part(f"{hub}.input_layernorm.weight", (D,)),),
-        f"{ours}.ffn_norm.weight": (Part(f"{hub}.post_attention_layernorm.weight", (D,)),),
-        f"{ours}.self_attention.qkv.weight": tuple(
-            Part(f"{hub}.self_attn.{p}_proj.weight", (width, D)) for p, width in widths.items()
-        ),
-        f"{ours}.self_attention.out.weight": (Part(f"{hub}.self_attn.o_proj.weight", (D, widths["q"])),),
+        f"{ours}.qkv.weight": tuple(Part(f"{hub}.{p}_proj.weight", (width, D)) for p, width in widths.items()),
+        f"{ours}.out.weight": (Part(f"{hub}.o_proj.weight", (D, widths["q"])),),
     }
     if config.qkv_bias:
-        tensors[f"{ours}.self_attention.qkv.bias"] = tuple(
-            Part(f"{hub}.self_attn.{p}_proj.bias", (width,)) for p, width in widths.items()
-        )
+        tensors[f"{ours}.qkv.bias"] = tuple(Part(f"{hub}.{p}_proj.bias", (width,)) for p, width in widths.items())
     if config.output_bias:
-        tensors[f"{ours}.self_attention.out.bias"] = (Part(f"{hub}.self_attn.o_proj.bias", (D,)),)
+        tensors[f"{ours}.out.bias"] = (Part(f"{hub}.o_proj.bias", (D,)),)
     if config.attention_sinks:
-        tensors[f"{ours}.self_attention.sinks"] = (Part(f"{hub}.self_attn.sinks", (config.num_heads,)),)
+        tensors[f"{ours}.sinks"] = (Part(f"{hub}.sinks", (config.num_heads,)),)
     if config.qk_norm != "none":
         for p in "qk":
             size = H if config.qk_norm == "head" else widths[p]
-            tensors[f"{ours}.self_attention.{p}_norm.weight"] = (Part(f"{hub}.self_attn.{p}_norm.weight", (size,)),)
+            tensors[f"{ours}.{p}_norm.weight"] = (Part(f"{hub}.{p}_norm.weight", (size,)),)
+    return tensors
+
+
+def latent_attention_tensors(config: ModelConfig, ours: str, hub: str) -> DenseTensors:
+    """DeepSeek's names. Its `kv_b_proj` has the maps of a head's keys and of its values in turn."""
+    latent, D, N = config.latent, config.hidden_size, config.num_heads
+    assert latent is not None
+    down = {"kv_a_proj_with_mqa": latent.key_dim}
+    if latent.q_rank is not None:
+        down = {"q_a_proj": latent.q_rank} | down
+    q_name = "q_proj" if latent.q_rank is None else "q_b_proj"
+    both = latent.nope_dim + latent.value_dim
+    maps = Part(f"{hub}.kv_b_proj.weight", (N * both, latent.kv_rank))
+    tensors: DenseTensors = {
+        f"{ours}.down.weight": tuple(Part(f"{hub}.{name}.weight", (rows, D)) for name, rows in down.items()),
+        f"{ours}.q.weight": (
+            Part(f"{hub}.{q_name}.weight", (N * (latent.nope_dim + latent.rope_dim), latent.q_rank or D)),
+        ),
+        f"{ours}.latent_norm.weight": (Part(f"{hub}.kv_a_layernorm.weight", (latent.kv_rank,)),),
+        f"{ours}.key_map": (dataclasses.replace(maps, band=Band(both, 0, latent.nope_dim)),),
+        f"{ours}.value_map": (dataclasses.replace(maps, band=Band(both, latent.nope_dim, both)),),
+        f"{ours}.out.weight": (Part(f"{hub}.o_proj.weight", (D, N * latent.value_dim)),),
+    }
+    if latent.q_rank is not None:
+        tensors[f"{ours}.q_norm.weight"] = (Part(f"{hub}.q_a_layernorm.weight", (latent.q_rank,)),)
+    if config.qkv_bias:
+        tensors[f"{ours}.down.bias"] = tuple(Part(f"{hub}.{name}.bias", (rows,)) for name, rows in down.items())
+    if config.output_bias:
+        tensors[f"{ours}.out.bias"] = (Part(f"{hub}.o_proj.bias", (D,)),)
     return tensors
 
 

@@ -47,15 +47,10 @@ def read_config(path: Path) -> ModelConfig:
 def find_model(text: str) -> tuple[str, ModelConfig]:
     """Name and configuration of what a user called a model: a directory, a `config.json`, or a known name.
 
-    Raises `CheckpointError` or `ConfigError`, the latter also for a model of a family that the engine cannot run: its
-    memory would be planned with the wrong formulas.
+    Raises `CheckpointError` or `ConfigError`.
     """
     path = Path(text)
     if path.exists() or path.suffix == ".json":
         resolved = path.resolve()
         return (resolved.parent.name if resolved.name == CONFIG else resolved.stem), read_config(path)
-    raw = known_model(text)
-    try:
-        return text.lower(), config_from_hf(raw)
-    except ConfigError as error:
-        raise ConfigError(f"{text} is known, but the engine cannot run it yet: {error}") from None
+    return text.lower(), config_from_hf(known_model(text))

@@ -104,11 +104,11 @@ class Roofline:
         layers, head = len(config.moe_layers), config.vocab_size * config.hidden_size
         dense, experts = read_parameters(config), layers * config.top_k * config.expert_params
         products = rows * (dense - head + experts) + sampled * head
-        attention = 2 * config.num_heads * config.head_dim * pairs  # scores, and what they weigh
+        attention = config.num_heads * (config.head_dim + config.value_head_dim) * pairs  # scores, and what they weigh
         return Work(
             dense_bytes=itemsize * dense,
             expert_bytes=layers * (resident + 2 * absent) * self.record_bytes,
-            kv_bytes=2 * seen * config.num_kv_heads * config.head_dim * itemsize,
+            kv_bytes=seen * config.kept_numbers * itemsize,
             link_bytes=layers * absent * self.record_bytes,
             operations=2 * (products + attention),
         )

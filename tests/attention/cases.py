@@ -28,6 +28,8 @@ class Shape:
     heads: tuple[int, int, int] = (4, 2, 8)
     dtype: str = "float32"
     sinks: bool = False
+    shared: int | None = None
+    """The first so many numbers of a key are its value."""
     sequences: tuple[int, ...] | None = None
     common: int = 0
 
@@ -52,18 +54,19 @@ class Shape:
 
         q = random(B, self.T, N, H)
         k, v = random(pages, K, PAGE_SIZE, H), random(pages, K, PAGE_SIZE, H)
+        v = v if self.shared is None else None
         sinks = rng.standard_normal(N).astype(np.float32) if self.sinks else None
         return Case(self, q, k, v, positions.astype(np.int32), valid, own[list(sequences)].astype(np.int32), sinks)
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Arguments of `attend`. `k` and `v` are pages `[pages, K, page, H]`."""
+    """Arguments of `attend`. `k` and `v` are pages `[pages, K, page, H]`; without `v`, keys hold the values."""
 
     shape: Shape
     q: np.ndarray
     k: np.ndarray
-    v: np.ndarray
+    v: np.ndarray | None
     positions: np.ndarray
     valid: np.ndarray
     tables: np.ndarray
@@ -71,14 +74,15 @@ class Case:
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arrays, and what else `attend` gets."""
-        cache = LayerKV(jnp.asarray(self.k), jnp.asarray(self.v))
+        v = None if self.v is None else jnp.asarray(self.v)
+        cache = LayerKV(jnp.asarray(self.k), v, self.shape.shared)
         view = KVView(*(jnp.asarray(x) for x in (self.positions, self.valid, self.tables)))
         sinks = None if self.sinks is None else jnp.asarray(self.sinks)
         rule = {"window": self.shape.window, "scale": self.shape.heads[2] ** -0.5, "sinks": sinks}
         return (jnp.asarray(self.q), cache, view), rule
 
     def run(self, backend: str) -> np.ndarray:
-        """The attended rows `[B, T, N, H]`."""
+        """The attended rows `[B, T, N, Hv]`."""
         arrays, rule = self.arguments()
         return np.asarray(OP(*arrays, **rule, backend=backend))
 
@@ -89,6 +93,11 @@ class Case:
         last, window = self.positions[b, t], self.shape.window
         at = np.arange(0 if window is None else max(0, last - window + 1), last + 1)
         return self.tables[b, at // PAGE_SIZE], at % PAGE_SIZE
+
+    @property
+    def pages(self) -> dict[str, np.ndarray]:
+        """`k` and, where values are kept beside keys, `v`."""
+        return {"k": self.k} if self.v is None else {"k": self.k, "v": self.v}
 
     def seen_places(self) -> np.ndarray:
         """By place of every page, whether a row sees it: `[pages, page]`."""
@@ -108,8 +117,9 @@ class Case:
     def by_definition(self) -> np.ndarray:
         """Softmax attention row by row and head by head in float64; zeros for padding."""
         N, K, H = self.shape.heads
-        out = np.zeros(self.q.shape)
-        q, k, v = (x.astype(np.float64) for x in (self.q, self.k, self.v))
+        values = self.k[..., : self.shape.shared] if self.v is None else self.v
+        q, k, v = (x.astype(np.float64) for x in (self.q, self.k, values))
+        out = np.zeros((*q.shape[:3], v.shape[3]))
         for b, t, n in np.ndindex(*self.q.shape[:3]):
             pages, offsets = self.seen(b, t)
             if not len(pages):

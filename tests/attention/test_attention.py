@@ -11,7 +11,7 @@ from emoe_jax.attention import KVView, LayerKV, paged_attend, write
 from emoe_jax.attention import attend as attend_pages
 from emoe_jax.attention.sums import attention_mask
 from emoe_jax.attention.uncached import BLOCK, attend, attend_causally
-from emoe_jax.config import ModelConfig
+from emoe_jax.config import LatentConfig, ModelConfig
 from emoe_jax.scheduling.pages import PAGE_SIZE
 from tests.lowering import Counts, export_for_cuda
 
@@ -60,7 +60,8 @@ def pages() -> LayerKV:
     """Random pages."""
     empty = LayerKV.zeros(PAGES, K, H, "float32")
     keys = jax.random.split(jax.random.key(5), 2)
-    return LayerKV(*(jax.random.normal(key, x.shape) for key, x in zip(keys, (empty.k, empty.v), strict=True)))
+    k, v = (jax.random.normal(key, empty.k.shape) for key in keys)
+    return LayerKV(k, v)
 
 
 @pytest.mark.parametrize(("T", "at"), [(1, 0), (6, 2), (33, 30)])
@@ -170,3 +171,23 @@ def test_scores_do_not_grow_with_the_square_of_the_length() -> None:
     inputs = 8192 * (N + 2 * K) * H * 4
     assert temporaries[2] < 2.2 * temporaries[1] < 5 * temporaries[0]
     assert temporaries[2] < 4 * inputs + 4 * 4 * N * BLOCK * BLOCK
+
+
+def test_values_that_are_a_part_of_the_keys_lie_in_the_pages_once() -> None:
+    """A prompt in chunks over latent pages: what it is without pages, with the values beside the keys."""
+    config = CONFIG.replace(latent=LatentConfig(12, 4, 6, 6), num_kv_heads=1, head_dim=16)
+    q, k = (jax.random.normal(key, (1, 20, heads, 16)) for key, heads in zip(_KEYS, (N, 1), strict=False))
+    values = k[..., :12]
+    positions = jnp.arange(20, dtype=jnp.int32)[None]
+    want = attend_causally(q, k, values, positions, None, config.attention_scale)
+    cache = LayerKV.zeros(4, 1, 16, "float32", config.shared_value_dim)
+    got = []
+    for start, length in ((0, 8), (8, 8), (16, 4)):
+        view = KVView.of(jnp.asarray([start]), jnp.asarray([length]), jnp.asarray([[1, 3]]), 8)
+        queries, keys, parts = (
+            jnp.pad(x, ((0, 0), (0, 4), (0, 0), (0, 0)))[:, start : start + 8] for x in (q, k, values)
+        )
+        attended, cache = paged_attend(config, None, cache, view)(queries, keys, parts, None)
+        got.append(attended[:, :length])
+    assert [leaf.shape for leaf in jax.tree.leaves(cache)] == [(4, 1, PAGE_SIZE, 16)]
+    np.testing.assert_allclose(np.concatenate(got, axis=1), want, atol=2e-6)

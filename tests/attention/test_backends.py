@@ -29,6 +29,9 @@ SHAPES = {
     "a wide block table": Shape((150,), (40,), T=64, width=70, window=33),
     "between the edges of a window": Shape((1100, 560), (9, 3), T=9, width=72, window=700, heads=(4, 1, 16)),
     "long chunks": Shape((600, 30), (130, 3), T=130, width=48, heads=(2, 1, 8), sinks=True),
+    "latent, decoding": Shape((600, 3, 0, 47), (1, 1, 0, 1), width=70, heads=(5, 1, 44), shared=36, common=1),
+    "latent, tiles": Shape((130, 146, 0), (16, 9, 5), T=16, heads=(3, 1, 24), shared=16, sequences=(0, 0, 1)),
+    "latent, as wide as DeepSeek's": Shape((100,), (3,), T=4, heads=(16, 1, 576), shared=512, dtype="bfloat16"),
 }
 RUNNABLE = [name for name in BACKENDS if name != "triton"]
 """On a machine without a GPU."""
@@ -57,8 +60,8 @@ class TestBackends:
         want = case.run(backend)
         seen = case.seen_places()[:, None, :, None]
         for stale in (np.nan, np.inf, -np.inf, 3e38):
-            k, v = (np.where(seen, x, np.asarray(stale, x.dtype)) for x in (case.k, case.v))
-            np.testing.assert_array_equal(dataclasses.replace(case, k=k, v=v).run(backend), want)
+            pages = {name: np.where(seen, x, np.asarray(stale, x.dtype)) for name, x in case.pages.items()}
+            np.testing.assert_array_equal(dataclasses.replace(case, **pages).run(backend), want)
 
     def test_what_is_not_finite_reaches_the_rows_that_see_it_and_no_others(self, backend: str, case: Case) -> None:
         want = case.run(backend)
@@ -68,7 +71,9 @@ class TestBackends:
             at = pages[place], slice(None), offsets[place]
             reached = case.rows_that_see(pages[place], offsets[place])
             for name, lost in (("k", np.nan), ("v", np.nan), ("v", np.inf)):
-                array = getattr(case, name).copy()
+                if name not in case.pages:
+                    continue
+                array = case.pages[name].copy()
                 array[at] = lost
                 got = dataclasses.replace(case, **{name: array}).run(backend)
                 np.testing.assert_array_equal(got[~reached], want[~reached])
@@ -76,7 +81,7 @@ class TestBackends:
 
     def test_a_value_whose_weight_underflows_is_not_hidden(self, backend: str) -> None:
         case = SHAPES["a chunk from the start"].case()
-        q, k, v = np.zeros_like(case.q), np.zeros_like(case.k), np.ones_like(case.v)
+        q, k, v = np.zeros_like(case.q), np.zeros_like(case.k), np.ones_like(case.k)
         q[..., 0] = 1e4
         page = case.tables[0, 0]
         k[page, :, 2, 0], v[page, :, 2] = -1e4, np.nan

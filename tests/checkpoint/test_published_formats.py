@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 
 from emoe_jax.checkpoint import Checkpoint
 from emoe_jax.errors import CheckpointError
+from emoe_jax.experts.blocks import dequantise_fp8_into
 from emoe_jax.experts.record_format import RecordFormat
 from emoe_jax.models import open_checkpoint
 from tests.golden.packed import FP8, FP8_CONFIG, GPT_OSS, fp4_values, fp8_tensors, fused, write, write_fp8, write_mxfp4
@@ -87,6 +88,24 @@ def test_mxfp4_transformers_makes_the_same_floats() -> None:
     scales = rng.integers(60, 200, (2, 8, 3)).astype(np.uint8)
     theirs = convert_moe_packed_tensors(torch.tensor(blocks), torch.tensor(scales), dtype=torch.float32)
     np.testing.assert_array_equal(theirs.numpy().swapaxes(1, 2), fp4_values(blocks, scales))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_fp8_transformers_makes_the_same_floats() -> None:
+    """In whole blocks: transformers takes no others."""
+    torch = pytest.importorskip("torch", reason="needs the parity extra")
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    rng = np.random.default_rng(0)
+    numbers = np.arange(256 * 384, dtype=np.uint32).astype(np.uint8).reshape(256, 384)
+    numbers[has_no_value := (numbers & 0x7F) == 0x7F] = 0
+    assert has_no_value.any()
+    scales = rng.uniform(1e-4, 2, (2, 3)).astype(np.float32)
+    stored = torch.tensor(numbers).view(torch.float8_e4m3fn)
+    theirs = Fp8Dequantize(None)._dequantize_one(stored, torch.tensor(scales), torch.float32)
+    ours = np.empty(numbers.shape, np.float32)
+    dequantise_fp8_into(numbers, scales, ours)
+    np.testing.assert_array_equal(ours, theirs.numpy())
 
 
 @pytest.fixture(scope="module", params=FP8)

@@ -32,6 +32,7 @@ _SIZES = {"hidden_size": 144, "moe_intermediate_size": 136, "intermediate_size":
 FP8: dict[str, tuple[dict[str, Any], Any]] = {
     "qwen3_moe": (CONFIGS["qwen3_window"] | _SIZES | {"num_experts": 5}, jnp.bfloat16),
     "glm4_moe": (CONFIGS["glm4_groups"] | _SIZES, np.float32),
+    "deepseek_v3": (CONFIGS["deepseek_v3_groups"] | _SIZES | {"kv_lora_rank": 132, "q_lora_rank": 140}, np.float32),
 }
 """Sizes that are no multiples of 128, and the dtype of scales in the family's checkpoints."""
 
@@ -68,7 +69,7 @@ def fp8_tensors(raw: Mapping[str, Any], scale_dtype: Any) -> tuple[Tensors, Tens
     """A checkpoint as DeepSeek and Qwen publish them, dense projections included, and its twin in float32."""
     packed, floats = {}, {}
     for name, value in random_tensors(raw).items():
-        if not name.endswith("_proj.weight"):
+        if not name.endswith(("_proj.weight", "_proj_with_mqa.weight")):
             packed[name] = floats[name] = value
             continue
         largest = _largest_of_blocks(value)

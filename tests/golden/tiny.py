@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from emoe_jax.checkpoint.family import Part
 from emoe_jax.models import config_from_hf, family_of
+from tests.golden.latent import LATENT
 
 _SHARED = {"vocab_size": 96, "hidden_size": 40, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -251,7 +252,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
         "tie_word_embeddings": True,
     },
-}
+} | LATENT
 
 OPENMOE: dict[str, Any] = {
     "architectures": ["OpenMoeForCausalLM"],

@@ -22,6 +22,9 @@ QWEN3 = CONFIGS["qwen3_window"]
 GLM4 = CONFIGS["glm4_groups"]
 GRANITE = CONFIGS["granite_multipliers"]
 GPT_OSS = CONFIGS["gpt_oss_windows"]
+DEEPSEEK_V2 = CONFIGS["deepseek_v2_groups"]
+DEEPSEEK_V3 = CONFIGS["deepseek_v3_groups"]
+GLM4_LITE = CONFIGS["glm4_lite_layers"]
 
 
 def test_mixtral():
@@ -220,18 +223,25 @@ FAMILIES = {
     "glm4_moe": GLM4,
     "granitemoe": GRANITE,
     "gpt_oss": GPT_OSS,
+    "deepseek_v2": DEEPSEEK_V2,
+    "deepseek_v3": DEEPSEEK_V3,
+    "glm4_moe_lite": GLM4_LITE,
+}
+DEEPSEEK_OPTIONS = {
+    "n_group",
+    "topk_group",
+    "scoring_func",
+    "routed_scaling_factor",
+    "num_nextn_predict_layers",
+    "n_shared_experts",
+    "first_k_dense_replace",
 }
 OWN_OPTIONS = {
-    "glm4_moe": {
-        "n_group",
-        "topk_group",
-        "scoring_func",
-        "routed_scaling_factor",
-        "num_nextn_predict_layers",
-        "n_shared_experts",
-        "first_k_dense_replace",
-    },
+    "glm4_moe": DEEPSEEK_OPTIONS,
     "granitemoe": {"logits_scaling"},
+    "deepseek_v2": DEEPSEEK_OPTIONS,
+    "deepseek_v3": DEEPSEEK_OPTIONS,
+    "glm4_moe_lite": DEEPSEEK_OPTIONS,
     "gpt_oss": {"attention_sinks"},
 }
 """Options that a family reads itself, where others know only the value that asks for nothing."""

@@ -23,6 +23,9 @@ NAMES = [
     "glm4_groups",
     "granite_multipliers",
     "gpt_oss_windows",
+    "deepseek_v2_groups",
+    "deepseek_v3_groups",
+    "glm4_lite_layers",
 ]
 LENGTH = 48
 

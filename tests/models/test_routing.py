@@ -186,7 +186,8 @@ def defined_choice(
     scores = 1 / (1 + np.exp(-x)) if router.score == "sigmoid" else np.exp(x - x.max()) / np.exp(x - x.max()).sum()
     ranks = scores + bias
     size = len(x) // router.groups
-    of_group = np.sort(ranks.reshape(router.groups, size), axis=1)[:, -2:].sum(axis=1)
+    counted = 1 if router.group_rank == "best" else 2
+    of_group = np.sort(ranks.reshape(router.groups, size), axis=1)[:, -counted:].sum(axis=1)
     best = np.argsort(-of_group, kind="stable")[: router.chosen_groups]
     ids = sorted(allowed, key=lambda e: (e // size not in best, -ranks[e], e))[: config.top_k]
     weights = scores[ids] / (scores[ids].sum() if router.norm_topk_prob else 1)
@@ -194,14 +195,18 @@ def defined_choice(
 
 
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
-@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("groups", "rank"), [(1, "two_best"), (2, "two_best"), (4, "two_best"), (2, "best"), (8, "best")]
+)
 @pytest.mark.parametrize("normalised", [True, False])
 @pytest.mark.parametrize("allowed", [[0, 1, 2, 3, 4, 5, 6, 7], [0, 2, 3, 6, 7], [1, 4, 5], [6]])
-def test_a_bias_chooses_and_does_not_weigh(score: Any, groups: int, normalised: bool, allowed: list[int]) -> None:
+def test_a_bias_chooses_and_does_not_weigh(
+    score: Any, groups: int, rank: Any, normalised: bool, allowed: list[int]
+) -> None:
     """Substitutes rank by the biased score, those of the chosen groups first, and weigh by their own scores."""
     rng = np.random.default_rng(groups)
     logits, bias = rng.normal(0, 2, (64, 8)).astype(np.float32), rng.normal(0, 0.4, 8).astype(np.float32)
-    router = RouterConfig(score, normalised, 1.5, False, True, groups, max(1, groups // 2))
+    router = RouterConfig(score, normalised, 1.5, False, True, groups, max(1, groups // 2), rank)
     config = SIGMOID.replace(top_k=min(3, 8 // groups * router.chosen_groups), router=router)
     mask = np.zeros((64, 8), bool)
     mask[:, allowed] = True

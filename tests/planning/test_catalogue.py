@@ -6,16 +6,21 @@ from pathlib import Path
 
 import pytest
 
+from emoe_jax.device.kv_cache import page_bytes
 from emoe_jax.errors import CheckpointError, ConfigError
 from emoe_jax.memory.plan import dense_parameters
 from emoe_jax.models import config_from_hf
 from emoe_jax.planning.catalogue import find_model, known_model, known_models, read_config
 from emoe_jax.planning.compiled import shortened
 from emoe_jax.planning.targets import CARDS, Target, cards_by_size
+from emoe_jax.scheduling.pages import PAGE_SIZE
 from tests.engines import TINY
 
 BILLIONS = {
+    "deepseek-v2-lite": 15.706,
+    "deepseek-v3": 671.03,
     "glm-4.5-air": 106.85,
+    "glm-4.7-flash": 29.943,
     "gpt-oss-120b": 116.83,
     "gpt-oss-20b": 20.91,
     "granite-3.0-3b-a800m": 3.3,
@@ -26,7 +31,6 @@ BILLIONS = {
     "qwen3-235b-a22b": 235.09,
     "qwen3-30b-a3b": 30.532,
 }
-NOT_YET = {"deepseek-v2-lite": "DeepseekV2ForCausalLM is not supported"}
 
 
 @pytest.mark.parametrize("name", sorted(BILLIONS))
@@ -40,14 +44,15 @@ def test_known_models_have_the_published_number_of_parameters(name: str) -> None
     assert config.dtype == "bfloat16"
 
 
-@pytest.mark.parametrize("name", sorted(NOT_YET))
-def test_a_model_that_cannot_run_is_not_planned(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"{name} is known, but the engine cannot run it yet: .*{NOT_YET[name]}"):
-        find_model(name)
+@pytest.mark.parametrize(("name", "layers"), [("deepseek-v2-lite", 27), ("deepseek-v3", 61), ("glm-4.7-flash", 47)])
+def test_latent_attention_keeps_one_vector_of_a_token(name: str, layers: int) -> None:
+    """512 numbers for keys and values, and 64 of a key: DeepSeek-V2's paper has the formula."""
+    _, config = find_model(name)
+    assert page_bytes(config, "bfloat16") == layers * PAGE_SIZE * (512 + 64) * 2
 
 
 def test_every_known_model_is_among_these() -> None:
-    assert set(known_models()) == set(BILLIONS) | set(NOT_YET)
+    assert set(known_models()) == set(BILLIONS)
 
 
 def test_a_directory_and_its_config_are_the_same_model(tmp_path: Path) -> None:

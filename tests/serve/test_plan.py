@@ -146,7 +146,6 @@ def test_the_table_has_the_same_numbers(
     ("arguments", "message"),
     [
         (["mixtral"], "'mixtral' is neither a directory nor a config.json nor a known model"),
-        (["deepseek-v2-lite"], "deepseek-v2-lite is known, but the engine cannot run it yet"),
         (["olmoe-1b-7b", "--device", "h100"], "the nearest known one is 'h100-80gb'"),
         (["olmoe-1b-7b", "--device", "l4", "--context", "5000"], "--context is 5000; the model allows 2 to 4096"),
         (["olmoe-1b-7b", "--device", "l4", "--batch", "0"], "--batch is '0'; expected an integer between 1 and 4096"),
