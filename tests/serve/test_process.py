@@ -183,6 +183,14 @@ def test_answers_match_their_schema(client: openai.OpenAI, stream: bool) -> None
         client.chat.completions.create(**options, response_format=wanted)
 
 
+def test_a_tool_that_calls_cannot_be_held_to_is_named(client: openai.OpenAI) -> None:
+    functions = [{"name": "fine"}, {"name": "odd", "parameters": {"properties": {"x": {"type": "thing"}}}}]
+    tools: Any = [{"type": "function", "function": function} for function in functions]
+    with pytest.raises(openai.BadRequestError, match=r"parameters of 'odd' cannot be used: .*thing") as refusal:
+        client.chat.completions.create(model="tiny", messages=HELLO, tools=tools, tool_choice="required")
+    assert refusal.value.param == "tools[1].function.parameters"
+
+
 def test_tokens_and_state(http: httpx.Client) -> None:
     tokens = http.post("/tokenize", json={"prompt": "grüße", "add_special_tokens": False}).json()["tokens"]
     assert http.post("/detokenize", json={"tokens": tokens}).json() == {"prompt": "grüße"}
