@@ -47,7 +47,7 @@ class ResponsesWriter:
     spoken: int | None = None
     """The place of the message or of the thoughts that are being written; None where neither are."""
     call: int | None = None
-    """The place of the call that is being written. Text may come between its arguments."""
+    """The place of the call that is being written; None where none is."""
 
     def __post_init__(self) -> None:
         request, params = self.request, self.chat.params
@@ -146,7 +146,7 @@ class ResponsesWriter:
     def _speak(self, kind: Any, part_kind: Any, text: str) -> list[StreamedEvent]:
         events: list[StreamedEvent] = []
         if self.spoken is None or self.answer.output[self.spoken].type != kind:
-            events += self._end_spoken()
+            events += [*self._end_spoken(), *self._end_call()]
             is_message = kind == "message"
             item = OutputItem(id=_new_id("msg" if is_message else "rs"), type=kind, content=[])
             if is_message:

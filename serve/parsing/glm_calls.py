@@ -34,6 +34,7 @@ class GlmCall:
         self._parameters = Parameters({}, out, in_lines=False)
         self._key = ""  # whose value has not begun
         self._in_value = False
+        self._aside = ""  # what is neither tag nor value: said behind the call, whose arguments come in one piece
 
     def feed(self, text: str) -> int:
         """Read on; returns how much was read. The rest has to come again, with more behind it."""
@@ -54,6 +55,7 @@ class GlmCall:
         """The answer ends within the call: what came of the last value is passed on, and its end stays open."""
         if self._in_value and not self._parameters.is_text:
             self._parameters.cut(rest.strip())
+        self._out.text(self._aside.strip())
 
     def _read_name(self, text: str, at: int) -> int | None:
         """The name of the function, up to the first tag: before that it may be no call."""
@@ -79,7 +81,7 @@ class GlmCall:
         if any(tag.startswith(text[start:]) for tag in tags):
             return None
         end = start + find_first(text[start:], tags).start
-        self._out.text(text[at:end].rstrip())  # no tag, so it is said to the reader
+        self._aside += text[at:end].rstrip()
         return end
 
     def _follow(self, tag: str, text: str, at: int) -> int | None:
@@ -88,21 +90,22 @@ class GlmCall:
             self._key, self._in_value = "", True
             return at
         if tag == VALUE:
-            self._out.text(tag)
+            self._aside += tag
             return at
         end = text.find(END_KEY, at, at + MAX_NAME + len(END_KEY)) if tag == KEY else at
         if end < 0 and len(text) - at < MAX_NAME + len(END_KEY):
             return None
         if self._key:  # it got no value
-            self._out.text(f"{KEY}{self._key}{END_KEY}")
+            self._aside += f"{KEY}{self._key}{END_KEY}"
             self._key = ""
         if tag == self._closer:
             self._parameters.end()
+            self._out.text(self._aside.strip())
             self.status = "done"
             return at - len(tag)
         key = text[at : max(at, end)].strip()
         if not key:
-            self._out.text(tag)
+            self._aside += tag
             return at
         self._key = key
         return end + len(END_KEY)

@@ -34,6 +34,7 @@ class XmlCall:
         self._closer = closer
         self._parameters = Parameters({}, out, in_lines=True)
         self._in_value = False
+        self._aside = ""  # what is neither tag nor value: said behind the call, whose arguments come in one piece
 
     def feed(self, text: str) -> int:
         """Read on; returns how much was read. The rest has to come again, with more behind it."""
@@ -52,6 +53,7 @@ class XmlCall:
         """The answer ends within the call: what came of the last value is passed on, and its end stays open."""
         if self._in_value and not self._parameters.is_text:
             self._parameters.cut(rest.strip())
+        self._out.text(self._aside.strip())
 
     def _read_tag(self, text: str, at: int) -> int | None:
         start = len(text) - len(text[at:].lstrip())
@@ -65,12 +67,13 @@ class XmlCall:
             self.status = "failed"
             return at
         end = start + find_first(text[start:], tags).start
-        self._out.text(text[at:end].rstrip())  # no tag, so it is said to the reader
+        self._aside += text[at:end].rstrip()
         return end
 
     def _follow(self, tag: str, text: str, at: int) -> int | None:
         if tag in (_END_FUNCTION, self._closer):
             self._parameters.end()
+            self._out.text(self._aside.strip())
             self.status = "done"
             return at if tag == _END_FUNCTION else at - len(tag)
         end = text.find(">", at, at + MAX_NAME)
@@ -85,7 +88,7 @@ class XmlCall:
             self._parameters = Parameters(self._tools[name], self._out, in_lines=True)
             self._out.call(name)
         elif not name:
-            self._out.text(tag)
+            self._aside += tag
             return at
         else:
             self._parameters.begin(name)
