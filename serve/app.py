@@ -19,8 +19,10 @@ from serve.messages import messages_routes
 from serve.metrics import RequestMetrics
 from serve.models import model_routes
 from serve.observer import Observer
-from serve.options import KEEP_ALIVE_SECONDS
+from serve.options import KEEP_ALIVE_SECONDS, MAX_STORED_RESPONSES
 from serve.paths import Paths
+from serve.responses import responses_routes
+from serve.responses_store import ResponseStore
 from serve.service import ClientGone, Service
 from serve.snapshots import Snapshots
 from serve.tracing import Tracing
@@ -42,11 +44,13 @@ def create_app(
     read_timeout: float = 30.0,
     root_path: str = "",
     keep_alive: float = KEEP_ALIVE_SECONDS,
+    max_stored_responses: int = MAX_STORED_RESPONSES,
 ) -> FastAPI:
     """`allowed_origins`: web pages whose scripts may call the server, from any of them with `*`; by default none.
 
     `hosts`: what Host headers may name. `read_timeout`: seconds for a request's body. `root_path`: where a proxy has
     the server's paths, which it may pass on with it or without. `keep_alive`: seconds that a stream may be silent.
+    `max_stored_responses`: how many requests may go on from.
     """
 
     @contextlib.asynccontextmanager
@@ -71,6 +75,7 @@ def create_app(
     app.include_router(completion_routes(service))
     app.include_router(chat_routes(service))
     app.include_router(messages_routes(service))
+    app.include_router(responses_routes(service, ResponseStore(max_stored_responses)))
     metrics = RequestMetrics()
     app.include_router(model_routes(service, Snapshots(service.worker, metrics, service.names[0])))
     app.include_router(dashboard_routes())
@@ -88,7 +93,7 @@ def create_app(
         app.add_middleware(
             CORSMiddleware,
             allow_origins=allowed_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )

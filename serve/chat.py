@@ -10,6 +10,7 @@ from fastapi.responses import Response
 
 from emoe_jax.errors import RequestError
 from emoe_jax.requests.request import RequestOutput, SamplingParams
+from emoe_jax.requests.structured_params import StructuredOutputsParams
 from serve.answers import (
     AssistantMessage,
     ChatChoice,
@@ -28,14 +29,17 @@ from serve.body import JsonRoute
 from serve.failures import check_answered
 from serve.generation import Generation, Update
 from serve.logprobs import TokenPlaces, chat_logprobs
-from serve.parsing import think
 from serve.parsing.answer_parser import AnswerParser
+from serve.parsing.call_grammar import arguments_schema
 from serve.parsing.events import CallArguments, CallBegun, Event, Text, Thought
 from serve.parsing.forms import PLAIN, AnswerForm, Tools
 from serve.reader import AnswerReader
 from serve.schema import ChatRequest, SloHeaders
 from serve.service import Service, emoe_of, until_disconnect, usage_of
 from serve.stream import OR_STREAM, EventStream
+
+UNUSABLE = "tools cannot be used: "
+"""How the compiler's complaint about the grammar of a request's tools begins."""
 
 
 def chat_routes(service: Service) -> APIRouter:
@@ -75,6 +79,8 @@ class Chat:
     """What the answers may call."""
     parallel: bool = True
     """Whether an answer may have several calls."""
+    forced: bool = False
+    """Whether an answer has to call a tool."""
     readers: dict[int, AnswerReader] = dataclasses.field(default_factory=dict)
     """By the number of the answer among the `n` of the request."""
 
@@ -82,7 +88,7 @@ class Chat:
         """Of one answer, made when it is first asked for."""
         if index not in self.readers:
             self.readers[index] = AnswerReader(
-                AnswerParser(self.form, self.tools, opened=self.opened, parallel=self.parallel)
+                AnswerParser(self.form, self.tools, opened=self.opened, parallel=self.parallel, forced=self.forced)
             )
         return self.readers[index]
 
@@ -119,14 +125,39 @@ async def begin_chat(service: Service, body: ChatRequest, request: Request, slo:
     max_tokens = service.token_budget(prompt, "messages", asked, asked_param)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = body.to_params(max_tokens, logprobs, service.sampling_defaults)
+    opened = _has_opened(service, body, prompt)
+    params, form = with_form(service, body, params, opened)
+    try:
+        generation = await service.begin(request, [prompt], [params], body.emoe, slo, body.cache_salt)
+    except RequestError as error:
+        raise await until_disconnect(request, _naming_tool(service, body, error)) from None
+    tools, forced = body.callable_tools, body.must_call
+    return Chat(prompt, params, generation, form, opened, tools, body.calls_in_parallel, forced)
+
+
+def _has_opened(service: Service, body: ChatRequest, prompt: list[int]) -> bool:
+    """Whether the prompt has begun the thoughts."""
+    if (tags := service.form.thought_tags) is None:
+        return False
     if body.continue_final_message:
         said = body.messages[-1].content
-        opened = said.rfind(think.OPEN) > said.rfind(think.CLOSE)
-    else:
-        opened = service.text.ends_in(prompt, think.OPEN)
-    params, form = with_form(service, body, params, opened)
-    generation = await service.begin(request, [prompt], [params], body.emoe, slo, body.cache_salt)
-    return Chat(prompt, params, generation, form, opened, body.callable_tools, body.calls_in_parallel)
+        return said.rfind(tags[0]) > said.rfind(tags[1])
+    return service.text.ends_in(prompt, tags[0])
+
+
+async def _naming_tool(service: Service, body: ChatRequest, error: RequestError) -> RequestError:
+    """What refused a request; the name of the tool is in it where the schema of one is at fault.
+
+    A grammar of all calls is compiled as one, so that the compiler's complaint does not say which.
+    """
+    if str(error).startswith(UNUSABLE):
+        for name, schema in (body.held_tools or {}).items():
+            alone = StructuredOutputsParams(json=arguments_schema(name, schema), param="tools")
+            try:
+                await service.text.prepare(alone)
+            except RequestError as fault:
+                return body.unfit(name, str(fault).removeprefix(UNUSABLE))
+    return error
 
 
 def with_form(
@@ -146,7 +177,7 @@ def with_form(
         params,
         structured_outputs=grammar,
         shown_token_ids=text.special_ids(form.tags),
-        stop_token_ids=(*params.stop_token_ids, *text.special_ids(form.ending_tags)),
+        ending_token_ids=text.special_ids(form.ending_tags),
     ), form
 
 

@@ -5,7 +5,6 @@ import json
 import uuid
 from typing import Annotated, Any, Literal
 
-import pydantic_core
 from fastapi import APIRouter, Header, Request
 from fastapi.responses import Response
 from pydantic import BaseModel
@@ -15,17 +14,14 @@ from serve.answers import EmoeAnswer, Omittable
 from serve.body import JsonRoute
 from serve.chat import Chat, begin_chat
 from serve.errors import ErrorBody, MessagesError, describe, messages_error
-from serve.failures import early_end
+from serve.failures import failure_of
 from serve.generation import Update
 from serve.messages_schema import CountRequest, MessagesRequest
 from serve.parsing.events import CallArguments, CallBegun, Event, Text, Thought
-from serve.refusals import EngineFailure
+from serve.reader import as_object
 from serve.schema import SloHeaders
 from serve.service import Service, emoe_of, until_disconnect
 from serve.stream import EventStream, sse
-
-INVALID_JSON = "INVALID_JSON"
-"""The key under which `input` has arguments that are no JSON: an object has to be there, and nothing is lost."""
 
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
 
@@ -214,6 +210,10 @@ class AnthropicWire:
     keep_alive = sse('{"type": "ping"}', "ping")
     done = b""
 
+    def opening(self) -> list[Any]:
+        """The start of the message comes with the first delta."""
+        return []
+
     def event(self, chunk: tuple[str, dict[str, Any]]) -> bytes:
         """One event; its JSON repeats the name."""
         name, fields = chunk
@@ -231,22 +231,6 @@ class AnthropicWire:
 
 
 ANTHROPIC = AnthropicWire()
-
-
-def failure_of(completion: Completion) -> EngineFailure | None:
-    """Why an answer failed: this API has no reason to stop for that."""
-    if completion.finish_reason != "error":
-        return None
-    return early_end(completion.error or "what it has to match became too costly to follow")
-
-
-def as_object(arguments: str) -> dict[str, Any]:
-    """Arguments of a call as an object: as far as they go where the answer was cut."""
-    try:
-        value = pydantic_core.from_json(arguments or "{}", allow_partial="trailing-strings", allow_inf_nan=False)
-    except ValueError:
-        value = None
-    return value if isinstance(value, dict) else {INVALID_JSON: arguments}
 
 
 def _usage(output: RequestOutput) -> MessagesUsage:

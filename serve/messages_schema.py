@@ -4,14 +4,14 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from emoe_jax.errors import RequestError
 from serve.bounds import sampling
-from serve.schema import MAX_MESSAGES, ChatRequest, EmoeRequest, stop_list
+from serve.schema import MAX_MESSAGES, CacheSalt, ChatRequest, EmoeRequest, chat_request, stop_list
 from serve.strict import StrictModel
 from serve.tools import MAX_TOOLS, ToolName, check_parameters
-from serve.validation import describe_validation, found
+from serve.validation import found
 
 MAX_BLOCKS = 4096
 """Of one message."""
@@ -163,12 +163,7 @@ class CountRequest(StrictModel):
         last = self.messages[-1]
         if last.role == "assistant" and not any(block.type == "tool_use" for block in last.content):
             fields["continue_final_message"] = True
-        try:
-            return ChatRequest.model_validate(fields)
-        except ValidationError as error:  # what this API lets through and the other one does not
-            first = error.errors()[0]
-            message, param = describe_validation([{**first, "loc": ("body", *first["loc"])}])
-            raise RequestError(message, param=param) from None
+        return chat_request(fields)
 
     def _settings(self) -> Mapping[str, Any]:
         return {}
@@ -234,7 +229,7 @@ class MessagesRequest(CountRequest):
         None
     )
     stream: bool | None = None
-    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    cache_salt: CacheSalt | None = None
     emoe: EmoeRequest | None = None
 
     @field_validator("stop_sequences", mode="before")

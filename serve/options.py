@@ -21,6 +21,8 @@ DEMO_MODEL = demo_model()
 KEEP_ALIVE_SECONDS = 15.0
 """Proxies cut what is silent for longer: nginx after 60 s, many load balancers after 30 s."""
 
+MAX_STORED_RESPONSES = 1000
+
 LONGEST_SECONDS = 86400
 
 
@@ -103,6 +105,12 @@ class ServerOptions(EngineConfig):
     )
     max_num_queued_reqs: int = option(
         256, "sequences (prompts times n) that may wait; more are refused with 503", low=0, metavar="N"
+    )
+    max_stored_responses: int = option(
+        MAX_STORED_RESPONSES,
+        "responses of /v1/responses that are kept in memory for previous_response_id, the last used; 64 MiB at most",
+        low=0,
+        metavar="N",
     )
     api_key: list[str] = option(
         [],

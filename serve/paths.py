@@ -20,8 +20,9 @@ OWN_PATHS = (
     "/v1/messages",
     "/v1/messages/count_tokens",
     "/v1/models",
+    "/v1/responses",
 )
-"""All paths of the server, but those below the last."""
+"""All paths of the server, but those below the last two."""
 
 
 class Paths:

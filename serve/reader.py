@@ -2,11 +2,16 @@
 
 import dataclasses
 import secrets
+from typing import Any
+
+import pydantic_core
 
 from emoe_jax.requests.request import Delta
 from serve.parsing.answer_parser import AnswerParser
 from serve.parsing.events import CallArguments, CallBegun, Event, Text, Thought
 
+INVALID_JSON = "INVALID_JSON"
+"""The key under which an object has arguments that are no JSON: nothing is lost."""
 ID_LENGTH = 9
 """Letters and digits of a call's id that the chat templates of Mistral ask for."""
 
@@ -49,3 +54,12 @@ class AnswerReader:
     def finish_reason(self, reason: str | None) -> str | None:
         """OpenAI's name for how the answer ended: one that ended by itself in calls asks for their results."""
         return "tool_calls" if reason == "stop" and self.calls else reason
+
+
+def as_object(arguments: str) -> dict[str, Any]:
+    """Arguments of a call as an object: as far as they go where the answer was cut."""
+    try:
+        value = pydantic_core.from_json(arguments or "{}", allow_partial="trailing-strings", allow_inf_nan=False)
+    except ValueError:
+        value = None
+    return value if isinstance(value, dict) else {INVALID_JSON: arguments}

@@ -10,6 +10,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainValidator,
+    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -32,11 +33,11 @@ from emoe_jax.requests.request import (
     SamplingParams,
 )
 from serve.bounds import sampling, within
-from serve.strict import ClosedModel, StrictModel
+from serve.strict import ClosedModel, Refused, RefusingModel, StrictModel
 from serve.structured import StructuredRequest
 from serve.template import TemplateRequest
 from serve.tools import Calls, ToolChoiceRequest
-from serve.validation import found
+from serve.validation import describe_validation, found
 
 MAX_PROMPTS = 256
 MAX_MESSAGES = 4096
@@ -49,8 +50,8 @@ GIVEN_OR_DEFAULT = (
 
 TokenId = Annotated[int, within(TOKEN_ID)]
 Prompt = str | list[int]
-Refused = Mapping[str, tuple[Any, ...]]
 Bias = Annotated[float, within(BIAS)]
+CacheSalt = Annotated[str, Field(min_length=1, max_length=MAX_CACHE_SALT)]
 Milliseconds = Annotated[float, within(MILLISECONDS)]
 
 
@@ -168,7 +169,7 @@ class StreamOptions(StrictModel):
     """Usage so far in every chunk that has choices, if `include_usage` is set too, as in vLLM."""
 
 
-class SamplingRequest(StructuredRequest):
+class SamplingRequest(RefusingModel, StructuredRequest):
     """What `/v1/completions` and `/v1/chat/completions` have in common."""
 
     refused: ClassVar[Refused] = {
@@ -186,7 +187,6 @@ class SamplingRequest(StructuredRequest):
         "truncate_prompt_tokens": (),
         "use_beam_search": (False,),
     }
-    """Parameters that exist elsewhere but not here, and the values (besides null) that ask for nothing."""
 
     model: str | None = None
     temperature: Annotated[float, sampling("temperature")] | None = None
@@ -206,18 +206,8 @@ class SamplingRequest(StructuredRequest):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
-    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_CACHE_SALT)] | None = None
+    cache_salt: CacheSalt | None = None
     emoe: EmoeRequest | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unsupported(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            for name, neutral in cls.refused.items():
-                value = data.get(name)
-                if value is not None and value not in neutral:
-                    raise RequestError(f"{name} is not supported by this server", name, code="unsupported_parameter")
-        return data
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> "SamplingRequest":
@@ -352,6 +342,18 @@ class ChatRequest(ToolChoiceRequest, TemplateRequest, SamplingRequest):
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
         return self
+
+
+def chat_request(fields: Mapping[str, Any]) -> ChatRequest:
+    """A body of `/v1/chat/completions` that another API's has become. Raises `RequestError` for what that API lets
+    through and this one does not.
+    """
+    try:
+        return ChatRequest.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        message, param = describe_validation([{**first, "loc": ("body", *first["loc"])}])
+        raise RequestError(message, param=param) from None
 
 
 class TokenizeRequest(TemplateRequest):

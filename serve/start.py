@@ -132,6 +132,7 @@ def serve(options: ServerOptions, engine: Engine, listener: socket.socket, provi
         read_timeout=options.read_timeout,
         root_path=options.root_path,
         keep_alive=options.stream_keep_alive,
+        max_stored_responses=options.max_stored_responses,
     )
     app.openapi()  # made now and kept, as it takes long enough to hold up streams
     gc.collect()

@@ -79,6 +79,10 @@ class Wire(Protocol):
     keep_alive: bytes
     done: bytes
 
+    def opening(self) -> Sequence[Any]:
+        """Chunks that go out at once, before there is any token."""
+        ...
+
     def event(self, chunk: Any) -> bytes:
         """One chunk."""
         ...
@@ -97,6 +101,10 @@ class OpenAiWire:
 
     keep_alive = KEEP_ALIVE
     done = DONE
+
+    def opening(self) -> Sequence[Any]:
+        """The first chunk comes with the first delta."""
+        return ()
 
     def event(self, chunk: StreamEvent) -> bytes:
         """One chunk."""
@@ -161,6 +169,8 @@ async def _events(
     sent = time.monotonic()
     failure: str | None = None
     try:
+        if opening := wire.opening():
+            yield b"".join(map(wire.event, opening))
         async for batch in generation.batches(patience=keep_alive):
             chunks: list[Any] = []
             for progress in batch:

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, fie
 
 from emoe_jax.errors import RequestError
 from emoe_jax.requests.structured_params import StructuredOutputsParams
-from serve.parsing.call_grammar import ANY_ARGUMENTS, CallGrammar, SpecialId
+from serve.parsing.call_grammar import ANY_ARGUMENTS, CallGrammar, SpecialId, UnfitSchema
 from serve.parsing.forms import AnswerForm, Tools
 from serve.strict import StrictModel
 from serve.validation import found, named
@@ -225,14 +225,28 @@ class ToolChoiceRequest(ToolsRequest):
 
     def to_grammar(self, form: AnswerForm, special_id: SpecialId, opened: bool) -> StructuredOutputsParams | None:
         """What answers of that form are held to, so that calls fit; None where nothing asks for that."""
+        tools = self.held_tools
+        if tools is None:
+            return None
+        try:
+            grammar = CallGrammar(form, tools, special_id, opened=opened, parallel=self.calls_in_parallel)
+        except UnfitSchema as error:
+            raise self.unfit(error.tool, str(error)) from None
+        return StructuredOutputsParams(grammar=grammar.forced() if self.must_call else grammar.free(), param="tools")
+
+    @property
+    def held_tools(self) -> Tools | None:
+        """Schemas that calls are held to, by the names of the tools; None where nothing asks for that."""
         tools = self.callable_tools
         if tools is None or not (self.must_call or self._is_strict):
             return None
-        if not self.must_call:
-            loose = [tool.function.name for tool in self.tools or () if not tool.function.strict]
-            tools = {**tools, **dict.fromkeys(loose, ANY_ARGUMENTS)}
-        try:
-            grammar = CallGrammar(form, tools, special_id, opened=opened, parallel=self.calls_in_parallel)
-        except ValueError as error:
-            raise RequestError(f"tools cannot be used: {error}", param="tools") from None
-        return StructuredOutputsParams(grammar=grammar.forced() if self.must_call else grammar.free(), param="tools")
+        if self.must_call:
+            return tools
+        loose = [tool.function.name for tool in self.tools or () if not tool.function.strict]
+        return {**tools, **dict.fromkeys(loose, ANY_ARGUMENTS)}
+
+    def unfit(self, name: str, reason: str) -> RequestError:
+        """What refuses the tool of that name, whose calls cannot be held to its schema."""
+        position = [tool.function.name for tool in self.tools or ()].index(name)
+        param = f"tools[{position}].function.parameters"
+        return RequestError(f"{param} of {name!r} cannot be used: {reason}", param=param)

@@ -107,7 +107,7 @@ class Intake:
         if params.stop and self._tokenizer is None:
             raise RequestError("the model has no tokenizer, so stop strings cannot be found", param="stop")
         vocab_size = self._config.vocab_size
-        for name in ("logit_bias", "stop_token_ids", "forced_token_ids"):
+        for name in ("logit_bias", "stop_token_ids", "ending_token_ids", "forced_token_ids"):
             tokens = getattr(params, name)
             if beyond := [token for token in tokens if token >= vocab_size]:
                 raise RequestError(f"{name} names token {beyond[0]}; the vocabulary has {vocab_size}", param=name)

@@ -58,4 +58,5 @@ GLM4_MOE = Family(
     expert_sources=expert_sources,
     ignored=is_of_layers_behind,
     reasoning="think",
+    calls="glm",
 )

@@ -96,6 +96,9 @@ class SamplingParams(Parameters):
     """What answers have to match; one that ends by `max_tokens` or `stop` may be cut before it does."""
     shown_token_ids: tuple[int, ...] = ()
     """Special tokens that the answer's text has by name; others have no text. A parser of answers looks for them."""
+    ending_token_ids: tuple[int, ...] = ()
+    """Tokens with which the model ends its answers besides its own: a form of answers has them, not a caller. They stop
+    like `stop_token_ids`, and do not count against their limit."""
     forced_token_ids: tuple[int, ...] = ()
     """The answer, given: each step decodes one of these tokens, whatever the model would choose, and `logprobs` say how
     probable each was. `max_tokens` becomes their number, and a token that ends texts does not end this one."""
@@ -106,6 +109,7 @@ class SamplingParams(Parameters):
         object.__setattr__(self, "stop", tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         object.__setattr__(self, "shown_token_ids", tuple(self.shown_token_ids))
+        object.__setattr__(self, "ending_token_ids", tuple(self.ending_token_ids))
         object.__setattr__(self, "forced_token_ids", tuple(self.forced_token_ids))
         if self.forced_token_ids:
             object.__setattr__(self, "max_tokens", len(self.forced_token_ids))
@@ -131,14 +135,18 @@ class SamplingParams(Parameters):
             raise RequestError(message, param="stop_token_ids")
         for token in self.stop_token_ids:
             _check_integer("stop_token_ids", token, TOKEN_ID)
-        for name in ("shown_token_ids", "forced_token_ids"):
+        for name in ("shown_token_ids", "ending_token_ids", "forced_token_ids"):
             for token in getattr(self, name):
                 _check_integer(name, token, TOKEN_ID)
         if self.forced_token_ids:
-            for name in ("stop", "stop_token_ids", "structured_outputs"):
+            for name in ("stop", "stop_token_ids", "ending_token_ids", "structured_outputs"):
                 if getattr(self, name):
                     message = f"forced_token_ids say the whole answer; {name} would end or change it"
                     raise RequestError(message, param="forced_token_ids")
+
+    def stops_at(self, token: int) -> bool:
+        """Whether this token ends the answer, whatever the model's own end of a text is."""
+        return token in self.stop_token_ids or token in self.ending_token_ids
 
     @property
     def is_greedy(self) -> bool:

@@ -37,8 +37,9 @@ class OutputLengths:
 
     def expected(self, sequence: Sequence, max_model_len: int) -> float:
         """Tokens that a new sequence will generate, at least 1, within its own limits."""
-        room = min(sequence.params.max_tokens, max_model_len - len(sequence.prompt_token_ids))
-        if sequence.params.ignore_eos and not sequence.params.stop and not sequence.params.stop_token_ids:
+        params = sequence.params
+        room = min(params.max_tokens, max_model_len - len(sequence.prompt_token_ids))
+        if params.ignore_eos and not (params.stop or params.stop_token_ids or params.ending_token_ids):
             return float(room)
         return max(1.0, min(float(room), self.mean(sequence.task)))
 

@@ -360,7 +360,7 @@ class Scheduler:
         if sequence.first_token_at is None:
             sequence.first_token_at = self._now
         params = sequence.params
-        if (token in self.eos_token_ids and not params.ignore_eos) or token in params.stop_token_ids:
+        if (token in self.eos_token_ids and not params.ignore_eos) or params.stops_at(token):
             sequence.finish_reason = "stop"
         elif len(sequence.generated) >= params.max_tokens or sequence.num_known >= self.max_model_len:
             sequence.finish_reason = "length"

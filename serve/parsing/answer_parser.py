@@ -7,15 +7,24 @@ from serve.parsing.harmony import HarmonyParser
 
 class AnswerParser:
     """`tools` are those that may be called, None where none are. Without `parallel`, calls behind the first are left
-    out. With `opened`, the prompt has begun the thoughts.
+    out. With `opened`, the prompt has begun the thoughts. A `forced` answer is held to thoughts and calls.
     """
 
-    def __init__(self, form: AnswerForm, tools: Tools | None = None, *, opened: bool = False, parallel: bool = True):
+    def __init__(
+        self,
+        form: AnswerForm,
+        tools: Tools | None = None,
+        *,
+        opened: bool = False,
+        parallel: bool = True,
+        forced: bool = False,
+    ):
         self.reasoning_tokens = 0
         """Tokens up to the end of the last thought, of those that `feed` was told of."""
         self.calls = 0
         """Calls of tools so far."""
         self._parallel = parallel
+        self._forced = forced
         self._open_tokens = 0  # behind the last thought, and perhaps before another one
         self._reasoning: Parser | None = reasoning_parser(form.reasoning, opened)
         self._calls: Parser | None = None if tools is None else call_parser(form.calls, tools)
@@ -36,9 +45,10 @@ class AnswerParser:
         return self._pass_on(events)
 
     def finish(self) -> list[Event]:
-        """What is left at the end of the answer."""
+        """What is left at the end of the answer. Of a forced one that is markup of a call that was cut: no text."""
         events = self._pass_on([] if self._reasoning is None else self._reasoning.finish())
-        return joined([*events, *self._counted([] if self._calls is None else self._calls.finish())])
+        events += self._counted([] if self._calls is None else self._calls.finish())
+        return joined([event for event in events if not (self._forced and isinstance(event, Text))])
 
     def _pass_on(self, events: list[Event]) -> list[Event]:
         if self._calls is None:

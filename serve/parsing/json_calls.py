@@ -89,6 +89,10 @@ class JsonCall:
             self.raw += text[:at]
         return at
 
+    def finish(self, rest: str) -> None:
+        """The answer ends within the call: what has not been read is passed on as it is."""
+        self._out.arguments(rest)
+
     def _fail(self, at: int) -> int:
         if self.is_call:
             self.status = "done"

@@ -1,9 +1,10 @@
-"""Calls between `<tool_call>` and `</tool_call>`: JSON as of Hermes and Qwen, or the tags of Qwen3-Coder."""
+"""Calls between `<tool_call>` and `</tool_call>`: JSON as of Hermes and Qwen, or the tags of Qwen3-Coder or GLM."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from serve.parsing.events import Collector, Event
+from serve.parsing.glm_calls import GlmCall
 from serve.parsing.json_calls import JsonCall
 from serve.parsing.tags import find_first, may_become
 from serve.parsing.xml_calls import FUNCTION, XmlCall
@@ -19,15 +20,17 @@ class TaggedCalls:
 
     thinking: bool | None = False
 
-    def __init__(self, tools: Mapping[str, Mapping[str, Any]], *, xml: bool = False):
-        """With `xml`, calls may come in Qwen3-Coder's tags, also without `<tool_call>` around them."""
+    def __init__(self, tools: Mapping[str, Mapping[str, Any]], inside: Literal["json", "xml", "glm"] = "json"):
+        """Calls may come as JSON, and as `inside` says: in GLM's tags, or in Qwen3-Coder's ("xml"), also without
+        `<tool_call>` around them.
+        """
         self._tools = tools
-        self._xml = xml
-        self._openings = (OPEN, FUNCTION) if xml else (OPEN,)
+        self._inside = inside
+        self._openings = (OPEN, FUNCTION) if inside == "xml" else (OPEN,)
         self._out = Collector()
         self._buffer = ""
         self._opening = ""  # what the call being read began with
-        self._call: JsonCall | XmlCall | None = None
+        self._call: JsonCall | XmlCall | GlmCall | None = None
         self._is_inside = False  # behind a call whose `</tool_call>` has not come
 
     def feed(self, text: str) -> list[Event]:
@@ -46,10 +49,8 @@ class TaggedCalls:
             self._out.text(self._opening + rest)
         elif not call.is_call:
             self._out.text(self._opening + call.raw + rest)
-        elif isinstance(call, XmlCall):
-            call.finish(rest)
         else:
-            self._out.arguments(rest)
+            call.finish(rest)
         return self._out.finish()
 
     def _step(self) -> bool:
@@ -72,10 +73,13 @@ class TaggedCalls:
 
     def _choose_form(self) -> bool:
         start = self._buffer.lstrip()
-        if self._xml and may_become(start, (FUNCTION,)):
+        xml, glm = self._inside == "xml", self._inside == "glm"
+        if (glm and not start) or (xml and may_become(start, (FUNCTION,))):
             return False
-        if self._xml and start.startswith(FUNCTION):
+        if xml and start.startswith(FUNCTION):
             self._call = XmlCall(self._tools, self._out, CLOSE)
+        elif glm and start[0] != "{":
+            self._call = GlmCall(self._tools, self._out, CLOSE)
         else:
             self._call = JsonCall(self._tools, self._out, CLOSE)
         return True

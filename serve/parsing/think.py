@@ -1,18 +1,20 @@
-"""Reasoning in `<think>` and `</think>` before an answer: Qwen3, DeepSeek-R1, GLM-4.5 and others."""
+"""Reasoning between two tags before an answer: `<think>` of Qwen3, DeepSeek-R1, GLM-4.5 and others, or Magistral's."""
 
 from serve.parsing.events import Event, Text, Thought, joined
 from serve.parsing.tags import find_first, may_become
 
-OPEN, CLOSE = "<think>", "</think>"
+TAGS = ("<think>", "</think>")
+MAGISTRAL_TAGS = ("[THINK]", "[/THINK]")
 
 
 class ThinkParser:
     """Thoughts stand before the answer: a tag behind its first character is text. Blanks around thoughts are dropped.
 
-    With `opened`, the prompt ended in `<think>`. Reasoning that is never closed takes all of the answer.
+    With `opened`, the prompt ended in the first of the `tags`. Reasoning that is never closed takes all of the answer.
     """
 
-    def __init__(self, opened: bool):
+    def __init__(self, opened: bool, tags: tuple[str, str] = TAGS):
+        self._open_tag, self._close_tag = tags
         self.thinking: bool | None = True if opened else None
         self._buffer = ""
         self._blanks = ""  # of the thoughts, to be written when they go on
@@ -52,9 +54,9 @@ class ThinkParser:
             return self._read_thoughts()
         else:
             start = self._buffer.lstrip()
-            if may_become(start, (OPEN,)):
+            if may_become(start, (self._open_tag,)):
                 return False
-            if start.startswith(OPEN):
+            if start.startswith(self._open_tag):
                 self._open(start)
             else:
                 self.thinking = False
@@ -62,18 +64,18 @@ class ThinkParser:
         return True
 
     def _open(self, text: str) -> None:
-        self._buffer = text.removeprefix(OPEN)
+        self._buffer = text.removeprefix(self._open_tag)
         self.thinking = True
         self._blanks = "\n" if self._has_thought else ""
 
     def _read_thoughts(self) -> bool:
         if self._may_repeat_tag:
             start = self._buffer.lstrip()
-            if may_become(start, (OPEN,)):
+            if may_become(start, (self._open_tag,)):
                 return False
-            self._buffer = start.removeprefix(OPEN)
+            self._buffer = start.removeprefix(self._open_tag)
             self._may_repeat_tag = False
-        found = find_first(self._buffer, (CLOSE,))
+        found = find_first(self._buffer, (self._close_tag,))
         self._think(self._buffer[: found.start])
         self._buffer = self._buffer[found.end :]
         if found.tag is None:

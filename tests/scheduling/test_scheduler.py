@@ -148,9 +148,10 @@ def test_end_of_sequence(ignore_eos: bool):
     assert sequence.finish_reason == ("length" if ignore_eos else "stop")
 
 
-def test_stop_tokens_hold_even_when_eos_is_ignored():
+@pytest.mark.parametrize("field", ["stop_token_ids", "ending_token_ids"])
+def test_stop_tokens_hold_even_when_eos_is_ignored(field: str):
     scheduler = make()
-    sequence = seq("a", prompt=3, max_tokens=6, ignore_eos=True, stop_token_ids=(9,))
+    sequence = seq("a", prompt=3, max_tokens=6, ignore_eos=True, **{field: (9,)})
     scheduler.add(sequence)
     FakeRunner(scheduler, lambda s, position: {3: EOS, 4: 8}.get(position, 9)).finish_all()
     assert sequence.generated == [EOS, 8, 9]

@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 
 from serve.errors import ErrorResponse, MessagesError
 from serve.messages_schema import MessagesRequest
+from serve.responses_schema import ResponsesRequest
 from serve.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 VALID: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "hi", "max_tokens": 2},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
     "/v1/messages": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
+    "/v1/responses": {"input": "hi", "max_output_tokens": 2},
     "/tokenize": {"prompt": "hi"},
     "/detokenize": {"tokens": [104, 105]},
 }
@@ -22,6 +24,7 @@ SCHEMAS = {
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatRequest,
     "/v1/messages": MessagesRequest,
+    "/v1/responses": ResponsesRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }

@@ -8,8 +8,9 @@ import pytest
 
 from emoe_jax.requests.structured_params import StructuredOutputsParams
 from serve.errors import MessagesError
-from serve.messages import INVALID_JSON, MessagesResponse, as_object
+from serve.messages import MessagesResponse
 from serve.parsing.forms import AnswerForm
+from serve.reader import INVALID_JSON, as_object
 from tests.serve.conftest import StartServer
 from tests.serve.fake import FakeEngine, FakeTokenizer
 from tests.serve.scripted import ScriptedEngine

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from pydantic import BaseModel, ConfigDict
 
 from emoe_jax.scheduling.pages import PAGE_SIZE
 from serve.options import DEMO_MODEL
@@ -24,6 +25,14 @@ from tests.serve.resident import TOLERANCE, needs_proc, resident_bytes
 from tests.serve.test_load import cut_stream
 
 HELLO: list[Any] = [{"role": "user", "content": "hello there"}]
+
+
+class Verdict(BaseModel):
+    """Whether all is well."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    ok: bool
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +151,29 @@ def test_a_model_that_knows_no_tools_calls_one_where_it_has_to(client: openai.Op
     assert client.chat.completions.create(**settings | {"messages": messages, "tool_choice": "none"}).choices
 
 
+def test_responses_go_on_from_a_call_to_a_verdict(client: openai.OpenAI) -> None:
+    tool: Any = {"type": "function", "name": "judge", "parameters": Verdict.model_json_schema()}
+    settings: Any = {"model": "tiny", "temperature": 0, "extra_body": {"emoe": {"routing": "exact"}}}
+    forced = {**settings, "tools": [tool], "tool_choice": "required", "parallel_tool_calls": False}
+    judged = client.responses.create(**forced, input="hello there")
+    with client.responses.stream(**forced, input="hello there") as stream:
+        arguments = [event.delta for event in stream if event.type == "response.function_call_arguments.delta"]
+    for response in (judged, stream.get_final_response()):
+        call: Any = response.output[-1]
+        assert (len(response.output), call.name, response.status) == (1, "judge", "completed")
+        assert call.arguments == "".join(arguments)
+        Verdict.model_validate_json(call.arguments, strict=True)
+    result: Any = {"type": "function_call_output", "call_id": judged.output[-1].call_id, "output": "yes"}
+    asked = {**settings, "input": [result], "previous_response_id": judged.id, "text_format": Verdict}
+    parsed = client.responses.parse(**asked)
+    assert isinstance(parsed.output_parsed, Verdict)
+    assert (parsed.model_extra or {})["emoe"]["routing"] == "exact"
+    assert parsed.usage is not None
+    again = client.responses.parse(**asked).usage
+    assert again is not None
+    assert again.input_tokens_details.cached_tokens == (parsed.usage.input_tokens - 1) // PAGE_SIZE * PAGE_SIZE
+
+
 def test_openai_client_understands_errors(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="gpt-5", messages=HELLO)
@@ -181,6 +213,14 @@ def test_answers_match_their_schema(client: openai.OpenAI, stream: bool) -> None
     schema["properties"] = {"ok": {"type": "bool"}}
     with pytest.raises(openai.BadRequestError, match=r"response_format cannot be used: .*bool"):
         client.chat.completions.create(**options, response_format=wanted)
+
+
+def test_a_tool_that_calls_cannot_be_held_to_is_named(client: openai.OpenAI) -> None:
+    functions = [{"name": "fine"}, {"name": "odd", "parameters": {"properties": {"x": {"type": "thing"}}}}]
+    tools: Any = [{"type": "function", "function": function} for function in functions]
+    with pytest.raises(openai.BadRequestError, match=r"parameters of 'odd' cannot be used: .*thing") as refusal:
+        client.chat.completions.create(model="tiny", messages=HELLO, tools=tools, tool_choice="required")
+    assert refusal.value.param == "tools[1].function.parameters"
 
 
 def test_tokens_and_state(http: httpx.Client) -> None:

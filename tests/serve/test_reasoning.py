@@ -106,12 +106,14 @@ def test_a_template_may_begin_the_thoughts(start_server: StartServer) -> None:
 def test_tags_that_are_special_tokens_are_shown_to_the_parser_and_may_end_answers(start_server: StartServer) -> None:
     engine = ScriptedEngine("hi", Tagging({"<|channel|>": 5, "<|call|>": 6, "<think>": 7}))
     with start_server(engine, form=AnswerForm("harmony")) as client:
-        for body in ({"stop_token_ids": [9]}, {"response_format": {"type": "json_object"}}):
+        most = list(range(9, 25))
+        for body in ({"stop_token_ids": most}, {"response_format": {"type": "json_object"}}):
             assert client.post(CHAT, json={"messages": HELLO, **body}).status_code == 200
         client.post("/v1/completions", json={"prompt": "hi"})
     shown = [request["params"].shown_token_ids for request in engine.requests]
     assert shown == [(5, 6), (), ()]
-    assert [request["params"].stop_token_ids for request in engine.requests] == [(9, 6), (), ()]
+    assert [request["params"].stop_token_ids for request in engine.requests] == [tuple(most), (), ()]
+    assert [request["params"].ending_token_ids for request in engine.requests] == [(6,), (), ()]
 
 
 def test_answers_of_a_request_are_told_apart_one_by_one(start_server: StartServer) -> None:
@@ -132,8 +134,10 @@ def test_families_name_forms_that_there_are() -> None:
     forms = {family.name: (family.reasoning, family.calls) for family in families()}
     assert forms["gpt_oss"] == ("harmony", "harmony")
     assert forms["qwen3_moe"] == ("think", None)
-    for reasoning, _ in forms.values():
+    assert forms["glm4_moe"] == ("think", "glm")
+    for reasoning, calls in forms.values():
         assert reasoning is None or ServerOptions(reasoning_parser=reasoning)  # pyright: ignore[reportArgumentType]
+        assert calls is None or ServerOptions(tool_call_parser=calls)  # pyright: ignore[reportArgumentType]
 
 
 def test_options_win_over_the_family_and_the_template() -> None:

@@ -175,6 +175,22 @@ def test_only_strict_functions_are_held_to_their_schemas_where_nothing_has_to_be
     ]
 
 
+@pytest.mark.parametrize(("tokens", "arguments"), [(1, None), (11, None), (30, None), (50, '{"city": "Os')])
+def test_a_forced_call_that_is_cut_says_no_markup(
+    start_server: StartServer, tokens: int, arguments: str | None
+) -> None:
+    body = {"messages": HELLO, "tools": TOOLS, "tool_choice": "required", "max_tokens": tokens}
+    with start_server(ScriptedEngine(F), form=HERMES, max_model_len=1000) as client:
+        (choice,) = client.post(CHAT, json=body).json()["choices"]
+        events = events_of(client, CHAT, **body, stream=True)
+        free = client.post(CHAT, json={**body, "tool_choice": "auto"}).json()["choices"][0]["message"]
+    calls = choice["message"].get("tool_calls") or []
+    assert [call["function"]["arguments"] for call in calls] == ([] if arguments is None else [arguments])
+    assert (choice["message"]["content"] or "", choice["finish_reason"]) == ("", "length")
+    assert not any(choice["delta"].get("content") for event in events for choice in event["choices"])
+    assert bool(free["content"]) == (arguments is None)
+
+
 def test_a_forced_call_is_read_whatever_the_models_own_form_is(start_server: StartServer) -> None:
     for form in (AnswerForm(), AnswerForm("none", "qwen-xml"), HERMES):
         with start_server(ScriptedEngine(F), form=form, max_model_len=1000) as client:
@@ -209,9 +225,9 @@ def test_a_forced_call_is_read_whatever_the_models_own_form_is(start_server: Sta
         ({"tools": TOOLS, "parallel_tool_calls": 1}, "parallel_tool_calls", "true or false"),
         ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "response_format", "no room for calls"),
         (
-            {"tools": tool(parameters={"oneOf": [{}, {}]}), "tool_choice": "required"},
-            "tools",
-            "oneOf",
+            {"tools": TOOLS + tool("odd", parameters={"oneOf": [{}, {}]}), "tool_choice": "required"},
+            "tools[2].function.parameters",
+            "tools[2].function.parameters of 'odd' cannot be used: ",
         ),
     ],
 )

@@ -34,8 +34,9 @@ class Read(NamedTuple):
 
 
 def collected(events: Iterable[Event]) -> Read:
-    """What events say together. A call has begun before its arguments come."""
+    """What events say together. A call has begun before its arguments come, and nothing comes between them."""
     thoughts, texts, calls = [], [], list[tuple[str, str]]()
+    last: Event | None = None
     for event in events:
         match event:
             case Thought(text):
@@ -47,7 +48,9 @@ def collected(events: Iterable[Event]) -> Read:
                 calls.append((name, ""))
             case CallArguments(call, text):
                 assert call == len(calls) - 1
+                assert isinstance(last, CallBegun | CallArguments)
                 calls[call] = (calls[call][0], calls[call][1] + text)
+        last = event
     return Read("".join(thoughts), "".join(texts), tuple(calls))
 
 

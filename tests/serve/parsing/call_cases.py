@@ -7,6 +7,7 @@ from serve.parsing.forms import AnswerForm
 HERMES, XML = AnswerForm("none", "hermes"), AnswerForm("none", "qwen-xml")
 MISTRAL, HARMONY = AnswerForm("none", "mistral"), AnswerForm("harmony", "harmony")
 BOTH = AnswerForm("think", "hermes")
+GLM, DEEPSEEK = AnswerForm("think", "glm"), AnswerForm("none", "deepseek")
 
 Case = tuple[str, AnswerForm, str, str, list[tuple[str, Any]]]
 
@@ -21,6 +22,26 @@ def function(*parameters: str, name: str = "weather") -> str:
 
 def parameter(name: str, value: str) -> str:
     return f"<parameter={name}>\n{value}\n</parameter>"
+
+
+def glm(*pairs: tuple[str, str], name: str = "weather") -> str:
+    lines = [f"<arg_key>{key}</arg_key>\n<arg_value>{value}</arg_value>" for key, value in pairs]
+    return "\n".join((f"<tool_call>{name}", *lines, "</tool_call>"))
+
+
+def one_deepseek(arguments: str, name: str = "weather") -> str:
+    fenced = f"{name}\n```json\n{arguments}\n```"
+    return f"<｜tool▁call▁begin｜>function<｜tool▁sep｜>{fenced}<｜tool▁call▁end｜>"
+
+
+def bare_deepseek(arguments: str, name: str = "weather") -> str:
+    """As V3.1 writes it."""
+    return f"<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>{arguments}<｜tool▁call▁end｜>"
+
+
+def deepseek(*calls: str) -> str:
+    joined = "\n".join(calls)
+    return f"<｜tool▁calls▁begin｜>{joined}<｜tool▁calls▁end｜>"
 
 
 def commentary(arguments: str, name: str = "weather", end: str = "<|call|>") -> str:
@@ -120,10 +141,73 @@ CASES: list[Case] = [
         [("weather", {"city": 'a\n\n"b" <c> é\\\n'})],
     ),
     ("xml in parallel", XML, f"a {function(name='now')}\n{function(parameter('city', 'Oslo'))}", "a", [NOW, *OSLO]),
+    (
+        "xml with words between its tags",
+        XML,
+        function(parameter("city", "Oslo"), "oops", parameter("days", "7")),
+        "oops",
+        [("weather", {"city": "Oslo", "days": 7})],
+    ),
     ("xml without a tag around", XML, function(parameter("city", "Oslo"))[12:], "", OSLO),
     ("xml that is JSON", XML, call(CITY), "", OSLO),
     ("xml of another tool", XML, function(name="rm"), function(name="rm"), []),
     ("xml that is cut", XML, cut(function(parameter("city", "Oslo"))), "", [("weather", '{"city": "Os')]),
+    # GLM's tags
+    ("glm", GLM, glm(("city", "Oslo")), "", OSLO),
+    ("glm behind thoughts", GLM, f"<think>so</think>\nI look.\n{glm(('city', 'Oslo'))}", "I look.", OSLO),
+    ("glm in parallel", GLM, f"{glm(name='now')}\n{glm(('city', 'Oslo'))}", "", [NOW, *OSLO]),
+    ("glm in one line", GLM, glm(("city", "Oslo")).replace("\n", ""), "", OSLO),
+    ("glm without arguments", GLM, "<tool_call>now</tool_call>", "", [NOW]),
+    (
+        "glm of all types",
+        GLM,
+        glm(*TYPED),
+        "",
+        [("weather", {"city": "7", "days": 7, "celsius": True, "at": {"x": [1]}, "zip": None})],
+    ),
+    (
+        "glm of several lines",
+        GLM,
+        glm(("city", '\na\n"b" <c> é 東京 \\\n')),
+        "",
+        [("weather", {"city": '\na\n"b" <c> é 東京 \\\n'})],
+    ),
+    ("glm with a tag in a text", GLM, glm(("city", "</tool_call>")), "", [("weather", {"city": "</tool_call>"})]),
+    ("glm of the wrong type", GLM, glm(("days", "many")), "", [("weather", {"days": "many"})]),
+    (
+        "glm with words between its tags",
+        GLM,
+        glm(("city", "Oslo"), ("days", "7")).replace("\n<arg_key>days", "oops<arg_key>zip</arg_key><arg_key>days"),
+        "oops<arg_key>zip</arg_key>",
+        [("weather", {"city": "Oslo", "days": 7})],
+    ),
+    ("glm that is JSON", GLM, call(CITY), "", OSLO),
+    ("glm of another tool", GLM, glm(("city", "Oslo"), name="rm"), glm(("city", "Oslo"), name="rm"), []),
+    ("glm that has no tag", GLM, "<tool_call>weather please", "<tool_call>weather please", []),
+    ("glm that is cut", GLM, cut(glm(("city", "Oslo"))), "", [("weather", '{"city": "Os')]),
+    ("glm that is cut in a key", GLM, "<tool_call>weather\n<arg_key>ci", "", [("weather", "")]),
+    # DeepSeek
+    ("deepseek", DEEPSEEK, deepseek(one_deepseek(CITY)), "", OSLO),
+    ("deepseek of V3.1", DEEPSEEK, deepseek(bare_deepseek(CITY)), "", OSLO),
+    (
+        "deepseek in parallel",
+        DEEPSEEK,
+        f"I look.\n{deepseek(one_deepseek(CITY), bare_deepseek('{}', 'now'), one_deepseek(CITY))} Done.",
+        "I look. Done.",
+        [*OSLO, NOW, *OSLO],
+    ),
+    (
+        "deepseek nested",
+        DEEPSEEK,
+        deepseek(one_deepseek('{"at": {"x": [1, "}`"]}, "city": "東京 \\u00e9"}')),
+        "",
+        [("weather", {"at": {"x": [1, "}`"]}, "city": "東京 é"})],
+    ),
+    ("deepseek without a tag around", DEEPSEEK, bare_deepseek(CITY), "", OSLO),
+    ("deepseek without an end", DEEPSEEK, deepseek(one_deepseek(CITY)).partition("<｜tool▁call▁end｜>")[0], "", OSLO),
+    ("deepseek of another tool", DEEPSEEK, bare_deepseek("{}", "rm"), bare_deepseek("{}", "rm"), []),
+    ("deepseek without JSON", DEEPSEEK, bare_deepseek("Oslo"), bare_deepseek("Oslo"), []),
+    ("deepseek that is cut", DEEPSEEK, cut(deepseek(one_deepseek(CITY))), "", [("weather", '{"city": "Os')]),
     # Mistral
     ("mistral", MISTRAL, f"[TOOL_CALLS] [{IN_LIST}]", "", OSLO),
     (

@@ -13,6 +13,8 @@ from serve.options import DEMO_MODEL
 from serve.parsing.call_grammar import CallGrammar
 from serve.parsing.forms import AnswerForm
 from tests.serve.parsing.answers import loaded, read
+from tests.serve.parsing.call_cases import CITY as CITY_TEXT
+from tests.serve.parsing.call_cases import bare_deepseek, deepseek, one_deepseek
 
 CITY = {
     "type": "object",
@@ -77,6 +79,24 @@ MISSPELT = '{"name": "weather", "arguments": {"town": "Oslo"}}'
             [f"[TOOL_CALLS][{MISSPELT}]", "[TOOL_CALLS][]", "[TOOL_CALLS]", "hi", f"[TOOL_CALLS]{OSLO}"],
         ),
         (
+            AnswerForm("magistral", "mistral"),
+            {},
+            [f"[TOOL_CALLS][{OSLO}]", f"[THINK]a [ b[/THINK][TOOL_CALLS][{OSLO}]"],
+            ["[THINK]a[/THINK]", f"<think>a</think>[TOOL_CALLS][{OSLO}]"],
+        ),
+        (
+            AnswerForm("think", "deepseek"),
+            {},
+            [deepseek(one_deepseek(CITY_TEXT)), f"<think>a</think>{deepseek(*[bare_deepseek(CITY_TEXT)] * 2)}"],
+            ["hi", one_deepseek(CITY_TEXT), deepseek(), deepseek(bare_deepseek('{"town": "Oslo"}'))],
+        ),
+        (
+            AnswerForm("none", "deepseek"),
+            {"parallel": False},
+            [deepseek(bare_deepseek(CITY_TEXT))],
+            [deepseek(*[bare_deepseek(CITY_TEXT)] * 2)],
+        ),
+        (
             AnswerForm("none", "mistral"),
             {"parallel": False},
             [f"[TOOL_CALLS][{OSLO}]"],
@@ -111,6 +131,12 @@ def test_forced_calls(grammars: Grammars, form: AnswerForm, options: Any, right:
             ["a", "a</think>" + tagged(MISSPELT)],
         ),
         (AnswerForm("none", "mistral"), {}, ["hi", f"hi[TOOL_CALLS][{OSLO}]"], [f"[TOOL_CALLS][{MISSPELT}]"]),
+        (
+            AnswerForm("none", "deepseek"),
+            {},
+            ["hi", f"hi {deepseek(one_deepseek(CITY_TEXT))} bye"],
+            [f"hi {deepseek(one_deepseek('{}'))}"],
+        ),
     ],
 )
 def test_free_answers_whose_calls_fit(

@@ -15,7 +15,9 @@ FORMS = [
     AnswerForm("none", "harmony"),
     AnswerForm("think", "hermes"),
     AnswerForm("think", "qwen-xml"),
-    AnswerForm("none", "mistral"),
+    AnswerForm("think", "glm"),
+    AnswerForm("none", "deepseek"),
+    AnswerForm("magistral", "mistral"),
     AnswerForm("harmony", "hermes"),
 ]
 TAG = sorted({tag for tags in TAGS.values() for tag in tags})
@@ -31,6 +33,8 @@ WORDS = [
         "json",
         "weather",
     ),
+    *("<tool_call>weather", "<arg_key>city</arg_key>", "<arg_value>", "function", "```json", "```"),
+    *("<｜tool▁call▁begin｜>weather<｜tool▁sep｜>", "<｜tool▁call▁begin｜>function<｜tool▁sep｜>now"),
     *("<function=weather>", "<function=", "<parameter=city>", "<parameter=days>", "</parameter>", "</function>", ">"),
     *(
         '{"name": "weather"',

@@ -8,6 +8,8 @@ from serve.parsing.forms import AnswerForm, form_of
 from tests.serve.parsing.answers import Read, read
 
 THINK, HARMONY = AnswerForm("think"), AnswerForm("harmony")
+MAGISTRAL = str.maketrans("<>", "[]")
+"""Turns the one pair of tags into the other, but for its letters."""
 
 
 @pytest.mark.parametrize(
@@ -39,6 +41,9 @@ THINK, HARMONY = AnswerForm("think"), AnswerForm("harmony")
 def test_think_blocks(text: str, opened: bool, reasoning: str, content: str) -> None:
     for pieces in ([text], list(text)):
         assert read(pieces, THINK, None, opened=opened) == Read(reasoning, content)
+    said, *parts = (each.translate(MAGISTRAL).replace("think]", "THINK]") for each in (text, reasoning, content))
+    for pieces in ([said], list(said)):
+        assert read(pieces, AnswerForm("magistral"), None, opened=opened) == Read(parts[0], parts[1])
 
 
 @pytest.mark.parametrize(
@@ -121,8 +126,10 @@ def test_tokens_of_reasoning_are_counted(tokens: list[str], form: AnswerForm, op
         ("{{ content }}", AnswerForm()),
         ("<think>\n</think> <tool_call>\n{...}\n</tool_call>", AnswerForm("think", "hermes")),
         ("<tool_call>\n<function=example>", AnswerForm("none", "qwen-xml")),
-        ("<think></think><tool_call><arg_key>", AnswerForm("think", "none")),
+        ("<think></think><tool_call><arg_key>", AnswerForm("think", "glm")),
+        ("<think></think><｜tool▁calls▁begin｜><｜tool▁call▁begin｜>", AnswerForm("think", "deepseek")),
         ("[AVAILABLE_TOOLS] [TOOL_CALLS]", AnswerForm("none", "mistral")),
+        ("[THINK][/THINK] [TOOL_CALLS]", AnswerForm("magistral", "mistral")),
         ("<|channel|>analysis<|message|> to=functions.", AnswerForm("harmony", "harmony")),
     ],
 )
