@@ -79,6 +79,7 @@ def start_up_table(
     sampling: Mapping[str, object] | None = None,
     pool_share: float | None = None,
     form: AnswerForm = PLAIN,
+    predictor: str | None = None,
 ) -> Table:
     """`memory` in bytes by purpose; `resident` experts on the device, one number per MoE layer. Experts are kept in
     `expert_format`, and all else is in `dtype`. `pool_share` is the part of a GPU's memory that JAX takes for itself,
@@ -110,6 +111,9 @@ def start_up_table(
         table.add_row("a step computes", f"up to {step.sequences} sequences and {step.tokens} tokens")
     if tasks is not None:
         table.add_row("tasks", escape(", ".join(tasks)))
+    table.add_row(
+        "predictor", "none, so residency follows what routers choose" if predictor is None else escape(predictor)
+    )
     if sampling:
         values = ", ".join(f"{name} {value}" for name, value in sampling.items())
         table.add_row("sampling defaults", f"{values} (generation_config.json)")

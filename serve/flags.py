@@ -68,7 +68,7 @@ def read_values(parser: Parser, kind: type[Options], arguments: Sequence[str]) -
 def flag_names(message: str, kind: type[Options]) -> str:
     """An error of the library with options' names as flags: `max_num_seqs` is `--max-num-seqs`."""
     names = [option.name for option in options_of(kind) if "_" in option.name]
-    pattern = rf"(?<![\w/.-])({'|'.join(names)}|expert memory)(?![\w/.-])"
+    pattern = rf"(?<![\w/.-])({'|'.join([*names, 'expert memory'])})(?![\w/.-])"
     return re.sub(pattern, lambda match: "--" + re.sub("[_ ]", "-", match[0]), message)
 
 

@@ -16,7 +16,7 @@ from emoe_jax.engine_config import Dtype, EngineConfig, ExpertFormat
 from emoe_jax.errors import ConfigError, EmoeError, one_line
 from emoe_jax.option_fields import Options, option
 from emoe_jax.planning.targets import EFFICIENCY
-from serve.flags import flag_names, parser_of, read_values
+from serve.flags import Parser, flag_names, parser_of, read_values
 from serve.interrupt import INTERRUPTED
 
 COMMAND = "python -m serve.plan"
@@ -152,15 +152,15 @@ class PlanOptions(Options):
             )
 
 
-def main(arguments: Sequence[str] | None = None, command: str = COMMAND) -> int:
-    """Plan, and print it; the exit status. `command` is how it was called, for the help text."""
-    parser = parser_of(
+def parser(command: str = COMMAND) -> Parser:
+    """The command line. `command` is how it was called, for the help text."""
+    made = parser_of(
         PlanOptions,
         command,
         "What a model needs of a device, and how fast it is there at best, from its config.json alone.",
         {PlanOptions: "plan"},
     )
-    parser.add_argument(
+    made.add_argument(
         "model",
         nargs="?",
         default=str(demo_model()),
@@ -168,10 +168,16 @@ def main(arguments: Sequence[str] | None = None, command: str = COMMAND) -> int:
         help="directory with a config.json, a config.json, a known model such as mixtral-8x7b, or a hub id such as "
         "owner/name, of which only the config.json is fetched (default: the demo)",
     )
-    given = read_values(parser, PlanOptions, sys.argv[1:] if arguments is None else arguments)
+    return made
+
+
+def main(arguments: Sequence[str] | None = None, command: str = COMMAND) -> int:
+    """Plan, and print it; the exit status. `command` is how it was called, for the help text."""
+    made = parser(command)
+    given = read_values(made, PlanOptions, sys.argv[1:] if arguments is None else arguments)
     model = given.pop("model")
     if is_missing(model):
-        parser.error(MISSING)
+        made.error(MISSING)
     try:
         options = PlanOptions(**given)
         options.agree()

@@ -110,6 +110,7 @@ def serve(options: ServerOptions, engine: Engine, listener: socket.socket, provi
         url=url,
         pool_share=pool_share(os.environ, jax.devices()[0].platform),
         form=form,
+        predictor=None if engine.parts.predictor is None else str(engine.parts.predictor),
     )
     Console().print(table)
     for line in slow_parts(engine.config, engine.memory, options.contract, jax.default_backend()):

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 
 from emoe_jax.config import ModelConfig
-from emoe_jax.errors import ConfigError
 
 POLICY = "emoe"
 """The server's policy unless `--policy` says otherwise."""
@@ -18,7 +17,7 @@ def covered_by(trace: str, config: ModelConfig) -> Callable[[float], float]:
     The policy learns from the first three quarters of the prompts and is replayed on the others
     (`python -m benchmarks.residency`) at a few shares. Between these, coverage is interpolated.
 
-    Raises `TraceError` for a file that is no trace, `ConfigError` for one of another model or with too few prompts.
+    Raises `TraceError` for a file that is no trace, or one of another model, and `ConfigError` for too few prompts.
     """
     from benchmarks.residency.forecasts import learn_from  # these take seconds to import
     from benchmarks.residency.grid import RESIDENCIES, measure, slots
@@ -26,14 +25,9 @@ def covered_by(trace: str, config: ModelConfig) -> Callable[[float], float]:
 
     given = read_traces(Path(trace), None, None)
     experts, top_k = config.num_experts, config.top_k
-    found, wanted = given.replayed, (len(config.moe_layers), experts, top_k)
-    if (found.num_layers, found.num_experts, found.top_k) != wanted:
-        raise ConfigError(
-            f"the trace {trace} is of {found.describe()}; the model has {wanted[0]} MoE layers of {experts} experts, "
-            f"top-{top_k}"
-        )
+    given.replayed.check_model(len(config.moe_layers), experts, top_k, "the model")
     no_cost = {"expert_bytes": 0.0, "link_bandwidth": 1.0}
-    cells = measure(found, learn_from(given.trained), 1, 1, [POLICY], no_cost)[POLICY]
+    cells = measure(given.replayed, learn_from(given.trained), 1, 1, [POLICY], no_cost)[POLICY]
     curve = {slots(share, experts, top_k) / experts: cells[f"{share:g}"]["coverage"] for share in RESIDENCIES}
     shares = [0.0, *sorted(curve)]
     values = [0.0, *(curve[share] for share in shares[1:])]

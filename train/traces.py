@@ -30,9 +30,12 @@ from train.prompts import Prompt, stretch
 from train.ranges import check_ranges
 from train.tasks import MORE, TASKS, texts, unrelated
 
+COMMAND = "python -m train.traces"
 
-def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m train.traces", description=__doc__)
+
+def parser(command: str = COMMAND) -> argparse.ArgumentParser:
+    """The command line. `command` is how it was called, for the help text."""
+    parser = argparse.ArgumentParser(prog=command, description=(__doc__ or "").partition(": ")[2])
     add = parser.add_argument
     add("--model", default=str(demo_model()), help="checkpoint directory or hub id (the bundled demo model)")
     add("--prompts", type=Path, metavar="FILE", help="JSONL of task and prompt or messages, instead of drawn prompts")
@@ -60,7 +63,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--json", type=Path, metavar="FILE", help="write the numbers here")
     add("--recover", type=Path, metavar="FILE.npz", help="only finish the trace of a run that was killed")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def arguments(argv: Sequence[str] | None, command: str = COMMAND) -> argparse.Namespace:
+    made = parser(command)
+    options = made.parse_args(argv)
     ranges = {
         "per_task": (1, 10**6),
         "seed": (0, 2**31 - 1),
@@ -69,17 +77,17 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "max_num_seqs": (1, 1024),
         "keyword_prompts": (0, 10**5),
     }
-    check_ranges(parser, options, ranges)
+    check_ranges(made, options, ranges)
     if (options.out is None) == (options.recover is None):
-        parser.error("give either --out or --recover")
+        made.error("give either --out or --recover")
     options.tasks = list(dict.fromkeys(options.tasks))
     if options.profile is not None and not _texts(options).isdisjoint(options.tasks):
-        parser.error("--profile is of prompts; leave texts out of --tasks")
+        made.error("--profile is of prompts; leave texts out of --tasks")
     return options
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = arguments(argv)
+def main(argv: Sequence[str] | None = None, command: str = COMMAND) -> int:
+    options = arguments(argv, command)
     console = Console()
     try:
         if options.recover is not None:

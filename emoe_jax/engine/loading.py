@@ -57,6 +57,8 @@ class EngineParts:
     residency: Residency
     planner: ResidencyPlanner | None
     regret: Regret
+    predictor: Path | None
+    """Where the predictor that the planner asks is from; None where there is none."""
 
     def close(self) -> None:
         """Stop the threads of loader and planner."""
@@ -128,6 +130,7 @@ def load_parts(path: str | Path, options: EngineConfig, progress: StageProgress 
             residency=residency,
             planner=planner,
             regret=known.regret(config, memory.capacities),
+            predictor=known.predictor_path if planner is not None and planner.predicts else None,
         )
     except BaseException:
         residency.close()
