@@ -40,6 +40,14 @@ COMMANDS = {
     "doctor": Command(
         "what of this machine would keep the server from running well", "serve.doctor", no="there is a problem"
     ),
+    "bench": Command(
+        "measure an engine, a running server, or the kernels",
+        parts={
+            "latency": Command("how long a batch takes that has an engine to itself", "benchmarks.bench.latency"),
+            "throughput": Command("what an engine computes per second at most", "benchmarks.bench.throughput"),
+            "serve": Command("a running server under load", "benchmarks.bench.serve", no="no request was answered"),
+        },
+    ),
     "traces": Command(
         "routing traces: record, look into, check, convert",
         parts={
