@@ -45,6 +45,11 @@ COMMANDS = {
         parts={
             "latency": Command("how long a batch takes that has an engine to itself", "benchmarks.bench.latency"),
             "throughput": Command("what an engine computes per second at most", "benchmarks.bench.throughput"),
+            "kernels": Command(
+                "choose the tile sizes of the MoE kernels on this device",
+                "benchmarks.bench.kernels",
+                no_device="there is no NVIDIA GPU",
+            ),
             "serve": Command("a running server under load", "benchmarks.bench.serve", no="no request was answered"),
         },
     ),
