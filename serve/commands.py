@@ -32,6 +32,7 @@ class Command:
 
 COMMANDS = {
     "serve": Command("serve a model over an OpenAI-compatible HTTP API", "serve.main"),
+    "chat": Command("chat at the terminal", "serve.command.chat", no="a message had no answer"),
     "plan": Command(
         "what a model needs of a device, and how fast it is there at best",
         "serve.plan",

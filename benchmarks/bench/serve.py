@@ -17,6 +17,7 @@ from benchmarks.bench.arrivals import Process, arrival_times
 from emoe_jax.errors import ConfigError
 from emoe_jax.option_fields import Options, option
 from emoe_jax.requests.contract import RoutingContract
+from serve.command.served_state import between
 from serve.exits import NO, OK, status_of
 from serve.flags import Parser, flag_names, parser_of, read_values
 
@@ -222,25 +223,6 @@ def seen(records: "Sequence[Record]", options: ServeOptions) -> dict[str, Any]:
 def _is_good(record: "Record", options: ServeOptions) -> bool:
     ttft, tpot = options.slo_ttft_ms, options.slo_tpot_ms
     return (ttft is None or 1e3 * record.ttft <= ttft) and (tpot is None or 1e3 * (record.tpot or 0.0) <= tpot)
-
-
-def between(before: dict[str, Any] | None, after: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What a server of this project did during the run; None of another one."""
-    if before is None or after is None:
-        return None
-    first, last = before.get("residency", {}), after.get("residency", {})
-    if not {"wishes", "coverage", "loads", "share"} <= first.keys() & last.keys():
-        return None
-    wishes = [sum(map(sum, of["wishes"])) for of in (first, last)]
-    hits = [count * (of["coverage"] or 0.0) for count, of in zip(wishes, (first, last), strict=True)]
-    wished = wishes[1] - wishes[0]
-    return {
-        "resident_share": last["share"],
-        "wishes": wished,
-        "coverage": (hits[1] - hits[0]) / wished if wished > 0 else None,
-        "loads": last["loads"]["loads"] - first["loads"]["loads"],
-        "steps": after["steps"] - before["steps"],
-    }
 
 
 ROWS = (

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from benchmarks.bench.arrivals import arrival_times
-from benchmarks.bench.serve import ServeOptions, between, seen
+from benchmarks.bench.serve import ServeOptions, seen
 from benchmarks.serving.report import Record
 from benchmarks.serving.workload import Job, Sample
 from emoe_jax import Engine
 from emoe_jax.requests.request import SLO
 from serve import emoe
+from serve.command.served_state import between
 from tests.serve.conftest import running_server
 from tests.serve.fake import FakeEngine, FakeTokenizer
 
@@ -118,6 +119,7 @@ def test_what_a_server_did_is_counted_between_two_states() -> None:
     assert found == {
         "resident_share": 0.5,
         "wishes": 100,
+        "hits": 90,
         "coverage": pytest.approx(0.9),
         "loads": 5,
         "steps": 20,
