@@ -73,6 +73,7 @@ COMMANDS = {
             "evaluate": Command("judge a model's predictor on later traffic", "serve.command.predictor.evaluate"),
         },
     ),
+    "completion": Command("completion of commands and flags for a shell", "serve.command.completion"),
 }
 
 

@@ -26,6 +26,8 @@ class Parser(argparse.ArgumentParser):
 
     where = ""
     """What goes before a message: the file that arguments are from."""
+    kind: type[Options] | None = None
+    """The class of options that flags are of."""
 
     def error(self, message: str) -> NoReturn:
         """Print the mistake to stderr, after the file's name where it came from a file, and exit."""
@@ -51,6 +53,7 @@ def parser_of(kind: type[Options], prog: str, description: str, titles: dict[typ
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
+    parser.kind = kind
     groups = {owner: parser.add_argument_group(title) for owner, title in titles.items()}
     for option in options_of(kind):
         _add(groups.get(option.owner, parser), option)

@@ -6,14 +6,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
 import httpx
 from rich.console import Console
+from rich.text import Text
 
-from emoe_jax.errors import EmoeError
 from serve.command.conversation import ChatFailed
 
 URL = "http://127.0.0.1:8000"
@@ -49,7 +49,9 @@ def started(model: str, arguments: Sequence[str], console: Console) -> Iterator[
         process = subprocess.Popen([*command, *arguments], stdout=log, stderr=log, start_new_session=True)
         try:
             console.print(f"starting a server for {model}", style="dim", markup=False, highlight=False, soft_wrap=True)
-            yield _ready_url(process, Path(log.name))
+            with console.status("") as status:
+                url = _ready_url(process, Path(log.name), lambda line: status.update(Text(line, style="dim")))
+            yield url
         finally:
             process.terminate()
             try:
@@ -59,7 +61,8 @@ def started(model: str, arguments: Sequence[str], console: Console) -> Iterator[
                 process.wait()
 
 
-def _ready_url(process: subprocess.Popen[bytes], log: Path) -> str:
+def _ready_url(process: subprocess.Popen[bytes], log: Path, report: Callable[[str], None]) -> str:
+    """The URL that the server prints; `report` is told its newest line."""
     deadline = time.monotonic() + READY_SECONDS
     while time.monotonic() < deadline:
         ended = process.poll() is not None
@@ -70,8 +73,9 @@ def _ready_url(process: subprocess.Popen[bytes], log: Path) -> str:
         if ended:
             last = lines[-1].removeprefix("error: ") if lines else "it printed nothing"
             raise ChatFailed(f"the server did not start: {last}")
+        report(lines[-1] if lines else "")
         time.sleep(0.1)
-    raise EmoeError(f"the server was not ready within {READY_SECONDS:.0f} s")
+    raise ChatFailed(f"the server was not ready within {READY_SECONDS:.0f} s")
 
 
 @contextlib.contextmanager

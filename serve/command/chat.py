@@ -52,7 +52,7 @@ def parser(command: str = COMMAND) -> Parser:
     made.add_argument(
         "target",
         nargs="?",
-        metavar="URL or MODEL",
+        metavar="TARGET",
         help=f"address of a server, or a model to start one for (default: {URL}, else the demo)",
     )
     return made
