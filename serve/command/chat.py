@@ -133,8 +133,10 @@ def lines(is_person: bool) -> Iterator[str | None]:
         try:
             line = input("> ") if is_person else sys.stdin.readline()
         except EOFError:
+            print()
             return
         except KeyboardInterrupt:
+            print()
             yield None
             continue
         if not is_person and not line:

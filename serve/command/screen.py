@@ -52,19 +52,18 @@ class Terminal:
 
     def show(self, pieces: Iterable[Piece], line: Callable[[], str]) -> None:
         current = Text()
-        with Live(console=self._console, refresh_per_second=8, transient=True) as live, _polled(line) as latest:
-            live.update(_drawn(current, latest()))
-            try:
+        try:
+            with Live(console=self._console, refresh_per_second=8, transient=True) as live, _polled(line) as latest:
+                live.update(_drawn(current, latest()))
                 for styled in _styled(pieces):
                     current.append(styled)
                     *whole, current = current.split("\n", allow_blank=True)
                     for one in whole:
                         self._console.print(one)
                     live.update(_drawn(current, latest()))
-            finally:
-                live.update(Text())
-        if current:
-            self._console.print(current)
+        finally:  # also of an answer that was stopped
+            if current:
+                self._console.print(current)
 
     def end(self, answer: Answer, line: str) -> None:
         for text in filter(None, (answer.account(), line)):

@@ -178,6 +178,17 @@ class TestTerminal:
         assert "\x1b[2;3mhm" in text
         assert [part in text for part in ("one", "two[31m !", "3 tokens", "at the end")] == [True] * 4
 
+    def test_what_came_of_an_answer_that_is_stopped_stays(self) -> None:
+        written = io.StringIO()
+
+        def pieces() -> Iterator[Piece]:
+            yield Piece("content", "one\nhalf")
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            Terminal(Console(file=written, force_terminal=True)).show(pieces(), lambda: "")
+        assert written.getvalue().endswith("half\n")
+
     def test_the_live_line_says_what_is_resident(self) -> None:
         residency = {"share": 0.4, "coverage": 0.93, "wishes": [[1]], "loads": {"loads": 1200}, "loading": [[0, 1]]}
         line = residency_line({"residency": residency, "scheduler": {"running": 2, "waiting": 1}})
