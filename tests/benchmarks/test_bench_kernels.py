@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from benchmarks.bench import tuning
+from emoe_jax import Engine
 from emoe_jax.engine import loading
 from emoe_jax.errors import EmoeError
 from emoe_jax.moe import kernel_choice
@@ -113,3 +114,10 @@ def test_an_engine_reads_the_choice_and_says_so(
     monkeypatch.undo()
     assert loading.used_kernels(config, "float32", "float32") is None
     assert engine_of().parts.kernels is None
+
+
+def test_a_loaded_engine_has_looked_for_the_choice(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(loading, "used_kernels", lambda *given: asked.append(given[1:]) or "default")
+    with Engine.load(tiny_checkpoint, max_num_seqs=2, expert_format="int8", policy="static") as engine:
+        assert (asked, engine.parts.kernels) == ([("float32", "int8")], "default")
