@@ -24,11 +24,10 @@ on the path: `emoe plan` is `python -m serve.plan`. `emoe COMMAND --help` prints
 
 A mistake in the arguments, in a file or in an address is one line on stderr. Reports go to stdout, and progress goes
 to stderr. `--json` prints the report as JSON in place of tables and lines, for every command that prints a report.
-(`emoe traces record` writes its numbers to a file, as the other commands of `train` and `benchmarks` do: `--json
-FILE`.) `--config FILE` takes any of a command's options from a YAML file.
+`--config FILE` takes any of a command's options from a YAML file.
 
 ```sh
-emoe serve --model DIR --expert-memory 40%              # serve a model
+emoe serve DIR --expert-memory 40%                      # serve a model
 emoe chat DIR                                           # chat with it: uses the server that runs, or starts one
 emoe bench serve http://127.0.0.1:8000 --request-rate 4 --slo-ttft-ms 500 --slo-tpot-ms 50
 emoe bench kernels DIR                                  # once on each kind of GPU: starts use the fastest tile sizes

@@ -160,7 +160,9 @@ TITLES = {EngineConfig: "engine", ServerOptions: "server"}
 def parser(command: str = COMMAND) -> Parser:
     """The command line of the server. `command` is how it was called, for the help text."""
     description = "Serve a Mixture-of-Experts model over an OpenAI-compatible HTTP API."
-    return parser_of(ServerOptions, command, description, TITLES)
+    made = parser_of(ServerOptions, command, description, TITLES)
+    made.add_argument("checkpoint", nargs="?", metavar="MODEL", help="the same as --model")
+    return made
 
 
 def parse_options(arguments: Sequence[str], command: str = COMMAND) -> ServerOptions:
@@ -170,6 +172,10 @@ def parse_options(arguments: Sequence[str], command: str = COMMAND) -> ServerOpt
     """
     made = parser(command)
     given = read_values(made, ServerOptions, arguments)
+    if (checkpoint := given.pop("checkpoint", None)) is not None:
+        if "model" in given:
+            made.error("MODEL and --model both say what is served; give one of them")
+        given["model"] = checkpoint
     for name in ("host", "port"):
         if given.get("uds") is not None and name in given:
             made.error(f"--uds and --{name} both say where to listen; give one of them")

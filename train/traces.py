@@ -31,6 +31,7 @@ from train.ranges import check_ranges
 from train.tasks import MORE, TASKS, texts, unrelated
 
 COMMAND = "python -m train.traces"
+STDOUT = Path("-")
 
 
 def parser(command: str = COMMAND) -> argparse.ArgumentParser:
@@ -61,7 +62,14 @@ def parser(command: str = COMMAND) -> argparse.ArgumentParser:
         default=600,
         help="prompts per task to draw and learn keywords from (with --prompts, the file's); 0 leaves keywords",
     )
-    add("--json", type=Path, metavar="FILE", help="write the numbers here")
+    add(
+        "--json",
+        type=Path,
+        nargs="?",
+        const=STDOUT,
+        metavar="FILE",
+        help="write the numbers here; without a file print them in place of the table",
+    )
     add("--recover", type=Path, metavar="FILE.npz", help="only finish the trace of a run that was killed")
     return parser
 
@@ -88,7 +96,8 @@ def arguments(argv: Sequence[str] | None, command: str = COMMAND) -> argparse.Na
 
 def main(argv: Sequence[str] | None = None, command: str = COMMAND) -> int:
     options = arguments(argv, command)
-    console = Console()
+    prints = options.json == STDOUT
+    console = Console(stderr=prints)
     try:
         if options.recover is not None:
             console.print(f"{options.recover}: {recover(options.recover)} tokens")
@@ -97,6 +106,9 @@ def main(argv: Sequence[str] | None = None, command: str = COMMAND) -> int:
     except (EmoeError, ImportError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
+    if prints:
+        print(json.dumps(numbers, indent=2))
+        return 0
     print_table(numbers, console)
     if options.json is not None:
         options.json.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")

@@ -100,7 +100,7 @@ def train(directory: Path, options: TrainOptions, console: Console) -> dict[str,
         shutil.rmtree(place)
     draft.rename(place)
     console.print(
-        f"{'replaced' if replaced else 'wrote'} {place}; `emoe serve --model {directory}` finds it at its next start",
+        f"{'replaced' if replaced else 'wrote'} {place}; `emoe serve {directory}` finds it at its next start",
         markup=False,
         highlight=False,
         soft_wrap=True,
