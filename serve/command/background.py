@@ -40,11 +40,12 @@ def model_names(url: str, api_key: str | None) -> list[str] | None:
 
 @contextlib.contextmanager
 def started(model: str, arguments: Sequence[str], console: Console) -> Iterator[str]:
-    """The URL of a server for a model, on a free port. It ends with the block, and when this process gets SIGTERM.
+    """The URL of a server for a model, on a free port. It ends with the block, and when this process gets SIGTERM or
+    loses its terminal.
 
     Ctrl-C does not reach it. Raises `ChatFailed` with its last line where it does not start.
     """
-    with tempfile.NamedTemporaryFile(prefix="emoe-serve-", suffix=".log") as log, _exit_on_sigterm():
+    with tempfile.NamedTemporaryFile(prefix="emoe-serve-", suffix=".log") as log, _exit_on_signal():
         command = [sys.executable, "-m", "serve.main", "--model", model, "--port", "0", "--shutdown-timeout", "2"]
         process = subprocess.Popen([*command, *arguments], stdout=log, stderr=log, start_new_session=True)
         try:
@@ -79,12 +80,13 @@ def _ready_url(process: subprocess.Popen[bytes], log: Path, report: Callable[[st
 
 
 @contextlib.contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
+def _exit_on_signal() -> Iterator[None]:
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
