@@ -93,7 +93,7 @@ def page() -> str:
     commands = dict(leaves())
     parts = [INTRODUCTION, _statuses(commands), _table(commands)]
     parts += ["\n".join(_section(called, command)) for called, command in commands.items()]
-    return "\n".join(parts)
+    return "\n".join(parts).rstrip("\n") + "\n"
 
 
 def _statuses(commands: dict[str, Command]) -> str:
@@ -133,11 +133,11 @@ def _section(called: str, command: Command) -> Iterator[str]:
     if kind is ServerOptions:
         yield from ("[Options](options.md) has its flags.", "")
         return
+    flags = [action for action in made._actions if action.option_strings and action.dest != "help"]
     if kind is None:
-        yield from ("| flag | meaning |", "| --- | --- |")
-        for action in made._actions:
-            if action.option_strings and action.option_strings[0] != "-h":
-                yield f"| `{action.option_strings[-1]}` | {_help(action)} |"
+        if flags:
+            yield from ("| flag | meaning |", "| --- | --- |")
+            yield from (f"| `{action.option_strings[-1]}` | {_help(action)} |" for action in flags)
     elif own := [option for option in options_of(kind) if option.owner is not EngineConfig]:
         yield from ("| flag | values | default | meaning |", "| --- | --- | --- | --- |")
         yield from map(row, own)

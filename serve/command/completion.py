@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 from emoe_jax.errors import ConfigError
-from emoe_jax.option_fields import Options, options_of
+from emoe_jax.option_fields import options_of
 from serve.commands import COMMANDS, Command
 from serve.exits import OK, status_of
-from serve.flags import Parser, parser_of
+from serve.flags import Parser
 
 COMMAND = "python -m serve.command.completion"
 Shell = Literal["bash", "zsh", "fish"]
@@ -25,12 +25,14 @@ fish: emoe completion fish > ~/.config/fish/completions/emoe.fish"""
 
 def parser(command: str = COMMAND) -> Parser:
     """The command line."""
-    made = parser_of(
-        Options, command, "Print the script with which a shell completes the commands and flags of `emoe`.", {}
+    made = Parser(
+        prog=command,
+        description="Print the script with which a shell completes the commands and flags of `emoe`.",
+        epilog=HOW_TO,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     made.add_argument("shell", choices=get_args(Shell), help="the shell that is to read the script")
-    made.formatter_class = argparse.RawDescriptionHelpFormatter
-    made.epilog = HOW_TO
     return made
 
 
