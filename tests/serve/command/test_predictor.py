@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from emoe_jax import Engine
-from emoe_jax.residency.knowledge import PREDICTOR_FOLDER
+from emoe_jax.models import config_from_directory
+from emoe_jax.residency.knowledge import PREDICTOR_FOLDER, RoutingKnowledge
 from serve import emoe
 from serve.command.predictor.train import DRAFT
 from tests.traces.synthetic import make_trace
@@ -26,7 +26,7 @@ def model(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("traces") / "trace.npz"
-    make_trace(prompts=16, dim=32, tokens=12).save(path)
+    make_trace(prompts=8, dim=32, tokens=6).save(path)
     return path
 
 
@@ -40,11 +40,9 @@ def test_the_engine_finds_what_one_command_has_trained(
     assert "finds it at its next start" in err
     assert not (model / DRAFT).exists()
     assert not (place / "checkpoints").exists()
-    with Engine.load(model, max_num_seqs=2, expert_memory="4 slots") as engine:
-        assert engine.state()["planner"]["predictor"]
-        assert engine.parts.predictor == place
-    with Engine.load(model, max_num_seqs=2, expert_memory="4 slots", policy="lru") as engine:
-        assert engine.parts.predictor is None
+    known = RoutingKnowledge.load(model, config_from_directory(model), "auto", "auto")
+    assert known.predictor_path == place
+    assert known.dynamics is not None
 
     def train_again(given: Any, console: Any) -> dict[str, Any]:
         shutil.copytree(place, given.out)
