@@ -45,10 +45,12 @@ Axes that are rarer have words as names:
     blocks               blocks of assignments
     page, pages          positions of a page, and pages of the KV cache
     pages_per_sequence   the width of a block table
+    tables               block tables that are kept on the device
     splits               parts of a contraction, or of a context, that are computed side by side
     places               tokens that are kept on the device for the next step
     row_groups, tiles    decoding rows and tiles of the rows of prompts; the tiles alone
     words                32-bit words of a buffer
+    all_words            those of a larger one that begins with it
     numbers              numbers of an expert's record
     tokens               tokens of a trace or of a prompt, one after another
     prompt_tokens        tokens of prompts, one after another

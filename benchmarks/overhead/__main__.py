@@ -2,6 +2,7 @@
 
 A decode step whose executables are replaced by their earlier results is nothing but host work. The real HTTP server
 over an engine that computes nothing is nothing but HTTP. Both should stay below 1 ms: at 16 sequences, and 64 streams.
+Arguments of a step cost the host some time. Weights of layers that are stacked in one argument cost more.
 The scheduler alone, of ten thousand requests that wait at once, should take less than a second in all.
 
 With `--layers` and `--experts` it measures instead how warm-up, step and the engine's thread grow with the model:
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.arguments import count
+from benchmarks.overhead.arguments import argument_overhead
 from benchmarks.overhead.growth import growth, sizes_up_to
 from benchmarks.overhead.scheduling import scheduler_overhead
 from benchmarks.overhead.steps import host_overhead
@@ -44,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "batch": options.batch,
             **host_overhead(options.model, options.batch, options.steps),
             **scheduler_overhead(options.requests),
+            **argument_overhead(),
             "streams": options.streams,
             **http_overhead(options.streams, options.tokens, options.period_ms / 1e3),
         }

@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.verify_gpu.models import Workload, random_weights, workloads
 from emoe_jax.config import ModelConfig
 from emoe_jax.device.batch import Batch, batches_of
-from emoe_jax.device.block_tables import BlockTables
+from emoe_jax.device.block_tables import SentTables
 from emoe_jax.device.kv_cache import new_cache
 from emoe_jax.device.report import Report
 from emoe_jax.device.shapes import Buckets
@@ -91,7 +91,7 @@ def _weights(config: ModelConfig, load: Workload) -> tuple[Any, ...]:
 def _batches(config: ModelConfig) -> list[Batch]:
     """Two prompts together; then both decode beside a third one; then all three decode."""
     rng = np.random.default_rng(1)
-    buckets, tables = Buckets.of(4, 64, 256), BlockTables(pages_for(256))
+    buckets, tables = Buckets.of(4, 64, 256), SentTables(pages_for(256))
     sequences = [
         Sequence(str(index), rng.integers(0, config.vocab_size, length).tolist())
         for index, length in enumerate((37, 20, 70))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, Int32
 
-from emoe_jax.device.block_tables import BlockTables
+from emoe_jax.device.block_tables import BlockTables, TableUpdate
 from emoe_jax.device.inputs import StepInputs
 from emoe_jax.device.sampler import Choice
 from emoe_jax.device.shapes import Buckets, Shape
@@ -55,6 +55,8 @@ class Batch:
     words: Int32[np.ndarray, " words"]
     """What the device is told, laid out by `StepInputs.packing`."""
     first_rows: tuple[int, ...] = ()
+    tables: TableUpdate | None = None
+    """Where block tables are kept on the device: what they are told. Those in `words` are blank then."""
 
     @functools.cached_property
     def inputs(self) -> StepInputs:
@@ -217,8 +219,8 @@ def _filled(pieces: list[Piece], buckets: Buckets, tables: BlockTables) -> Batch
         last_rows[place] = row + piece.length - 1
         first_rows.append(row)
     _allow(inputs, [piece.sequence.allowance for piece in pieces])
-    tables.copy([piece.sequence for piece in pieces], np.asarray(inputs.block_tables))
-    return Batch(tuple(pieces), shape, batch.words, tuple(first_rows))
+    update = tables.place([piece.sequence for piece in pieces], shape, np.asarray(inputs.block_tables))
+    return Batch(tuple(pieces), shape, batch.words, tuple(first_rows), update)
 
 
 def _allow(inputs: StepInputs, allowances: Rows[Allowance]) -> None:

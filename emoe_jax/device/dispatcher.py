@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from emoe_jax.device.batch import Batch, batches_of
-from emoe_jax.device.block_tables import BlockTables
 from emoe_jax.device.readback import keep_for_audits, keep_prompt_logprobs, not_finite, sampled_token
 from emoe_jax.device.recording import counts_by_sequence, record_wishes
 from emoe_jax.device.report import Report
@@ -54,7 +53,6 @@ class Dispatcher:
         self.forwards: dict[str, int] = {"whole": 0, "again": 0, "layered": 0}
         """Of batches that might need absent experts: whole ones, those of them that were computed again, others."""
         self._runner, self._residency = runner, residency
-        self._tables = BlockTables(runner.buckets.pages)
         self._places: dict[Sequence, int] = {}  # of the tokens that the newest plan samples
         self._first_place = 0  # of the newest plan: plans take turns
         self.ways = Ways()
@@ -69,7 +67,9 @@ class Dispatcher:
         Raises what the expert store raises where it is computed layer by layer; the cache stays usable.
         """
         buckets, config = self._runner.buckets, self._runner.config
-        batches = batches_of(plan, buckets, self._tables, alone=config.router.capacity_factor is not None)
+        tables = self._runner.tables
+        tables.begin_plan()
+        batches = batches_of(plan, buckets, tables, alone=config.router.capacity_factor is not None)
         before, self._places = self._places, {}
         self._first_place = (self._first_place + buckets.sequences[-1]) % buckets.token_places
         dispatched = Dispatched(plan, [])
@@ -81,6 +81,7 @@ class Dispatcher:
                 dispatched.runs.append(self._start(batch))
         except Exception:
             self.in_flight.pop()
+            tables.forget()
             raise
         return dispatched
 

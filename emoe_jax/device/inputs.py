@@ -42,6 +42,7 @@ class StepInputs(NamedTuple):
     budgets: Float32[Any, " B"]
     sacred: Int32[Any, " B"]
     block_tables: Int32[Any, "B pages_per_sequence"]
+    """Last, so that a buffer may be cut before them."""
 
     @staticmethod
     @functools.cache

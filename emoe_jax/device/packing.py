@@ -37,6 +37,10 @@ class Packing:
         """A buffer in which every array is zero."""
         return np.zeros(self.words, np.int32)
 
+    def words_before(self, name: str) -> int:
+        """Where an array begins."""
+        return self._first[name]
+
     def views(self, buffer: Int32[np.ndarray, " words"]) -> dict[str, np.ndarray]:
         """The arrays in a buffer on the host. Writing to one writes to the buffer, if that may be written to."""
         arrays = {}

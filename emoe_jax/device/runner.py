@@ -16,6 +16,7 @@ from emoe_jax.config import ModelConfig
 from emoe_jax.device import step
 from emoe_jax.device.adjustments import Adjustments, adjustments_of
 from emoe_jax.device.batch import Batch, empty_batch
+from emoe_jax.device.block_tables import TableUpdate, blank_tables, tables_of
 from emoe_jax.device.compiling import MemoryShapes, compile_choices
 from emoe_jax.device.executables import Executables
 from emoe_jax.device.inputs import StepInputs
@@ -96,6 +97,10 @@ class Runner:
         self._cache = list(jax.device_put(cache, sharding))
         self._shapes = self._memory_shapes()
         self._last_tokens = jax.device_put(np.zeros(buckets.token_places, np.int32), sharding)
+        self.tables = tables_of(buckets)
+        self._device_tables: Int32[Array, "tables pages_per_sequence"] | None = None
+        if buckets.keeps_tables:
+            self._device_tables = jax.device_put(blank_tables(buckets), sharding)
         self._skeleton, leaves = step.Skeleton.split(model)
         self._leaves = jax.device_put(leaves, sharding)
         self._embedding: Float[Array, "V D"] = self._skeleton.join(self._leaves).embedding[...]
@@ -111,7 +116,7 @@ class Runner:
         run.seen = self._residency.table.resident_mask
         if run.resident is None:
             run.resident = run.seen
-        words = jax.device_put(batch.words, self._residency.slab.sharding)
+        words = self._words(batch)
         if run.way == "layered":
             outputs = self._layered.run(batch, words, self._cache, self._last_tokens)
         else:
@@ -145,6 +150,9 @@ class Runner:
             self._last_tokens = jax.device_put(
                 np.zeros(self._last_tokens.shape, self._last_tokens.dtype), self._residency.slab.sharding
             )
+        if self._device_tables is not None and not _is_readable(self._device_tables):
+            self._device_tables = jax.device_put(blank_tables(self.buckets), self._residency.slab.sharding)
+            self.tables.forget()
         lost = [index for index, layer_cache in enumerate(self._cache) if not _is_readable(layer_cache)]
         for index in lost:
             shapes = self._cache[index]
@@ -222,6 +230,19 @@ class Runner:
         self.move_pages({0: 0})
         for size in EMBEDDINGS_AT_ONCE:
             jax.block_until_ready(self.mean_embedding([0] * size))
+
+    def _words(self, batch: Batch) -> Int32[Array, " words"]:
+        """What a batch tells the device, with its block tables, on the device."""
+        tables, shape = self._device_tables, batch.shape
+        if tables is None:
+            return jax.device_put(batch.words, self._residency.slab.sharding)
+        update = batch.tables or TableUpdate.of([], [], [], shape)
+        for new in update.before:
+            tables = self.executables.call(step.write_pages, len(new), tables, new)
+        head = batch.words[: StepInputs.packing(shape).words_before("block_tables")]
+        arguments = (head, update.rows, update.lengths, update.new, tables)
+        words, self._device_tables = self.executables.call(step.with_tables, shape, *arguments, shape=shape)
+        return words
 
     def _choose(
         self, run: BatchRun, logits: Float[Array, "B V"]

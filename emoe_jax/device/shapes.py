@@ -43,6 +43,8 @@ class Shape(NamedTuple):
         return self.decodes + self.tiles
 
 
+LARGE_TABLES = 2**14
+"""Pages in the block tables of a full batch, beyond which the tables are kept on the device: 64 kB."""
 PLANS_KEPT = 3
 """Plans whose sampled tokens are on the device."""
 
@@ -80,6 +82,21 @@ class Buckets:
         A plan reads those of the plan before it, and may be computed again after the one behind it has written its own.
         """
         return PLANS_KEPT * self.sequences[-1]
+
+    @property
+    def kept_tables(self) -> int:
+        """Block tables that are kept on the device: one for each sequence of two plans."""
+        return 2 * self.sequences[-1]
+
+    @property
+    def table_bytes(self) -> int:
+        """Of the block tables on the device."""
+        return 4 * self.kept_tables * self.pages if self.keeps_tables else 0
+
+    @property
+    def keeps_tables(self) -> bool:
+        """Whether block tables are kept on the device, because sending them with every batch takes long."""
+        return self.sequences[-1] * self.pages > LARGE_TABLES
 
     @property
     def shapes(self) -> tuple[Shape, ...]:

@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32, Shaped, UInt32
 from emoe_jax.attention import LayerKV
 from emoe_jax.config import ModelConfig
 from emoe_jax.device.adjustments import TokenEdits, only_allowed
+from emoe_jax.device.block_tables import NewPages
 from emoe_jax.device.inputs import FlatBatch
 from emoe_jax.device.kv_cache import KVCache
 from emoe_jax.device.report import Report
@@ -34,6 +35,7 @@ from emoe_jax.models.decoder import Decoder
 from emoe_jax.models.routing import Routing
 from emoe_jax.moe import moe_ffn
 from emoe_jax.platforms import tracing_for
+from emoe_jax.scheduling.pages import TRASH_PAGE
 
 PROMPT_ROWS = 32
 """Rows of a prompt whose logits exist together while their log probabilities are computed."""
@@ -165,6 +167,34 @@ def close_step(
     report = Report.packing(batch.shape, config).pack(outcome._asdict())
     last_tokens = last_tokens.at[batch.inputs.token_places].set(tokens, mode="drop")
     return StepOutputs(x, logits, report, every.probs, last_tokens)
+
+
+@partial(jax.jit, donate_argnames=("tables",))
+def write_pages(
+    tables: Int[Array, "tables pages_per_sequence"], new: Int32[Array | np.ndarray, " n"]
+) -> Int[Array, "tables pages_per_sequence"]:
+    """Block tables with packed `NewPages`. Donates `tables`."""
+    room = new.shape[0] // len(NewPages._fields)
+    rows, columns, pages = NewPages(**NewPages.packing(room).unpack(jnp.asarray(new)))
+    rows = jnp.where(rows < 0, tables.shape[0], rows)
+    return tables.at[rows, columns].set(pages, mode="drop")
+
+
+@partial(jax.jit, static_argnames=("shape",), donate_argnames=("tables",))
+def with_tables(
+    words: Words,
+    rows: Int32[Array | np.ndarray, " B"],
+    lengths: Int32[Array | np.ndarray, " B"],
+    new: Int32[Array | np.ndarray, " n"],
+    tables: Int[Array, "tables pages_per_sequence"],
+    *,
+    shape: Shape,
+) -> tuple[Int32[Array, " all_words"], Int[Array, "tables pages_per_sequence"]]:
+    """A whole `StepInputs` from one without block tables, and the tables with packed `NewPages`. Donates `tables`."""
+    tables = write_pages(tables, new)
+    is_known = jnp.arange(shape.pages, dtype=jnp.int32)[None, :] < jnp.asarray(lengths)[:, None]
+    found = jnp.where(is_known, tables[jnp.asarray(rows)], TRASH_PAGE)
+    return jnp.concatenate([jnp.asarray(words), found.reshape(-1)]), tables
 
 
 @partial(jax.jit, static_argnames=("skeleton", "config", "shape", "platform"), donate_argnames=("cache",))

@@ -57,13 +57,13 @@ def buckets_of(
 
 
 def step_workspace(model: Decoder, plan: MemoryPlan, buckets: Buckets, executables: Executables) -> int:
-    """Bytes that a step takes beside its arguments, with a slab and a KV cache as planned.
+    """Bytes that a step takes beside weights, slab and KV cache, with a slab and a KV cache as planned.
 
     Compiles the largest batches with and without prompts, and the sampler; they stay in `executables`.
     """
     without, *_, largest = buckets.shapes[len(buckets.sequences) - 1 :]
     compile_steps(model, plan, buckets, executables, (without, largest))
-    return int(executables.workspace_bytes * MARGIN)
+    return int(executables.workspace_bytes * MARGIN) + buckets.table_bytes
 
 
 def compile_steps(

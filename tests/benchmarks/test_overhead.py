@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.overhead.__main__ import main
+from benchmarks.overhead.arguments import COUNTS, argument_overhead
 from benchmarks.overhead.growth import Size, Stopwatch, growth, sizes_up_to
 from benchmarks.overhead.http import http_overhead
 from benchmarks.overhead.scheduling import scheduler_overhead
@@ -63,3 +64,10 @@ def test_a_part_is_without_the_parts_within_it() -> None:
             pass
     assert watch.seconds["inner"] >= 0.02
     assert watch.seconds["outer"] < 0.01
+
+
+def test_arguments_and_stacked_layers_are_timed() -> None:
+    numbers = argument_overhead(repetitions=3)
+    few, many = (numbers[f"dispatch_ms_of_{count}_arguments"] for count in COUNTS)
+    assert 0 < few < many
+    assert min(numbers["sliced_layers_ratio"], numbers["scanned_layers_ratio"]) > 0

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emoe_jax.device.batch import batches_of
-from emoe_jax.device.block_tables import BlockTables
+from emoe_jax.device.block_tables import SentTables
 from emoe_jax.device.shapes import LARGE_TILE, TILE, Buckets
 from emoe_jax.requests.sequence import Sequence
 from emoe_jax.scheduling.pages import pages_for
@@ -54,7 +54,7 @@ def test_every_token_of_a_plan_has_one_row(
     plan = StepPlan(tuple(decoding), tuple(PrefillChunk(each, 0, len(each.prompt_token_ids), True) for each in reading))
     buckets = Buckets.of(24, budget, 512, platform)
     seen: list[tuple[int, int]] = []
-    for batch in batches_of(plan, buckets, BlockTables(buckets.pages), alone=alone):
+    for batch in batches_of(plan, buckets, SentTables(buckets.pages), alone=alone):
         shape, inputs = batch.shape, batch.inputs
         assert shape in buckets.shapes
         assert sum(inputs.lengths) == sum(piece.length for piece in batch.pieces)

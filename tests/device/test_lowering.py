@@ -13,6 +13,8 @@ from emoe_jax.config import ModelConfig
 from emoe_jax.device import layer_steps, step
 from emoe_jax.device.adjustments import ROOMS, TokenEdits, all_allowed
 from emoe_jax.device.batch import empty_batch
+from emoe_jax.device.block_tables import WRITTEN_AT_ONCE, NewPages, TableUpdate
+from emoe_jax.device.inputs import StepInputs
 from emoe_jax.device.kv_cache import new_cache
 from emoe_jax.device.sampler import CHOICES, SamplingArrays
 from emoe_jax.device.shapes import Shape
@@ -64,6 +66,7 @@ class Pieces:
         counts: Any = jax.ShapeDtypeStruct((E,), jnp.int32)
         needed: Any = jax.ShapeDtypeStruct((E,), jnp.bool_)
         missed: Any = jax.ShapeDtypeStruct((R,), jnp.int32)
+        self.tables: Any = jax.ShapeDtypeStruct((2 * B, shape.pages), jnp.int32)
         self.budget: Any = jax.ShapeDtypeStruct((R,), jnp.float32)
         self.last_tokens: Any = jax.ShapeDtypeStruct((8,), jnp.int32)
         self.routed = step.Routed(choices, probs, counts, needed, missed, self.budget)
@@ -133,6 +136,14 @@ class Pieces:
     def edit_logits(self) -> Call:
         edits, _ = TokenEdits.empty(self.logits.shape[0], ROOMS[0])
         return step.edit_logits, (self.logits, edits), {"room": ROOMS[0]}
+
+    def write_pages(self) -> Call:
+        return step.write_pages, (self.tables, NewPages.pack([], WRITTEN_AT_ONCE)), {}
+
+    def with_tables(self) -> Call:
+        rows, lengths, new, _ = TableUpdate.of([], [], [], self.shape)
+        head = self.words[: StepInputs.packing(self.shape).words_before("block_tables")]
+        return step.with_tables, (head, rows, lengths, new, self.tables), {"shape": self.shape}
 
     def mask_logits(self) -> Call:
         return step.mask_logits, (self.logits, all_allowed(*self.logits.shape)), {}
