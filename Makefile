@@ -40,7 +40,7 @@ $(VENV)/.venv:
 	touch $@
 
 $(VENV)/.base: $(VENV)/.venv pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable ".[guided]"
+	$(BIN)/python -m pip install --quiet --editable ".[completion,guided]"
 	touch $@
 
 $(VENV)/.full: $(VENV)/.venv pyproject.toml .ci/constraints.txt

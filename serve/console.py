@@ -3,6 +3,8 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -79,10 +81,12 @@ def start_up_table(
     sampling: Mapping[str, object] | None = None,
     pool_share: float | None = None,
     form: AnswerForm = PLAIN,
+    predictor: str | None = None,
+    kernels: Path | Literal["default"] | None = None,
 ) -> Table:
     """`memory` in bytes by purpose; `resident` experts on the device, one number per MoE layer. Experts are kept in
     `expert_format`, and all else is in `dtype`. `pool_share` is the part of a GPU's memory that JAX takes for itself,
-    where it does."""
+    where it does. `kernels` is where the tile sizes of the experts' kernels are from, where there are some."""
     table = Table(show_header=False, title="eMoE-JAX", title_justify="left")
     table.add_row("model", escape(f"{model} ({family})"))
     if not has_tokenizer:
@@ -110,6 +114,13 @@ def start_up_table(
         table.add_row("a step computes", f"up to {step.sequences} sequences and {step.tokens} tokens")
     if tasks is not None:
         table.add_row("tasks", escape(", ".join(tasks)))
+    if kernels == "default":
+        table.add_row("MoE kernels", "default tile sizes; `emoe bench kernels` chooses those that are fastest here")
+    elif kernels is not None:
+        table.add_row("MoE kernels", escape(f"tile sizes measured on this device: {kernels}"))
+    table.add_row(
+        "predictor", "none, so residency follows what routers choose" if predictor is None else escape(predictor)
+    )
     if sampling:
         values = ", ".join(f"{name} {value}" for name, value in sampling.items())
         table.add_row("sampling defaults", f"{values} (generation_config.json)")

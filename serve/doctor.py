@@ -13,7 +13,7 @@ from emoe_jax.errors import one_line
 from emoe_jax.option_fields import Options, option
 from serve import checks
 from serve.checks import Check, Finding, Level
-from serve.flags import parser_of, read_values
+from serve.flags import Parser, parser_of, read_values
 from serve.interrupt import INTERRUPTED
 
 COMMAND = "python -m serve.doctor"
@@ -30,16 +30,22 @@ class DoctorOptions(Options):
     json: bool = option(False, "whether to print JSON instead of lines")
 
 
-def main(arguments: Sequence[str] | None = None, command: str = COMMAND) -> int:
-    """Run the checks, and print what they find as they go; the exit status."""
-    parser = parser_of(
+def parser(command: str = COMMAND) -> Parser:
+    """The command line. `command` is how it was called, for the help text."""
+    return parser_of(
         DoctorOptions,
         command,
         "Look at what the server needs of this machine: each line is ok, a warning or a problem, and says how to mend "
         "it. The exit status is 1 where there is a problem.",
         {DoctorOptions: "doctor"},
     )
-    options = DoctorOptions(**read_values(parser, DoctorOptions, sys.argv[1:] if arguments is None else arguments))
+
+
+def main(arguments: Sequence[str] | None = None, command: str = COMMAND) -> int:
+    """Run the checks, and print what they find as they go; the exit status."""
+    options = DoctorOptions(
+        **read_values(parser(command), DoctorOptions, sys.argv[1:] if arguments is None else arguments)
+    )
     findings: list[Finding] = []
     try:
         for finding in examine((*checks.CHECKS, checks.step) if options.step else checks.CHECKS):

@@ -26,6 +26,8 @@ class Parser(argparse.ArgumentParser):
 
     where = ""
     """What goes before a message: the file that arguments are from."""
+    kind: type[Options] | None = None
+    """The class of options that flags are of."""
 
     def error(self, message: str) -> NoReturn:
         """Print the mistake to stderr, after the file's name where it came from a file, and exit."""
@@ -51,6 +53,7 @@ def parser_of(kind: type[Options], prog: str, description: str, titles: dict[typ
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
+    parser.kind = kind
     groups = {owner: parser.add_argument_group(title) for owner, title in titles.items()}
     for option in options_of(kind):
         _add(groups.get(option.owner, parser), option)
@@ -68,7 +71,7 @@ def read_values(parser: Parser, kind: type[Options], arguments: Sequence[str]) -
 def flag_names(message: str, kind: type[Options]) -> str:
     """An error of the library with options' names as flags: `max_num_seqs` is `--max-num-seqs`."""
     names = [option.name for option in options_of(kind) if "_" in option.name]
-    pattern = rf"(?<![\w/.-])({'|'.join(names)}|expert memory)(?![\w/.-])"
+    pattern = rf"(?<![\w/.-])({'|'.join([*names, 'expert memory'])})(?![\w/.-])"
     return re.sub(pattern, lambda match: "--" + re.sub("[_ ]", "-", match[0]), message)
 
 

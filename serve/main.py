@@ -4,7 +4,9 @@ import sys
 from collections.abc import Sequence
 
 from serve.interrupt import exit_on_signal
-from serve.options import COMMAND, parse_options
+from serve.options import COMMAND, parse_options, parser
+
+__all__ = ["main", "parser"]
 
 
 def main(arguments: Sequence[str] | None = None, command: str = COMMAND) -> int:

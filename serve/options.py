@@ -10,7 +10,7 @@ from emoe_jax.engine_config import EngineConfig
 from emoe_jax.errors import ConfigError
 from emoe_jax.option_fields import option
 from emoe_jax.requests.request import RESERVED_VARIABLES
-from serve.flags import flag_names, parser_of, read_values
+from serve.flags import Parser, flag_names, parser_of, read_values
 from serve.logs import LogFormat
 from serve.parsing.forms import CallForm, ReasoningForm
 from serve.paths import hides_own_path
@@ -165,23 +165,34 @@ TITLES = {EngineConfig: "engine", ServerOptions: "server"}
 """What classes of options are about."""
 
 
+def parser(command: str = COMMAND) -> Parser:
+    """The command line of the server. `command` is how it was called, for the help text."""
+    description = "Serve a Mixture-of-Experts model over an OpenAI-compatible HTTP API."
+    made = parser_of(ServerOptions, command, description, TITLES)
+    made.add_argument("checkpoint", nargs="?", metavar="MODEL", help="the same as --model")
+    return made
+
+
 def parse_options(arguments: Sequence[str], command: str = COMMAND) -> ServerOptions:
     """Flags win over the file given with `--config`. Exits with status 2 and one line on any mistake.
 
     `command` is how the server was called, for the help text.
     """
-    description = "Serve a Mixture-of-Experts model over an OpenAI-compatible HTTP API."
-    parser = parser_of(ServerOptions, command, description, TITLES)
-    given = read_values(parser, ServerOptions, arguments)
+    made = parser(command)
+    given = read_values(made, ServerOptions, arguments)
+    if (checkpoint := given.pop("checkpoint", None)) is not None:
+        if "model" in given:
+            made.error("MODEL and --model both say what is served; give one of them")
+        given["model"] = checkpoint
     for name in ("host", "port"):
         if given.get("uds") is not None and name in given:
-            parser.error(f"--uds and --{name} both say where to listen; give one of them")
+            made.error(f"--uds and --{name} both say where to listen; give one of them")
     try:
         options = ServerOptions(**given)
     except ConfigError as error:  # values that are right one by one, and not together
-        parser.error(as_flags(str(error)))
+        made.error(as_flags(str(error)))
     if is_missing(options.model):
-        parser.error(f"{MISSING} with --model")
+        made.error(f"{MISSING} with --model")
     return options
 
 

@@ -16,7 +16,7 @@ from emoe_jax.engine_config import Dtype, EngineConfig, ExpertFormat
 from emoe_jax.errors import ConfigError, EmoeError, one_line
 from emoe_jax.option_fields import Options, option
 from emoe_jax.planning.targets import EFFICIENCY
-from serve.flags import flag_names, parser_of, read_values
+from serve.flags import Parser, flag_names, parser_of, read_values
 from serve.interrupt import INTERRUPTED
 
 COMMAND = "python -m serve.plan"
@@ -109,6 +109,11 @@ class PlanOptions(Options):
         metavar="SHARE",
         default_text="the share of experts that are resident: the worst case",
     )
+    trace: str | None = option(
+        None,
+        "routing trace of this model, to take the coverage from: the server's policy is replayed on it",
+        metavar="FILE",
+    )
     slo_ttft_ms: float | None = option(
         None, "objective for the time to the first token, in milliseconds", low=0, open_low=True, metavar="MS"
     )
@@ -134,6 +139,8 @@ class PlanOptions(Options):
 
     def agree(self) -> None:
         """Raise `ConfigError` for options that do not go together."""
+        if self.trace is not None and self.coverage is not None:
+            raise ConfigError("--trace and --coverage both say what is covered; give one of them")
         rates = {"hbm_gbps": self.hbm_gbps, "link_gbps": self.link_gbps, "tflops": self.tflops}
         given = [name for name, value in rates.items() if value is not None]
         needed = {"device_memory": self.device_memory, "hbm_gbps": self.hbm_gbps, "link_gbps": self.link_gbps}
@@ -145,25 +152,32 @@ class PlanOptions(Options):
             )
 
 
-def main(arguments: Sequence[str] | None = None, command: str = COMMAND) -> int:
-    """Plan, and print it; the exit status. `command` is how it was called, for the help text."""
-    parser = parser_of(
+def parser(command: str = COMMAND) -> Parser:
+    """The command line. `command` is how it was called, for the help text."""
+    made = parser_of(
         PlanOptions,
         command,
         "What a model needs of a device, and how fast it is there at best, from its config.json alone.",
         {PlanOptions: "plan"},
     )
-    parser.add_argument(
+    made.add_argument(
         "model",
         nargs="?",
         default=str(demo_model()),
         metavar="MODEL",
-        help="directory with a config.json, a config.json, or a known model such as mixtral-8x7b (default: the demo)",
+        help="directory with a config.json, a config.json, a known model such as mixtral-8x7b, or a hub id such as "
+        "owner/name, of which only the config.json is fetched (default: the demo)",
     )
-    given = read_values(parser, PlanOptions, sys.argv[1:] if arguments is None else arguments)
+    return made
+
+
+def main(arguments: Sequence[str] | None = None, command: str = COMMAND) -> int:
+    """Plan, and print it; the exit status. `command` is how it was called, for the help text."""
+    made = parser(command)
+    given = read_values(made, PlanOptions, sys.argv[1:] if arguments is None else arguments)
     model = given.pop("model")
     if is_missing(model):
-        parser.error(MISSING)
+        made.error(MISSING)
     try:
         options = PlanOptions(**given)
         options.agree()

@@ -18,6 +18,7 @@ from emoe_jax.planning.rates import this_machine
 from emoe_jax.planning.targets import Target
 from serve.plan import PlanOptions
 from serve.start import keep_compilations
+from serve.trace_coverage import covered_by
 
 
 def make_plan(model: str, options: PlanOptions) -> Plan:
@@ -69,7 +70,8 @@ def load_of(options: PlanOptions, config: ModelConfig) -> Load:
     limit = options.context or config.max_position
     if prompt > limit:
         raise ConfigError(f"the prompt has {prompt} tokens; expected at most {limit}, those of the longest context")
-    return Load(prompt, options.batch or 1, options.coverage, options.slo_ttft_ms, options.slo_tpot_ms)
+    covered = None if options.trace is None else covered_by(options.trace, config)
+    return Load(prompt, options.batch or 1, options.coverage, covered, options.slo_ttft_ms, options.slo_tpot_ms)
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
@@ -92,7 +94,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     table.add_row("longest context", longest if fit.max_context else "none")
     largest = f"{_counted(fit.max_batch, 'sequence')} of {fit.context:,} tokens"
     table.add_row("largest batch", largest if fit.max_batch else "none")
-    table.add_row("coverage", f"{speed.coverage:.1%} of the routers' choices")
+    of_trace = "" if load.covered is None else ", by the trace"
+    table.add_row("coverage", f"{speed.coverage:.1%} of the routers' choices{of_trace}")
     table.add_row("first token, at least", f"{speed.ttft_ms:.4g} ms for a prompt of {load.prompt:,} tokens")
     sequences = f"{_counted(load.batch, 'sequence')} of {load.prompt:,} tokens"
     table.add_row(

@@ -39,18 +39,24 @@ def page(kind: type[Options], titles: dict[type, str]) -> str:
     """The options as Markdown, a table for each class that has fields."""
     parts = [INTRODUCTION]
     for owner, title in titles.items():
-        rows = [_row(option) for option in options_of(kind) if option.owner is owner]
+        rows = [row(option) for option in options_of(kind) if option.owner is owner]
         head = ["| Flag | Values | Default | Meaning |", "| --- | --- | --- | --- |"]
         parts.append("\n".join([f"## Options of the {title}", "", *head, *rows, ""]))
     return "\n".join(parts)
 
 
-def _row(option: Option) -> str:
+def row(option: Option) -> str:
+    """A line of a table: flag, values, default and meaning."""
     default = option.default_shown
     if default is not None and option.traits.default_text is None:
         default = f"`{default}`"
     cells = (f"`{option.flag}`", option.values, default or "", option.traits.help)
-    return "| " + " | ".join(html.escape(cell, quote=False).replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(map(escaped, cells)) + " |"
+
+
+def escaped(text: str) -> str:
+    """The text in a cell of a table of Markdown."""
+    return html.escape(text, quote=False).replace("|", "\\|")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import jax
 from rich.console import Console
 
 from emoe_jax import EmoeError, Engine
+from emoe_jax.folders import cache_folder
 from emoe_jax.memory.device_settings import pool_share
 from emoe_jax.models import family_named
 from emoe_jax.planning.slow import slow_parts
@@ -69,7 +70,7 @@ def compilations_folder() -> Path:
     """Where `JAX_COMPILATION_CACHE_DIR` says, or in the user's cache folder."""
     if (given := os.environ.get("JAX_COMPILATION_CACHE_DIR")) is not None:
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emoe-jax" / "xla"
+    return cache_folder() / "xla"
 
 
 def load(options: ServerOptions) -> Engine:
@@ -110,6 +111,8 @@ def serve(options: ServerOptions, engine: Engine, listener: socket.socket, provi
         url=url,
         pool_share=pool_share(os.environ, jax.devices()[0].platform),
         form=form,
+        kernels=engine.parts.kernels,
+        predictor=None if engine.parts.predictor is None else str(engine.parts.predictor),
     )
     Console().print(table)
     for line in slow_parts(engine.config, engine.memory, options.contract, jax.default_backend()):

@@ -11,7 +11,18 @@ import pytest
 
 LIBRARY = Path(__file__).parents[1] / "emoe_jax"
 LAYERS = (
-    *("errors", "demo", "progress", "amounts", "option_fields", "config", "requests", "engine_config", "platforms"),
+    *(
+        "errors",
+        "demo",
+        "progress",
+        "amounts",
+        "folders",
+        "option_fields",
+        "config",
+        "requests",
+        "engine_config",
+        "platforms",
+    ),
     *("traces", "predictor", "tasks", "policies", "experts", "scheduling"),
     *("checkpoint", "models", "moe", "attention", "residency", "device", "memory", "planning", "audit", "engine"),
 )

@@ -30,9 +30,13 @@ from train.prompts import Prompt, stretch
 from train.ranges import check_ranges
 from train.tasks import MORE, TASKS, texts, unrelated
 
+COMMAND = "python -m train.traces"
+STDOUT = Path("-")
 
-def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m train.traces", description=__doc__)
+
+def parser(command: str = COMMAND) -> argparse.ArgumentParser:
+    """The command line. `command` is how it was called, for the help text."""
+    parser = argparse.ArgumentParser(prog=command, description=(__doc__ or "").partition(": ")[2])
     add = parser.add_argument
     add("--model", default=str(demo_model()), help="checkpoint directory or hub id (the bundled demo model)")
     add("--prompts", type=Path, metavar="FILE", help="JSONL of task and prompt or messages, instead of drawn prompts")
@@ -58,9 +62,21 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=600,
         help="prompts per task to draw and learn keywords from (with --prompts, the file's); 0 leaves keywords",
     )
-    add("--json", type=Path, metavar="FILE", help="write the numbers here")
+    add(
+        "--json",
+        type=Path,
+        nargs="?",
+        const=STDOUT,
+        metavar="FILE",
+        help="write the numbers here; without a file print them in place of the table",
+    )
     add("--recover", type=Path, metavar="FILE.npz", help="only finish the trace of a run that was killed")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def arguments(argv: Sequence[str] | None, command: str = COMMAND) -> argparse.Namespace:
+    made = parser(command)
+    options = made.parse_args(argv)
     ranges = {
         "per_task": (1, 10**6),
         "seed": (0, 2**31 - 1),
@@ -69,18 +85,19 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "max_num_seqs": (1, 1024),
         "keyword_prompts": (0, 10**5),
     }
-    check_ranges(parser, options, ranges)
+    check_ranges(made, options, ranges)
     if (options.out is None) == (options.recover is None):
-        parser.error("give either --out or --recover")
+        made.error("give either --out or --recover")
     options.tasks = list(dict.fromkeys(options.tasks))
     if options.profile is not None and not _texts(options).isdisjoint(options.tasks):
-        parser.error("--profile is of prompts; leave texts out of --tasks")
+        made.error("--profile is of prompts; leave texts out of --tasks")
     return options
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = arguments(argv)
-    console = Console()
+def main(argv: Sequence[str] | None = None, command: str = COMMAND) -> int:
+    options = arguments(argv, command)
+    prints = options.json == STDOUT
+    console = Console(stderr=prints)
     try:
         if options.recover is not None:
             console.print(f"{options.recover}: {recover(options.recover)} tokens")
@@ -89,6 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (EmoeError, ImportError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
+    if prints:
+        print(json.dumps(numbers, indent=2))
+        return 0
     print_table(numbers, console)
     if options.json is not None:
         options.json.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")

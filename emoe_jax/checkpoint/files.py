@@ -1,7 +1,9 @@
 """Finding the files of a checkpoint: a directory or hub id, and the shards that its index names."""
 
 import json
+import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +45,33 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
 def _download(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download  # slow to import, and most runs are local
 
+    return _fetched(hub_id, lambda: snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES))
+
+
+def fetch_config(hub_id: str) -> Path:
+    """The `config.json` of a model on the Hugging Face hub, or of its copy in the hub's cache, and no other file.
+
+    Raises `CheckpointError`, one line, for an id that is none, and where the file cannot be fetched.
+    """
+    from huggingface_hub import hf_hub_download
+
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(logging.ERROR)  # each try without a network is a warning of two lines; the error says it once
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES))
+        return _fetched(hub_id, lambda: hf_hub_download(hub_id, CONFIG))
+    finally:
+        log.setLevel(level)
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text has the form `owner/name` of a model on the hub. Names without an owner are not counted."""
+    return "/" in text and _HUB_ID.fullmatch(text) is not None
+
+
+def _fetched(hub_id: str, fetch: Callable[[], str]) -> Path:
+    try:
+        return Path(fetch())
     except (OSError, ValueError, RuntimeError) as error:  # hub and network errors derive from these
         # Their messages are paragraphs; the first says what happened, the others repeat it with advice.
         reason = str(error).strip().split("\n")[0].removeprefix("Got: ").rstrip(".")

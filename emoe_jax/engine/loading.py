@@ -4,13 +4,14 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from flax import nnx
 
 from emoe_jax.amounts import parse_bandwidth
 from emoe_jax.checkpoint import Checkpoint, Tokenizer
+from emoe_jax.config import ModelConfig
 from emoe_jax.device.dispatcher import Dispatcher
 from emoe_jax.device.executables import Executables
 from emoe_jax.device.kv_cache import new_cache
@@ -27,6 +28,8 @@ from emoe_jax.memory.workspace import compile_steps, measured_plan
 from emoe_jax.models import load_tokenizer, open_checkpoint
 from emoe_jax.models.decoder import Decoder
 from emoe_jax.models.loading import load_dense
+from emoe_jax.moe.kernel_choice import KernelKey, use_choice
+from emoe_jax.platforms import default_platform
 from emoe_jax.policies.regret import Regret
 from emoe_jax.residency.admission import ExpertLoading
 from emoe_jax.residency.knowledge import RoutingKnowledge
@@ -57,6 +60,10 @@ class EngineParts:
     residency: Residency
     planner: ResidencyPlanner | None
     regret: Regret
+    predictor: Path | None
+    """Where the predictor that the planner asks is from; None where there is none."""
+    kernels: Path | Literal["default"] | None
+    """Where the tile sizes of the MoE op's kernels are from; None on devices where it has no kernels."""
 
     def close(self) -> None:
         """Stop the threads of loader and planner."""
@@ -76,7 +83,8 @@ def load_parts(path: str | Path, options: EngineConfig, progress: StageProgress 
     checkpoint = open_checkpoint(path, router_capacity_factor=options.router_capacity_factor)
     config = checkpoint.config
     plan = requested_plan(config, options, platform, usable_memory(options.device_memory), machine_memory())
-    plan(step_bytes=0)  # refuses what can never fit before seconds go into the predictor
+    first = plan(step_bytes=0)  # refuses what can never fit before seconds go into the predictor
+    kernels = used_kernels(config, first.dtype, first.expert_format)
     defaults = sampling_defaults(checkpoint.directory, options.generation_config)
     tokenizer = load_tokenizer(checkpoint.directory, options.chat_template)
     known = RoutingKnowledge.load(checkpoint.directory, config, options.task_profile, options.predictor)
@@ -128,12 +136,21 @@ def load_parts(path: str | Path, options: EngineConfig, progress: StageProgress 
             residency=residency,
             planner=planner,
             regret=known.regret(config, memory.capacities),
+            kernels=kernels,
+            predictor=known.predictor_path if planner is not None and planner.predicts else None,
         )
     except BaseException:
         residency.close()
         if planner is not None:
             planner.close()
         raise
+
+
+def used_kernels(config: ModelConfig, dtype: str, expert_format: str) -> Path | Literal["default"] | None:
+    """Have the MoE op use the tile sizes that were measured on this device, before a step is traced."""
+    if default_platform() != "cuda":
+        return None
+    return use_choice(KernelKey.of(config, dtype, expert_format), jax.devices()[0].device_kind) or "default"
 
 
 def compiles_first(platform: str) -> bool:

@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int, Int8, UInt8
 from emoe_jax.config import ModelConfig
 from emoe_jax.moe.activations import gate_in_kernel
 from emoe_jax.moe.dispatch import combine, dispatch
-from emoe_jax.moe.kernel_config import DEFAULT_TABLE, KernelTable, Tiling
+from emoe_jax.moe.kernel_choice import table_for
+from emoe_jax.moe.kernel_config import KernelTable, Tiling
 from emoe_jax.moe.operands import Operands
 from emoe_jax.moe.row_blocks import RowBlocks
 from emoe_jax.moe.tiles import Tiles, below, both, load, load_line
@@ -27,10 +28,12 @@ ScalesAndBias = tuple[Array | None, Float[Array, "C O 1"] | None]
 
 
 def triton(
-    operands: Operands, config: ModelConfig, *, table: KernelTable = DEFAULT_TABLE, interpret: bool = False
+    operands: Operands, config: ModelConfig, *, table: KernelTable | None = None, interpret: bool = False
 ) -> Float[Array, "R D"]:
-    """`table` gives the tile sizes. `interpret` runs the kernels without a GPU, slowly."""
+    """`table` gives the tile sizes; None is those that are in use for these experts. `interpret` runs the kernels
+    without a GPU, slowly."""
     rows, ids, weights, slot_of_expert, experts, accumulator = operands
+    table = table or table_for(config, rows.dtype, experts)
     kernels = table.choose(ids.size, slot_of_expert.shape[0])
     groups = dispatch(ids, slot_of_expert, experts.capacity)
     blocks = RowBlocks.of(groups, kernels.rows)

@@ -5,7 +5,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from emoe_jax.checkpoint.files import CONFIG
+from emoe_jax.checkpoint.files import CONFIG, fetch_config, is_hub_id
 from emoe_jax.config import ModelConfig
 from emoe_jax.errors import CheckpointError, ConfigError
 from emoe_jax.models import config_from_directory, config_from_hf
@@ -23,8 +23,8 @@ def known_model(name: str) -> dict[str, Any]:
     """The keys of a known model's `config.json` that shape it. Raises `ConfigError` with the nearest known name."""
     if name.lower() not in known_models():
         raise ConfigError(
-            f"{name[:80]!r} is neither a directory nor a config.json nor a known model; the nearest known one is "
-            f"{nearest(name.lower(), known_models())!r} of {', '.join(known_models())}"
+            f"{name[:80]!r} is neither a directory, a config.json, a hub id (owner/name) nor a known model; the "
+            f"nearest known one is {nearest(name.lower(), known_models())!r} of {', '.join(known_models())}"
         )
     return json.loads((_FOLDER / f"{name.lower()}.json").read_text(encoding="utf-8"))
 
@@ -45,7 +45,8 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def find_model(text: str) -> tuple[str, ModelConfig]:
-    """Name and configuration of what a user called a model: a directory, a `config.json`, or a known name.
+    """Name and configuration of what a user called a model: a directory, a `config.json`, a known name, or a hub id, of
+    which nothing but the `config.json` is fetched.
 
     Raises `CheckpointError` or `ConfigError`.
     """
@@ -53,4 +54,15 @@ def find_model(text: str) -> tuple[str, ModelConfig]:
     if path.exists() or path.suffix == ".json":
         resolved = path.resolve()
         return (resolved.parent.name if resolved.name == CONFIG else resolved.stem), read_config(path)
+    if is_hub_id(text):
+        return text.rpartition("/")[2].lower(), read_config(_fetched(text))
     return text.lower(), config_from_hf(known_model(text))
+
+
+def _fetched(hub_id: str) -> Path:
+    try:
+        return fetch_config(hub_id)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; without a network, give a directory, a config.json or a known model: {', '.join(known_models())}"
+        ) from None

@@ -1,7 +1,7 @@
 """The plan of a model on a device: does it fit, for how long and how many sequences, and how fast is it at best."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from emoe_jax.config import ModelConfig
@@ -25,6 +25,8 @@ class Load:
     coverage: float | None = None
     """Share of the routers' choices that find their expert on the device. None, and less than experts at random would
     cover, are what these cover."""
+    covered: Callable[[float], float] | None = None
+    """The coverage by the share of experts that have a slot, such as a trace shows; it goes before `coverage`."""
     ttft_ms: float | None = None
     """Objective for the time to the first token of a prompt alone; None leaves it open."""
     tpot_ms: float | None = None
@@ -149,6 +151,8 @@ def speed_of(footprint: Footprint, fit: Fit, target: Target, load: Load) -> Spee
         footprint.config, footprint.dtype, footprint.expert_format, slots=fit.slots / len(footprint.config.moe_layers)
     )
     chunk = footprint.options.step_size(target.platform).tokens
+    if load.covered is not None:
+        load = dataclasses.replace(load, coverage=load.covered(roofline.slots / footprint.config.num_experts))
     return Speed.of(roofline, target, load, chunk)
 
 
@@ -188,12 +192,15 @@ def _faster(footprint: Footprint, fit: Fit, speed: Speed, target: Target, load: 
     def tpot(changed: Load) -> float:
         return speed_of(footprint, fit, target, changed).tpot_ms
 
+    def with_coverage(coverage: float) -> Load:
+        return dataclasses.replace(load, coverage=coverage, covered=None)
+
     assert load.tpot_ms is not None
-    if tpot(dataclasses.replace(load, coverage=1.0)) <= load.tpot_ms:
+    if tpot(with_coverage(1.0)) <= load.tpot_ms:
         low, high = speed.coverage, 1.0
         while high - low > 5e-4:
             middle = (low + high) / 2
-            fast = tpot(dataclasses.replace(load, coverage=middle)) <= load.tpot_ms
+            fast = tpot(with_coverage(middle)) <= load.tpot_ms
             low, high = (low, middle) if fast else (middle, high)
         yield f"a coverage of {high:.3f} meets the time per token; {speed.coverage:.3f} was taken"
     elif speed.tpot_resident_ms > load.tpot_ms:

@@ -30,6 +30,8 @@ class RoutingKnowledge:
     predictor: Predictor | None
     dynamics: Dynamics | None
     transitions: Float[np.ndarray, "M1 E E"] | None
+    predictor_path: Path | None = None
+    """Where the predictor was found."""
 
     @classmethod
     def load(
@@ -57,7 +59,7 @@ class RoutingKnowledge:
                 dynamics = Dynamics.load(path, num_layers, num_experts)
             if (path := predictor_path / TRANSITIONS_FILE).exists():
                 transitions = load_transitions(path, num_layers, num_experts, config.top_k)
-        return cls(profile, loaded, dynamics, transitions)
+        return cls(profile, loaded, dynamics, transitions, predictor_path)
 
     def for_policies(self) -> PolicyWeights:
         """What policies learn from traces."""

@@ -105,6 +105,14 @@ class RoutingTrace:
         """The model's shape for messages: `16 MoE layers of 64 experts, top-8`."""
         return f"{self.num_layers} MoE layers of {self.num_experts} experts, top-{self.top_k}"
 
+    def check_model(self, num_layers: int, num_experts: int, top_k: int, what: str) -> None:
+        """Raise `TraceError` where `what`, such as a model, is not of this trace's shape."""
+        if (num_layers, num_experts, top_k) != (self.num_layers, self.num_experts, self.top_k):
+            raise TraceError(
+                f"the trace {self.source} is of {self.describe()}; "
+                f"{what} has {num_layers} MoE layers of {num_experts} experts, top-{top_k}"
+            )
+
     def rank(self) -> Int[np.ndarray, " tokens"]:
         """Every token's place among its prompt's recorded tokens: 0 for the first."""
         order = np.lexsort((self.token_pos, self.sample))

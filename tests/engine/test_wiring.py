@@ -68,6 +68,7 @@ def test_residents_are_those_predicted_by_the_prompts_embedding(
     embeddings += np.random.default_rng(0).normal(0, 0.01, embeddings.shape).astype(np.float32)
     predictor = write_predictor(tmp_path / "predictor", ["chat"] * 8, [ODD, EVEN] * 4, embeddings)
     engine = load(predictor=predictor, policy="emoe-no-refresh", predict_every=1)
+    assert engine.parts.predictor == predictor
     for prompt, experts in ((low, [1, 3, 5]), (high, [0, 2, 4]), (low, [1, 3, 5])):
         engine.generate(prompt, PARAMS, task="chat")
         assert residents(engine) == [experts] * LAYERS
@@ -112,6 +113,7 @@ def test_residents_follow_the_wishes_of_an_answer(load: Load, monkeypatch: pytes
     """Nothing is known of any prompt: only what routers wish for tells experts apart."""
     monkeypatch.setattr(residency_module, "FOLLOWING_SHARE", 1e9)  # a look at every step
     engine = load(policy="emoe", predictor=None, task_profile=None)
+    assert engine.parts.predictor is None
     loads: list[int] = []
     for _ in engine.stream([1, 2, 3], LONG):
         settle(engine)

@@ -5,8 +5,9 @@ from tests.mutants.audits import AUDITS
 from tests.mutants.contracts import CONTRACTS
 from tests.mutants.formats import FORMATS
 from tests.mutants.invocations import INVOCATIONS
+from tests.mutants.kernels import KERNELS
 from tests.mutants.planning import PLANNING
 from tests.mutants.prediction import PREDICTION
 from tests.mutants.residency import RESIDENCY
 
-MUTANTS = (*PREDICTION, *INVOCATIONS, *RESIDENCY, *CONTRACTS, *AUDITS, *ADMISSION, *FORMATS, *PLANNING)
+MUTANTS = (*PREDICTION, *INVOCATIONS, *RESIDENCY, *CONTRACTS, *AUDITS, *ADMISSION, *FORMATS, *KERNELS, *PLANNING)

@@ -2,6 +2,8 @@
 
 import io
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -40,6 +42,38 @@ def test_host_memory_is_named_where_there_is_any(host: int, shown: bool) -> None
     assert "up to 16 sequences and 512 tokens" in text
     assert re.search(r"experts kept in +│ mxfp4, all else in bfloat16", text)
     assert "3 to 4 of 8 in each of 2 layers (44%)" in text
+
+
+@pytest.mark.parametrize(
+    ("found", "shown"),
+    [
+        ({}, "predictor +│ none, so residency follows what routers choose"),
+        ({"predictor": "/m/[x]/predictor"}, r"predictor +│ /m/\[x\]/predictor"),
+        ({"kernels": "default"}, "MoE kernels +│ default tile sizes; `emoe bench kernels` chooses those"),
+        ({"kernels": Path("/c/h100.json")}, "MoE kernels +│ tile sizes measured on this device: /c/h100.json"),
+    ],
+)
+def test_what_was_learned_for_this_model_and_device_is_named(found: dict[str, Any], shown: str) -> None:
+    table = start_up_table(
+        model="m",
+        family="mixtral",
+        routing="resident",
+        device="cpu",
+        memory={"device": GIB, "weights": GIB, "slab": GIB, "kv_cache": GIB, "workspace": GIB, "host": 0},
+        resident=[3],
+        num_experts=8,
+        expert_format="float32",
+        dtype="float32",
+        has_tokenizer=True,
+        has_chat_template=True,
+        tasks=None,
+        url="http://127.0.0.1:8000",
+        **found,
+    )
+    output = io.StringIO()
+    Console(file=output, width=160).print(table)
+    assert re.search(shown, output.getvalue())
+    assert ("MoE kernels" in output.getvalue()) == ("kernels" in found)
 
 
 def test_pool_and_form_of_answers_are_named_where_there_are_any() -> None:

@@ -11,6 +11,7 @@ import pytest
 import emoe_jax
 from serve import emoe
 from serve import main as server
+from serve.commands import COMMANDS, leaves
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -43,7 +44,7 @@ def test_help_names_the_command_that_was_called(
 
 @pytest.mark.parametrize(
     ("arguments", "problem"),
-    [([], "no command was given"), (["srve"], "'srve'"), (["--port", "1"], "'--port'"), (["bench", "x"], "'bench'")],
+    [([], "emoe needs a command"), (["srve"], "'srve'"), (["--port", "1"], "'--port'"), (["x", "bench"], "'x'")],
 )
 def test_an_unknown_command_is_one_line_that_lists_the_commands(
     arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]
@@ -53,20 +54,38 @@ def test_an_unknown_command_is_one_line_that_lists_the_commands(
     assert out == ""
     assert len(err.splitlines()) == 1
     assert problem in err
-    assert all(command in err for command in emoe.COMMANDS)
+    assert all(command in err for command in COMMANDS)
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert emoe.main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(f"  {command} " in out for command in emoe.COMMANDS)
-    assert set(emoe.MODULES) == set(emoe.COMMANDS)
+    assert all(f"  {command} " in out for command in COMMANDS)
+
+
+@pytest.mark.parametrize("called", [name for name, _ in leaves()])
+def test_every_command_has_a_help_text_that_names_it(called: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        emoe.main([*called.split()[1:], "--help"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: {called} [-h]")
+
+
+@pytest.mark.parametrize("group", [name for name, command in COMMANDS.items() if command.parts])
+def test_a_group_lists_its_commands_and_names_the_nearest(group: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert emoe.main([group, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {part} " in out for part in COMMANDS[group].parts)
+    assert emoe.main([group]) == emoe.main([group, "trian"]) == 2
+    err = capsys.readouterr().err
+    assert f"emoe {group} needs a command" in err
+    assert f"emoe {group} has no command 'trian'" in err
 
 
 @pytest.mark.parametrize(("typed", "meant"), [("plna", "plan"), ("server", "serve")])
 def test_an_unknown_command_gets_the_nearest_name(typed: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert emoe.main([typed]) == 2
-    assert f"there is no command {typed!r}, did you mean {meant!r}?" in capsys.readouterr().err
+    assert f"emoe has no command {typed!r}, did you mean {meant!r}?" in capsys.readouterr().err
 
 
 def test_the_version_is_that_of_the_project_and_loads_no_jax() -> None:

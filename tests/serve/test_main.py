@@ -90,6 +90,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--config", "/nonexistent.yaml"], "/nonexistent.yaml"),
         (["--model", "/nonexistent/model"], "/nonexistent/model"),
         (["--model", "x", "--host", "256.256.256.256"], "256.256.256.256"),
+        (["x", "--model", "y"], "MODEL and --model both say what is served"),
     ],
 )
 def test_mistakes_are_named(capsys: pytest.CaptureFixture[str], arguments: list[str], named: str) -> None:
@@ -125,6 +126,10 @@ def test_mistakes_beside_a_configuration_file_are_not_the_file_s(
     path = tmp_path / "serve.yaml"
     path.write_text("port: 0\n", encoding="utf-8")
     assert fails(capsys, "--config", str(path), "--seed", "x").startswith("error: --seed is ")
+
+
+def test_the_model_may_be_named_without_a_flag() -> None:
+    assert parse_options(["x", "--seed", "1"]).model == parse_options(["--seed", "1", "x"]).model == "x"
 
 
 def test_flags_win_over_the_configuration_file(tmp_path: Path) -> None:

@@ -36,21 +36,21 @@ def main(argv: list[str] | None = None) -> None:
     given = options.arguments(argv)
     console = Console(width=None if sys.stdout.isatty() else 160)
     try:
-        if given.evaluate:
-            predictor = Predictor.load(given.evaluate)
-            trace = RoutingTrace.load(given.traces)
-            prompts = evaluate.prompts_of(trace, predictor)
-            answers = evaluate.answers_of(given.evaluate, trace)
-            numbers = evaluate.evaluate(
-                predictor, prompts, updates=not given.no_updates, seed=given.seed, answers=answers
-            )
-        else:
-            numbers = train(given, console)
+        numbers = judge(given) if given.evaluate else train(given, console)
         report.print_evaluation(numbers, console)
         if given.json:
             report.write_json(numbers, given.json)
     except (EmoeError, ImportError, OSError) as error:
         _fail(one_line(error))
+
+
+def judge(given: argparse.Namespace) -> dict[str, Any]:
+    """The numbers of the predictor in `--evaluate` on the trace."""
+    predictor = Predictor.load(given.evaluate)
+    trace = RoutingTrace.load(given.traces)
+    prompts = evaluate.prompts_of(trace, predictor)
+    answers = evaluate.answers_of(given.evaluate, trace)
+    return evaluate.evaluate(predictor, prompts, updates=not given.no_updates, seed=given.seed, answers=answers)
 
 
 def train(given: argparse.Namespace, console: Console) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""`emoe bench`: latency, throughput, a server under load, and kernels. Flags have the names that vLLM gives them."""

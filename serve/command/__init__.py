@@ -1,0 +1,1 @@
+"""What `emoe` runs beside the server, the planner and the doctor."""
