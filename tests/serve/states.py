@@ -96,6 +96,7 @@ def engine_state() -> dict[str, Any]:
             "coverage_frequency": 0.8,
             "coverage_promised": None,
             "coverage_recent": 0.87,
+            "serves": {"qa": 0.8, "conv": 0.4},
             "error": None,
         },
         "regret": {
