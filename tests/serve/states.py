@@ -9,6 +9,7 @@ def engine_state() -> dict[str, Any]:
         "family": "mixtral",
         "routing": "resident",
         "tolerance": 0.25,
+        "not_finite": 3,
         "audit": {
             "rate": 0.01,
             "audits": 12,
