@@ -13,7 +13,13 @@ import sys
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
-import ray  # pyright: ignore[reportMissingImports]
+try:
+    import ray  # pyright: ignore[reportMissingImports]
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    print(f"error: {error}: pip install 'emoe-jax[ray]'", file=sys.stderr)
+    sys.exit(2)
 from ray import serve as ray_serve  # pyright: ignore[reportMissingImports]
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, HTTPOptions, RequestRouterConfig  # pyright: ignore[reportMissingImports]
 from ray.serve.handle import DeploymentHandle  # pyright: ignore[reportMissingImports]
