@@ -127,8 +127,12 @@ class EngineConfig(Options):
         "per output channel, and is made while loading from any checkpoint; auto is what the checkpoint has (mxfp4, "
         "fp8, int8), in dtype where its experts are not quantised",
     )
-    max_model_len: int | None = option(
-        None, "tokens that prompt and answer may have together", low=1, metavar="TOKENS", default_text="the model's own"
+    max_model_len: int | Literal["auto"] = option(
+        "auto",
+        "tokens that prompt and answer may have together; auto is the model's own limit, or what the KV cache can hold "
+        "of one sequence where that is less",
+        low=1,
+        metavar="TOKENS",
     )
     max_num_seqs: int | Literal["auto"] = option(
         "auto",
@@ -283,6 +287,11 @@ class EngineConfig(Options):
         tolerance = USUAL_TOLERANCE / top_k if self.tolerance is None else self.tolerance
         budget = math.inf if self.substitution_budget is None else self.substitution_budget
         return Allowance(tolerance, budget, self.sacred)
+
+    @property
+    def length_limit(self) -> int | None:
+        """Tokens that prompt and answer may have together; None: as many as model and KV cache allow."""
+        return None if self.max_model_len == "auto" else self.max_model_len
 
     def step_size(self, platform: str) -> StepSize:
         """Sequences and tokens of a step on a platform of JAX. `auto` tokens do not go by the sequences that are given,

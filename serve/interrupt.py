@@ -1,16 +1,22 @@
 """Ending the process on Ctrl-C or SIGTERM while a model loads, and once a server has shut down."""
 
 import contextlib
+import logging
 import os
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+log = logging.getLogger("serve")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 INTERRUPTED = 130
 """The exit status of an interrupted start, as shells have it for Ctrl-C."""
+LEFT_BEHIND = 1
+"""The exit status of a server that could not wait for its last step."""
 SHOW_CURSOR = "\x1b[?25h"
 
 
@@ -48,6 +54,14 @@ def end_at_once_on_signal(status: int) -> None:
     """
     for number in SIGNALS:
         signal.signal(number, lambda *_: os._exit(status))
+
+
+def leave_at_once(message: str, status: int) -> NoReturn:
+    """End the process with a line in the log, without waiting for any thread, as one may never end."""
+    log.error("%s", message)
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def _leave_to_watcher(*_: object) -> None:

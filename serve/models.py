@@ -68,16 +68,16 @@ def model_routes(service: Service, snapshots: Snapshots) -> APIRouter:
     @router.get("/v1/health", tags=["server"])
     @router.get("/health", tags=["server"])
     async def health() -> HealthResponse:
-        """200 while the engine works, 503 when its thread has ended or its steps have just failed in a row."""
+        """200 while the engine works, 503 when its thread has ended, a step hangs, or steps have just failed."""
         if not service.worker.healthy:
-            raise Unavailable("the engine is not healthy")
+            raise Unavailable(service.worker.hang or "the engine is not healthy")
         return HealthResponse()
 
     @router.get("/ready", tags=["server"])
     async def ready() -> HealthResponse:
         """200 while requests are taken; 503 while the model loads, while the server shuts down, and in trouble."""
         if not service.worker.ready:
-            raise Unavailable("the server is not ready: it shuts down, or its last steps failed")
+            raise Unavailable(service.worker.hang or "the server is not ready: it shuts down, or its last steps failed")
         return HealthResponse()
 
     @router.get("/metrics", tags=["server"], response_class=Response, responses=TEXT)

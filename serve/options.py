@@ -14,6 +14,7 @@ from serve.flags import flag_names, parser_of, read_values
 from serve.logs import LogFormat
 from serve.parsing.forms import CallForm, ReasoningForm
 from serve.paths import hides_own_path
+from serve.watchdog import PATIENCE_SECONDS
 
 COMMAND = "python -m serve.main"
 DEMO_MODEL = demo_model()
@@ -138,6 +139,12 @@ class ServerOptions(EngineConfig):
     stream_keep_alive: float = _seconds(
         KEEP_ALIVE_SECONDS,
         "seconds after which a stream that has nothing to say sends a comment, so that no proxy cuts it",
+    )
+    step_timeout: float = _seconds(
+        PATIENCE_SECONDS,
+        "seconds without progress, beyond 10 times the longest of the last steps, after which a step hangs: its "
+        "requests end, none are taken until it is over, and /health says so; 0 is never",
+        may_be_zero=True,
     )
     shutdown_timeout: float = _seconds(
         30.0,

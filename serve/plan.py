@@ -127,7 +127,7 @@ class PlanOptions(Options):
             expert_memory=self.expert_memory,
             expert_format=self.expert_format,
             dtype=self.dtype,
-            max_model_len=self.context,
+            max_model_len=self.context or "auto",
             max_num_seqs=self.batch or "auto",
             max_num_batched_tokens=self.max_num_batched_tokens,
         )

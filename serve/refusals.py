@@ -6,7 +6,7 @@ class QueueFull(Exception):
 
 
 class Unavailable(Exception):
-    """The server is shutting down or the engine's thread has ended."""
+    """The server is shutting down, or the engine's thread has ended or hangs."""
 
 
 class EngineFailure(Exception):

@@ -13,7 +13,8 @@ from serve.engine_metrics import engine_families
 from serve.metrics import RequestMetrics, exposition
 from serve.process_metrics import process_metrics
 from serve.refusals import Unavailable
-from serve.worker import EngineWorker, ServedEngine
+from serve.served_engine import ServedEngine
+from serve.worker import EngineWorker
 
 REFRESH_SECONDS = 0.25
 """The greatest age of what a caller gets, a step's duration aside."""

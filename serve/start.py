@@ -20,7 +20,7 @@ from emoe_jax.planning.slow import slow_parts
 from serve.app import create_app
 from serve.console import loading_progress, start_up_table
 from serve.hosts import hosts_for
-from serve.interrupt import INTERRUPTED, end_at_once_on_signal
+from serve.interrupt import INTERRUPTED, LEFT_BEHIND, end_at_once_on_signal, leave_at_once
 from serve.lobby import open_lobby
 from serve.logs import configure_logging
 from serve.options import ServerOptions, as_flags
@@ -127,10 +127,13 @@ def serve(options: ServerOptions, engine: Engine, listener: socket.socket, provi
     try:
         asyncio.run(server.serve([listener]))
     finally:
-        if worker.stop():
+        stopped = worker.stop()
+        if stopped:
             engine.close()
         if provider is not None:
             provider.shutdown()  # sends what is left
+        if not stopped:
+            leave_at_once("a step does not end; the server ends without it", LEFT_BEHIND)
 
 
 def served_names(options: ServerOptions, engine: Engine) -> tuple[str, ...]:
@@ -146,7 +149,7 @@ def served_tasks(engine: Engine) -> tuple[str, ...] | None:
 def make_worker(options: ServerOptions, engine: Engine) -> EngineWorker:
     """The thread of an engine, not started yet."""
     step = engine.options.step_size(jax.default_backend())
-    return EngineWorker(engine, step.sequences + options.max_num_queued_reqs)
+    return EngineWorker(engine, step.sequences + options.max_num_queued_reqs, options.step_timeout)
 
 
 def make_app(

@@ -14,14 +14,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from emoe_jax.errors import CheckpointError, RequestError
-from emoe_jax.requests.contract import RoutingContract
-from emoe_jax.requests.request import SLO, Delta, RequestOutput, SamplingParams
+from emoe_jax.requests.request import Delta
 from serve.generation import Generation, Submission, Update
 from serve.refusals import EngineFailure, QueueFull, Unavailable
+from serve.served_engine import ServedEngine
 from serve.stats import RequestStats
+from serve.watchdog import PATIENCE_SECONDS, Watchdog
 
 log = logging.getLogger("serve")
 
@@ -32,50 +33,6 @@ ADMISSION_SECONDS = 0.005
 """Between two steps, for requests that have come; those with many prompts are taken in over several steps."""
 
 Result = TypeVar("Result")
-
-
-class ServedEngine(Protocol):
-    """What the worker needs of `emoe_jax.Engine`."""
-
-    def add_request(
-        self,
-        request_id: str,
-        prompt: str | list[int],
-        params: SamplingParams,
-        *,
-        task: str | None = None,
-        routing: RoutingContract | None = None,
-        tolerance: float | None = None,
-        slo: SLO | None = None,
-        arrival: float | None = None,
-        cache_salt: str | None = None,
-    ) -> list[int]:
-        """Queue a request and return its prompt's token ids. Raises `RequestError`, queueing nothing."""
-        ...
-
-    def step(self) -> list[Delta]:
-        """Run one batch and return what it added to requests; empty when there is no work."""
-        ...
-
-    def has_work(self) -> bool:
-        """Whether `step` has something to do or to return."""
-        ...
-
-    def on_staged(self, call: Callable[[], None]) -> None:
-        """Have `call` called, from another thread, when a step would commit experts though there is no work."""
-        ...
-
-    def output(self, request_id: str) -> RequestOutput:
-        """The request so far. Raises `KeyError` for an unknown id."""
-        ...
-
-    def pop(self, request_id: str) -> RequestOutput:
-        """The request's output; aborts and forgets the request."""
-        ...
-
-    def state(self) -> dict[str, Any]:
-        """JSON-able values for `/v1/emoe/state` and the metrics."""
-        ...
 
 
 @dataclasses.dataclass(slots=True)
@@ -99,10 +56,11 @@ class _Admission:
 class EngineWorker:
     """Runs `engine` on a thread of its own. `max_unfinished` bounds the sequences running and waiting together.
 
+    A step that hangs for `patience` seconds ends all requests; see `Watchdog`. Until it is over none are taken.
     All public methods are for the event loop's thread.
     """
 
-    def __init__(self, engine: ServedEngine, max_unfinished: int):
+    def __init__(self, engine: ServedEngine, max_unfinished: int, patience: float = PATIENCE_SECONDS):
         self._engine = engine
         self.max_unfinished = max_unfinished
         # shared between the threads, guarded by _wake
@@ -123,8 +81,13 @@ class EngineWorker:
         """How often a request came, was taken by the engine, or ended; each of its prompts counts."""
         self.hurried = False  # a drain that waits should wait no longer; set by a signal handler
         self._numbers = itertools.count()
+        self._watchdog = Watchdog(lambda: engine.vitals, patience)
+        self._watching: asyncio.Task[None] | None = None
+        self.hang: str | None = None
+        """What is said of a step that hangs; None while none does."""
         self._failed_steps = 0  # in a row, for other reasons than a file of the checkpoint
         self._failed_at = 0.0
+        self._step_began: float | None = None  # read by the event loop
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -132,12 +95,17 @@ class EngineWorker:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
         self._engine.on_staged(self.nudge)
+        self._watching = self._loop.create_task(self._watch())
 
     @property
     def healthy(self) -> bool:
-        """Whether the engine's thread lives, and no run of failed steps ended less than `TROUBLE_SECONDS` ago."""
+        """Whether the engine's thread lives, no step hangs, and no run of failed steps ended less than
+        `TROUBLE_SECONDS` ago.
+        """
         in_trouble = self._failed_steps >= UNHEALTHY_AFTER_FAILED_STEPS
-        return self._thread.is_alive() and not (in_trouble and time.monotonic() - self._failed_at < TROUBLE_SECONDS)
+        if in_trouble and time.monotonic() - self._failed_at < TROUBLE_SECONDS:
+            return False
+        return self._thread.is_alive() and self.hang is None
 
     @property
     def ready(self) -> bool:
@@ -156,8 +124,9 @@ class EngineWorker:
 
     def check_room(self, sequences: int) -> None:
         """Raises `QueueFull` or `Unavailable` where so many more sequences would not be taken now."""
-        if self._draining or not self._thread.is_alive():
-            raise Unavailable("the server is shutting down" if self._draining else "the engine has stopped")
+        if self._draining:
+            raise Unavailable("the server is shutting down")
+        self._check_alive()
         if self.unfinished + sequences > self.max_unfinished:
             raise QueueFull(
                 f"{self.unfinished} sequences run or wait and {sequences} more came; at most {self.max_unfinished} "
@@ -191,8 +160,7 @@ class EngineWorker:
 
     async def call(self, function: Callable[[ServedEngine], Result]) -> Result:
         """Run `function(engine)` between two steps."""
-        if not self._thread.is_alive():
-            raise Unavailable("the engine has stopped")
+        self._check_alive()
         future: concurrent.futures.Future[Result] = concurrent.futures.Future()
 
         def command() -> None:
@@ -225,12 +193,35 @@ class EngineWorker:
     def stop(self, timeout: float = 3.0) -> bool:
         """End the thread after its current step; False when it did not end in time. May be called again."""
         self._draining = True
+        if self._watching is not None:
+            self._watching.cancel()
         with self._wake:
             self._stopping = True
             self._wake.notify()
         if self._thread.is_alive():
             self._thread.join(timeout)
         return not self._thread.is_alive()
+
+    def _check_alive(self) -> None:
+        if not self._thread.is_alive():
+            raise Unavailable("the engine has stopped")
+        if self.hang is not None:
+            raise Unavailable(self.hang)
+
+    async def _watch(self) -> None:
+        """Look after the step that runs, until cancelled."""
+        while True:
+            await asyncio.sleep(min(1.0, self._watchdog.patience / 4 or 1.0))
+            hang = self._watchdog.look(self._step_began)
+            if hang is None:
+                if self.hang is not None:
+                    log.warning("the step that hung is over: requests are taken again")
+                self.hang = None
+                continue
+            if self.hang is None:
+                log.error("%s; its requests are ended, and none are taken until it is over", hang)
+            self.hang = hang
+            self._fail_everything(Unavailable(hang))
 
     def _command(self, command: Callable[[], None]) -> None:
         with self._wake:
@@ -328,6 +319,7 @@ class EngineWorker:
                 self._engine.pop(request_id)
 
     def _step(self) -> None:
+        self._step_began = time.monotonic()
         try:
             for delta in self._engine.step():
                 self._record(delta)
@@ -340,6 +332,8 @@ class EngineWorker:
             for generation in {self._running[request_id].generation for request_id in ended or self._running}:
                 self._abort(generation)
                 self._outbox.append((generation, failure))
+        finally:
+            self._step_began = None
 
     def _note_failure(self, error: Exception) -> None:
         """An expert that cannot be read ends the requests that need it. Others go on without it, so that the engine is

@@ -8,6 +8,7 @@ from typing import Any
 
 import uvicorn
 
+from emoe_jax.engine.vitals import Vitals
 from emoe_jax.requests.contract import RoutingContract
 from emoe_jax.requests.request import Completion, Delta, RequestOutput, SamplingParams
 from serve.app import create_app
@@ -21,6 +22,8 @@ MAX_MODEL_LEN = 1 << 20
 
 class ScriptedEngine:
     """Gives every running sequence a token each `period` seconds. A token's text is when the engine made it."""
+
+    vitals = Vitals(None, (), compiling=False)
 
     def __init__(self, period: float):
         self._period = period

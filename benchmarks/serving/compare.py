@@ -98,7 +98,7 @@ def run_comparison(
     """
     options = parse_options(arguments)
     dtype = "float32" if options.dtype == "auto" else options.dtype
-    length = options.max_model_len or load.longest
+    length = options.length_limit or load.longest
     batches = Batches.of(config_from_directory(options.model), dtype, share, length, full_batch)
     load = dataclasses.replace(load, concurrency=max(batches.partial, batches.full))
     flags = ["--dtype", dtype, "--max-model-len", str(length), "--max-num-queued-reqs", str(load.queued)]

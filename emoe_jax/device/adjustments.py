@@ -1,72 +1,140 @@
 """Penalties, biases, grammars and forced tokens of a batch, applied to its logits before tokens are chosen."""
 
-import dataclasses
-from collections.abc import Sequence as Rows
+from __future__ import annotations
 
-import jax
+import functools
+from collections.abc import Sequence as Rows
+from typing import Any, NamedTuple
+
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, UInt32
+from jaxtyping import Array, Bool, Float, Float32, Int32, UInt32
 
+from emoe_jax.device.packing import Packing
 from emoe_jax.requests.adjustment import LogitAdjustment
 from emoe_jax.requests.sequence import Sequence
 
-
-def adjustments_of(sequences: Rows[Sequence], size: int) -> "Adjustments | None":
-    """What changes the logits of these sequences' next tokens, padded to `size` rows; None where nothing does."""
-    for sequence in sequences:
-        if sequence.adjustment is not None:
-            sequence.adjustment.update(sequence.generated)
-    return Adjustments.of(
-        [sequence.adjustment for sequence in sequences], [sequence.num_sampled for sequence in sequences], size
-    )
+ROOMS = (2**9, 2**13, 2**17)
+"""Entries that are sent for so many changed tokens or fewer. All are compiled at the start; where more are needed, room
+grows on by the same factor.
+"""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Adjustments:
-    """The adjustments of `B` rows; rows without one keep their logits, bit for bit."""
+class TokenEdits(NamedTuple):
+    """Changes of single tokens' logits in a batch of `B` rows. Entries that pad have row `B`."""
 
-    bias: Float[Array | np.ndarray, "B V"]
-    seen: Bool[Array | np.ndarray, "B V"]
-    repetition: Float[Array | np.ndarray, " B"]
-    allowed: UInt32[Array | np.ndarray, "B W"]
-    """A bit per token, the lowest first."""
+    rows: Int32[Any, " n"]
+    tokens: Int32[Any, " n"]
+    bias: Float32[Any, " n"]
+    repeated: Bool[Any, " n"]
+    repetition: Float32[Any, " B"]
 
-    @classmethod
-    def none(cls, size: int, vocab_size: int) -> "Adjustments":
-        """NumPy arrays that change nothing."""
-        return cls(
-            np.zeros((size, vocab_size), np.float32),
-            np.zeros((size, vocab_size), np.bool_),
-            np.ones(size, np.float32),
-            np.full((size, -(-vocab_size // 32)), 2**32 - 1, np.uint32),
+    @staticmethod
+    @functools.cache
+    def packing(size: int, room: int) -> Packing:
+        """How `room` entries for `size` rows lie in one buffer."""
+        entries = (room,)
+        return Packing(
+            rows=(entries, np.int32),
+            tokens=(entries, np.int32),
+            bias=(entries, np.float32),
+            repeated=(entries, np.bool_),
+            repetition=((size,), np.float32),
         )
 
     @classmethod
-    def of(cls, rows: Rows[LogitAdjustment | None], num_sampled: Rows[int], size: int) -> "Adjustments | None":
-        """The rows in order, each with the number of answer tokens before it, padded to `size`; None when no row has an
-        adjustment.
-        """
-        vocab_size = next((len(row.bias) for row in rows if row is not None), None)
-        if vocab_size is None:
-            return None
-        arrays = cls.none(size, vocab_size)
-        for index, row in enumerate(rows):
-            if row is not None:
-                arrays.bias[index], arrays.seen[index], arrays.repetition[index] = row.bias, row.seen, row.repetition
-                if (allowed := row.allowed(num_sampled[index])) is not None:
-                    arrays.allowed[index] = allowed
-        return arrays
+    def empty(cls, size: int, room: int) -> tuple[Int32[np.ndarray, " words"], TokenEdits]:
+        """A buffer that changes nothing, and views of it."""
+        packing = cls.packing(size, room)
+        buffer = packing.empty()
+        edits = cls(**packing.views(buffer))
+        edits.rows[:] = size
+        edits.repetition[:] = 1.0
+        return buffer, edits
+
+    @classmethod
+    def pack(
+        cls, adjustments: Rows[LogitAdjustment | None], size: int
+    ) -> tuple[Int32[np.ndarray, " words"] | None, int]:
+        """The buffer for these rows, in order, and its entries; None where no token's logit changes."""
+        changes = [(row, each, each.changes) for row, each in enumerate(adjustments) if each is not None]
+        total = sum(len(change.tokens) for _, _, change in changes)
+        if not total:
+            return None, 0
+        room = room_for(total)
+        buffer, edits = cls.empty(size, room)
+        first = 0
+        for row, adjustment, change in changes:
+            entries = slice(first, first + len(change.tokens))
+            edits.rows[entries] = row
+            edits.tokens[entries], edits.bias[entries], edits.repeated[entries] = change
+            edits.repetition[row] = adjustment.repetition
+            first = entries.stop
+        return buffer, room
 
     def apply(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
-        """Repetition divides positive logits of seen tokens and multiplies negative ones; then the bias is added, and
-        what is not allowed becomes impossible.
+        """Repetition divides positive logits of repeated tokens and multiplies negative ones; then the bias is added.
 
-        Worked example, repetition 2, tokens 0 and 1 seen, bias -1 on token 2: [4, -1, 3] -> [2, -2, 2].
+        Worked example, repetition 2, tokens 0 and 1 repeated, bias -1 on token 2: [4, -1, 3] -> [2, -2, 2].
         """
-        repetition = jnp.asarray(self.repetition)[:, None]
-        repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
-        adjusted = jnp.where(self.seen, repeated, logits) + self.bias
-        bits = (jnp.asarray(self.allowed)[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None, :]) & 1
-        return jnp.where(bits.reshape(len(logits), -1)[:, : logits.shape[1]] == 1, adjusted, -jnp.inf)
+        found = logits.at[self.rows, self.tokens].get(mode="clip")
+        repetition = jnp.asarray(self.repetition).at[self.rows].get(mode="clip")
+        held_back = jnp.where(found > 0, found / repetition, found * repetition)
+        changed = jnp.where(self.repeated, held_back, found) + self.bias
+        return logits.at[self.rows, self.tokens].set(changed, mode="drop")
+
+
+class Adjustments(NamedTuple):
+    """What changes the logits of a batch, on the host. At least one of the two is there."""
+
+    edits: Int32[np.ndarray, " words"] | None
+    """`TokenEdits`, packed."""
+    room: int
+    """Entries that these have."""
+    allowed: UInt32[np.ndarray, "B W"] | None
+    """A bit per token, the lowest first."""
+
+
+def room_for(changes: int) -> int:
+    """Entries that are sent where so many tokens change."""
+    room = ROOMS[0]
+    while room < changes:
+        room *= ROOMS[1] // ROOMS[0]
+    return room
+
+
+def adjustments_of(sequences: Rows[Sequence], size: int) -> Adjustments | None:
+    """What changes the logits of these sequences' next tokens, padded to `size` rows; None where nothing does."""
+    adjustments = [sequence.adjustment for sequence in sequences]
+    for sequence, adjustment in zip(sequences, adjustments, strict=True):
+        if adjustment is not None:
+            adjustment.update(sequence.generated)
+    allowed = [
+        None if adjustment is None else adjustment.allowed(sequence.num_sampled)
+        for sequence, adjustment in zip(sequences, adjustments, strict=True)
+    ]
+    found = Adjustments(*TokenEdits.pack(adjustments, size), _masks(allowed, size))
+    return None if found.edits is None and found.allowed is None else found
+
+
+def all_allowed(size: int, vocab_size: int) -> UInt32[np.ndarray, "B W"]:
+    """Masks that forbid nothing."""
+    return np.full((size, -(-vocab_size // 32)), 2**32 - 1, np.uint32)
+
+
+def only_allowed(logits: Float[Array, "B V"], allowed: UInt32[Array, "B W"]) -> Float[Array, "B V"]:
+    """Logits in which what is not allowed is impossible."""
+    bits = (allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None, :]) & 1
+    return jnp.where(bits.reshape(len(logits), -1)[:, : logits.shape[1]] == 1, logits, -jnp.inf)
+
+
+def _masks(allowed: Rows[UInt32[np.ndarray, " W"] | None], size: int) -> UInt32[np.ndarray, "B W"] | None:
+    """Of all rows; None where none has one."""
+    width = next((len(mask) for mask in allowed if mask is not None), None)
+    if width is None:
+        return None
+    masks = np.full((size, width), 2**32 - 1, np.uint32)
+    for row, mask in enumerate(allowed):
+        if mask is not None:
+            masks[row] = mask
+    return masks

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from emoe_jax.device import step
-from emoe_jax.device.adjustments import Adjustments
+from emoe_jax.device.adjustments import ROOMS, TokenEdits, all_allowed
 from emoe_jax.device.executables import Executables
 from emoe_jax.device.sampler import CHOICES, SamplingArrays
 from emoe_jax.device.shapes import Buckets
@@ -28,7 +28,10 @@ def compile_choices(
     logits = jax.ShapeDtypeStruct((B, V), jnp.float32, sharding=sharding)
     tokens = jax.ShapeDtypeStruct((B,), np.int32, sharding=sharding)
     last_tokens = jax.ShapeDtypeStruct((buckets.token_places,), np.int32, sharding=sharding)
-    executables.compile(step.adjust_logits, B, logits, Adjustments.none(B, V))
+    for room in ROOMS:
+        edits, _ = TokenEdits.empty(B, room)
+        executables.compile(step.edit_logits, (B, room), logits, edits, room=room)
+    executables.compile(step.mask_logits, B, logits, all_allowed(B, V))
     executables.compile(step.chosen_logprobs, B, logits, tokens)
     executables.compile(step.take_rows, logits.shape[:-1], logits, np.zeros(1, np.int32))
     sampling, places = SamplingArrays.pack([], B), np.zeros(B, np.int32)

@@ -1,7 +1,8 @@
 """Ahead-of-time compilation: the engine's jitted functions, one executable per function and shape."""
 
+import contextlib
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import jax
@@ -18,15 +19,32 @@ class Executables:
     def __init__(self) -> None:
         self._compiled: dict[tuple[Any, Hashable], jax.stages.Compiled] = {}
         self._lock = threading.Lock()
+        self._compiling = 0
 
     def compile(self, function: Callable[..., Any], key: Hashable, *args: Any, **static: Any) -> jax.stages.Compiled:
         """The executable of a function and key; `args` may be arrays or their `ShapeDtypeStruct`s."""
         compiled = self._compiled.get((function, key))
         if compiled is None:
-            compiled = function.lower(*args, **static).compile()  # pyright: ignore[reportFunctionMemberAccess]
+            with self._counted():
+                compiled = function.lower(*args, **static).compile()  # pyright: ignore[reportFunctionMemberAccess]
             with self._lock:
                 self._compiled[function, key] = compiled
         return compiled
+
+    @property
+    def compiling(self) -> bool:
+        """Whether a thread waits for the compiler. From any thread."""
+        return self._compiling > 0
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        with self._lock:
+            self._compiling += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._compiling -= 1
 
     @property
     def workspace_bytes(self) -> int:

@@ -235,9 +235,7 @@ class Runner:
             return None, None
         if run.sampling is None:
             run.sampling = SamplingArrays.pack(sequences, B)
-        adjusted = logits
-        if run.adjustments is not None:
-            adjusted = self.executables.call(step.adjust_logits, B, logits, run.adjustments)
+        adjusted = logits if run.adjustments is None else self._adjusted(logits, run.adjustments)
         tokens, self._last_tokens = self.executables.call(
             step.choose_tokens,
             (B, choice),
@@ -248,6 +246,15 @@ class Runner:
             choice=choice,
         )
         return tokens, self.executables.call(step.chosen_logprobs, B, logits, tokens) if wants_logprobs else None
+
+    def _adjusted(self, logits: Float[Array, "B V"], adjustments: Adjustments) -> Float[Array, "B V"]:
+        B = logits.shape[0]
+        if adjustments.edits is not None:
+            key, edits = (B, adjustments.room), adjustments.edits
+            logits = self.executables.call(step.edit_logits, key, logits, edits, room=adjustments.room)
+        if adjustments.allowed is not None:
+            logits = self.executables.call(step.mask_logits, B, logits, adjustments.allowed)
+        return logits
 
     def _whole_arguments(self, words: Any) -> tuple[Any, ...]:
         residency = self._residency

@@ -1,8 +1,8 @@
 """The jitted functions of a step, pure over the weights, the slab and the KV cache.
 
-`whole_step` is a forward in one call, and takes the most probable tokens. Where a sequence asks for another
-choice, `adjust_logits`, `choose_tokens` and `chosen_logprobs` follow, each only where it is needed. `prompt_logprobs`
-is for prompts. The forward that stops at every router is in `layer_steps`.
+`whole_step` is a forward in one call, and takes the most probable tokens. Where a sequence asks for another choice,
+`edit_logits`, `mask_logits`, `choose_tokens` and `chosen_logprobs` follow, each only where it is needed.
+`prompt_logprobs` is for prompts. The forward that stops at every router is in `layer_steps`.
 
 No function has a condition or a loop of unknown length, which would make a GPU wait for the host: the host picks the
 functions, and lengths are masks. Tokens are kept on the device, where the next step finds those that the host has not
@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Int32, Shaped
+from jaxtyping import Array, Bool, Float, Int, Int32, Shaped, UInt32
 
 from emoe_jax.attention import LayerKV
 from emoe_jax.config import ModelConfig
-from emoe_jax.device.adjustments import Adjustments
+from emoe_jax.device.adjustments import TokenEdits, only_allowed
 from emoe_jax.device.inputs import FlatBatch
 from emoe_jax.device.kv_cache import KVCache
 from emoe_jax.device.report import Report
@@ -282,10 +282,17 @@ def add_embeddings(
     return total + jnp.sum(jnp.where(counted[:, None], rows, 0), axis=0) / length
 
 
+@partial(jax.jit, static_argnames=("room",))
+def edit_logits(logits: Float[Array, "B V"], edits: Words, *, room: int) -> Float[Array, "B V"]:
+    """Logits with the penalties and biases of `room` packed `TokenEdits`."""
+    packing = TokenEdits.packing(logits.shape[0], room)
+    return TokenEdits(**packing.unpack(jnp.asarray(edits))).apply(logits)
+
+
 @jax.jit
-def adjust_logits(logits: Float[Array, "B V"], adjustments: Adjustments) -> Float[Array, "B V"]:
-    """Logits with penalties, biases and grammars, for a batch in which a row has any."""
-    return adjustments.apply(logits)
+def mask_logits(logits: Float[Array, "B V"], allowed: UInt32[Array | np.ndarray, "B W"]) -> Float[Array, "B V"]:
+    """Logits in which only allowed tokens are possible."""
+    return only_allowed(logits, jnp.asarray(allowed))
 
 
 @partial(jax.jit, static_argnames=("choice",))

@@ -19,6 +19,7 @@ from emoe_jax.engine.keywords import config_of, with_options_of
 from emoe_jax.engine.loading import EngineParts, StageProgress, load_parts
 from emoe_jax.engine.loop import StepLoop
 from emoe_jax.engine.quality import Quality
+from emoe_jax.engine.vitals import Vitals
 from emoe_jax.engine_config import EngineConfig
 from emoe_jax.errors import RequestError
 from emoe_jax.memory.trade import MemoryTrade
@@ -285,6 +286,11 @@ class Engine:
     def on_staged(self, call: Callable[[], None]) -> None:
         """Have `call` called, from another thread, when experts are staged: a sleeping owner may `step` then."""
         self._residency.on_staged(call)
+
+    @property
+    def vitals(self) -> Vitals:
+        """From any thread: what tells a step that hangs from one that is at work."""
+        return self.loop.vitals
 
     def step(self) -> list[Delta]:
         """Commit staged experts, run one scheduled batch, and return what it added; `[]` when there is no work.

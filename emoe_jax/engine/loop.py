@@ -10,6 +10,7 @@ from emoe_jax.device.dispatcher import Dispatched
 from emoe_jax.engine.answer import Answer
 from emoe_jax.engine.deliveries import Deliveries
 from emoe_jax.engine.loading import EngineParts
+from emoe_jax.engine.vitals import StepTimes, Vitals
 from emoe_jax.memory.trade import MemoryTrade
 from emoe_jax.requests.guide import settle
 from emoe_jax.requests.request import Delta, FinishReason
@@ -44,6 +45,7 @@ class StepLoop:
         self.in_flight = self.dispatcher.in_flight  # at most two
         self.steps = 0
         self.step_seconds = 0.0
+        self._step_times = StepTimes()
         self.not_finite = 0
         """Completions that ended because the model computed NaN or infinity."""
         self._waited_before: deque[float] = deque()  # seconds that steps had waited when each was planned
@@ -70,6 +72,16 @@ class StepLoop:
         if self.overlap and not alone and self.in_flight and self._may_build_on(self.in_flight[-1]):
             self._dispatch()
         return self._collect() if self.in_flight else []
+
+    @property
+    def vitals(self) -> Vitals:
+        """From any thread: what tells a step that hangs from one that is at work."""
+        loads = self._residency.loads
+        return Vitals(
+            self._step_times.longest,
+            (self.steps, loads.staged_bytes, loads.retries, loads.failures),
+            self._runner.executables.compiling,
+        )
 
     def _audit(self) -> None:
         """Compute a piece of an audit. What goes wrong ends the audit, and no request."""
@@ -141,6 +153,7 @@ class StepLoop:
         waited = waited_by_then - max(waited_before, self._waited_at_collect)
         self._waited_at_collect = waited_by_then
         self.steps += 1
+        self._step_times.took(seconds)
         awaited = [sequence for sequence in result.sampled if sequence.status is SequenceStatus.RUNNING]
         lost = [sequence for sequence in result.not_finite if sequence.status is SequenceStatus.RUNNING]
         self._scheduler.update(plan, result, seconds, waited=waited, ended=ended)

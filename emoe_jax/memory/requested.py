@@ -23,7 +23,7 @@ def requested_plan(
         host_memory=options.host_memory,
         machine_bytes=machine_bytes,
         kv_memory=options.kv_memory,
-        max_model_len=options.max_model_len,
+        max_model_len=options.length_limit,
         max_num_seqs=options.step_size(platform).sequences,
         may_trade=options.memory_trade,
     )

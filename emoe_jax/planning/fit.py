@@ -123,7 +123,7 @@ class Footprint:
     def fit_of(self, plan: MemoryPlan) -> Fit:
         """From an engine's memory plan."""
         parts = Parts(plan.dense_bytes, plan.slab_bytes, plan.kv_bytes, plan.workspace_bytes)
-        context = self.options.max_model_len or plan.max_model_len
+        context = self.options.length_limit or plan.max_model_len
         longest, most = self._room(plan.device_bytes, parts, context)
         problem = None
         if plan.num_pages - 1 < self.batch * pages_for(context):
@@ -146,7 +146,7 @@ class Footprint:
         budget = parse_expert_memory(str(self.options.expert_memory)) if self.options.expert_memory != "auto" else None
         slots = self._slots(budget)
         parts = self._needed(slots, target)
-        context = self.options.max_model_len or self.config.max_position
+        context = self.options.length_limit or self.config.max_position
         longest, most = self._room(target.memory_bytes, parts, context)
         return Fit(parts, slots, context, longest, most, problem)
 
@@ -162,7 +162,7 @@ class Footprint:
 
     def _needed(self, slots: int, target: Target) -> Parts:
         """What so many slots and the sequences take."""
-        context = self.options.max_model_len or self.config.max_position
+        context = self.options.length_limit or self.config.max_position
         workspace = math.ceil(target.memory_bytes * WORKSPACE_SHARE)
         if self.step_bytes is not None:
             workspace = staging_bytes(self.record_bytes) + self.step_bytes

@@ -1,24 +1,55 @@
 """What one sequence changes about its logits: penalties, biases, a grammar and forced tokens.
 
-The arrays over the vocabulary are kept on the host, token by token, and go to the device only in steps in which a row
-asks for them, so requests without any pay nothing.
+Only the tokens that it has something to say about are kept, and go to the device in steps in which a row asks for
+them: a few hundred of a vocabulary of 200,000.
 """
 
 import functools
+from collections.abc import Iterable
 from collections.abc import Sequence as Rows
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt32
+from jaxtyping import Bool, Float32, Int32, UInt32
 
 from emoe_jax.requests.guide import Guide
 from emoe_jax.requests.request import SamplingParams
 
 
-class LogitAdjustment:
-    """The changes of one sequence to its logits.
+class TokenChanges(NamedTuple):
+    """Tokens, each once, whose logits change."""
 
-    `bias` is added, `repetition_penalty` holds back the tokens in `seen`, and only those in `allowed` may come next
-    (a bit for each token; None for all).
+    tokens: Int32[np.ndarray, " n"]
+    bias: Float32[np.ndarray, " n"]
+    """What to add to each."""
+    repeated: Bool[np.ndarray, " n"]
+    """Which of them the repetition penalty holds back."""
+
+
+class _GrowingChanges:
+    """`TokenChanges` that tokens are added to, one by one."""
+
+    def __init__(self) -> None:
+        self._places: dict[int, int] = {}
+        self._arrays = TokenChanges(np.zeros(64, np.int32), np.zeros(64, np.float32), np.zeros(64, np.bool_))
+
+    def add(self, token: int, bias: float = 0.0, repeated: bool = False) -> None:
+        """Add to what is known of a token."""
+        place = self._places.setdefault(token, len(self._places))
+        if place == len(self._arrays.tokens):
+            self._arrays = TokenChanges(*(np.concatenate([array, np.zeros_like(array)]) for array in self._arrays))
+        self._arrays.tokens[place] = token
+        self._arrays.bias[place] += bias
+        self._arrays.repeated[place] |= repeated
+
+    def view(self) -> TokenChanges:
+        """All that was added."""
+        return TokenChanges(*(array[: len(self._places)] for array in self._arrays))
+
+
+class LogitAdjustment:
+    """The changes of one sequence to its logits: `changes` of single tokens, by what `repetition` says where they are
+    repeated, and only those in `allowed` may come next (a bit for each token; None for all).
 
     As in vLLM, frequency and presence count the tokens of the answer, repetition those of the prompt too.
     """
@@ -34,22 +65,25 @@ class LogitAdjustment:
         self._generated: set[int] = set()
         self._num_counted = 0
 
-    # Made when the sequence's first token is chosen: most sequences wait before that, and many never get there.
+    @property
+    def changes(self) -> TokenChanges:
+        """Of single tokens, as of the last `update`. Views, which the next one may change."""
+        return self._changes.view()
 
     @functools.cached_property
-    def bias(self) -> Float[np.ndarray, " V"]:
-        """What to add to the logits, by token. The live array: `update` changes it in place."""
-        bias = np.zeros(self._vocab_size, np.float32)
-        for token, value in self._logit_bias.items():
-            bias[token] = value
-        return bias
+    def _changes(self) -> _GrowingChanges:
+        """Made when the sequence's first token is chosen: most wait before that, and many never get there."""
+        changes = _GrowingChanges()
+        for token, bias in self._logit_bias.items():
+            changes.add(token, bias)
+        if self.repetition != 1:
+            self._repeat(changes, dict.fromkeys(self._prompt))
+        return changes
 
-    @functools.cached_property
-    def seen(self) -> Bool[np.ndarray, " V"]:
-        """Which tokens the repetition penalty holds back. The live array: `update` changes it in place."""
-        seen = np.zeros(self._vocab_size, np.bool_)
-        seen[list(self._prompt)] = True
-        return seen
+    @staticmethod
+    def _repeat(changes: _GrowingChanges, tokens: Iterable[int]) -> None:
+        for token in tokens:
+            changes.add(token, repeated=True)
 
     @classmethod
     def of(
@@ -90,12 +124,13 @@ class LogitAdjustment:
     def update(self, generated: Rows[int]) -> None:
         """Count the tokens of the answer that have not been counted yet."""
         new = generated[self._num_counted :]
-        for token in new:
-            self.bias[token] -= self._frequency
-            if token not in self._generated:
-                self.bias[token] -= self._presence
+        if self._frequency or self._presence:
+            for token in new:
+                first = token not in self._generated
+                self._changes.add(token, -self._frequency - self._presence * first)
                 self._generated.add(token)
-            self.seen[token] = True
+        if self.repetition != 1:
+            self._repeat(self._changes, new)
         if new and self._guide is not None:
             self._guide.update(new)
         self._num_counted = len(generated)

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.serving.workload import Sample
 from benchmarks.soak import KINDS, slope, soak
-from serve.worker import ServedEngine
+from serve.served_engine import ServedEngine
 from tests.serve.conftest import running_server
 from tests.serve.fake import FakeEngine, FakeTokenizer
 from tests.serve.resident import needs_proc

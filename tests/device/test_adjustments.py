@@ -5,10 +5,12 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from emoe_jax import RequestError, SamplingParams
 from emoe_jax.device import step
-from emoe_jax.device.adjustments import Adjustments, adjustments_of
+from emoe_jax.device.adjustments import ROOMS, TokenEdits, adjustments_of, room_for
 from emoe_jax.device.sampler import most_probable
 from emoe_jax.requests.adjustment import LogitAdjustment
 from emoe_jax.requests.sequence import Sequence
@@ -49,11 +51,49 @@ def test_logits_follow_the_definition(given: dict[str, Any]) -> None:
     for length in (2, 5):  # token by token, several at a time
         adjustment.update(generated[:length])
         adjustment.update(generated[:length])
-    adjustments = Adjustments.of([None, adjustment], [0, len(generated)], 2)
-    assert adjustments is not None
-    adjusted = np.asarray(adjustments.apply(jax.numpy.asarray(logits)))
+    edits, room = TokenEdits.pack([None, adjustment], 2)
+    assert edits is not None
+    adjusted = np.asarray(step.edit_logits(logits, edits, room=room))
     np.testing.assert_array_equal(adjusted[0], logits[0])
     np.testing.assert_allclose(adjusted[1], reference(logits[1], params, PROMPT, generated), atol=1e-5)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.integers(0, V - 1), max_size=80),
+    st.lists(st.integers(0, V - 1), max_size=80),
+    st.dictionaries(st.integers(0, V - 1), st.floats(-100, 100), max_size=70),
+    st.sampled_from([1.0, 1.7]),
+    st.sampled_from([0.0, 0.5]),
+)
+def test_every_token_changes_once(
+    prompt: list[int], generated: list[int], bias: dict[int, float], repetition: float, frequency: float
+) -> None:
+    params = SamplingParams(repetition_penalty=repetition, frequency_penalty=frequency, logit_bias=bias)
+    adjustment = LogitAdjustment(params, prompt, V)
+    adjustment.update(generated)
+    tokens, biases, repeated = adjustment.changes
+    assert len(set(tokens.tolist())) == len(tokens)
+    held_back = {*prompt, *generated} if repetition != 1 else set()
+    assert set(tokens[repeated].tolist()) == held_back
+    wanted = {token: bias.get(token, 0) - frequency * generated.count(token) for token in range(V)}
+    found = dict(zip(tokens.tolist(), biases.tolist(), strict=True))
+    assert all(found.get(token, 0) == pytest.approx(value, abs=1e-4) for token, value in wanted.items())
+
+
+def test_what_is_sent_goes_by_what_changes() -> None:
+    """Not by the vocabulary."""
+    assert [room_for(count) for count in (1, ROOMS[0], ROOMS[0] + 1, ROOMS[-1] + 1)] == [
+        ROOMS[0],
+        ROOMS[0],
+        ROOMS[1],
+        2**21,
+    ]
+    for vocab_size in (V, 200_000):
+        adjustment = LogitAdjustment(SamplingParams(repetition_penalty=1.1), PROMPT, vocab_size)
+        edits, room = TokenEdits.pack([adjustment] * 4, 4)
+        assert edits is not None
+        assert (room, edits.nbytes) == (ROOMS[0], 4 * (3 * ROOMS[0] + 4) + ROOMS[0])
 
 
 def test_neutral_parameters_adjust_nothing() -> None:
@@ -68,7 +108,9 @@ def test_log_probabilities_stay_raw() -> None:
     sequence = Sequence("a", PROMPT, params, adjustment=LogitAdjustment.of(params, PROMPT, V))
     adjustments = adjustments_of([sequence], 1)
     assert adjustments is not None
-    tokens = most_probable(step.adjust_logits(logits, adjustments))
+    assert adjustments.edits is not None
+    assert adjustments.allowed is None
+    tokens = most_probable(step.edit_logits(logits, adjustments.edits, room=adjustments.room))
     assert tokens[0] == 7
     chosen = step.chosen_logprobs(logits, tokens)
     raw = jax.nn.log_softmax(logits[0])

@@ -11,7 +11,7 @@ from flax import nnx
 
 from emoe_jax.config import ModelConfig
 from emoe_jax.device import layer_steps, step
-from emoe_jax.device.adjustments import Adjustments
+from emoe_jax.device.adjustments import ROOMS, TokenEdits, all_allowed
 from emoe_jax.device.batch import empty_batch
 from emoe_jax.device.kv_cache import new_cache
 from emoe_jax.device.sampler import CHOICES, SamplingArrays
@@ -130,8 +130,12 @@ class Pieces:
         table: Any = jax.ShapeDtypeStruct((self.config.vocab_size, self.config.hidden_size), jnp.bfloat16)
         return step.add_embeddings, (total, table, np.zeros(64, np.int32), np.int32(3), np.float32(3)), {}
 
-    def adjust_logits(self) -> Call:
-        return step.adjust_logits, (self.logits, Adjustments.none(*self.logits.shape)), {}
+    def edit_logits(self) -> Call:
+        edits, _ = TokenEdits.empty(self.logits.shape[0], ROOMS[0])
+        return step.edit_logits, (self.logits, edits), {"room": ROOMS[0]}
+
+    def mask_logits(self) -> Call:
+        return step.mask_logits, (self.logits, all_allowed(*self.logits.shape)), {}
 
     def choose_tokens(self) -> Call:
         arguments = (self.logits, SamplingArrays.pack([], len(self.places)), self.places, self.last_tokens)

@@ -111,3 +111,20 @@ def test_a_failing_call_that_takes_the_kv_cache_along_costs_its_batch_only(
         assert reason == "error" or output.token_ids == tokens
     assert engine.state()["scheduler"]["pages_used"] == 0
     assert [engine.generate(prompt, GREEDY)[0].token_ids for prompt in PROMPTS] == expected
+
+
+def test_vitals_tell_a_step_at_work(engine_of: EngineFactory) -> None:
+    """They are there while the compiler works, and grow with steps and with experts that come."""
+    engine = engine_of(expert_memory="50%", routing="exact")
+    assert (engine.vitals.longest_step, engine.vitals.compiling) == (None, False)
+    seen: list[bool] = []
+    function = jax.jit(lambda x: seen.append(engine.vitals.compiling) or x)  # called while it is traced
+    Executables.compile(engine.parts.runner.executables, function, "a test's", np.zeros(1))
+    assert seen == [True]
+    before = engine.vitals
+    engine.generate(PROMPTS[0], GREEDY)
+    steps, staged = engine.vitals.progress[:2]
+    assert steps > before.progress[0]
+    assert staged > before.progress[1]
+    assert (engine.vitals.longest_step or 0) > 0
+    assert not engine.vitals.compiling

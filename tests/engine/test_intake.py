@@ -31,10 +31,10 @@ def test_special_tokens_have_a_text_where_a_request_asks_for_it(
 @pytest.mark.parametrize(
     "params", [{"presence_penalty": 1.0}, {"logit_bias": {3: 5.0}}, {"repetition_penalty": 1.5, "stop_token_ids": (7,)}]
 )
-def test_sequences_that_wait_hold_no_arrays(
+def test_sequences_that_wait_hold_nothing(
     engine_of: EngineFactory, monkeypatch: pytest.MonkeyPatch, params: dict[str, Any]
 ) -> None:
-    """Of 64 sequences, only those that have run have arrays over the vocabulary and a stream of text."""
+    """Of 64 sequences, only those that have run have changes of logits and a stream of text."""
     engine = engine_of(expert_memory="100%")
     made: list[int] = []
     text_stream = Intake.text_stream
@@ -46,12 +46,12 @@ def test_sequences_that_wait_hold_no_arrays(
     adjustments = [sequence.adjustment for sequence in waiting if sequence.adjustment is not None]
     assert len(adjustments) == 64
     assert not made
-    assert not any({"bias", "seen"} & vars(adjustment).keys() for adjustment in adjustments)
+    assert not any("_changes" in vars(adjustment) for adjustment in adjustments)
     while not made:
         engine.step()
     started = set(range(64)) - {sequence.index for sequence in engine.parts.scheduler.waiting}  # some may have ended
     assert set(made) <= started
-    assert 0 < sum("bias" in vars(adjustment) for adjustment in adjustments) <= len(started) < 64
+    assert 0 < sum("_changes" in vars(adjustment) for adjustment in adjustments) <= len(started) < 64
     engine.pop("many")
 
 
@@ -107,7 +107,8 @@ def test_long_prompts_are_classified_by_both_ends(
 
 
 def test_an_adjustment_counts_as_before() -> None:
-    adjustment = LogitAdjustment(SamplingParams(presence_penalty=1.0, logit_bias={2: 3.0}), PROMPT, 20)
+    params = SamplingParams(presence_penalty=1.0, repetition_penalty=2.0, logit_bias={2: 3.0})
+    adjustment = LogitAdjustment(params, PROMPT, 20)
     adjustment.update([2, 4])
-    assert adjustment.bias[[2, 4, 5]].tolist() == [2.0, -1.0, 0.0]
-    assert np.flatnonzero(adjustment.seen).tolist() == [2, 3, 4, 5, 9, 17]
+    found = {token: (bias, repeated) for token, bias, repeated in zip(*adjustment.changes, strict=True)}
+    assert found == {2: (2.0, True), 4: (-1.0, True)} | dict.fromkeys(set(PROMPT) - {2, 4}, (0.0, True))

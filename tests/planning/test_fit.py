@@ -99,7 +99,7 @@ SIZES = {
 def test_parts_add_up_and_more_memory_never_gives_less(
     memory: int, more: int, slots: int, context: int | None, batch: int
 ) -> None:
-    asked = footprint(expert_memory=f"{slots} slots", max_model_len=context, max_num_seqs=batch)
+    asked = footprint(expert_memory=f"{slots} slots", max_model_len=context or "auto", max_num_seqs=batch)
     fit, larger = asked.fit(target(memory)), asked.fit(target(memory + more))
     for each, device in ((fit, memory), (larger, memory + more)):
         parts = each.parts

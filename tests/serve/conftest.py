@@ -48,8 +48,9 @@ def running_server(
     keep_alive: float = 15.0,
     form: AnswerForm = PLAIN,
     max_model_len: int = MAX_MODEL_LEN,
+    patience: float = 30.0,
 ) -> Iterator[httpx.Client]:
-    worker = EngineWorker(engine, max_unfinished)
+    worker = EngineWorker(engine, max_unfinished, patience)
     text = TextCodec(
         engine.tokenizer,
         VOCAB_SIZE,

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from emoe_jax.engine.vitals import Vitals
 from emoe_jax.errors import CheckpointError, RequestError
 from emoe_jax.requests.contract import RoutingContract
 from emoe_jax.requests.request import SLO, Completion, Delta, RequestOutput, SamplingParams, TokenLogprob
@@ -85,6 +86,10 @@ class FakeEngine:
         self.gate = threading.Event()
         """Cleared: steps make no progress."""
         self.gate.set()
+        self.released = threading.Event()
+        """Cleared: a step does not end."""
+        self.released.set()
+        self.vitals = Vitals(0.0, (), compiling=False)
 
     def add_request(
         self,
@@ -131,6 +136,7 @@ class FakeEngine:
         """Nothing is ever staged."""
 
     def step(self) -> list[Delta]:
+        self.released.wait()
         time.sleep(self.step_seconds)
         if not self.gate.wait(0.005):
             return []

@@ -20,12 +20,13 @@ class ServerProcess:
         arguments: tuple[str, ...],
         environment: Mapping[str, str] | None = None,
         listen: tuple[str, ...] = ("--port", "0"),
+        module: str = "serve.main",
     ):
         self.output: list[str] = []
         self.url = ""
         self._ready = threading.Event()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "serve.main", *listen, *arguments],
+            [sys.executable, "-m", module, *listen, *arguments],
             cwd=REPOSITORY,
             env={**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "120", **(environment or {})},
             stdout=subprocess.PIPE,
