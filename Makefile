@@ -19,7 +19,7 @@ reproduce: $(VENV)/.test  ## Each measured claim of the eMoE paper, measured her
 mutants: $(VENV)/.test  ## Cut each mechanism out of a copy of the engine; a test has to fail each time (make mutants ARGS="--list")
 	$(BIN)/python -m tests.mutants $(ARGS)
 
-setup-all: $(VENV)/.full  ## What `make test` needs to skip nothing but the GPU: torch, other clients, a browser's driver
+setup-all: $(VENV)/.full  ## What `make test` needs to skip nothing but the GPU: torch, Ray, other clients, a browser's driver
 
 lint: $(VENV)/.dev  ## Formatting, linting, types and docstrings
 	$(BIN)/ruff format --check .
@@ -44,7 +44,7 @@ $(VENV)/.base: $(VENV)/.venv pyproject.toml
 	touch $@
 
 $(VENV)/.full: $(VENV)/.venv pyproject.toml .ci/constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable ".[dev,clients,browser,parity]"
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable ".[dev,clients,browser,parity,ray]"
 	touch $@ $(VENV)/.test $(VENV)/.dev
 
 $(VENV)/.%: $(VENV)/.venv pyproject.toml

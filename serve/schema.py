@@ -52,6 +52,7 @@ TokenId = Annotated[int, within(TOKEN_ID)]
 Prompt = str | list[int]
 Bias = Annotated[float, within(BIAS)]
 CacheSalt = Annotated[str, Field(min_length=1, max_length=MAX_CACHE_SALT)]
+TaskName = Annotated[str, Field(min_length=1, max_length=64)]
 Milliseconds = Annotated[float, within(MILLISECONDS)]
 
 
@@ -135,12 +136,13 @@ class SloRequest(ClosedModel):
 
 
 class SloHeaders(BaseModel):
-    """The same as headers; what the body says wins."""
+    """Deadlines and task as headers, which gateways can read. What the body says wins."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
     x_slo_ttft_ms: Milliseconds | None = None
     x_slo_latency_ms: Milliseconds | None = None
+    x_emoe_task: TaskName | None = None
 
     def to_slo(self, body: SloRequest | None) -> SLO:
         """The deadlines of a request, field by field: the body's, else the header's. Only the body can be `strict`."""
@@ -155,7 +157,7 @@ class SloHeaders(BaseModel):
 class EmoeRequest(ClosedModel):
     """The request extension: task type, routing contract and its tolerance, deadlines. Unknown fields are refused."""
 
-    task: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    task: TaskName | None = None
     routing: RoutingContract | None = None
     tolerance: Annotated[float, within(TOLERANCE)] | None = None
     slo: SloRequest | None = None

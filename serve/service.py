@@ -106,13 +106,14 @@ class Service:
         """Hand the prompts of a request to the engine and wait until it has taken them."""
         grammar = await until_disconnect(request, self.text.prepare(params[0].structured_outputs))
         emoe = emoe or EmoeRequest()
-        if emoe.task is not None and self.tasks is not None and emoe.task not in (*self.tasks, OTHER):
+        task, param = (emoe.task, "emoe.task") if emoe.task is not None else (slo.x_emoe_task, "x-emoe-task")
+        if task is not None and self.tasks is not None and task not in (*self.tasks, OTHER):
             known = ", ".join((*self.tasks, OTHER))
-            raise RequestError(f"the task {emoe.task!r} is not in the task profile; it has {known}", "emoe.task")
+            raise RequestError(f"the task {task!r} is not in the task profile; it has {known}", param)
         deadlines, salt = slo.to_slo(emoe.slo), salt_of(request.state.tenant, cache_salt)
         generation = self.worker.submit(
             [
-                Submission(prompt, sampling, emoe.task, emoe.routing, emoe.tolerance, deadlines, salt, grammar)
+                Submission(prompt, sampling, task, emoe.routing, emoe.tolerance, deadlines, salt, grammar)
                 for prompt, sampling in zip(prompts, params, strict=True)
             ],
             request.state.stats,

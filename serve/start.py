@@ -5,11 +5,12 @@ import gc
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
+from fastapi import FastAPI
 from rich.console import Console
 
 from emoe_jax import EmoeError, Engine
@@ -89,12 +90,9 @@ def load(options: ServerOptions) -> Engine:
 def serve(options: ServerOptions, engine: Engine, listener: socket.socket, provider: "TracerProvider | None") -> None:
     """Print what is served, serve until a signal, close the engine."""
     url = url_of(listener)
-    names = tuple(options.served_model_name or [engine.model_name])
-    tasks = None if engine.task_profile is None else tuple(engine.task_profile.tasks)
     step, state = engine.options.step_size(jax.default_backend()), engine.state()
-    form = answer_form(options, engine)
     table = start_up_table(
-        model=names[0],
+        model=served_names(options, engine)[0],
         family=engine.config.family,
         routing=_routing(options, state["tolerance"]),
         device=jax.devices()[0].device_kind,
@@ -105,39 +103,20 @@ def serve(options: ServerOptions, engine: Engine, listener: socket.socket, provi
         dtype=engine.memory.dtype,
         has_tokenizer=engine.tokenizer is not None,
         has_chat_template=engine.tokenizer is not None and engine.tokenizer.has_chat_template,
-        tasks=tasks,
+        tasks=served_tasks(engine),
         step=step,
         sampling=engine.sampling_defaults,
         url=url,
         pool_share=pool_share(os.environ, jax.devices()[0].platform),
-        form=form,
+        form=answer_form(options, engine),
         kernels=engine.parts.kernels,
         predictor=None if engine.parts.predictor is None else str(engine.parts.predictor),
     )
     Console().print(table)
     for line in slow_parts(engine.config, engine.memory, options.contract, jax.default_backend()):
         print(f"slow: {line}")
-    worker = EngineWorker(engine, step.sequences + options.max_num_queued_reqs, options.step_timeout)
-    text = TextCodec(
-        engine.tokenizer,
-        engine.config.vocab_size,
-        engine.max_model_len,
-        engine.grammars,
-        options.chat_template_kwargs,
-    )
-    tracing = None if provider is None else Tracing(provider, names[0])
-    app = create_app(
-        Service(names, text, worker, tasks, engine.sampling_defaults, form),
-        options.api_key,
-        options.allowed_origins,
-        tracing,
-        hosts=hosts_for(listener, options.allowed_hosts),
-        read_timeout=options.read_timeout,
-        root_path=options.root_path,
-        keep_alive=options.stream_keep_alive,
-        max_stored_responses=options.max_stored_responses,
-    )
-    app.openapi()  # made now and kept, as it takes long enough to hold up streams
+    worker = make_worker(options, engine)
+    app = make_app(options, engine, worker, hosts_for(listener, options.allowed_hosts), provider)
     gc.collect()
     gc.freeze()  # what is there now stays: no collection looks at it again, at exit neither, which took seconds
     server = Server(
@@ -158,6 +137,54 @@ def serve(options: ServerOptions, engine: Engine, listener: socket.socket, provi
             provider.shutdown()  # sends what is left
         if not stopped:
             leave_at_once("a step does not end; the server ends without it", LEFT_BEHIND)
+
+
+def served_names(options: ServerOptions, engine: Engine) -> tuple[str, ...]:
+    """What clients may call the model. The first one is in answers."""
+    return tuple(options.served_model_name or [engine.model_name])
+
+
+def served_tasks(engine: Engine) -> tuple[str, ...] | None:
+    """The tasks that requests may name; None if they may name any."""
+    return None if engine.task_profile is None else tuple(engine.task_profile.tasks)
+
+
+def make_worker(options: ServerOptions, engine: Engine) -> EngineWorker:
+    """The thread of an engine, not started yet."""
+    step = engine.options.step_size(jax.default_backend())
+    return EngineWorker(engine, step.sequences + options.max_num_queued_reqs, options.step_timeout)
+
+
+def make_app(
+    options: ServerOptions,
+    engine: Engine,
+    worker: EngineWorker,
+    hosts: Sequence[str],
+    provider: "TracerProvider | None" = None,
+) -> FastAPI:
+    """The application over an engine, whatever it listens on. Its lifespan starts and stops the worker."""
+    names = served_names(options, engine)
+    text = TextCodec(
+        engine.tokenizer,
+        engine.config.vocab_size,
+        engine.max_model_len,
+        engine.grammars,
+        options.chat_template_kwargs,
+    )
+    form = answer_form(options, engine)
+    app = create_app(
+        Service(names, text, worker, served_tasks(engine), engine.sampling_defaults, form),
+        options.api_key,
+        options.allowed_origins,
+        None if provider is None else Tracing(provider, names[0]),
+        hosts=hosts,
+        read_timeout=options.read_timeout,
+        root_path=options.root_path,
+        keep_alive=options.stream_keep_alive,
+        max_stored_responses=options.max_stored_responses,
+    )
+    app.openapi()  # made now and kept, as it takes long enough to hold up streams
+    return app
 
 
 def answer_form(options: ServerOptions, engine: Engine) -> AnswerForm:

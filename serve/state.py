@@ -80,6 +80,9 @@ class PlannerState(Described):
     coverage_frequency: Annotated[float | None, Field(description="The same by decayed frequency.")] = None
     coverage_promised: Annotated[float | None, Field(description="What the plan at hand expects.")] = None
     coverage_recent: Annotated[float | None, Field(description="Of recent steps.")] = None
+    serves: Annotated[
+        dict[str, float], Field(description="By task: share of its wishes that the residents are expected to cover.")
+    ] = {}
     error: Annotated[str | None, Field(description="What ended the predictor.")] = None
 
 

@@ -2,7 +2,7 @@
 
 Requests go over HTTP to servers that are started for it, one per policy, or to `--url`. `--simulate` runs the real
 scheduler against a cost model on a virtual clock instead. Each `--residency` and `--routing` is a setting of its own,
-with its own capacity and deadlines.
+with its own capacity and deadlines. `--simulate --replicas N` puts N simulated engines behind each way to choose one.
 """
 
 import argparse
@@ -19,19 +19,30 @@ from benchmarks.arguments import count, positive
 from benchmarks.results import write_json
 from benchmarks.serving.devices import DEVICES
 from benchmarks.serving.intervals import differences, over_seeds
+from benchmarks.serving.replicas import TRAFFICS, run_replicas
 from benchmarks.serving.settings import Setting, settings_of
 from benchmarks.serving.simulated import machine_of, poisson_workload, run_simulated, trace_workload
-from benchmarks.serving.tables import plot_runs, print_intervals, print_ratios, print_runs
+from benchmarks.serving.tables import plot_runs, print_intervals, print_ratios, print_replicas, print_runs
 from benchmarks.serving.workload import demo_samples
 from emoe_jax.errors import ConfigError, EmoeError, one_line, require
 from emoe_jax.requests.contract import CONTRACTS
 from emoe_jax.scheduling.registry import PARTS, SCHEDULING_POLICIES, VARIANTS, without
+from emoe_jax.scheduling.replicas import ROUTINGS, THRESHOLD
+
+SCARCE = "40%"
+"""Resident experts of replicas where --residency says nothing: with all of them resident, all replicas are alike."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
-        settings = settings_of(options.residency, options.routing)
+        settings = settings_of(options.residency or ([SCARCE] if options.replicas else None), options.routing)
+        if options.replicas:
+            report = _replicated(options, settings)
+            print_replicas(report["runs"], report["workload"])
+            if options.json:
+                write_json(report, Path(options.json))
+            return 0
         if options.plot and (len(settings) > 1 or options.seeds > 1):
             raise ConfigError("--plot draws one setting and one seed")
         if options.plot:
@@ -56,8 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _policies(options: argparse.Namespace) -> list[str]:
-    return list(dict.fromkeys([*options.policy, *map(without, options.without)]))
+def _policies(options: argparse.Namespace, usual: Sequence[str] = ("fcfs", "slo")) -> list[str]:
+    return list(dict.fromkeys([*(options.policy or usual), *map(without, options.without)]))
 
 
 def _seeds(options: argparse.Namespace) -> range:
@@ -77,6 +88,32 @@ def _simulated(options: argparse.Namespace, settings: Sequence[Setting]) -> tupl
     told = ", ".join(f"{capacity:.2f}" for capacity in capacities)
     title = f"{name} on {options.device} (simulated), capacity {told} requests/s"
     return title, {"workload": name, "device": options.device, "capacity_rps": capacities[0], "runs": runs}
+
+
+def _replicated(options: argparse.Namespace, settings: Sequence[Setting]) -> dict[str, Any]:
+    if not options.simulate or options.trace or options.plot:
+        raise ConfigError("--replicas is for --simulate, without --trace and --plot")
+    console = Console(stderr=True)
+    runs = [
+        run
+        for setting in settings
+        for policy in _policies(options, ("slo",))
+        for number in options.replicas
+        for run in run_replicas(
+            machine_of(DEVICES[options.device], setting, False),
+            number,
+            traffics=options.traffic,
+            routings=options.replica_routing,
+            thresholds=options.threshold,
+            policy=policy,
+            requests=options.requests,
+            fractions=options.rates,
+            seeds=_seeds(options),
+            slo_scale=options.slo_scale,
+            progress=lambda text: console.print(text, style="dim", markup=False, highlight=False),
+        )
+    ]
+    return {"workload": f"replicas of {options.device} (simulated), five tasks", "device": options.device, "runs": runs}
 
 
 def _live(options: argparse.Namespace, settings: Sequence[Setting]) -> tuple[str, dict[str, Any]]:
@@ -159,9 +196,8 @@ def _parser() -> argparse.ArgumentParser:
         "--policy",
         nargs="+",
         choices=choices,
-        default=["fcfs", "slo"],
         metavar="NAME",
-        help=" or ".join(SCHEDULING_POLICIES),
+        help=f"{' or '.join(SCHEDULING_POLICIES)}; without it both, with --replicas slo",
     )
     add("--without", nargs="+", choices=PARTS, default=[], metavar="PART", help="also slo less one of its parts")
     add("--residency", nargs="+", metavar="SHARE", help="resident experts, for example 100%% 40%%: a setting each")
@@ -196,6 +232,25 @@ def _parser() -> argparse.ArgumentParser:
     simulated("--device", choices=sorted(DEVICES), default="demo", help="the machine to simulate")
     simulated("--trace", nargs="+", metavar="CSV", help="recorded arrivals instead of the five tasks; a file is a task")
     simulated("--seconds", type=positive, default=600.0, help="how much of the traces is replayed")
+    replicas = parser.add_argument_group("with --simulate --replicas").add_argument
+    replicas(
+        "--replicas",
+        nargs="+",
+        type=count,
+        metavar="N",
+        help=f"so many engines behind a router; --requests and --rates are of all of them, and without --residency "
+        f"each has {SCARCE} resident".replace("%", "%%"),
+    )
+    replicas("--replica-routing", nargs="+", choices=ROUTINGS, default=list(ROUTINGS), help="how a replica is chosen")
+    replicas("--traffic", nargs="+", choices=TRAFFICS, default=["mixed", "skewed"], help="all tasks alike, or one hot")
+    replicas(
+        "--threshold",
+        nargs="+",
+        type=int,
+        default=[THRESHOLD],
+        metavar="N",
+        help="requests that a preferred replica may have beyond the least loaded one",
+    )
     return parser
 
 

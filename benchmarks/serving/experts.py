@@ -88,9 +88,15 @@ class SimulatedExperts:
         self._rng = np.random.default_rng(seed)
         self._coming: deque[tuple[float, Swap]] = deque()  # and when they are there
         self._next_look = 0.0
+        self.wished = self.covered = 0
+        """Choices of tokens since the start, and those of them whose expert was resident when the step began."""
         for layer, experts in enumerate(self._policy.initial(slots)):
             for slot, expert in enumerate(experts.tolist()):
                 self.table.assign(layer, slot, expert)
+
+    def serves(self) -> dict[str, float]:
+        """What an engine publishes: by task, the share of its routing that the residents are expected to cover."""
+        return {} if self._planner is None else self._planner.serves(self.table.resident_mask)
 
     def arrived(self, sequence: Sequence) -> None:
         """A request came."""
@@ -105,6 +111,8 @@ class SimulatedExperts:
         committed = self._commit(now)
         expected = None if self._planner is None else self._planner.plan_for(progress_of(plan, scheduler))
         wishes = self._wishes(plan)
+        self.wished += int(wishes.sum())
+        self.covered += int(wishes[self.table.resident_mask].sum())
         if expected is not None:
             self._policy.plan(expected)
             self._follow(now, self.table.num_experts)

@@ -46,18 +46,18 @@ class Machine:
     model: ModelExperts | None = None
 
     def run(self, jobs: Sequence[Job], policy: str, seed: int = 0) -> list[Record]:
-        experts = self._experts(seed)
+        experts = self.experts(seed)
         return simulate(jobs, self.device, make_policy(policy, self.device, experts), seed, experts=experts)
 
     def capacity(self, jobs: Sequence[Job]) -> float:
         """Requests/s, first come, first served."""
-        experts = self._experts(0)
+        experts = self.experts(0)
         return capacity(jobs, self.device, make_policy("fcfs", self.device, experts), experts)
 
     def slos(self, samples: Samples, scale: float) -> dict[str, SLO]:
         """Deadlines per task: `scale` times what a request takes on the idle machine. By the cost model alone where all
         experts are resident; else as measured, the median of some."""
-        experts = self._experts(0)
+        experts = self.experts(0)
         if experts is None or experts.is_full:
             return task_slos(samples, self.device.cost, scale)
         slos = {}
@@ -71,7 +71,7 @@ class Machine:
             slos[task] = SLO(ttft_ms=ttft, latency_ms=latency)
         return slos
 
-    def _experts(self, seed: int) -> SimulatedExperts | None:
+    def experts(self, seed: int) -> SimulatedExperts | None:
         if self.model is None or self.device.experts is None:
             return None
         return SimulatedExperts(self.model, self.setting, self.device.experts, seed)

@@ -36,17 +36,43 @@ DIFFERENCES = {
     "p99_latency_ratio": "{:.3f}",
     "p50_ttft_ratio": "{:.3f}",
 }
+REPLICAS = {
+    "replicas": "{}",
+    "residency": "{}",
+    "routing": "{}",
+    "traffic": "{}",
+    "rate_rps": "{:.0f}",
+    "replica_routing": "{}",
+    "threshold": "{}",
+    "coverage": "{:.3f}",
+    "loads_per_request": "{:.1f}",
+    "slo_attainment": "{:.1%}",
+    "mean_latency_s": "{:.3f}",
+    "p99_ttft_s": "{:.3f}",
+    "cached_tokens": "{:.1%}",
+    "busiest": "{:.2f}",
+}
 RATIOS = ("throughput_ratio", "requests_ratio", "max_batch_ratio")
+
+
+def print_replicas(runs: Sequence[dict[str, Any]], title: str) -> None:
+    """Runs of several replicas."""
+    Console(width=200).print(_table(runs, title, REPLICAS))
+
+
+def _table(runs: Sequence[dict[str, Any]], title: str, columns: Mapping[str, str]) -> Table:
+    table = Table(title=title)
+    for name in columns:
+        table.add_column(name.replace("_", " "), justify="right")
+    for run in runs:
+        cells = ["-" if run.get(name) is None else form.format(run[name]) for name, form in columns.items()]
+        table.add_row(*cells)
+    return table
 
 
 def print_runs(runs: Sequence[dict[str, Any]], title: str) -> None:
     """All runs, and below them the attainment per task."""
-    table = Table(title=title)
-    for name in COLUMNS:
-        table.add_column(name.replace("_", " "), justify="right")
-    for run in runs:
-        cells = ["-" if run.get(name) is None else form.format(run[name]) for name, form in COLUMNS.items()]
-        table.add_row(*cells)
+    table = _table(runs, title, COLUMNS)
     tasks = Table(title="SLO attainment per task")
     names = sorted(runs[0]["slo_attainment_per_task"])
     for name in ("policy", "rate fraction", *names):

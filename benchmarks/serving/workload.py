@@ -18,6 +18,8 @@ class Sample:
     prompt_tokens: int
     output_tokens: int
     messages: tuple[dict[str, str], ...] = ()
+    tokens: tuple[int, ...] = ()
+    """Of the prompt, where they are known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +47,10 @@ def demo_samples(count: int = 400) -> dict[str, list[Sample]]:
     return {
         task: [
             Sample(
-                len(tokenizer.chat(example.messages)),
+                len(tokens := tokenizer.chat(example.messages)),
                 len(tokenizer.encode(example.answer)) + 1,  # and the token that ends it
                 tuple(example.messages),
+                tuple(tokens),
             )
             for example in examples(task, "test", 0, count)
         ]

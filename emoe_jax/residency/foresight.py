@@ -123,9 +123,10 @@ class Foresight:
 
     def state(self) -> dict[str, Any]:
         """The engine state's parts on residency, planning, regret and tasks."""
-        planner = {"planning_seconds": round(self._seconds, 6)}
+        planner: dict[str, Any] = {"planning_seconds": round(self._seconds, 6)}
         if self._planner is not None:
             planner |= self._planner.state()
+            planner["serves"] = self._planner.serves(self._residency.table.resident_mask)
         return {
             "residency": self._residency.state(),
             "planner": planner,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float, Int
 
-from emoe_jax.tasks import TaskProfile
+from emoe_jax.tasks import OTHER, TaskProfile
 
 HALF_LIFE = 16.0
 """Prompts of a task after which an earlier one counts half."""
@@ -21,6 +21,11 @@ class TaskFrequencies:
     def of(self, task: str) -> Float[np.ndarray, "M E"]:
         """Expected share of each expert; each layer sums to 1."""
         return self._shares[task] if task in self._shares else self._profile.frequency(task)
+
+    @property
+    def tasks(self) -> list[str]:
+        """The profile's tasks, `other`, and those that prompts were observed of besides."""
+        return list(dict.fromkeys([*self._profile.tasks, OTHER, *self._shares]))
 
     def observe(self, task: str, counts: Int[np.ndarray, "M E"]) -> None:
         """A prompt of the task was routed like this, at least one token of it."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from emoe_jax.engine_config import PredictEvery
 from emoe_jax.policies.rule import ExpectedWishes
@@ -21,13 +21,16 @@ from emoe_jax.residency.frequencies import TaskFrequencies
 from emoe_jax.residency.invocations import Invocations, PlannedRequest
 from emoe_jax.residency.judges import Drift, Gate
 from emoe_jax.tasks import OTHER, TaskProfile
-from emoe_jax.traces.coverage import coverage
+from emoe_jax.traces.coverage import coverage, expected_coverage
 
 UNKNOWN_OUTPUT_TOKENS = 64.0
 """Expected answer length where no task was profiled."""
 
 URGENT = 0.25
 """Share of the requests at hand whose task was not planned for, from which on experts would be the wrong ones."""
+
+MAX_SERVED_TASKS = 64
+"""Tasks of which is told how well the residents serve them; clients may make up names."""
 
 JUDGED_TOGETHER = 8
 """Prompts whose coverage is looked at in one go, which costs little more than one."""
@@ -186,6 +189,11 @@ class ResidencyPlanner:
         self.planned, self._planned_tasks, self._stale = wanted, self._tasks(wanted), False
         self.drift.promise(self._promised(rates))
         return ExpectedWishes(rates, joined, continuing, mean_sensitivity(demands, tokens))
+
+    def serves(self, resident: Bool[np.ndarray, "M E"]) -> dict[str, float]:
+        """By task, the share of its routing that these residents are expected to cover, by decayed frequency."""
+        tasks = self._frequencies.tasks[:MAX_SERVED_TASKS]
+        return {task: round(expected_coverage(self._frequencies.of(task), resident), 6) for task in tasks}
 
     def state(self) -> dict[str, Any]:
         """Prediction as JSON-able values."""

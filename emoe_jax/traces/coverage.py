@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool, Float, Shaped
 
 
 def best_experts(scores: Shaped[np.ndarray, "*lead M E"], capacities: Sequence[int]) -> Bool[np.ndarray, "*lead M E"]:
@@ -32,3 +32,11 @@ def coverage(
     [0.4, 0.1, 0.3, 0.2] make experts 0 and 2 resident, which 3 of 8 wishes are for: 0.375.
     """
     return np.asarray(covered(wishes, scores, capacities) / wishes.sum((-2, -1)))
+
+
+def expected_coverage(shares: Float[np.ndarray, "M E"], resident: Bool[np.ndarray, "M E"]) -> float:
+    """Share of wishes that resident experts cover if each layer's wishes are spread by `shares`, which sum to 1.
+
+    Worked example, one layer: shares [0.5, 0.3, 0.2] and the experts 0 and 2 resident make 0.7.
+    """
+    return float((shares * resident).sum() / len(shares))

@@ -271,3 +271,15 @@ def test_drift_waits_for_patience_and_starts_afresh():
     assert drift.drifted
     drift.restart()
     assert not drift.drifted
+
+
+def test_what_residents_serve_follows_them_and_what_was_learned():
+    planner = planner_of()
+    qa, none = counts_of(QA) > counts_of(QA).mean(), np.zeros((M, E), bool)
+    served = planner.serves(qa)
+    assert served["qa"] > 0.9 > 0.5 > served["sum"]
+    assert served["sum"] < served["other"] < served["qa"]  # the mean of both
+    assert planner.serves(none) == dict.fromkeys(served, 0.0)
+    begin(planner, "a", "poem")
+    planner.end("a", counts_of(SUM))
+    assert planner.serves(qa)["poem"] < planner.serves(qa)["other"]

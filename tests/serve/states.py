@@ -9,6 +9,7 @@ def engine_state() -> dict[str, Any]:
         "family": "mixtral",
         "routing": "resident",
         "tolerance": 0.25,
+        "not_finite": 3,
         "audit": {
             "rate": 0.01,
             "audits": 12,
@@ -96,6 +97,7 @@ def engine_state() -> dict[str, Any]:
             "coverage_frequency": 0.8,
             "coverage_promised": None,
             "coverage_recent": 0.87,
+            "serves": {"qa": 0.8, "conv": 0.4},
             "error": None,
         },
         "regret": {

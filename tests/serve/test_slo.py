@@ -55,7 +55,28 @@ def test_headers_are_documented(client: httpx.Client) -> None:
     assert {(item["name"], item["in"]) for item in parameters} == {
         ("x-slo-ttft-ms", "header"),
         ("x-slo-latency-ms", "header"),
+        ("x-emoe-task", "header"),
     }
+
+
+@pytest.mark.parametrize("path", list(BODIES))
+@pytest.mark.parametrize(("body", "expected"), [({}, "qa"), ({"task": "sum"}, "sum"), ({"task": None}, "qa")])
+def test_the_task_as_a_header_and_what_the_body_says_wins(
+    start_server: StartServer, path: str, body: dict[str, Any], expected: str
+) -> None:
+    engine = FakeEngine(FakeTokenizer())
+    with start_server(engine, tasks=("qa", "sum")) as client:
+        answer = client.post(path, json={**BODIES[path], "emoe": body}, headers={"X-Emoe-Task": "qa"})
+    assert answer.status_code == 200, answer.text
+    assert engine.requests[0]["task"] == expected
+
+
+@pytest.mark.parametrize("value", ["", "poetry", "t" * 65])
+def test_a_bad_task_header_is_named(start_server: StartServer, value: str) -> None:
+    with start_server(FakeEngine(FakeTokenizer()), tasks=("qa", "sum")) as client:
+        answer = client.post(CHAT, json=BODIES[CHAT], headers={"x-emoe-task": value})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "x-emoe-task"
 
 
 def test_deadlines_that_cannot_be_kept(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:

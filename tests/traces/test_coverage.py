@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emoe_jax.traces.coverage import best_experts, coverage, covered
+from emoe_jax.traces.coverage import best_experts, coverage, covered, expected_coverage
 
 CAPACITIES = (3, 5, 1)
 M, E = len(CAPACITIES), 8
@@ -34,3 +34,9 @@ def test_covered_are_the_wishes_for_the_largest_scores(seed: int, cases: tuple[i
             expected += sum(int(wishes[case][layer][expert]) for expert in ranked[:capacity])
         assert found[case] == expected
         assert shares[case] == pytest.approx(expected / wishes[case].sum())
+
+
+def test_expected_coverage_by_hand():
+    resident = np.array([[True, False, True], [False, True, False]])
+    assert expected_coverage(np.array([[0.5, 0.3, 0.2]]), resident[:1]) == 0.7
+    assert expected_coverage(np.array([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]), resident) == pytest.approx((0.7 + 0.1) / 2)
