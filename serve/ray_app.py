@@ -185,6 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, value in RAY_SETTINGS.items():
             os.environ.setdefault(name, value)  # read by Ray's processes
         ray.init(include_dashboard=False)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # again: Ray's handler would end in an abort
         ray_serve.start(http_options=HTTPOptions(host=options.host, port=port))
         ray_serve.run(application, name=NAME, route_prefix=options.root_path or "/")
         status = 0
