@@ -4,9 +4,9 @@ import asyncio
 import dataclasses
 import json
 import warnings
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from starlette.requests import Request
@@ -42,8 +42,8 @@ def piece(text: bytes, more: bool) -> Message:
 class FakeHandle:
     """A deployment's handle. Each call gets the next of the scripts: messages, and an exception where one raises."""
 
-    def __init__(self, *scripts: list[Message | Exception]):
-        self.scripts = list(scripts)
+    def __init__(self, *scripts: Sequence[Message | Exception]):
+        self.scripts = [list(script) for script in scripts]
         self.calls: list[Call] = []
         self.cancelled = 0
 
@@ -81,7 +81,7 @@ def request_of(body: bytes, headers: dict[bytes, bytes] | None = None, path: str
 
 def answered(handle: FakeHandle, path: str = CHAT) -> tuple[int, dict[str, str], bytes]:
     async def run() -> tuple[int, dict[str, str], bytes]:
-        response: Any = await Forwarder(handle, 5.0).answer(request_of(b"{}", path=path))
+        response: Any = await Forwarder(cast(Any, handle), 5.0).answer(request_of(b"{}", path=path))
         pieces: AsyncIterator[bytes] | None = getattr(response, "body_iterator", None)
         body = response.body if pieces is None else b"".join([one async for one in pieces])
         return response.status_code, dict(response.headers), body
