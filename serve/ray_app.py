@@ -125,17 +125,18 @@ class Gateway:
 def build(options: ReplicaOptions) -> ray_serve.Application:
     """The application, for `ray.serve.run`."""
     values = dataclasses.asdict(options)
+    router: dict[str, Any] = {  # Ray's annotation of these keywords is wrong
+        "request_router_class": ROUTER,
+        "request_router_kwargs": {"routing": options.replica_routing, "threshold": options.balance_threshold},
+        "request_routing_stats_period_s": PUBLISH_SECONDS,
+    }
     chosen: dict[str, Any] = {
         "health_check_period_s": HEALTH_SECONDS,
         "health_check_timeout_s": STUCK_SECONDS,
         "max_ongoing_requests": MAX_REQUESTS,
         "ray_actor_options": {"num_cpus": options.replica_cpus, "num_gpus": options.replica_gpus},
         "graceful_shutdown_timeout_s": options.shutdown_timeout,
-        "request_router_config": RequestRouterConfig(
-            request_router_class=ROUTER,
-            request_router_kwargs={"routing": options.replica_routing, "threshold": options.balance_threshold},
-            request_routing_stats_period_s=PUBLISH_SECONDS,
-        ),
+        "request_router_config": RequestRouterConfig(**router),
     }
     if options.most > options.replicas:
         chosen["autoscaling_config"] = AutoscalingConfig(

@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import AsyncIterator, Sequence
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from starlette.requests import Request
@@ -81,7 +81,8 @@ def request_of(body: bytes, headers: dict[bytes, bytes] | None = None, path: str
 
 def answered(handle: FakeHandle, path: str = CHAT) -> tuple[int, dict[str, str], bytes]:
     async def run() -> tuple[int, dict[str, str], bytes]:
-        response: Any = await Forwarder(cast(Any, handle), 5.0).answer(request_of(b"{}", path=path))
+        replicas: Any = handle
+        response: Any = await Forwarder(replicas, 5.0).answer(request_of(b"{}", path=path))
         pieces: AsyncIterator[bytes] | None = getattr(response, "body_iterator", None)
         body = response.body if pieces is None else b"".join([one async for one in pieces])
         return response.status_code, dict(response.headers), body
