@@ -64,4 +64,5 @@ GLM4_MOE_LITE = Family(
     expert_sources=expert_sources,
     ignored=is_of_layers_behind,
     reasoning="think",
+    calls="glm",
 )
