@@ -60,7 +60,10 @@ def convert(checkpoint: Checkpoint, target: Path, max_shard_bytes: int = MAX_SHA
     and for weights that are not finite.
     """
     if checkpoint.config.expert_format is not None:
-        raise CheckpointError(f"{checkpoint.directory} has experts in {checkpoint.config.expert_format} already")
+        raise CheckpointError(
+            f"{checkpoint.directory} has experts in {checkpoint.config.expert_format} already; expected floats. "
+            "--expert-format int8 of the server makes int8 of them while loading"
+        )
     if checkpoint.config.expert_bias:
         raise CheckpointError(
             f"{checkpoint.directory}: experts with biases ({checkpoint.config.family}) are not converted; expected "

@@ -44,13 +44,14 @@ class Pieces:
         platform: str = "cuda",
         dtype: str = "float32",
         pages: int = 16,
+        expert_format: str | None = None,
     ):
         self.config, self.platform, self.shape = config, platform, shape
         model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
         nnx.update(model, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), nnx.state(model)))
         self.skeleton, self.leaves = step.Skeleton.split(model)
         self.layers = [step.Skeleton.split(layer) for layer in model.layers]
-        record_format = RecordFormat.of(config, dtype)
+        record_format = RecordFormat.of(config, expert_format or dtype)
         self.experts = jax.eval_shape(lambda: record_format.empty_weights(capacity))
         self.cache = jax.eval_shape(lambda: new_cache(config, pages, dtype))
         self.words = empty_batch(shape).words
@@ -197,6 +198,23 @@ def test_no_step_of_a_family_makes_the_host_wait(family: str, shape: Shape) -> N
     dense = [layer for layer in range(config.num_layers) if not config.is_moe(layer)]
     if dense:
         assert counts(pieces.dense_layer(dense[0])).stalls == 0
+
+
+@pytest.mark.parametrize(
+    ("family", "expert_format"),
+    [("gpt_oss", "mxfp4"), ("qwen3_moe", "fp8"), ("deepseek_v3", "fp8"), ("mixtral", "int8")],
+)
+@SHAPES
+def test_no_step_over_quantised_experts_makes_the_host_wait(family: str, expert_format: str, shape: Shape) -> None:
+    """Nor are there floats of more experts than a kernel has at once: its arguments are the bytes of the slab."""
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128}
+    raw = FAMILIES[family]
+    config = config_from_hf(raw | {name: size for name, size in sizes.items() if name in raw})
+    pieces = Pieces(shape, config.top_k + 1, config, dtype="bfloat16", expert_format=expert_format)
+    plain = counts(Pieces(shape, config.top_k + 1, config, dtype="bfloat16").whole_step())
+    found = counts(pieces.whole_step())
+    assert found.stalls == 0
+    assert found.kernels == plain.kernels > 0
 
 
 def test_a_split_module_is_the_one_that_is_joined() -> None:

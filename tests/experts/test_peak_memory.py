@@ -25,6 +25,24 @@ PACKED = {
 }
 
 
+# The same in eight bits, with a scale for each block of 128 x 128.
+BLOCKS = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "vocab_size": 1024,
+    "hidden_size": 256,
+    "moe_intermediate_size": 512,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "num_experts": 16,
+    "num_experts_per_tok": 2,
+    "torch_dtype": "bfloat16",
+    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_in_four_bits_makes_no_floats_of_them(tmp_path: Path):
     """Of all experts, which as float32 would take 805 MB."""
@@ -32,6 +50,14 @@ def test_loading_in_four_bits_makes_no_floats_of_them(tmp_path: Path):
     assert probe["slab_bytes"] == probe["expert_bytes"] < 0.14 * 805_306_368
     # The compiler takes most of it, with float experts too.
     assert probe["above_bytes"] < 200e6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loading_in_fp8_makes_no_floats_of_them(tmp_path: Path):
+    """Of half of the experts, which as float32 would take 101 MB."""
+    (probe,) = measure_peak_rss(tmp_path, BLOCKS, ("50%",), "fp8")["peak_rss"]
+    assert probe["expert_bytes"] == 2 * probe["slab_bytes"] < 0.26 * 201_326_592
+    assert probe["above_bytes"] < 130e6
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
