@@ -8,24 +8,24 @@ from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
 
-from serve.body import BodyReader
 from serve.chat import chat_routes
 from serve.completions import completion_routes
 from serve.dashboard import dashboard_routes
 from serve.errors import ErrorResponse, install_error_handlers
-from serve.guard import OPEN_PATHS, Guard
-from serve.hosts import ANY
-from serve.messages import messages_routes
-from serve.metrics import RequestMetrics
+from serve.http.body import BodyReader
+from serve.http.guard import OPEN_PATHS, Guard
+from serve.http.hosts import ANY
+from serve.http.observer import Observer
+from serve.http.paths import Paths
+from serve.messages.routes import messages_routes
 from serve.models import model_routes
-from serve.observer import Observer
 from serve.options import KEEP_ALIVE_SECONDS, MAX_STORED_RESPONSES
-from serve.paths import Paths
-from serve.responses import responses_routes
-from serve.responses_store import ResponseStore
+from serve.responses.routes import responses_routes
+from serve.responses.store import ResponseStore
 from serve.service import ClientGone, Service
-from serve.snapshots import Snapshots
-from serve.tracing import Tracing
+from serve.telemetry.metrics import RequestMetrics
+from serve.telemetry.snapshots import Snapshots
+from serve.telemetry.tracing import Tracing
 
 DESCRIPTION = "Mixture-of-Experts inference with a fixed number of experts on the device, behind OpenAI's API."
 ERRORS: dict[int | str, dict[str, Any]] = {

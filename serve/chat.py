@@ -25,9 +25,9 @@ from serve.answers import (
     ToolCallDelta,
     Usage,
 )
-from serve.body import JsonRoute
 from serve.failures import check_answered
 from serve.generation import Generation, Update
+from serve.http.body import JsonRoute
 from serve.logprobs import TokenPlaces, chat_logprobs
 from serve.parsing.answer_parser import AnswerParser
 from serve.parsing.call_grammar import arguments_schema

@@ -11,9 +11,9 @@ from fastapi.responses import Response
 
 from emoe_jax.requests.request import RequestOutput, TokenLogprob
 from serve.answers import CompletionChoice, CompletionLogprobs, CompletionResponse, Usage
-from serve.body import JsonRoute
 from serve.failures import check_answered
 from serve.generation import Update
+from serve.http.body import JsonRoute
 from serve.logprobs import TokenPlaces, characters, completion_logprobs
 from serve.schema import DEFAULT_COMPLETION_TOKENS, CompletionRequest, SloHeaders
 from serve.service import Service, emoe_of, until_disconnect, usage_of

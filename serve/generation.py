@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from emoe_jax.requests.contract import RoutingContract
 from emoe_jax.requests.request import SLO, Delta, RequestOutput, SamplingParams
 from serve.refusals import EngineFailure, Unavailable
-from serve.stats import RequestStats
+from serve.telemetry.stats import RequestStats
 
 MAX_BATCH = 64
 """Deltas handed out at a time. A client that has not read for long must not hold up others when all is sent."""

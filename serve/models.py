@@ -12,13 +12,13 @@ from serve.answers import (
     ModelList,
     TokenizeResponse,
 )
-from serve.body import JsonRoute
-from serve.metrics import CONTENT_TYPE
+from serve.http.body import JsonRoute
 from serve.refusals import Unavailable
 from serve.schema import DetokenizeRequest, TokenizeRequest
 from serve.service import Service, until_disconnect
-from serve.snapshots import Snapshots
-from serve.state import EngineState
+from serve.telemetry.metrics import CONTENT_TYPE
+from serve.telemetry.snapshots import Snapshots
+from serve.telemetry.state import EngineState
 
 TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 

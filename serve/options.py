@@ -11,9 +11,9 @@ from emoe_jax.errors import ConfigError
 from emoe_jax.option_fields import option
 from emoe_jax.requests.request import RESERVED_VARIABLES
 from serve.flags import Parser, flag_names, parser_of, read_values
-from serve.logs import LogFormat
+from serve.http.paths import hides_own_path
 from serve.parsing.forms import CallForm, ReasoningForm
-from serve.paths import hides_own_path
+from serve.telemetry.logs import LogFormat
 from serve.watchdog import PATIENCE_SECONDS
 
 COMMAND = "python -m serve.main"

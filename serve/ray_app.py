@@ -33,12 +33,12 @@ from emoe_jax.scheduling.replicas import THRESHOLD, make_routing
 from serve.flags import flag_names, parser_of, read_values
 from serve.interrupt import INTERRUPTED
 from serve.options import TITLES, ServerOptions
-from serve.ray_gateway import Forwarder
+from serve.replicas.gateway import Forwarder
 
 NAME = "emoe"
 """Of the application in Ray Serve."""
-ROUTER = "serve.ray_router.ReplicaRouter"
-SCALING = "serve.ray_router:queue_and_deadlines"
+ROUTER = "serve.replicas.router.ReplicaRouter"
+SCALING = "serve.replicas.router:queue_and_deadlines"
 RAY_SETTINGS = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60", "RAY_worker_niceness": "0"}
 """What Ray does otherwise: its proxy has 5 s to start, which is little beside engines that compile, and workers run at
 the lowest priority, behind all else on the machine."""
@@ -87,7 +87,7 @@ class Replica:
 
     def __init__(self, values: dict[str, Any]):
         """Loads the model; `values` are those of `ReplicaOptions`."""
-        from serve.ray_replica import LocalServer  # with JAX, which the gateway does without
+        from serve.replicas.replica import LocalServer  # with JAX, which the gateway does without
 
         self._options = ReplicaOptions(**values)
         name = ray_serve.get_replica_context().replica_id.unique_id

@@ -20,18 +20,18 @@ from emoe_jax.models import family_named
 from emoe_jax.planning.slow import slow_parts
 from serve.app import create_app
 from serve.console import loading_progress, start_up_table
-from serve.hosts import hosts_for
+from serve.http.hosts import hosts_for
+from serve.http.lobby import open_lobby
+from serve.http.server import Server, bind, url_of
+from serve.http.uds import bind_uds
 from serve.interrupt import INTERRUPTED, LEFT_BEHIND, end_at_once_on_signal, leave_at_once
-from serve.lobby import open_lobby
-from serve.logs import configure_logging
 from serve.options import ServerOptions, as_flags
 from serve.parsing.forms import AnswerForm, form_of
 from serve.recording import check_trace_file
-from serve.server import Server, bind, url_of
 from serve.service import Service
+from serve.telemetry.logs import configure_logging
+from serve.telemetry.tracing import Tracing, span_provider
 from serve.text import TextCodec
-from serve.tracing import Tracing, span_provider
-from serve.uds import bind_uds
 from serve.worker import EngineWorker
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from emoe_jax.requests.request import Delta
 from serve.generation import Generation, Submission, Update
 from serve.refusals import EngineFailure, QueueFull, Unavailable
 from serve.served_engine import ServedEngine
-from serve.stats import RequestStats
+from serve.telemetry.stats import RequestStats
 from serve.watchdog import PATIENCE_SECONDS, Watchdog
 
 log = logging.getLogger("serve")

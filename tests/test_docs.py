@@ -12,7 +12,7 @@ import yaml
 
 from emoe_jax.traces.file_format import FORMAT
 from serve import engine_metrics
-from serve.metrics import RequestMetrics
+from serve.telemetry.metrics import RequestMetrics
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(

@@ -12,7 +12,7 @@ from emoe_jax.engine.vitals import Vitals
 from emoe_jax.requests.contract import RoutingContract
 from emoe_jax.requests.request import Completion, Delta, RequestOutput, SamplingParams
 from serve.app import create_app
-from serve.server import bind, url_of
+from serve.http.server import bind, url_of
 from serve.service import Service
 from serve.text import TextCodec
 from serve.worker import EngineWorker

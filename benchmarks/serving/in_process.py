@@ -19,12 +19,12 @@ from emoe_jax import Engine, SamplingParams
 from emoe_jax.errors import RequestError
 from emoe_jax.requests.contract import RoutingContract
 from serve.generation import Submission
-from serve.metrics import RequestMetrics
 from serve.options import parse_options
 from serve.refusals import EngineFailure
 from serve.start import keep_compilations
 from serve.start import load as load_engine
-from serve.stats import RequestStats
+from serve.telemetry.metrics import RequestMetrics
+from serve.telemetry.stats import RequestStats
 from serve.worker import EngineWorker
 
 

@@ -14,13 +14,13 @@ import pytest
 import uvicorn
 
 from serve.app import create_app
+from serve.http.protocol import HttpConfig
+from serve.http.server import bind, url_of
 from serve.lanes import MAX_WAITING_BYTES
 from serve.parsing.forms import PLAIN, AnswerForm
-from serve.protocol import HttpConfig
-from serve.server import bind, url_of
 from serve.service import Service
+from serve.telemetry.tracing import Tracing
 from serve.text import ServedGrammars, TextCodec
-from serve.tracing import Tracing
 from serve.worker import EngineWorker
 from tests.serve.checkpoint import write_tiny_checkpoint
 from tests.serve.fake import MAX_MODEL_LEN, VOCAB_SIZE, FakeEngine, FakeTokenizer

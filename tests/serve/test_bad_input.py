@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from serve.answers import ModelList
-from serve.body import MAX_BODY_BYTES
 from serve.errors import ErrorResponse
+from serve.http.body import MAX_BODY_BYTES
 from tests.serve.conftest import StartServer
 from tests.serve.fake import MAX_MODEL_LEN, FakeEngine, FakeTokenizer
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve import body
-from serve.body import BRACKET_MARKS, MAX_MARKS, BodyReader, JsonRequest, Marks
 from serve.errors import ApiError
+from serve.http import body
+from serve.http.body import BRACKET_MARKS, MAX_MARKS, BodyReader, JsonRequest, Marks
 from serve.schema import CompletionRequest
 
 TEXT = st.text(st.sampled_from(list('\\",:[]{}aé\n')), max_size=8)

@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serve.errors import ErrorResponse, MessagesError
-from serve.messages_schema import MessagesRequest
-from serve.responses_schema import ResponsesRequest
+from serve.messages.schema import MessagesRequest
+from serve.responses.schema import ResponsesRequest
 from serve.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 VALID: dict[str, dict[str, Any]] = {

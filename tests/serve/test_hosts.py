@@ -3,7 +3,7 @@
 import httpx
 import pytest
 
-from serve.hosts import LOOPBACK, hosts_of
+from serve.http.hosts import LOOPBACK, hosts_of
 from tests.serve.conftest import StartServer
 from tests.serve.fake import FakeEngine, FakeTokenizer
 from tests.serve.test_hostile import raw_status

@@ -12,10 +12,10 @@ import httpx
 import pytest
 
 from emoe_jax.errors import ConfigError
-from serve.hosts import ANY, hosts_for
-from serve.lobby import open_lobby
-from serve.server import bind, url_of
-from serve.uds import bind_uds
+from serve.http.hosts import ANY, hosts_for
+from serve.http.lobby import open_lobby
+from serve.http.server import bind, url_of
+from serve.http.uds import bind_uds
 from tests.serve.process import ServerProcess
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from serve.logs import JsonFormatter, TextFormatter
+from serve.telemetry.logs import JsonFormatter, TextFormatter
 from tests.serve.conftest import StartServer
 from tests.serve.events import events_of
 from tests.serve.fake import FakeEngine, FakeTokenizer

@@ -12,8 +12,8 @@ import pytest
 
 from serve import main as command
 from serve.app import create_app
+from serve.http.server import Server, bind, url_of
 from serve.options import as_flags, parse_options
-from serve.server import Server, bind, url_of
 from serve.service import Service
 from serve.text import TextCodec
 from serve.worker import EngineWorker

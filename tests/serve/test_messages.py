@@ -8,7 +8,7 @@ import pytest
 
 from emoe_jax.requests.structured_params import StructuredOutputsParams
 from serve.errors import MessagesError
-from serve.messages import MessagesResponse
+from serve.messages.routes import MessagesResponse
 from serve.parsing.forms import AnswerForm
 from serve.reader import INVALID_JSON, as_object
 from tests.serve.conftest import StartServer

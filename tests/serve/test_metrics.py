@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from serve.engine_metrics import MAX_TASKS, engine_families
-from serve.metrics import Histogram, exposition
+from serve.telemetry.engine_metrics import MAX_TASKS, engine_families
+from serve.telemetry.metrics import Histogram, exposition
 from tests.serve.conftest import StartServer
 from tests.serve.fake import FakeEngine, FakeTokenizer
 from tests.serve.resident import needs_proc, resident_bytes

@@ -10,7 +10,7 @@ import pytest
 
 from emoe_jax.errors import CheckpointError
 from serve.app import create_app
-from serve.paths import OWN_PATHS, hides_own_path
+from serve.http.paths import OWN_PATHS, hides_own_path
 from serve.service import Service
 from serve.text import TextCodec
 from serve.worker import EngineWorker

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from serve.errors import ErrorResponse
-from serve.protocol import HttpConfig, HttpProtocol
+from serve.http.protocol import HttpConfig, HttpProtocol
 from tests.serve.conftest import StartServer, running_server
 from tests.serve.fake import FakeEngine, FakeTokenizer
 from tests.serve.test_server import COMPLETIONS, ask, wait_until

@@ -20,10 +20,10 @@ from ray.exceptions import ActorDiedError  # pyright: ignore[reportMissingImport
 
 from serve import ray_app
 from serve.app import create_app
-from serve.ray_call import ANSWERS, ATTAINED, GOAL, Call
-from serve.ray_gateway import Forwarder, call_of, task_of
-from serve.ray_replica import LocalServer
-from serve.ray_router import ReplicaRouter, queue_and_deadlines
+from serve.replicas.call import ANSWERS, ATTAINED, GOAL, Call
+from serve.replicas.gateway import Forwarder, call_of, task_of
+from serve.replicas.replica import LocalServer
+from serve.replicas.router import ReplicaRouter, queue_and_deadlines
 from serve.service import Service
 from serve.text import TextCodec
 from serve.worker import EngineWorker

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from emoe_jax.requests.structured_params import StructuredOutputsParams
 from serve.errors import ErrorResponse
 from serve.parsing.forms import AnswerForm
-from serve.responses_answers import ResponsesAnswer
+from serve.responses.answers import ResponsesAnswer
 from tests.serve.conftest import StartServer
 from tests.serve.fake import FakeEngine, FakeTokenizer
 from tests.serve.scripted import ScriptedEngine

@@ -3,7 +3,7 @@
 from typing import Any
 
 from serve.reader import INVALID_JSON
-from serve.responses_input import ITEMS, conversation
+from serve.responses.input import ITEMS, conversation
 
 
 def test_what_an_assistant_does_in_a_row_is_one_message() -> None:

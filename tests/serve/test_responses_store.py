@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.responses_store import ResponseStore, StoredResponse
+from serve.responses.store import ResponseStore, StoredResponse
 
 MOST, BYTES = 3, 60
 NAMES = st.sampled_from("abcd")

@@ -10,12 +10,12 @@ from typing import Any
 import httpx
 import pytest
 
-import serve.snapshots
+import serve.telemetry.snapshots
 from emoe_jax import SamplingParams
 from serve.generation import Submission
-from serve.metrics import RequestMetrics
-from serve.snapshots import LEAST_PAUSE, REFRESH_SECONDS, Snapshots
-from serve.stats import RequestStats
+from serve.telemetry.metrics import RequestMetrics
+from serve.telemetry.snapshots import LEAST_PAUSE, REFRESH_SECONDS, Snapshots
+from serve.telemetry.stats import RequestStats
 from serve.worker import EngineWorker
 from tests.serve.conftest import StartServer
 from tests.serve.fake import FakeEngine, FakeTokenizer
@@ -39,13 +39,13 @@ class CountingEngine(FakeEngine):
 def expositions(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often metrics were written out."""
     counts: Counter[str] = Counter()
-    written = serve.snapshots.exposition
+    written = serve.telemetry.snapshots.exposition
 
     def counted(families: Any) -> bytes:
         counts["written"] += 1
         return written(families)
 
-    monkeypatch.setattr(serve.snapshots, "exposition", counted)
+    monkeypatch.setattr(serve.telemetry.snapshots, "exposition", counted)
     return counts
 
 

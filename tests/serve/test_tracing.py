@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from emoe_jax import ConfigError
-from serve.tracing import Tracing, span_provider
+from serve.telemetry.tracing import Tracing, span_provider
 from tests.serve.conftest import running_server
 from tests.serve.events import events_of
 from tests.serve.fake import FakeEngine, FakeTokenizer

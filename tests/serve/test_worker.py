@@ -9,9 +9,9 @@ import pytest
 from emoe_jax import RequestError, SamplingParams
 from emoe_jax.requests.request import Delta
 from serve.generation import MAX_BATCH, Submission
-from serve.metrics import RequestMetrics
 from serve.refusals import QueueFull, Unavailable
-from serve.stats import RequestStats
+from serve.telemetry.metrics import RequestMetrics
+from serve.telemetry.stats import RequestStats
 from serve.worker import ADMISSION_SECONDS, EngineWorker
 from tests.serve.fake import FakeEngine, FakeTokenizer
 

@@ -8,7 +8,7 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 
 from emoe_jax.scheduling.replicas import THRESHOLD, Asked, Candidate, make_routing
 from emoe_jax.scheduling.scaling import wanted_replicas
-from serve.ray_call import ANSWERS, ATTAINED, GOAL, SERVES, Call
+from serve.replicas.call import ANSWERS, ATTAINED, GOAL, SERVES, Call
 
 
 class ReplicaRouter(RequestRouter):

@@ -9,11 +9,11 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.types import Message
 
-from serve.hosts import hosts_of
-from serve.logs import configure_logging
+from serve.http.hosts import hosts_of
 from serve.options import ServerOptions
-from serve.ray_call import ANSWERS, ATTAINED, GOAL, REPLICA, SERVES, Call
+from serve.replicas.call import ANSWERS, ATTAINED, GOAL, REPLICA, SERVES, Call
 from serve.start import keep_compilations, load, make_app, make_worker
+from serve.telemetry.logs import configure_logging
 from serve.worker import EngineWorker
 
 PARTING_SECONDS = 2.0

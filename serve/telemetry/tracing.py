@@ -8,7 +8,7 @@ from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from emoe_jax.errors import ConfigError
-from serve.stats import RequestStats
+from serve.telemetry.stats import RequestStats
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider

@@ -12,10 +12,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Message
 
-from serve.body import BodyReader
 from serve.errors import MESSAGES, ErrorResponse, describe, error_response, messages_error
-from serve.ray_call import REPLICA, TASK, Call
+from serve.http.body import BodyReader
 from serve.refusals import QueueFull, Unavailable
+from serve.replicas.call import REPLICA, TASK, Call
 from serve.stream import sse
 
 log = logging.getLogger("serve")

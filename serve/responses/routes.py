@@ -8,14 +8,14 @@ from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import Response
 
 from emoe_jax.errors import RequestError
-from serve.body import JsonRoute
 from serve.chat import begin_chat
 from serve.errors import ApiError
-from serve.responses_answers import DeletedResponse, ItemList, ResponsesAnswer
-from serve.responses_input import ITEMS, InputItem, with_ids
-from serve.responses_schema import ResponsesRequest
-from serve.responses_store import ResponseStore, StoredResponse
-from serve.responses_writer import ResponsesWire, ResponsesWriter
+from serve.http.body import JsonRoute
+from serve.responses.answers import DeletedResponse, ItemList, ResponsesAnswer
+from serve.responses.input import ITEMS, InputItem, with_ids
+from serve.responses.schema import ResponsesRequest
+from serve.responses.store import ResponseStore, StoredResponse
+from serve.responses.writer import ResponsesWire, ResponsesWriter
 from serve.schema import SloHeaders
 from serve.service import Service, until_disconnect
 from serve.stream import EventStream

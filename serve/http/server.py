@@ -12,7 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from emoe_jax.errors import ConfigError
-from serve.protocol import HttpConfig
+from serve.http.protocol import HttpConfig
 from serve.worker import EngineWorker
 
 log = logging.getLogger("serve")

@@ -6,10 +6,10 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.metrics import RequestMetrics
 from serve.service import emoe_of
-from serve.stats import RequestStats
-from serve.tracing import Tracing
+from serve.telemetry.metrics import RequestMetrics
+from serve.telemetry.stats import RequestStats
+from serve.telemetry.tracing import Tracing
 
 log = logging.getLogger("serve.requests")
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 
 from emoe_jax.requests.request import Delta, FinishReason, RequestOutput, SamplingParams
-from serve.metrics import RequestMetrics
+from serve.telemetry.metrics import RequestMetrics
 
 
 class RequestStats:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections import OrderedDict
 
-from serve.responses_input import ITEMS, InputItem
+from serve.responses.input import ITEMS, InputItem
 
 MAX_STORED_BYTES = 64 * 2**20
 """Of all responses together, as JSON."""

@@ -11,10 +11,10 @@ from fastapi import Request
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from serve.body import BodyReader
 from serve.errors import ApiError, error_response
-from serve.guard import Guard
-from serve.protocol import HttpConfig
+from serve.http.body import BodyReader
+from serve.http.guard import Guard
+from serve.http.protocol import HttpConfig
 
 RETRY_AFTER_SECONDS = 5
 

@@ -11,7 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.errors import ApiError, error_response
-from serve.hosts import names_one_of
+from serve.http.hosts import names_one_of
 
 log = logging.getLogger("serve")
 

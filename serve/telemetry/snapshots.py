@@ -9,11 +9,11 @@ from typing import Any
 
 import pydantic_core
 
-from serve.engine_metrics import engine_families
-from serve.metrics import RequestMetrics, exposition
-from serve.process_metrics import process_metrics
 from serve.refusals import Unavailable
 from serve.served_engine import ServedEngine
+from serve.telemetry.engine_metrics import engine_families
+from serve.telemetry.metrics import RequestMetrics, exposition
+from serve.telemetry.process_metrics import process_metrics
 from serve.worker import EngineWorker
 
 REFRESH_SECONDS = 0.25

@@ -13,7 +13,7 @@ from serve.errors import ErrorBody, describe
 from serve.failures import check_answered, failure_of
 from serve.generation import Update
 from serve.parsing.events import CallArguments, CallBegun, Event, Text, Thought
-from serve.responses_answers import (
+from serve.responses.answers import (
     IncompleteDetails,
     InputTokensDetails,
     ItemStatus,
@@ -24,7 +24,7 @@ from serve.responses_answers import (
     ResponsesFailure,
     ResponsesUsage,
 )
-from serve.responses_schema import ResponsesRequest, TextFormat
+from serve.responses.schema import ResponsesRequest, TextFormat
 from serve.service import Service, emoe_of
 from serve.stream import KEEP_ALIVE, sse
 

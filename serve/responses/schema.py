@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 
 from emoe_jax.errors import RequestError
 from serve.bounds import sampling
-from serve.responses_input import Id, InputItem, InputItems, conversation
+from serve.responses.input import Id, InputItem, InputItems, conversation
 from serve.schema import CacheSalt, ChatRequest, EmoeRequest, chat_request
 from serve.strict import Refused, RefusingModel, StrictModel
 from serve.tools import MAX_NAME, MAX_TOOLS, ToolName, check_parameters

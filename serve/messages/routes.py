@@ -11,12 +11,12 @@ from pydantic import BaseModel
 
 from emoe_jax.requests.request import Completion, RequestOutput
 from serve.answers import EmoeAnswer, Omittable
-from serve.body import JsonRoute
 from serve.chat import Chat, begin_chat
 from serve.errors import ErrorBody, MessagesError, describe, messages_error
 from serve.failures import failure_of
 from serve.generation import Update
-from serve.messages_schema import CountRequest, MessagesRequest
+from serve.http.body import JsonRoute
+from serve.messages.schema import CountRequest, MessagesRequest
 from serve.parsing.events import CallArguments, CallBegun, Event, Text, Thought
 from serve.reader import as_object
 from serve.schema import SloHeaders

@@ -1,0 +1,1 @@
+"""Sockets, connections and what is around every request: hosts, keys, sizes, time limits."""
