@@ -6,8 +6,22 @@ from tests.mutants.contracts import CONTRACTS
 from tests.mutants.formats import FORMATS
 from tests.mutants.invocations import INVOCATIONS
 from tests.mutants.kernels import KERNELS
+from tests.mutants.latent import LATENT
 from tests.mutants.planning import PLANNING
 from tests.mutants.prediction import PREDICTION
 from tests.mutants.residency import RESIDENCY
+from tests.mutants.steps import STEPS
 
-MUTANTS = (*PREDICTION, *INVOCATIONS, *RESIDENCY, *CONTRACTS, *AUDITS, *ADMISSION, *FORMATS, *KERNELS, *PLANNING)
+MUTANTS = (
+    *PREDICTION,
+    *INVOCATIONS,
+    *RESIDENCY,
+    *CONTRACTS,
+    *AUDITS,
+    *ADMISSION,
+    *FORMATS,
+    *LATENT,
+    *KERNELS,
+    *PLANNING,
+    *STEPS,
+)

@@ -104,7 +104,11 @@ def test_requests_of_a_hanging_step_end_and_others_come_after_it(
     client: httpx.Client, engine: FakeEngine, stream: bool
 ) -> None:
     engine.released.clear()
-    answer = client.post(COMPLETIONS, json={"prompt": "hi", "max_tokens": 4, "stream": stream})
+    request = {"prompt": "hi", "max_tokens": 4, "stream": stream}
+    try:
+        answer = client.post(COMPLETIONS, json=request, timeout=5)
+    except httpx.ReadTimeout:
+        pytest.fail("the request waits with the step")
     assert "the engine hangs" in answer.text
     assert stream or (answer.status_code == 503 and "retry-after" in answer.headers)
 
