@@ -159,6 +159,10 @@ class Option:
         """Whether values are lists of texts. Then `parse` reads one item of the list."""
         return self._has(list)
 
+    def takes(self, kind: type) -> bool:
+        """Whether values of this type, such as `dict`, are among the values."""
+        return self._has(kind)
+
     @property
     def is_choice(self) -> bool:
         """Whether the words are all there is."""

@@ -131,6 +131,9 @@ def _file_values(parser: Parser, kind: type[Options], path: Path) -> dict[str, A
             parser.error(f"unknown option {str(key)!r}; the nearest known one is {nearest(str(key), known)!r}")
         if value is None:
             continue
+        if isinstance(value, list | dict) and not option.takes(type(value)):
+            found = "a list" if isinstance(value, list) else "a mapping"
+            parser.error(f"{option.flag[2:]} is {found}; expected {option.values}")
         if not option.is_flag:
             arguments += _as_arguments(option.flag, value)
         elif isinstance(value, bool):

@@ -113,6 +113,9 @@ def _by_token_id(value: Any) -> Any:
     return value
 
 
+LogitBias = Annotated[dict[str, Bias] | None, BeforeValidator(_by_token_id)]
+
+
 def _joined_content(value: Any) -> str:
     """A message's content as one string; a list of text parts is joined by newlines, as vLLM does."""
     if value is None:
@@ -198,7 +201,7 @@ class SamplingRequest(RefusingModel, StructuredRequest):
     frequency_penalty: Annotated[float, sampling("frequency_penalty")] | None = None
     presence_penalty: Annotated[float, sampling("presence_penalty")] | None = None
     repetition_penalty: Annotated[float, sampling("repetition_penalty")] | None = None
-    logit_bias: Annotated[dict[str, Bias] | None, BeforeValidator(_by_token_id)] = None
+    logit_bias: LogitBias = None
     seed: Annotated[int, sampling("seed")] | None = None
     n: Annotated[int, sampling("n")] | None = None
     max_tokens: Annotated[int, sampling("max_tokens")] | None = None

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from emoe_jax.traces.file_format import FORMAT
-from serve import engine_metrics
+from serve.telemetry import engine_metrics
 from serve.telemetry.metrics import RequestMetrics
 
 ROOT = Path(__file__).parents[1]
@@ -130,7 +130,7 @@ def test_metrics_are_in_the_reference_and_the_reverse() -> None:
         family.name + ("_total" if family.type == "counter" else "") for family in RequestMetrics().families("a model")
     }
     assert names <= documented
-    source = "".join(path.read_text() for path in (ROOT / "serve").glob("*metrics.py"))
+    source = "".join(path.read_text() for path in (ROOT / "serve").rglob("*metrics.py"))
     made_up = {
         name
         for name in documented

@@ -58,8 +58,10 @@ def main(arguments: Sequence[str] | None = None, command: str = COMMAND) -> int:
 def _run(model: str, options: KernelsOptions) -> int:
     from emoe_jax.memory.device_settings import prepare_devices  # these start JAX
     from emoe_jax.memory.plan import machine_memory
+    from emoe_jax.planning.catalogue import find_model
     from emoe_jax.platforms import default_platform
 
+    find_model(model)  # a mistake is named on a machine without a GPU, too
     prepare_devices(machine_memory())
     if default_platform() != "cuda" and not options.dry:
         print(
@@ -115,7 +117,9 @@ def measure(model: str, options: KernelsOptions, console: Console) -> dict[str, 
 def show(numbers: dict[str, Any], console: Console) -> None:
     """A row for each number of rows per expert."""
     dtypes = f"rows of {numbers['dtype']}, experts in {numbers['expert_format']}"
-    title = f"{numbers['model']} on {numbers['device']}, {dtypes}"
+    interpreted = numbers["device"] == INTERPRETED
+    model = "small experts" if interpreted else numbers["model"]
+    title = f"{model} on {numbers['device']}, {dtypes}"
     sizes = ("rows", "tile_in", "tile_out", "depth", "warps", "stages")
     table = Table("rows per expert", *(name.replace("_", " ") for name in sizes), "ms", "default, ms", "failed")
     table.title, table.title_justify = escape(title), "left"
@@ -125,7 +129,8 @@ def show(numbers: dict[str, Any], console: Console) -> None:
         chosen = (str(row["config"][name]) for name in sizes)
         table.add_row(limit, *chosen, f"{1e3 * row['seconds']:.4g}", default, str(sum(row["failed"].values())))
     console.print(table)
-    console.print(f"kept in {numbers['file']}; engines read it at their start", soft_wrap=True, highlight=False)
+    use = "no engine reads it" if interpreted else "engines read it at their start"
+    console.print(f"kept in {numbers['file']}; {use}", soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":

@@ -85,8 +85,10 @@ class ServeOptions(Options):
 
     def agree(self) -> None:
         """Raise `ConfigError` for options that do not go together."""
-        if self.arrivals == "closed" and (self.max_concurrency is None or self.request_rate is not None):
-            raise ConfigError("--arrivals closed has --max-concurrency users, and no --request-rate")
+        if self.arrivals == "closed" and self.max_concurrency is None:
+            raise ConfigError("--arrivals closed needs --max-concurrency, which is the number of users")
+        if self.arrivals == "closed" and self.request_rate is not None:
+            raise ConfigError("--arrivals closed has no --request-rate: each user sends when it has its answer")
         if self.arrivals in ("gamma", "constant") and self.request_rate is None:
             raise ConfigError(f"--arrivals {self.arrivals} needs a --request-rate")
 
@@ -243,9 +245,12 @@ def show(numbers: dict[str, Any], console: Console) -> None:
     """Rates, errors by kind, and percentiles of times."""
     of = f"{numbers['completed']} of {numbers['requests']} requests answered by {numbers['model']} at {numbers['url']}"
     table = Table(show_header=False, title=escape(of), title_justify="left")
-    rate = "all at once" if numbers["request_rate"] is None else f"{numbers['request_rate']:g} per second"
-    users = f"{numbers['max_concurrency']} users" if numbers["arrivals"] == "closed" else rate
-    table.add_row("arrivals", f"{numbers['arrivals']}, {users}")
+    arrivals = "all at once"
+    if numbers["arrivals"] == "closed":
+        arrivals = f"closed, {numbers['max_concurrency']} users"
+    elif numbers["request_rate"] is not None:
+        arrivals = f"{numbers['arrivals']}, {numbers['request_rate']:g} per second"
+    table.add_row("arrivals", arrivals)
     for label, key, form in ROWS:
         if numbers[key] is not None:
             table.add_row(label, form.format(numbers[key]))

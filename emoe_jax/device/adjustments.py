@@ -54,14 +54,14 @@ class TokenEdits(NamedTuple):
 
     @classmethod
     def pack(
-        cls, adjustments: Rows[LogitAdjustment | None], size: int
+        cls, adjustments: Rows[LogitAdjustment | None], size: int, vocab_size: int
     ) -> tuple[Int32[np.ndarray, " words"] | None, int]:
         """The buffer for these rows, in order, and its entries; None where no token's logit changes."""
         changes = [(row, each, each.changes) for row, each in enumerate(adjustments) if each is not None]
         total = sum(len(change.tokens) for _, _, change in changes)
         if not total:
             return None, 0
-        room = room_for(total)
+        room = room_for(total, size * vocab_size)
         buffer, edits = cls.empty(size, room)
         first = 0
         for row, adjustment, change in changes:
@@ -95,15 +95,20 @@ class Adjustments(NamedTuple):
     """A bit per token, the lowest first."""
 
 
-def room_for(changes: int) -> int:
-    """Entries that are sent where so many tokens change."""
+def room_for(changes: int, logits: int) -> int:
+    """Entries that are sent where so many of the batch's logits change."""
     room = ROOMS[0]
     while room < changes:
         room *= ROOMS[1] // ROOMS[0]
-    return room
+    return min(room, logits)
 
 
-def adjustments_of(sequences: Rows[Sequence], size: int) -> Adjustments | None:
+def usual_rooms(logits: int) -> list[int]:
+    """The numbers of entries that batches with so many logits are prepared for."""
+    return sorted({room_for(room, logits) for room in ROOMS})
+
+
+def adjustments_of(sequences: Rows[Sequence], size: int, vocab_size: int) -> Adjustments | None:
     """What changes the logits of these sequences' next tokens, padded to `size` rows; None where nothing does."""
     adjustments = [sequence.adjustment for sequence in sequences]
     for sequence, adjustment in zip(sequences, adjustments, strict=True):
@@ -113,7 +118,7 @@ def adjustments_of(sequences: Rows[Sequence], size: int) -> Adjustments | None:
         None if adjustment is None else adjustment.allowed(sequence.num_sampled)
         for sequence, adjustment in zip(sequences, adjustments, strict=True)
     ]
-    found = Adjustments(*TokenEdits.pack(adjustments, size), _masks(allowed, size))
+    found = Adjustments(*TokenEdits.pack(adjustments, size, vocab_size), _masks(allowed, size))
     return None if found.edits is None and found.allowed is None else found
 
 

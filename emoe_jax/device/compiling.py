@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from emoe_jax.device import step
-from emoe_jax.device.adjustments import ROOMS, TokenEdits, all_allowed
+from emoe_jax.device.adjustments import TokenEdits, all_allowed, usual_rooms
 from emoe_jax.device.executables import Executables
 from emoe_jax.device.sampler import CHOICES, SamplingArrays
 from emoe_jax.device.shapes import Buckets
@@ -28,7 +28,7 @@ def compile_choices(
     logits = jax.ShapeDtypeStruct((B, V), jnp.float32, sharding=sharding)
     tokens = jax.ShapeDtypeStruct((B,), np.int32, sharding=sharding)
     last_tokens = jax.ShapeDtypeStruct((buckets.token_places,), np.int32, sharding=sharding)
-    for room in ROOMS:
+    for room in usual_rooms(B * V):
         edits, _ = TokenEdits.empty(B, room)
         executables.compile(step.edit_logits, (B, room), logits, edits, room=room)
     executables.compile(step.mask_logits, B, logits, all_allowed(B, V))

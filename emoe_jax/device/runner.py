@@ -251,7 +251,7 @@ class Runner:
         B, sequences, choice = run.batch.shape.sequences, run.batch.sequences, run.batch.choice
         wants_logprobs = any(sequence.params.logprobs is not None for sequence in sequences)
         if run.adjustments is None:
-            run.adjustments = adjustments_of(sequences, B)
+            run.adjustments = adjustments_of(sequences, B, self.config.vocab_size)
         if choice == Choice() and run.adjustments is None and not wants_logprobs:
             return None, None
         if run.sampling is None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from emoe_jax.checkpoint.files import CONFIG, fetch_config, is_hub_id
 from emoe_jax.config import ModelConfig
+from emoe_jax.demo import demo_model
 from emoe_jax.errors import CheckpointError, ConfigError
 from emoe_jax.models import config_from_directory, config_from_hf
 from emoe_jax.option_fields import nearest
@@ -51,6 +52,10 @@ def find_model(text: str) -> tuple[str, ModelConfig]:
     Raises `CheckpointError` or `ConfigError`.
     """
     path = Path(text)
+    if text == "demo" and not path.exists():
+        path = demo_model()
+    if path.is_file() and path.suffix != ".json":
+        raise CheckpointError(f"{path} is a file; expected a directory with a config.json, or a config.json")
     if path.exists() or path.suffix == ".json":
         resolved = path.resolve()
         return (resolved.parent.name if resolved.name == CONFIG else resolved.stem), read_config(path)

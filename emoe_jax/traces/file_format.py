@@ -41,9 +41,10 @@ def read_arrays(path: Path) -> dict[str, np.ndarray] | str:
     try:
         # NumPy leaves a damaged file open when it is given a path.
         with path.open("rb") as file:
+            if not zipfile.is_zipfile(file):
+                return f"{path} is no .npz file, or the end of it is missing"
+            file.seek(0)
             archive = np.load(file, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                return f"{path} is a single array; a trace is an .npz"
             missing = [n for n, wanted in FORMAT.items() if n not in archive.files and not wanted.optional]
             if missing:
                 return f"{path} is no routing trace: it has no {', '.join(missing)}"

@@ -108,7 +108,7 @@ def _server(target: str | None, api_key: str | None, arguments: Sequence[str], n
             raise ConfigError(f"flags after -- are for a server that is started; {url} runs")
         yield url
         return
-    model = str(demo_model()) if target is None else target
+    model = str(demo_model()) if target in (None, "demo") else target
     if is_missing(model):
         raise ConfigError(MISSING)
     try:

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 from emoe_jax.errors import RequestError
 from serve.bounds import sampling
 from serve.responses.input import Id, InputItem, InputItems, conversation
-from serve.schema import CacheSalt, ChatRequest, EmoeRequest, chat_request
+from serve.schema import GIVEN_OR_DEFAULT, CacheSalt, ChatRequest, EmoeRequest, LogitBias, chat_request
 from serve.strict import Refused, RefusingModel, StrictModel
 from serve.tools import MAX_NAME, MAX_TOOLS, ToolName, check_parameters
 from serve.validation import named
@@ -139,8 +139,11 @@ class ResponsesRequest(RefusingModel):
         "background": (False,),
         "context_management": ([],),
         "conversation": (),
+        "logprobs": (False,),
         "moderation": (),
+        "n": (1,),
         "prompt": (),
+        "stop": ([],),
         "top_logprobs": (0,),
         "truncation": ("disabled",),
     }
@@ -163,7 +166,10 @@ class ResponsesRequest(RefusingModel):
     include: Included | None = None
     top_k: Annotated[int, sampling("top_k")] | None = None
     min_p: Annotated[float, sampling("min_p")] | None = None
+    frequency_penalty: Annotated[float, sampling("frequency_penalty")] | None = None
+    presence_penalty: Annotated[float, sampling("presence_penalty")] | None = None
     repetition_penalty: Annotated[float, sampling("repetition_penalty")] | None = None
+    logit_bias: LogitBias = None
     seed: Annotated[int, sampling("seed")] | None = None
     ignore_eos: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -185,7 +191,7 @@ class ResponsesRequest(RefusingModel):
         `RequestError`, which names fields as that route does.
         """
         same = (
-            *("model", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "ignore_eos", "stream"),
+            *("model", *GIVEN_OR_DEFAULT, "logit_bias", "seed", "ignore_eos", "stream"),
             *("parallel_tool_calls", "cache_salt", "emoe"),
         )
         fields: dict[str, Any] = {name: getattr(self, name) for name in same}

@@ -192,7 +192,11 @@ class TestServe:
             (["{url}"], "answers /v1/models with 401; give its --api-key"),
             (["localhost:8000"], "'localhost:8000' is no address of a server"),
             (["{url}", "--prompts", "missing.txt"], "missing.txt: No such file"),
-            (["{url}", "--arrivals", "closed"], "--arrivals closed has --max-concurrency users"),
+            (["{url}", "--arrivals", "closed"], "--arrivals closed needs --max-concurrency"),
+            (
+                ["{url}", "--arrivals", "closed", "--max-concurrency", "2", "--request-rate", "1"],
+                "has no --request-rate",
+            ),
             (["{url}", "--arrivals", "gamma"], "--arrivals gamma needs a --request-rate"),
             (["{url}", "--request-rate", "0"], "--request-rate is '0'"),
             (["{url}", "--num-promts", "3"], "the nearest known one is '--num-prompts'"),

@@ -34,6 +34,8 @@ def test_without_a_gpu_there_is_nothing_to_choose(cache: Path, capsys: pytest.Ca
     assert (out, err.count("\n")) == ("", 1)
     assert err.startswith("there is nothing to choose: ")
     assert not list(cache.iterdir())
+    assert emoe.main(["bench", "kernels", "mixtral-8x8b"]) == 2
+    assert "the nearest known one is 'mixtral-8x7b'" in capsys.readouterr().err
 
 
 def test_a_dry_run_goes_the_whole_way(capsys: pytest.CaptureFixture[str]) -> None:

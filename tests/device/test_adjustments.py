@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from emoe_jax import RequestError, SamplingParams
 from emoe_jax.device import step
-from emoe_jax.device.adjustments import ROOMS, TokenEdits, adjustments_of, room_for
+from emoe_jax.device.adjustments import ROOMS, TokenEdits, adjustments_of, room_for, usual_rooms
 from emoe_jax.device.sampler import most_probable
 from emoe_jax.requests.adjustment import LogitAdjustment
 from emoe_jax.requests.sequence import Sequence
@@ -51,7 +51,7 @@ def test_logits_follow_the_definition(given: dict[str, Any]) -> None:
     for length in (2, 5):  # token by token, several at a time
         adjustment.update(generated[:length])
         adjustment.update(generated[:length])
-    edits, room = TokenEdits.pack([None, adjustment], 2)
+    edits, room = TokenEdits.pack([None, adjustment], 2, V)
     assert edits is not None
     adjusted = np.asarray(step.edit_logits(logits, edits, room=room))
     np.testing.assert_array_equal(adjusted[0], logits[0])
@@ -82,16 +82,15 @@ def test_every_token_changes_once(
 
 
 def test_what_is_sent_goes_by_what_changes() -> None:
-    """Not by the vocabulary."""
-    assert [room_for(count) for count in (1, ROOMS[0], ROOMS[0] + 1, ROOMS[-1] + 1)] == [
-        ROOMS[0],
-        ROOMS[0],
-        ROOMS[1],
-        2**21,
-    ]
-    for vocab_size in (V, 200_000):
+    """Not by the vocabulary, where that is large."""
+    rooms = {1: ROOMS[0], ROOMS[0]: ROOMS[0], ROOMS[0] + 1: ROOMS[1], ROOMS[-1] + 1: 2**21}
+    assert {count: room_for(count, 2**30) for count in rooms} == rooms
+    assert usual_rooms(2**30) == list(ROOMS)
+    assert usual_rooms(700) == [512, 700]
+    assert usual_rooms(V) == [V]
+    for vocab_size in (2000, 200_000):
         adjustment = LogitAdjustment(SamplingParams(repetition_penalty=1.1), PROMPT, vocab_size)
-        edits, room = TokenEdits.pack([adjustment] * 4, 4)
+        edits, room = TokenEdits.pack([adjustment] * 4, 4, vocab_size)
         assert edits is not None
         assert (room, edits.nbytes) == (ROOMS[0], 4 * (3 * ROOMS[0] + 4) + ROOMS[0])
 
@@ -99,14 +98,14 @@ def test_what_is_sent_goes_by_what_changes() -> None:
 def test_neutral_parameters_adjust_nothing() -> None:
     params = SamplingParams(frequency_penalty=0.0, presence_penalty=0, repetition_penalty=1, logit_bias={})
     assert LogitAdjustment.of(params, PROMPT, V) is None
-    assert adjustments_of([Sequence("a", PROMPT)], 2) is None
+    assert adjustments_of([Sequence("a", PROMPT)], 2, V) is None
 
 
 def test_log_probabilities_stay_raw() -> None:
     logits = np.random.default_rng(1).normal(size=(1, V)).astype(np.float32)
     params = SamplingParams(temperature=0, logit_bias={7: 100})
     sequence = Sequence("a", PROMPT, params, adjustment=LogitAdjustment.of(params, PROMPT, V))
-    adjustments = adjustments_of([sequence], 1)
+    adjustments = adjustments_of([sequence], 1, V)
     assert adjustments is not None
     assert adjustments.edits is not None
     assert adjustments.allowed is None

@@ -107,6 +107,9 @@ def test_mistakes_are_named(capsys: pytest.CaptureFixture[str], arguments: list[
         ("config: other.yaml", "config"),
         ("port: 70000", "--port is '70000'; expected an integer between"),
         ("api-key: [a, '']", "--api-key"),
+        ("port: [1, 2]", "port is a list; expected an integer between 0 and 65535"),
+        ("model: {a: 1}", "model is a mapping; expected a text"),
+        ("expert-memory: [40%, x]", "expert-memory is a list; expected a share"),
         ("prefix-caching: maybe", "prefix-caching is 'maybe'; expected true or false"),
     ],
 )

@@ -145,6 +145,7 @@ def test_the_table_has_the_same_numbers(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["README.md"], "README.md is a file; expected a directory with a config.json, or a config.json"),
         (["mixtral"], "'mixtral' is neither a directory, a config.json, a hub id (owner/name) nor a known model"),
         (["olmoe-1b-7b", "--device", "h100"], "the nearest known one is 'h100-80gb'"),
         (["olmoe-1b-7b", "--device", "l4", "--context", "5000"], "--context is 5000; the model allows 2 to 4096"),

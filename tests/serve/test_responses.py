@@ -210,6 +210,7 @@ def test_what_becomes_of_a_request(start_server: StartServer) -> None:
     body = {"input": "hi", "max_output_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": 3, "seed": 4}
     body |= {"emoe": {"routing": "exact", "slo": {"ttft_ms": 50}}, "cache_salt": "s", "user": "u", "ignore_eos": True}
     body |= {"include": ["reasoning.encrypted_content"], "truncation": "disabled", "service_tier": "auto"}
+    body |= {"presence_penalty": 0.25, "frequency_penalty": -0.5, "logit_bias": {"7": 100}, "stop": [], "n": 1}
     with start_server(engine, form=FORM) as client:
         answer = client.post(RESPONSES, json=body)
         assert answer.status_code == 200, answer.text
@@ -217,6 +218,7 @@ def test_what_becomes_of_a_request(start_server: StartServer) -> None:
         params = request["params"]
         assert (params.max_tokens, params.temperature, params.top_p, params.top_k) == (7, 0.5, 0.9, 3)
         assert (params.seed, params.ignore_eos, request["routing"], request["cache_salt"]) == (4, True, "exact", "s")
+        assert (params.presence_penalty, params.frequency_penalty, params.logit_bias) == (0.25, -0.5, {7: 100})
         assert request["slo"].ttft_ms == 50
         assert (answer.json()["temperature"], answer.json()["top_p"]) == (0.5, 0.9)
         for choice, forced in (("required", True), ({"type": "function", "name": "g"}, True), ("none", False)):
@@ -254,6 +256,9 @@ def test_what_becomes_of_a_request(start_server: StartServer) -> None:
         ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema", "needs schema"),
         ({"tools": TOOLS, "text": {"format": {"type": "json_object"}}}, "text.format", "give tools or text.format"),
         ({"background": True}, "background", "not supported"),
+        ({"stop": "x"}, "stop", "not supported"),
+        ({"n": 2}, "n", "not supported"),
+        ({"logit_bias": {"x": 1}}, "logit_bias", ""),
         ({"conversation": "conv_1"}, "conversation", "not supported"),
         ({"truncation": "auto"}, "truncation", "not supported"),
         ({"include": ["message.output_text.logprobs"]}, "include", "not supported"),

@@ -51,6 +51,7 @@ def test_check_says_of_each_file_what_it_is(trace: Path, tmp_path: Path, capsys:
     ok, *lines = capsys.readouterr().out.splitlines()
     assert ok == lines[0] == f"ok      {trace}: 3 MoE layers of 8 experts, top-2; 9 prompts, 360 tokens"
     assert [line.partition(" ")[0] for line in lines] == ["ok", "problem", "problem"]
+    assert lines[1].endswith("is no .npz file, or the end of it is missing")
     assert "of 16 experts, top-2; the model has 3 MoE layers of 8 experts" in lines[2]
     assert emoe.main(["traces", "check", str(trace), str(broken), "--json"]) == 1
     assert [one["ok"] for one in json.loads(capsys.readouterr().out)["traces"]] == [True, False]
