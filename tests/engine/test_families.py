@@ -13,8 +13,8 @@ from tests.golden.tiny import write_checkpoint
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 NAMES = ["glm4_groups", "granite_multipliers", "gpt_oss_windows"]
-FEW_SLOTS = ["deepseek_v2_lite", "glm4_lite_layers"]
-"""Of latent attention, whose engine has tests of its own: one engine each."""
+FEW_SLOTS = ["olmoe_options", "qwen3_window", "deepseek_v2_lite", "deepseek_v3_groups", "glm4_lite_layers"]
+"""Of these one engine each, as other tests have engines with attention and routers like theirs."""
 OPTIONS = {"policy": "lru", "predictor": "none", "max_model_len": 64, "max_num_seqs": 2, "max_num_batched_tokens": 16}
 
 
