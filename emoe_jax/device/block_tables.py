@@ -74,6 +74,11 @@ class TableUpdate(NamedTuple):
         before = tuple(NewPages.pack(entries[at : at + WRITTEN_AT_ONCE], WRITTEN_AT_ONCE) for at in first)
         return cls(padded[0], padded[1], NewPages.pack(entries[WRITTEN_AT_ONCE * len(before) :], room), before)
 
+    @classmethod
+    def of_padding(cls, shape: Shape) -> TableUpdate:
+        """For a batch of nothing else, which warms up: it brings no pages, in as many pieces as a large update."""
+        return cls.of([], [], [(-1, 0, 0)] * (NewPages.room(shape) + 1), shape)
+
 
 class _Known:
     """The pages of one sequence, as far as they have been written down."""

@@ -236,7 +236,7 @@ class Runner:
         tables, shape = self._device_tables, batch.shape
         if tables is None:
             return jax.device_put(batch.words, self._residency.slab.sharding)
-        update = batch.tables or TableUpdate.of([], [], [], shape)
+        update = batch.tables or TableUpdate.of_padding(shape)
         for new in update.before:
             tables = self.executables.call(step.write_pages, len(new), tables, new)
         head = batch.words[: StepInputs.packing(shape).words_before("block_tables")]

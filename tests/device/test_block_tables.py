@@ -113,6 +113,14 @@ def test_many_new_pages_come_in_several_calls() -> None:
     assert applied(tables, update)[0].sum() == sum(range(3 * WRITTEN_AT_ONCE - WIDTH, 3 * WRITTEN_AT_ONCE))
 
 
+def test_warming_up_meets_all_that_an_update_needs() -> None:
+    update = TableUpdate.of_padding(SHAPE)
+    assert len(update.before) == 1
+    tables = blank_tables(Buckets((1, 2, MOST), ((2, 32),), WIDTH))
+    assert not applied(tables, update).any()
+    assert not tables.any()
+
+
 def test_small_tables_are_sent() -> None:
     few, many = Buckets.of(16, 512, 4096), Buckets.of(256, 8192, 131_072)
     assert (few.keeps_tables, many.keeps_tables) == (False, True)
@@ -127,7 +135,7 @@ def test_what_is_sent_does_not_grow_with_the_context() -> None:
         buckets = Buckets.of(256, 8192, length)
         shape = buckets.fit(256)
         update = TableUpdate.of([], [], [], shape)
-        sent[length] = update.rows.nbytes + update.new.nbytes
+        sent[length] = update.rows.nbytes + update.lengths.nbytes + update.new.nbytes
     assert sent[4096] == sent[131_072] < 10_000
 
 
