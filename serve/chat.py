@@ -34,7 +34,7 @@ from serve.parsing.call_grammar import arguments_schema
 from serve.parsing.events import CallArguments, CallBegun, Event, Text, Thought
 from serve.parsing.forms import PLAIN, AnswerForm, Tools
 from serve.reader import AnswerReader
-from serve.schema import ChatRequest, SloHeaders
+from serve.schema import ChatRequest, GatewayHeaders
 from serve.service import Service, emoe_of, until_disconnect, usage_of
 from serve.stream import OR_STREAM, EventStream
 
@@ -48,10 +48,10 @@ def chat_routes(service: Service) -> APIRouter:
 
     @router.post("/v1/chat/completions", response_model=ChatResponse, responses=OR_STREAM)
     async def create_chat_completion(
-        body: ChatRequest, request: Request, slo: Annotated[SloHeaders, Header()]
+        body: ChatRequest, request: Request, headers: Annotated[GatewayHeaders, Header()]
     ) -> Response:
         """Answer a conversation. A stream's events are `chat.completion.chunk` objects."""
-        chat = await begin_chat(service, body, request, slo)
+        chat = await begin_chat(service, body, request, headers)
         writer = ChatWriter(service, body, chat)
         if body.stream:
             return EventStream(chat.generation, writer, body.stream_options)
@@ -112,7 +112,7 @@ class Chat:
         return sum(reader.parser.reasoning_tokens for reader in self.readers.values())
 
 
-async def begin_chat(service: Service, body: ChatRequest, request: Request, slo: SloHeaders) -> Chat:
+async def begin_chat(service: Service, body: ChatRequest, request: Request, headers: GatewayHeaders) -> Chat:
     """Have the engine take a conversation. Raises what refuses it."""
     service.check_model(body.model)
     messages = [message.to_template() for message in body.messages]
@@ -128,7 +128,7 @@ async def begin_chat(service: Service, body: ChatRequest, request: Request, slo:
     opened = _has_opened(service, body, prompt)
     params, form = with_form(service, body, params, opened)
     try:
-        generation = await service.begin(request, [prompt], [params], body.emoe, slo, body.cache_salt)
+        generation = await service.begin(request, [prompt], [params], body.emoe, headers, body.cache_salt)
     except RequestError as error:
         raise await until_disconnect(request, _naming_tool(service, body, error)) from None
     tools, forced = body.callable_tools, body.must_call

@@ -15,7 +15,7 @@ from serve.failures import check_answered
 from serve.generation import Update
 from serve.http.body import JsonRoute
 from serve.logprobs import TokenPlaces, characters, completion_logprobs
-from serve.schema import DEFAULT_COMPLETION_TOKENS, CompletionRequest, SloHeaders
+from serve.schema import DEFAULT_COMPLETION_TOKENS, CompletionRequest, GatewayHeaders
 from serve.service import Service, emoe_of, until_disconnect, usage_of
 from serve.stream import OR_STREAM, EventStream
 
@@ -26,7 +26,7 @@ def completion_routes(service: Service) -> APIRouter:
 
     @router.post("/v1/completions", response_model=CompletionResponse, responses=OR_STREAM)
     async def create_completion(
-        body: CompletionRequest, request: Request, slo: Annotated[SloHeaders, Header()]
+        body: CompletionRequest, request: Request, headers: Annotated[GatewayHeaders, Header()]
     ) -> Response:
         """Continue a prompt. A stream's events have the shape of the whole answer."""
         service.check_model(body.model)
@@ -42,7 +42,7 @@ def completion_routes(service: Service) -> APIRouter:
                 sampling = dataclasses.replace(sampling, prompt_logprobs=body.logprobs)
             params.append(sampling)
         writer = CompletionWriter(service, body, prompts, await until_disconnect(request, _echoes(service, body)))
-        generation = await service.begin(request, prompts, params, body.emoe, slo, body.cache_salt)
+        generation = await service.begin(request, prompts, params, body.emoe, headers, body.cache_salt)
         if body.stream:
             return EventStream(generation, writer, body.stream_options)
         try:

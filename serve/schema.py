@@ -138,7 +138,7 @@ class SloRequest(ClosedModel):
     strict: bool | None = None
 
 
-class SloHeaders(BaseModel):
+class GatewayHeaders(BaseModel):
     """Deadlines and task as headers, which gateways can read. What the body says wins."""
 
     model_config = ConfigDict(allow_inf_nan=False)

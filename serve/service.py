@@ -16,7 +16,7 @@ from serve.answers import EmoeAnswer, PromptTokensDetails, Usage
 from serve.errors import ApiError
 from serve.generation import Generation, Submission
 from serve.parsing.forms import PLAIN, AnswerForm
-from serve.schema import EmoeRequest, SloHeaders
+from serve.schema import EmoeRequest, GatewayHeaders
 from serve.text import TextCodec
 from serve.worker import EngineWorker
 
@@ -100,17 +100,17 @@ class Service:
         prompts: Sequence[list[int]],
         params: Sequence[SamplingParams],
         emoe: EmoeRequest | None,
-        slo: SloHeaders,
+        headers: GatewayHeaders,
         cache_salt: str | None,
     ) -> Generation:
         """Hand the prompts of a request to the engine and wait until it has taken them."""
         grammar = await until_disconnect(request, self.text.prepare(params[0].structured_outputs))
         emoe = emoe or EmoeRequest()
-        task, param = (emoe.task, "emoe.task") if emoe.task is not None else (slo.x_emoe_task, "x-emoe-task")
+        task, param = (emoe.task, "emoe.task") if emoe.task is not None else (headers.x_emoe_task, "x-emoe-task")
         if task is not None and self.tasks is not None and task not in (*self.tasks, OTHER):
             known = ", ".join((*self.tasks, OTHER))
             raise RequestError(f"the task {task!r} is not in the task profile; it has {known}", param)
-        deadlines, salt = slo.to_slo(emoe.slo), salt_of(request.state.tenant, cache_salt)
+        deadlines, salt = headers.to_slo(emoe.slo), salt_of(request.state.tenant, cache_salt)
         generation = self.worker.submit(
             [
                 Submission(prompt, sampling, task, emoe.routing, emoe.tolerance, deadlines, salt, grammar)

@@ -19,7 +19,7 @@ from serve.http.body import JsonRoute
 from serve.messages.schema import CountRequest, MessagesRequest
 from serve.parsing.events import CallArguments, CallBegun, Event, Text, Thought
 from serve.reader import as_object
-from serve.schema import SloHeaders
+from serve.schema import GatewayHeaders
 from serve.service import Service, emoe_of, until_disconnect
 from serve.stream import EventStream, sse
 
@@ -84,9 +84,11 @@ def messages_routes(service: Service) -> APIRouter:
     router = APIRouter(route_class=JsonRoute, tags=["generation"])
 
     @router.post("/v1/messages", response_model=MessagesResponse, responses=OR_EVENTS)
-    async def create_message(body: MessagesRequest, request: Request, slo: Annotated[SloHeaders, Header()]) -> Response:
+    async def create_message(
+        body: MessagesRequest, request: Request, headers: Annotated[GatewayHeaders, Header()]
+    ) -> Response:
         """Answer a conversation, in Anthropic's API."""
-        chat = await begin_chat(service, body.to_chat(), request, slo)
+        chat = await begin_chat(service, body.to_chat(), request, headers)
         writer = MessagesWriter(service, chat)
         if body.stream:
             return EventStream(chat.generation, writer, wire=ANTHROPIC)

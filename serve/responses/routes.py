@@ -16,7 +16,7 @@ from serve.responses.input import ITEMS, InputItem, with_ids
 from serve.responses.schema import ResponsesRequest
 from serve.responses.store import ResponseStore, StoredResponse
 from serve.responses.writer import ResponsesWire, ResponsesWriter
-from serve.schema import SloHeaders
+from serve.schema import GatewayHeaders
 from serve.service import Service, until_disconnect
 from serve.stream import EventStream
 
@@ -48,7 +48,7 @@ def responses_routes(service: Service, store: ResponseStore) -> APIRouter:
 
     @router.post(RESPONSES, response_model=ResponsesAnswer, responses=OR_EVENTS)
     async def create_response(
-        body: ResponsesRequest, request: Request, slo: Annotated[SloHeaders, Header()]
+        body: ResponsesRequest, request: Request, headers: Annotated[GatewayHeaders, Header()]
     ) -> Response:
         """Answer a conversation, in OpenAI's newer API."""
         owner, earlier = request.state.tenant, list[InputItem]()
@@ -59,7 +59,7 @@ def responses_routes(service: Service, store: ResponseStore) -> APIRouter:
                 raise RequestError(message, param="previous_response_id", code=code)
             earlier = found.conversation()
         try:
-            chat = await begin_chat(service, body.to_chat(earlier), request, slo)
+            chat = await begin_chat(service, body.to_chat(earlier), request, headers)
         except RequestError as error:
             raise in_own_names(error) from None
 
