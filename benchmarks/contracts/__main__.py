@@ -26,7 +26,7 @@ from rich.table import Table
 from benchmarks.arguments import count, positive
 from benchmarks.contracts.follow import follow
 from benchmarks.contracts.live import measure, settings_of
-from benchmarks.contracts.replay import replay
+from benchmarks.contracts.replay import DECAY, replay
 from benchmarks.quality.__main__ import share
 from benchmarks.quality.measure import Traffic
 from benchmarks.quality.traffic import ALL_TASKS, Count
@@ -73,6 +73,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="SHARE",
         help="load an expert whose mean weight is so much higher than a resident one's; without it, as breaches ask",
     )
+    add("--decay", type=tolerance, default=DECAY, metavar="SHARE", help=f"of mean weights, per token (default {DECAY})")
     add("--follow", metavar="PERCENT", help="a quality target, such as 1%%, to follow through the tasks in halves")
     add("--follow-requests", type=count, default=40, metavar="N", help="of each task (default 40)")
     add(
@@ -111,7 +112,8 @@ def run(given: argparse.Namespace, console: Console) -> None:
         tested = _first_tokens(traces.replayed, given.trace_tokens)
         for part in given.shares:
             exchange = math.inf if given.exchange is None else given.exchange
-            rows = replay(tested, traces.trained, part, [0.0, *sorted(given.tolerances)], exchange=exchange)
+            tolerances = [0.0, *sorted(given.tolerances)]
+            rows = replay(tested, traces.trained, part, tolerances, exchange=exchange, decay=given.decay)
             results["replay"][f"{part:g}"] = rows
             show(console, f"{given.trace.name}: {len(tested.experts):,} tokens, {part:.0%} resident", rows)
         write_json(results, given.json)
