@@ -118,14 +118,14 @@ def test_bad_input_is_one_line_and_leaves_the_directory_alone(workplace, tmp_pat
     (tmp_path / "empty").mkdir()
     cases = [
         (["--evaluate", out, "--traces", str(workplace / "other.npz")], "has 4 MoE layers of 8 experts, top-2"),
-        (["--evaluate", out, "--traces", str(tmp_path / "cut.npz")], "cannot be read as a trace"),
+        (["--evaluate", out, "--traces", str(tmp_path / "cut.npz")], "is no .npz file, or the end of it is missing"),
         (["--evaluate", out, "--traces", str(tmp_path / "wide.npz")], "embeddings of 5 numbers"),
         (["--evaluate", out, "--traces", str(tmp_path / "none.npz")], "no such trace file"),
         (["--evaluate", str(tmp_path / "empty"), "--traces", train], "holds no predictor"),
         (["--out", out, "--traces", str(workplace / "other.npz")], "has 4 MoE layers of 8 experts, top-2"),
         (["--out", out, "--traces", str(workplace / "later.npz"), *SMALL], "another trace or with other options"),
         (["--out", out, "--traces", train, *SMALL, "--seed", "3"], "another trace or with other options"),
-        (["--out", out, "--traces", str(tmp_path / "cut.npz")], "cannot be read as a trace"),
+        (["--out", out, "--traces", str(tmp_path / "cut.npz")], "is no .npz file, or the end of it is missing"),
         (["--out", str(tmp_path / "new"), "--traces", str(tmp_path / "few.npz")], "5 prompts with routing"),
         (["--out", out], "--traces"),
         (["--traces", train], "one of the arguments --out --evaluate is required"),
