@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from benchmarks.paper.arrivals import FULL_BATCH
 from benchmarks.paper.bench import ENGINE, SHARE, Bench
 from benchmarks.paper.claim import Claim, Conclusion, Numbers
 from benchmarks.quality.served import Cell
+from benchmarks.serving.compare import on_one_device
 from benchmarks.serving.in_process import run_in_process
 from benchmarks.serving.live import Traffic
 from benchmarks.serving.settings import Setting
@@ -33,12 +35,15 @@ def measured(bench: Bench) -> Numbers:
 
 
 def _latencies(bench: Bench) -> Numbers:
+    """Of the engine that figure 12 serves eMoE with."""
     sizes = bench.sizes
     load = Traffic(demo_samples(), (_RATE,), sizes.requests, seed=bench.seed, turns=sizes.turns, fixed_lengths=True)
+    arguments, share = ["--model", bench.model], f"{SHARE:.0%}"
+    batches, flags = on_one_device(share, FULL_BATCH, load, arguments)
+    load = dataclasses.replace(load, concurrency=batches.partial)
     loads = [dataclasses.replace(load, misnamed=share) for share in sizes.misnamed]
     found: list[Numbers] = []
-    setting = Setting(f"{SHARE:.0%}", "resident")
-    run_in_process([setting], ["slo"], ["--model", bench.model], loads, bench.report, found.append)
+    run_in_process([Setting(share, "resident")], ["slo"], [*arguments, *flags], loads, bench.report, found.append)
     return {f"{share:g}": of["runs"][0]["mean_latency_s"] for share, of in zip(sizes.misnamed, found, strict=True)}
 
 
@@ -84,7 +89,7 @@ CLAIMS = (
         "latency by share of misclassified tasks",
         "< 10 % worse at 20 % misclassified, then a plateau",
         "live",
-        "python -m benchmarks.serving --in-process --residency 40% --fixed-lengths",
+        "python -m benchmarks.serving --in-process --residency 40% --concurrency 9 --fixed-lengths",
         measured,
         conclude,
         plot,

@@ -58,7 +58,7 @@ FULL = Sizes(
     steps=32,
 )
 QUICK = Sizes(
-    prompts=4,
+    prompts=3,
     stretches=1,
     draws=1,
     shares=(0.4,),

@@ -79,6 +79,17 @@ def pair_of(share: str, batches: Batches) -> list[Kind]:
     ]
 
 
+def on_one_device(share: str, full_batch: int, load: Traffic, arguments: Sequence[str]) -> tuple[Batches, list[str]]:
+    """What fits beside `share` of the experts where all of them leave room for `full_batch` sequences, and the flags
+    that the servers of both have.
+    """
+    options = parse_options(arguments)
+    dtype = "float32" if options.dtype == "auto" else options.dtype
+    length = options.length_limit or load.longest
+    batches = Batches.of(config_from_directory(options.model), dtype, share, length, full_batch)
+    return batches, ["--dtype", dtype, "--max-model-len", str(length)]
+
+
 def run_comparison(
     share: str,
     full_batch: int,
@@ -96,12 +107,9 @@ def run_comparison(
     Sequences are as long as `--max-model-len` of the server's `arguments`, or the load's longest; weights are float32
     unless they name another `--dtype`.
     """
-    options = parse_options(arguments)
-    dtype = "float32" if options.dtype == "auto" else options.dtype
-    length = options.length_limit or load.longest
-    batches = Batches.of(config_from_directory(options.model), dtype, share, length, full_batch)
+    batches, flags = on_one_device(share, full_batch, load, arguments)
     load = dataclasses.replace(load, concurrency=max(batches.partial, batches.full))
-    flags = ["--dtype", dtype, "--max-model-len", str(length), "--max-num-queued-reqs", str(load.queued)]
+    flags += ["--max-num-queued-reqs", str(load.queued)]
     with contextlib.ExitStack() as stack:
         urls = {}
         for kind in kinds_of(share, batches):
