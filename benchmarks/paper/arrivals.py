@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.paper.bench import ENGINE, SHARE, Bench
@@ -74,27 +74,32 @@ def latency(numbers: Numbers) -> Conclusion:
     return _enough("mean latency {} of what all resident can serve", 0.17, numbers)
 
 
+def _within(ratio: Mapping[str, float | None]) -> str:
+    """The interval of a ratio, where there is one."""
+    return "" if ratio["low"] is None else f" ({ratio['low']:.2f}x to {ratio['high']:.2f}x)"
+
+
 def _change(saved: float) -> str:
     return f"{100 * abs(saved):.0f} % {'lower' if saved >= 0 else 'higher'}"
 
 
 def _enough(here: str, least: float, numbers: Numbers) -> Conclusion:
     """Whether eMoE saves so much of the latency at every rate. `{}` in `here` stands for what it saves at each."""
-    latencies = _latencies(numbers)
-    full, ours = latencies[ALL_FCFS], latencies[EMOE]
-    saved = {rate: 1 - ours[rate] / full[rate] for rate in sorted(full)}
-    here = here.format(", ".join(f"{_change(part)} at {rate:.0%}" for rate, part in saved.items()))
+    ratios = {float(rate): ratio for rate, ratio in numbers["mean_latency_ratios"].items()}
+    saved = {rate: 1 - ratios[rate]["mean"] for rate in sorted(ratios)}
+    here = here.format(
+        ", ".join(f"{_change(part)} at {rate:.0%}{_within(ratios[rate])}" for rate, part in saved.items())
+    )
     enough = [part >= least for part in saved.values()]
     if all(enough):
         return Conclusion(here, "yes")
     rates = ", ".join(f"{rate:.0%}" for rate, part in saved.items() if part < least)
     tpot = {(run["policy"], run["rate_fraction"]): run["p50_tpot_s"] for run in numbers["runs"]}
     worst = min(saved, key=lambda rate: saved[rate])
-    noise = latencies[ALL_SLO][worst] / full[worst]
     reason = (
         f"less than {least:.0%} is saved at {rates} of capacity: at {worst:.0%}, a token takes "
         f"{tpot[EMOE, worst] / tpot[ALL_FCFS, worst]:.1f} times as long among up to {numbers['batches']['partial']} "
-        f"sequences; runs are short, and all resident by deadlines took {noise:.2f}x of first come, first served there"
+        "sequences"
     )
     return Conclusion(here, "partly" if any(enough) or max(saved.values()) > 0 else "no", reason)
 
@@ -110,9 +115,11 @@ def highest(numbers: Numbers) -> Conclusion:
 
 
 def _throughput(numbers: Numbers, least: float) -> Conclusion:
-    ratio, batch = numbers["requests_ratio"], numbers["max_batch_ratio"]
-    batches = numbers["batches"]
-    here = f"{ratio:.2f}x the requests/s, at {batch:.1f}x the batch ({batches['full']} and {batches['partial']})"
+    ratio, batch = numbers["requests_ratio"]["mean"], numbers["max_batch_ratio"]
+    batches, within = numbers["batches"], _within(numbers["requests_ratio"])
+    here = (
+        f"{ratio:.2f}x the requests/s{within}, at {batch:.1f}x the batch ({batches['full']} and {batches['partial']})"
+    )
     if ratio >= least:
         return Conclusion(here, "yes")
     tpot = {run["policy"]: run["p50_tpot_s"] for run in numbers["runs"] if run["rate_fraction"] == _busiest(numbers)}

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.serving.client import closed_loop, connected
-from benchmarks.serving.live import Report, Traffic, in_turns, put_end_to_end
+from benchmarks.serving.intervals import ratio_interval
+from benchmarks.serving.live import Report, Traffic, end_to_end, in_turns
 from benchmarks.serving.report import Record, summary
 from benchmarks.serving.server import started_server
 from benchmarks.serving.settings import ALL
@@ -25,6 +26,8 @@ from serve.options import parse_options
 
 MAX_BATCH = 4096
 """What the server takes."""
+ASKED = 16
+"""How often a user asks in a loop that compares throughput, so that batches of different sizes are full most of it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,13 +105,14 @@ def run_comparison(
 
     `throughput_ratio`, `requests_ratio`: tokens/s and requests/s of a closed loop with equally many users; they differ
     where missing experts make answers longer or shorter. `mean_latency_ratios`: at each of the load's rates, which are
-    shares of what full residency can do; `mean_latency_ratio`: at the first of them. `max_batch_ratio`: sequences that
-    fit, by arithmetic. All are of the second of `kinds_of(share, batches)` to the first.
+    shares of what full residency can do. These are means over the turns, with `low` and `high` of their 95 % interval.
+    `max_batch_ratio`: sequences that fit, by arithmetic. All are of the second of `kinds_of(share, batches)` to the
+    first.
     Sequences are as long as `--max-model-len` of the server's `arguments`, or the load's longest; weights are float32
     unless they name another `--dtype`.
     """
     batches, flags = on_one_device(share, full_batch, load, arguments)
-    load = dataclasses.replace(load, concurrency=max(batches.partial, batches.full))
+    load = dataclasses.replace(load, concurrency=max(batches.partial, batches.full), asked=ASKED)
     flags += ["--max-num-queued-reqs", str(load.queued)]
     with contextlib.ExitStack() as stack:
         urls = {}
@@ -124,24 +128,23 @@ async def _compare(urls: dict[str, str], load: Traffic, report: Report) -> dict[
     full, partial = [*urls][:2]
     async with contextlib.AsyncExitStack() as stack:
         clients = {name: await stack.enter_async_context(connected(url, load.max_tokens)) for name, url in urls.items()}
-        loops: dict[str, list[Record]] = {name: [] for name in clients}
+        loops: dict[str, list[list[Record]]] = {name: [] for name in clients}
         report(f"a closed loop of {load.users} users")
         for turn in range(load.turns):
             for name, client in clients.items():
-                put_end_to_end(loops[name], await closed_loop(client, load.saturating(turn), load.users))
-        saturated = {name: summary(records) for name, records in loops.items()}
+                loops[name].append(await closed_loop(client, load.saturating(turn), load.users))
+        saturated = {name: summary(end_to_end(parts)) for name, parts in loops.items()}
         runs, latencies = [], {}
         for fraction in load.fractions:
-            summaries = (await in_turns(clients, load, fraction, [full], report)).summaries()
-            latency = {found["policy"]: found["mean_latency_s"] for found in summaries}
-            latencies[f"{fraction:g}"] = latency[partial] / latency[full]
-            runs += summaries
-    ratios = {
-        f"{name}_ratio": saturated[partial][key] / saturated[full][key]
-        for name, key in (("throughput", "throughput_tok_s"), ("requests", "throughput_rps"))
-    }
+            run = await in_turns(clients, load, fraction, [full], report)
+            ours, theirs = run.mean_latencies(partial), run.mean_latencies(full)
+            latencies[f"{fraction:g}"] = ratio_interval(ours, theirs)
+            runs += run.summaries()
+    ratios = {}
+    for name, key in (("throughput", "throughput_tok_s"), ("requests", "throughput_rps")):
+        ours, theirs = ([summary(part)[key] for part in loops[name]] for name in (partial, full))
+        ratios[f"{name}_ratio"] = ratio_interval(ours, theirs)
     return ratios | {
-        "mean_latency_ratio": next(iter(latencies.values())),
         "mean_latency_ratios": latencies,
         "saturated": saturated,
         "runs": runs,

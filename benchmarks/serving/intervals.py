@@ -23,6 +23,12 @@ def interval(values: Sequence[float]) -> dict[str, float | None]:
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
+def ratio_interval(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float | None]:
+    """The interval of ours over theirs, pair by pair, by their logarithms: a ratio and its inverse mean the same."""
+    logs = interval([float(np.log(one / other)) for one, other in zip(ours, theirs, strict=True)])
+    return {key: None if value is None else float(np.exp(value)) for key, value in logs.items()}
+
+
 def over_seeds(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """A row per setting, rate and policy: the interval of each measure."""
     return [
@@ -47,10 +53,8 @@ def differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
         row = {**_described(group[0]), "against": against, "seeds": len(pairs)}
         row["slo_attainment"] = interval([ours["slo_attainment"] - theirs["slo_attainment"] for ours, theirs in pairs])
         for name in RATIOS:
-            logs = interval([float(np.log(ours[name] / theirs[name])) for ours, theirs in pairs])
-            row[f"{name.removesuffix('_s')}_ratio"] = {
-                key: None if value is None else float(np.exp(value)) for key, value in logs.items()
-            }
+            ours, theirs = ([run[name] for run in runs] for runs in zip(*pairs, strict=True))
+            row[f"{name.removesuffix('_s')}_ratio"] = ratio_interval(ours, theirs)
         rows.append(row)
     return rows
 

@@ -44,6 +44,9 @@ class Traffic:
     fixed_lengths: bool = False
     """Whether every answer has as many tokens as the reference answer to its prompt. Missing experts change when a
     model ends its answers, so that servers with other experts are asked for other work."""
+    asked: int = 4
+    """How often a user of a closed loop asks. Before all have asked and once the first is done, fewer requests run than
+    could: the larger a batch is, the more of a short loop that is."""
     misnamed: float = 0.0
     """Share of the requests of a run that name another task than their own."""
 
@@ -64,7 +67,7 @@ class Traffic:
 
     def saturating(self, turn: int) -> list[Job]:
         """Jobs of one turn for a closed loop: some for every user, and of all turns together a quarter of a run's."""
-        count = max(self.requests // (4 * self.turns), 4 * self.users)
+        count = max(self.requests // (4 * self.turns), self.asked * self.users)
         jobs = drawn([0.0] * count, self.samples, dict.fromkeys(self.samples, NO_SLO), self._seed(turn) + 1)
         return [self.sized(job) for job in jobs]
 
@@ -150,14 +153,19 @@ class Run:
     """Records of each server at a share of the capacity. The parts of a run are put end to end."""
 
     fraction: float
-    records: dict[str, list[Record]]
+    parts: dict[str, list[list[Record]]]
+    """Of each server, by turn."""
     turns: list[Turn]
+
+    def mean_latencies(self, name: str) -> list[float]:
+        """Of a server, by turn, in seconds."""
+        return [float(np.mean([record.latency for record in part])) for part in self.parts[name]]
 
     def summaries(self) -> list[dict[str, Any]]:
         """One per server, in their order."""
         capacity = float(np.mean([turn.capacity for turn in self.turns]))
         rates = {"rate_fraction": self.fraction, "capacity_rps": capacity, "rate_rps": self.fraction * capacity}
-        return [{"policy": name, **rates, **summary(records)} for name, records in self.records.items()]
+        return [{"policy": name, **rates, **summary(end_to_end(parts))} for name, parts in self.parts.items()]
 
 
 async def in_turns(
@@ -176,14 +184,17 @@ async def in_turns(
         for name in names[first:] + names[:first]:  # the later one comes, the older is what was measured for it
             if jobs:
                 report(f"{name}: {len(jobs)} requests at {fraction:g} of {turn.capacity:.2f} requests/s")
-                put_end_to_end(run.records[name], await open_loop(clients[name], jobs))
+                run.parts[name].append(await open_loop(clients[name], jobs))
     return run
 
 
-def put_end_to_end(records: list[Record], later: Sequence[Record]) -> None:
-    """Add records of a part that begins when the others end."""
-    begin = max((record.end for record in records), default=0.0)
-    records += [record.later(begin) for record in later]
+def end_to_end(parts: Sequence[Sequence[Record]]) -> list[Record]:
+    """Records of one run, of which each part begins when the one before it ends."""
+    records: list[Record] = []
+    for part in parts:
+        begin = max((record.end for record in records), default=0.0)
+        records += [record.later(begin) for record in part]
+    return records
 
 
 async def idle_slos(client: Target, load: Traffic) -> dict[str, SLO]:

@@ -52,7 +52,7 @@ REPLICAS = {
     "cached_tokens": "{:.1%}",
     "busiest": "{:.2f}",
 }
-RATIOS = ("throughput_ratio", "requests_ratio", "max_batch_ratio")
+RATIOS = ("throughput_ratio", "requests_ratio")
 
 
 def print_replicas(runs: Sequence[dict[str, Any]], title: str) -> None:
@@ -114,12 +114,13 @@ def _interval(found: Mapping[str, float | None] | None, form: str) -> str:
 def print_ratios(report: Mapping[str, Any]) -> None:
     """What a comparison of residencies comes to."""
     table = Table(title="some experts resident over all resident, on equal memory")
-    ratios = {name.replace("_", " "): report[name] for name in RATIOS}
+    ratios = {name.replace("_", " "): _interval(report[name], "{:.2f}") for name in RATIOS}
+    ratios["max batch ratio"] = f"{report['max_batch_ratio']:.2f}"
     for rate, ratio in report["mean_latency_ratios"].items():
-        ratios[f"mean latency ratio at {float(rate):.0%}"] = ratio
+        ratios[f"mean latency ratio at {float(rate):.0%}"] = _interval(ratio, "{:.2f}")
     for name in ratios:
         table.add_column(name, justify="right")
-    table.add_row(*(f"{ratio:.2f}" for ratio in ratios.values()))
+    table.add_row(*ratios.values())
     Console(width=200).print(table)
 
 

@@ -127,12 +127,21 @@ def loaded(ours: float, requests: float = 1.6) -> dict[str, Any]:
         for name in names
     ]
     batches = {"full": 2, "partial": 9}
-    return {"runs": runs, "requests_ratio": requests, "max_batch_ratio": 4.5, "batches": batches}
+    latencies = {rate: {"mean": ours, "low": ours - 0.1, "high": ours + 0.1} for rate in ("0.7", "0.9")}
+    ratio = {"mean": requests, "low": None, "high": None}
+    return {
+        "runs": runs,
+        "mean_latency_ratios": latencies,
+        "requests_ratio": ratio,
+        "max_batch_ratio": 4.5,
+        "batches": batches,
+    }
 
 
 def test_speed_is_compared_with_all_resident() -> None:
     assert arrivals.latency(loaded(0.8)).agrees == "yes"
     assert arrivals.latency(loaded(0.9)).agrees == "partly"
+    assert "10 % lower at 70% (0.80x to 1.00x)" in arrivals.latency(loaded(0.9)).here
     assert arrivals.latency(loaded(1.2)).agrees == "no"
     assert arrivals.by_rate(loaded(0.9)).agrees == "yes"
     assert arrivals.by_rate(loaded(1.2)).agrees == "no"
