@@ -34,6 +34,7 @@ def model_routes(service: Service, snapshots: Snapshots) -> APIRouter:
             created=service.created,
             max_model_len=service.max_model_len,
             default_sampling_params=defaults,
+            tasks=None if service.known_tasks is None else list(service.known_tasks),
         )
 
     @router.get("/v1/models", tags=["models"])

@@ -43,6 +43,11 @@ class Service:
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     @property
+    def known_tasks(self) -> tuple[str, ...] | None:
+        """Tasks that a request may name; None where it may name any."""
+        return None if self.tasks is None else (*self.tasks, OTHER)
+
+    @property
     def max_model_len(self) -> int:
         """Tokens that a prompt and its answer may have together."""
         return self.text.max_model_len
@@ -107,8 +112,8 @@ class Service:
         grammar = await until_disconnect(request, self.text.prepare(params[0].structured_outputs))
         emoe = emoe or EmoeRequest()
         task, param = (emoe.task, "emoe.task") if emoe.task is not None else (headers.x_emoe_task, "x-emoe-task")
-        if task is not None and self.tasks is not None and task not in (*self.tasks, OTHER):
-            known = ", ".join((*self.tasks, OTHER))
+        if task is not None and self.known_tasks is not None and task not in self.known_tasks:
+            known = ", ".join(self.known_tasks)
             raise RequestError(f"the task {task!r} is not in the task profile; it has {known}", param)
         deadlines, salt = headers.to_slo(emoe.slo), salt_of(request.state.tenant, cache_salt)
         generation = self.worker.submit(
