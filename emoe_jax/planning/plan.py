@@ -75,6 +75,7 @@ class Plan:
     load: Load
     fit: Fit
     speed: Speed
+    """Times of what fits; of what does not, they would be of a device with more room."""
     smallest_device: str | None
     """The known card of the least memory on which the model fits and meets the objectives; None where there is none."""
     advice: tuple[str, ...]
@@ -87,13 +88,14 @@ class Plan:
         return None if is_open else self.fit.fits and self.speed.meets(self.load)
 
     def as_json(self) -> dict[str, Any]:
-        """Numbers by name, for programs."""
+        """Numbers by name, for programs. What does not fit has no times."""
         config, parts, speed = self.footprint.config, self.fit.parts, self.speed
+        fits = self.fit.fits
         return {
             "model": self.model,
             "device": self.target.name,
             "device_bytes": self.target.memory_bytes,
-            "fits": self.fit.fits,
+            "fits": fits,
             "problem": self.fit.problem,
             "context": self.fit.context,
             "batch": self.footprint.batch,
@@ -105,10 +107,10 @@ class Plan:
             "resident_share": self.fit.slots / (len(config.moe_layers) * config.num_experts),
             "prompt": self.load.prompt,
             "coverage": speed.coverage,
-            "ttft_ms": speed.ttft_ms,
-            "tpot_ms": speed.tpot_ms,
-            "tpot_resident_ms": speed.tpot_resident_ms,
-            "bound": speed.bound,
+            "ttft_ms": speed.ttft_ms if fits else None,
+            "tpot_ms": speed.tpot_ms if fits else None,
+            "tpot_resident_ms": speed.tpot_resident_ms if fits else None,
+            "bound": speed.bound if fits else None,
             "meets_slo": self.meets_slo,
             "smallest_device": self.smallest_device,
             "advice": list(self.advice),
@@ -182,10 +184,10 @@ def _room_for_all(footprint: Footprint, fit: Fit, target: Target, load: Load) ->
     context, batch = fit.max_context, fit.max_batch
     shorter = dataclasses.replace(load, prompt=min(load.prompt, context))
     if context >= 2 and does(dataclasses.replace(options, max_model_len=context), shorter):
-        yield f"--context {context} fits: the longest sequences, {footprint.batch} at once"
+        yield f"--context {context} fits: the longest sequences, {footprint.batch:,} at once"
     fewer = dataclasses.replace(load, batch=batch)
     if 0 < batch < footprint.batch and does(dataclasses.replace(options, max_num_seqs=batch), fewer):
-        yield f"--batch {batch} fits: as many sequences of {fit.context} tokens as have room at once"
+        yield f"--batch {batch} fits: as many sequences of {fit.context:,} tokens as have room at once"
 
 
 def _faster(footprint: Footprint, fit: Fit, speed: Speed, target: Target, load: Load) -> Iterator[str]:

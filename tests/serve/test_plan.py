@@ -66,6 +66,7 @@ def test_what_does_not_fit_ends_with_1_and_says_what_would(run: Run) -> None:
     assert plan["memory_bytes"]["total"] > plan["device_bytes"]
     assert any("--expert-format int8" in line for line in plan["advice"])
     assert plan["smallest_device"] == "a100-80gb"
+    assert {plan[name] for name in ("ttft_ms", "tpot_ms", "tpot_resident_ms", "bound")} == {None}
 
 
 def test_advice_that_would_not_do_is_not_named(run: Run) -> None:
@@ -140,6 +141,9 @@ def test_the_table_has_the_same_numbers(
     assert f"no: {plan['problem']}"[:100] in printed
     assert f"{plan['max_context']:,} tokens, 64 sequences at once" in printed
     assert all(f"- {line}\n" in printed for line in plan["advice"])
+    assert plan["advice"]
+    assert "what does not fit takes no steps" in printed
+    assert not re.search(r"\d ms|first token|each token", printed)
 
 
 @pytest.mark.parametrize(
