@@ -184,6 +184,16 @@ def test_bad_bodies_name_the_field(client: httpx.Client, path: str, body: Any, p
         (CHAT, {"messages": [{"role": "wizard", "content": "a"}]}, "messages[0].role", "role is 'wizard'; expected"),
         (CHAT, {"messages": HELLO, "tool_choice": "maybe"}, "tool_choice", "tool_choice is 'maybe'; expected"),
         (CHAT, {"messages": HELLO, "tool_choice": "a b"}, "tool_choice", "tool_choice is a string; expected"),
+        *(
+            (path, {**body, "seed": seed}, "seed", f"{found}; expected an integer from {-(2**63)} to {2**63 - 1}")
+            for path, body in (
+                (COMPLETIONS, {"prompt": "a"}),
+                (CHAT, {"messages": HELLO}),
+                ("/v1/responses", {"input": "a"}),
+            )
+            for seed in (2**63, -(2**63) - 1, 10**40)
+            for found in ("seed is an integer beyond 64 bits",)
+        ),
         (CHAT, {"messages": HELLO, "temperature": "hot"}, "temperature", "temperature is a string; expected a number"),
     ],
 )
