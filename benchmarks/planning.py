@@ -30,6 +30,7 @@ from benchmarks.decoding import decode_seconds, write_random_checkpoint
 from benchmarks.peers import MODEL, PROMPT
 from benchmarks.results import write_json
 from emoe_jax import EmoeError, Engine, SamplingParams
+from emoe_jax.amounts import format_number
 from emoe_jax.config import ModelConfig
 from emoe_jax.demo import demo_model
 from emoe_jax.errors import one_line
@@ -169,10 +170,12 @@ def engine_of(model: Path, sequences: int = max(BATCHES), tokens: int = PREFILL)
 
 
 def show(numbers: dict[str, Any], console: Console) -> None:
-    rates = numbers["rates"]
+    memory, products, step, layer = (
+        format_number(numbers["rates"][name], 3) for name in ("memory_gbps", "gflops", "step_ms", "layer_ms")
+    )
     console.print(
-        f"measured: memory {rates['memory_gbps']:.3g} GB/s, products {rates['gflops']:.3g} GFLOP/s, "
-        f"{rates['step_ms']:.3g} ms per step and {rates['layer_ms']:.3g} ms per layer beside",
+        f"measured: memory {memory} GB/s, products {products} GFLOP/s, "
+        f"{step} ms per step and {layer} ms per layer beside",
         markup=False,
         highlight=False,
         soft_wrap=True,
@@ -181,7 +184,7 @@ def show(numbers: dict[str, Any], console: Console) -> None:
     for column in ("model", "what", "predicted", "measured", "ratio"):
         table.add_column(column, justify="left" if column in ("model", "what") else "right")
     for row in numbers["rows"]:
-        times = (f"{row[f'{kind}_ms']:.3g} ms" for kind in ("predicted", "measured"))
+        times = (f"{format_number(row[f'{kind}_ms'], 3)} ms" for kind in ("predicted", "measured"))
         table.add_row(row["model"], row["what"], *times, f"{row['ratio']:.2f}")
     console.print(table)
 

@@ -83,3 +83,14 @@ def format_bytes(count: int) -> str:
             return f"{value:.4g} {unit}"
         value /= 1024
     return f"{value:.4g} TiB"
+
+
+def format_number(value: float, digits: int = 4) -> str:
+    """A number as every table writes it: `1234.56` -> `1,235`, `12345` -> `12,345`, `0.5` -> `0.5`.
+
+    A fraction has so many digits; an integer has all of its own.
+    """
+    if isinstance(value, int):
+        return f"{value:,}"
+    rounded = float(f"{value:.{digits}g}")
+    return f"{rounded:,.0f}" if abs(rounded) >= 10 ** (digits - 1) else f"{rounded:g}"

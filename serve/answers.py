@@ -207,6 +207,8 @@ class ModelCard(BaseModel):
     max_model_len: int
     default_sampling_params: Omittable[dict[str, float]] = None
     """Of requests that leave them open, where the checkpoint has its own."""
+    tasks: Omittable[list[str]] = None
+    """Those that a request may name, where it may not name any."""
 
 
 class ModelList(BaseModel):

@@ -38,6 +38,10 @@ from serve.schema import ChatRequest, GatewayHeaders
 from serve.service import Service, emoe_of, until_disconnect, usage_of
 from serve.stream import OR_STREAM, EventStream
 
+HIDDEN_TOOLS = (
+    "the chat template of this model does not show it the tools, so it cannot choose one; ask for a call with "
+    "tool_choice, or start the server with a --chat-template that does"
+)
 UNUSABLE = "tools cannot be used: "
 """How the compiler's complaint about the grammar of a request's tools begins."""
 
@@ -116,6 +120,8 @@ async def begin_chat(service: Service, body: ChatRequest, request: Request, head
     """Have the engine take a conversation. Raises what refuses it."""
     service.check_model(body.model)
     messages = [message.to_template() for message in body.messages]
+    if body.callable_tools is not None and not body.must_call and not service.text.shows_tools:
+        raise RequestError(HIDDEN_TOOLS, param="tools")
     service.check_room(1, body.n or 1)
     prompt = await until_disconnect(request, service.text.chat(messages, **body.template_arguments()))
     if body.max_completion_tokens is not None:

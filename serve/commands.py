@@ -51,7 +51,11 @@ COMMANDS = {
                 "benchmarks.bench.kernels",
                 no_device="there is no NVIDIA GPU",
             ),
-            "serve": Command("a running server under load", "benchmarks.bench.serve", no="no request was answered"),
+            "serve": Command(
+                "a running server under load",
+                "benchmarks.bench.serve",
+                no="no request was answered, or the server failed under some",
+            ),
         },
     ),
     "traces": Command(

@@ -81,12 +81,14 @@ def start_up_table(
     sampling: Mapping[str, object] | None = None,
     pool_share: float | None = None,
     form: AnswerForm = PLAIN,
+    shows_tools: bool = True,
     predictor: str | None = None,
     kernels: Path | Literal["default"] | None = None,
 ) -> Table:
     """`memory` in bytes by purpose; `resident` experts on the device, one number per MoE layer. Experts are kept in
     `expert_format`, and all else is in `dtype`. `pool_share` is the part of a GPU's memory that JAX takes for itself,
-    where it does. `kernels` is where the tile sizes of the experts' kernels are from, where there are some."""
+    where it does. `shows_tools` says whether the chat template tells the model of tools. `kernels` is where the tile
+    sizes of the experts' kernels are from, where there are some."""
     table = Table(show_header=False, title="eMoE-JAX", title_justify="left")
     table.add_row("model", escape(f"{model} ({family})"))
     if not has_tokenizer:
@@ -95,6 +97,8 @@ def start_up_table(
         table.add_row("chat template", "none, or several without a default: /v1/completions only, no chat")
     if form != PLAIN:
         table.add_row("answers", f"thoughts are told by: {form.reasoning}; calls of tools by: {form.calls}")
+    if has_chat_template and not shows_tools:
+        table.add_row("tools", "the chat template does not show them: tools are refused, but for forced calls")
     planned = format_bytes(memory["device"])
     table.add_row("device", escape(f"CPU, {planned} of host RAM" if device == "cpu" else f"{device}, {planned}"))
     if pool_share is not None:

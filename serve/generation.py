@@ -27,6 +27,14 @@ class Submission:
     grammar: object = None
     """What was compiled for `params`; kept until the engine has found it, which would compile it anew otherwise."""
 
+    @property
+    def logprobs(self) -> int:
+        """Log probabilities that its answers may come to have, those of the prompt included."""
+        params = self.params
+        answers = 0 if params.logprobs is None else params.n * params.max_tokens * (1 + params.logprobs)
+        scored = 0 if params.prompt_logprobs is None else len(self.prompt) * (1 + params.prompt_logprobs)
+        return answers + scored
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Update:

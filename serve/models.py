@@ -18,7 +18,7 @@ from serve.schema import DetokenizeRequest, TokenizeRequest
 from serve.service import Service, until_disconnect
 from serve.telemetry.metrics import CONTENT_TYPE
 from serve.telemetry.snapshots import Snapshots
-from serve.telemetry.state import EngineState
+from serve.telemetry.state import EngineState, FleetState, ReplicaState
 
 TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
@@ -34,6 +34,7 @@ def model_routes(service: Service, snapshots: Snapshots) -> APIRouter:
             created=service.created,
             max_model_len=service.max_model_len,
             default_sampling_params=defaults,
+            tasks=None if service.known_tasks is None else list(service.known_tasks),
         )
 
     @router.get("/v1/models", tags=["models"])
@@ -95,5 +96,11 @@ def model_routes(service: Service, snapshots: Snapshots) -> APIRouter:
         At most 0.25 s old, and never older than the last request that came or ended.
         """
         return Response(await snapshots.state_json(), media_type="application/json")
+
+    @router.get("/v1/emoe/replicas", tags=["server"])
+    async def replicas(request: Request) -> FleetState:
+        """What each replica published last, and its unfinished requests. Empty of a single server."""
+        known = getattr(request.state, "fleet", ())
+        return FleetState(replicas=[ReplicaState.model_validate(replica) for replica in known])
 
     return router

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from emoe_jax.amounts import format_bytes, parse_bytes
+from emoe_jax.amounts import format_bytes, format_number, parse_bytes
 from emoe_jax.config import ModelConfig
 from emoe_jax.errors import ConfigError
 from emoe_jax.memory.device_settings import prepare_devices
@@ -83,7 +83,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     table.add_row("fits", "yes" if fit.fits else escape(f"no: {fit.problem}"))
     for what, size in (
         ("weights without experts", fit.parts.weights),
-        (f"slab of {fit.slots} of {experts} experts, {plan.footprint.expert_format}", fit.parts.slab),
+        (f"slab of {fit.slots:,} of {experts:,} experts, {plan.footprint.expert_format}", fit.parts.slab),
         ("KV cache", fit.parts.kv),
         ("workspace", fit.parts.workspace),
         ("together", fit.parts.total),
@@ -94,14 +94,16 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     table.add_row("longest context", longest if fit.max_context else "none")
     largest = f"{_counted(fit.max_batch, 'sequence')} of {fit.context:,} tokens"
     table.add_row("largest batch", largest if fit.max_batch else "none")
-    of_trace = "" if load.covered is None else ", by the trace"
-    table.add_row("coverage", f"{speed.coverage:.1%} of the routers' choices{of_trace}")
-    table.add_row("first token, at least", f"{speed.ttft_ms:.4g} ms for a prompt of {load.prompt:,} tokens")
-    sequences = f"{_counted(load.batch, 'sequence')} of {load.prompt:,} tokens"
-    table.add_row(
-        "each token, at least", f"{speed.tpot_ms:.4g} ms with {sequences}, most of it for {_BOUNDS[speed.bound]}"
-    )
-    table.add_row("under `resident`", f"{speed.tpot_resident_ms:.4g} ms, as it waits for no expert")
+    if fit.fits:
+        of_trace = "" if load.covered is None else ", by the trace"
+        table.add_row("coverage", f"{speed.coverage:.1%} of the routers' choices{of_trace}")
+        first, each, resident = map(format_number, (speed.ttft_ms, speed.tpot_ms, speed.tpot_resident_ms))
+        table.add_row("first token, at least", f"{first} ms for a prompt of {load.prompt:,} tokens")
+        sequences = f"{_counted(load.batch, 'sequence')} of {load.prompt:,} tokens"
+        table.add_row("each token, at least", f"{each} ms with {sequences}, most of it for {_BOUNDS[speed.bound]}")
+        table.add_row("under `resident`", f"{resident} ms, as it waits for no expert")
+    else:
+        table.add_row("times", "none: what does not fit takes no steps")
     if plan.meets_slo is not None:
         table.add_row("objectives", "met" if plan.meets_slo else _missed(plan))
     table.add_row("smallest known card", plan.smallest_device or "none")
@@ -121,9 +123,11 @@ _BOUNDS = {
 
 def _missed(plan: Plan) -> str:
     speed, load = plan.speed, plan.load
+    if not plan.fit.fits:
+        return "missed: it does not fit"
     times = (("first token", speed.ttft_ms, load.ttft_ms), ("each token", speed.tpot_ms, load.tpot_ms))
-    late = [f"{what} in {wanted:g} ms" for what, least, wanted in times if wanted is not None and least > wanted]
-    return f"missed: {' and '.join(late)}" if late else "missed: it does not fit"
+    late = [(what, wanted) for what, least, wanted in times if wanted is not None and least > wanted]
+    return f"missed: {' and '.join(f'{what} in {format_number(wanted)} ms' for what, wanted in late)}"
 
 
 def _counted(count: int, noun: str) -> str:

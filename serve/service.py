@@ -22,6 +22,11 @@ from serve.worker import EngineWorker
 
 Result = TypeVar("Result")
 
+MAX_REQUEST_LOGPROBS = 2**22
+"""Of all answers and prompts of a request, alternatives included. They are kept until the request ends: a tenth of a
+kilobyte each, and more while the answer is written.
+"""
+
 
 class ClientGone(Exception):
     """The client closed the connection. There is no reader for the answer."""
@@ -41,6 +46,11 @@ class Service:
     form: AnswerForm = PLAIN
     """How the model writes reasoning and calls of tools."""
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+
+    @property
+    def known_tasks(self) -> tuple[str, ...] | None:
+        """Tasks that a request may name; None where it may name any."""
+        return None if self.tasks is None else (*self.tasks, OTHER)
 
     @property
     def max_model_len(self) -> int:
@@ -107,17 +117,21 @@ class Service:
         grammar = await until_disconnect(request, self.text.prepare(params[0].structured_outputs))
         emoe = emoe or EmoeRequest()
         task, param = (emoe.task, "emoe.task") if emoe.task is not None else (headers.x_emoe_task, "x-emoe-task")
-        if task is not None and self.tasks is not None and task not in (*self.tasks, OTHER):
-            known = ", ".join((*self.tasks, OTHER))
+        if task is not None and self.known_tasks is not None and task not in self.known_tasks:
+            known = ", ".join(self.known_tasks)
             raise RequestError(f"the task {task!r} is not in the task profile; it has {known}", param)
         deadlines, salt = headers.to_slo(emoe.slo), salt_of(request.state.tenant, cache_salt)
-        generation = self.worker.submit(
-            [
-                Submission(prompt, sampling, task, emoe.routing, emoe.tolerance, deadlines, salt, grammar)
-                for prompt, sampling in zip(prompts, params, strict=True)
-            ],
-            request.state.stats,
-        )
+        submissions = [
+            Submission(prompt, sampling, task, emoe.routing, emoe.tolerance, deadlines, salt, grammar)
+            for prompt, sampling in zip(prompts, params, strict=True)
+        ]
+        if (logprobs := sum(submission.logprobs for submission in submissions)) > MAX_REQUEST_LOGPROBS:
+            raise RequestError(
+                f"the answers may have {logprobs} log probabilities (prompts, n, max_tokens and logprobs multiply); at "
+                f"most {MAX_REQUEST_LOGPROBS} are taken in one request",
+                param="logprobs",
+            )
+        generation = self.worker.submit(submissions, request.state.stats)
         try:
             await generation.accepted()
         except asyncio.CancelledError:

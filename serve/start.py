@@ -109,6 +109,7 @@ def serve(options: ServerOptions, engine: Engine, listener: socket.socket, provi
         url=url,
         pool_share=pool_share(os.environ, jax.devices()[0].platform),
         form=answer_form(options, engine),
+        shows_tools=engine.tokenizer is not None and engine.tokenizer.shows_tools,
         kernels=engine.parts.kernels,
         predictor=None if engine.parts.predictor is None else str(engine.parts.predictor),
     )

@@ -39,6 +39,11 @@ MAX_CACHED_TEXTS = 1 << 16
 class ServedTokenizer(Protocol):
     """What the server needs of the checkpoint's tokenizer."""
 
+    @property
+    def shows_tools(self) -> bool:
+        """Whether the chat template tells the model of a request's tools."""
+        ...
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids; special tokens are those that the checkpoint's tokenizer adds to a prompt."""
         ...
@@ -210,6 +215,11 @@ class TextCodec:
     def _special_ids(self, tags: tuple[str, ...]) -> tuple[int, ...]:
         """Those of the tags that are special tokens of the model."""
         return tuple(i for i in map(self.special_id, tags) if i is not None)
+
+    @property
+    def shows_tools(self) -> bool:
+        """Whether the model is told of a request's tools."""
+        return self._tokenizer is not None and self._tokenizer.shows_tools
 
     def special_id(self, tag: str) -> int | None:
         """The id of a tag that is a special token of the model."""

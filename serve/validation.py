@@ -5,17 +5,19 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from emoe_jax.requests.request import INT32
+from emoe_jax.requests.request import INT32, INT64
 
 _KINDS = {
     "int_type": "an integer",
     "int_parsing": "an integer",
     "int_from_float": "an integer",
+    "int_parsing_size": "an integer",
     "float_type": "a number",
     "float_parsing": "a number",
     "finite_number": "a finite number",
     "string_type": "a string",
     "bool_type": "true or false",
+    "bool_parsing": "true or false",
     "list_type": "a list",
     "dict_type": "an object",
     "model_type": "an object",
@@ -45,7 +47,10 @@ def describe_validation(errors: Sequence[Any]) -> tuple[str, str | None]:
     if kind == "missing":
         return f"{param} is missing", param
     if kind in _KINDS:
-        right = _KINDS[kind].format(**{name: _plain(bound) for name, bound in first.get("ctx", {}).items()})
+        bounds = first.get("ctx", {})
+        right = _KINDS[kind].format(**{name: _plain(bound) for name, bound in bounds.items()})
+        if kind == "int_parsing_size" or INT64 in (bounds.get("le"), -1 - bounds.get("ge", 0)):
+            right = f"an integer from {-1 - INT64} to {INT64}"
         return f"{param} {_size_or_kind(kind, first['input'])}; expected {right}", param
     reason = first["msg"].removeprefix("Value error, ")
     return f"{param}{' ' if reason.startswith(('is ', 'has ')) else ': '}{reason}", param
@@ -68,7 +73,7 @@ def found(value: Any) -> str:
     if isinstance(value, Mapping):
         return "an object"
     if type(value) is int and abs(value) > INT32:
-        return "an integer beyond 32 bits"
+        return f"an integer beyond {64 if abs(value) > INT64 else 32} bits"
     return json.dumps(value)
 
 

@@ -97,6 +97,13 @@ def test_paths_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
+def test_tests_that_are_named_exist(page: Path) -> None:
+    tests = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page.read_text())
+    missing = [f"{file}::{name}" for file, name in tests if f"def {name}(" not in (ROOT / file).read_text()]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
 def test_commands_and_their_flags_exist(page: Path) -> None:
     unknown = []
     for line in commands(page):

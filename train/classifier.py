@@ -24,6 +24,7 @@ from emoe_jax.errors import ConfigError, EmoeError, one_line
 from emoe_jax.tasks import OTHER, TaskClassifier, TaskProfile
 from train import prompts as labelled
 from train.keywords import demo_prompts, with_demo_keywords
+from train.ranges import CommandParser
 from train.tasks import TASKS
 
 UNRELATED = tuple(
@@ -73,7 +74,7 @@ _REPEATS = 200
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     description = "How well the keywords of a task profile tell tasks, on prompts that taught none of them."
-    parser = argparse.ArgumentParser(prog="python -m train.classifier", description=description)
+    parser = CommandParser(prog="python -m train.classifier", description=description)
     add = parser.add_argument
     add("--profile", type=Path, metavar="FILE", default=demo_model() / "task_profile.json")
     add("--prompts", type=Path, metavar="FILE", help="JSONL of task and prompt or messages, instead of drawn prompts")

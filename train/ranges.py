@@ -1,7 +1,18 @@
-"""Bounds of command-line options, checked alike by all training commands."""
+"""Command lines of all training commands: mistakes are one line, and bounds of options are checked alike."""
 
 import argparse
+import sys
 from collections.abc import Mapping
+from typing import NoReturn
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Reports a mistake in one line, without the usage text, and exits with status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the mistake to stderr, and exit."""
+        print(f"error: {message.removeprefix('argument ')}", file=sys.stderr)
+        raise SystemExit(2)
 
 
 def check_ranges(

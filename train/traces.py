@@ -27,7 +27,7 @@ from train import prompts as labelled
 from train.keywords import with_demo_keywords, with_keywords
 from train.progress import progress_bar
 from train.prompts import Prompt, stretch
-from train.ranges import check_ranges
+from train.ranges import CommandParser, check_ranges
 from train.tasks import MORE, TASKS, texts, unrelated
 
 COMMAND = "python -m train.traces"
@@ -36,7 +36,7 @@ STDOUT = Path("-")
 
 def parser(command: str = COMMAND) -> argparse.ArgumentParser:
     """The command line. `command` is how it was called, for the help text."""
-    parser = argparse.ArgumentParser(prog=command, description=(__doc__ or "").partition(": ")[2])
+    parser = CommandParser(prog=command, description=(__doc__ or "").partition(": ")[2])
     add = parser.add_argument
     add("--model", default=str(demo_model()), help="checkpoint directory or hub id (the bundled demo model)")
     add("--prompts", type=Path, metavar="FILE", help="JSONL of task and prompt or messages, instead of drawn prompts")

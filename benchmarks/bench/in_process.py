@@ -16,6 +16,7 @@ from rich.table import Table
 from benchmarks.serving.report import Record
 from benchmarks.serving.workload import Job, Sample
 from emoe_jax import Engine, SamplingParams
+from emoe_jax.amounts import format_number
 from emoe_jax.engine_config import EngineConfig
 from emoe_jax.errors import ConfigError
 from emoe_jax.option_fields import options_of
@@ -92,10 +93,12 @@ def described(engine: Engine, model: str) -> dict[str, Any]:
 
 
 def show(numbers: dict[str, Any], title: str, rows: Sequence[tuple[str, str, str]]) -> None:
-    """A table of these numbers: a label, a key, and how the number is written."""
+    """A table of these numbers: a label, a key, and what is written around the number, or how a share is."""
     table = Table(show_header=False, title=escape(title), title_justify="left")
     for label, key, form in rows:
         value = numbers[key]
+        if isinstance(value, int | float) and "%" not in form:
+            value = format_number(value)
         table.add_row(label, "-" if value is None else escape(form.format(value)))
     Console().print(table)
 
@@ -105,6 +108,6 @@ ABOUT = (
     ("experts resident", "resident_share", "{:.0%}"),
     ("routing", "routing", "{}"),
     ("coverage", "coverage", "{:.1%} of the routers' choices"),
-    ("experts loaded, since the start", "loads", "{:,}"),
+    ("experts loaded, since the start", "loads", "{}"),
 )
 """Rows of `described`."""

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from emoe_jax.amounts import format_number
 from emoe_jax.demo import demo_model
 from emoe_jax.engine_config import Dtype, ExpertFormat
 from emoe_jax.option_fields import Options, option
@@ -124,10 +125,10 @@ def show(numbers: dict[str, Any], console: Console) -> None:
     table = Table("rows per expert", *(name.replace("_", " ") for name in sizes), "ms", "default, ms", "failed")
     table.title, table.title_justify = escape(title), "left"
     for row in numbers["choices"]:
-        limit = "more" if row["rows_per_expert"] is None else f"up to {row['rows_per_expert']}"
-        default = "-" if row["default_seconds"] is None else f"{1e3 * row['default_seconds']:.4g}"
+        limit = "more" if row["rows_per_expert"] is None else f"up to {row['rows_per_expert']:,}"
+        default = "-" if row["default_seconds"] is None else format_number(1e3 * row["default_seconds"])
         chosen = (str(row["config"][name]) for name in sizes)
-        table.add_row(limit, *chosen, f"{1e3 * row['seconds']:.4g}", default, str(sum(row["failed"].values())))
+        table.add_row(limit, *chosen, format_number(1e3 * row["seconds"]), default, str(sum(row["failed"].values())))
     console.print(table)
     use = "no engine reads it" if interpreted else "engines read it at their start"
     console.print(f"kept in {numbers['file']}; {use}", soft_wrap=True, highlight=False)

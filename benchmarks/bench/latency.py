@@ -49,18 +49,18 @@ def _run(model: str, options: LatencyOptions) -> int:
     if options.json:
         print(json.dumps(numbers, indent=1))
     else:
-        batch = f"{options.batch_size} x ({options.input_len} + {options.output_len}) tokens"
+        batch = f"{options.batch_size:,} x ({options.input_len:,} + {options.output_len:,}) tokens"
         show(numbers, f"latency of {numbers['model']}: {batch}", (*ROWS, *ABOUT))
     return OK
 
 
 ROWS = (
-    ("until the last token, median", "p50_latency_s", "{:.4g} s"),
-    ("until the last token, 99 %", "p99_latency_s", "{:.4g} s"),
-    ("until the first token, median", "p50_ttft_s", "{:.4g} s"),
-    ("until the first token, 99 %", "p99_ttft_s", "{:.4g} s"),
-    ("per further token, median", "p50_tpot_s", "{:.4g} s"),
-    ("per further token, 99 %", "p99_tpot_s", "{:.4g} s"),
+    ("until the last token, median", "p50_latency_s", "{} s"),
+    ("until the last token, 99 %", "p99_latency_s", "{} s"),
+    ("until the first token, median", "p50_ttft_s", "{} s"),
+    ("until the first token, 99 %", "p99_ttft_s", "{} s"),
+    ("per further token, median", "p50_tpot_s", "{} s"),
+    ("per further token, 99 %", "p99_tpot_s", "{} s"),
 )
 
 

@@ -14,11 +14,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.bench.arrivals import Process, arrival_times
+from emoe_jax.amounts import format_number
 from emoe_jax.errors import ConfigError
 from emoe_jax.option_fields import Options, option
 from emoe_jax.requests.contract import RoutingContract
 from serve.command.served_state import between
-from serve.exits import NO, OK, status_of
+from serve.exits import INTERRUPTED, NO, OK, status_of
 from serve.flags import Parser, flag_names, parser_of, read_values
 
 if TYPE_CHECKING:
@@ -97,7 +98,8 @@ def parser(command: str = COMMAND) -> Parser:
     """The command line."""
     description = (
         "Send requests to a running server as clients would, and report what these see. The server may be any with "
-        "OpenAI's API. The exit status is 1 where no request was answered."
+        "OpenAI's API. Ctrl-C ends the run and reports what it measured until then. The exit status is 1 where no "
+        "request was answered, or where the server failed under some."
     )
     made = parser_of(ServeOptions, command, description, {ServeOptions: "load"})
     made.add_argument("url", nargs="?", default=URL, metavar="URL", help=f"address of the server (default: {URL})")
@@ -115,17 +117,33 @@ def _run(url: str, options: ServeOptions) -> int:
     options.agree()
     if not re.match(r"https?://", url):
         raise ConfigError(f"{url[:80]!r} is no address of a server; expected one such as {URL}")
-    numbers = asyncio.run(measure(url.rstrip("/").removesuffix("/v1"), options))
+    from benchmarks.bench.target import is_failure  # imports httpx
+
+    try:
+        numbers = asyncio.run(measure(url.rstrip("/").removesuffix("/v1"), options))
+    except KeyboardInterrupt:
+        numbers = None
+    if numbers is None or (numbers["interrupted"] and not numbers["completed"]):
+        print("interrupted before a request was answered", file=sys.stderr)
+        return INTERRUPTED
     if options.json:
         print(json.dumps(numbers, indent=1))
     else:
         show(numbers, Console())
+    if numbers["interrupted"]:
+        print(f"interrupted: {numbers['requests']} of {options.num_prompts} requests had ended", file=sys.stderr)
+        return INTERRUPTED
+    if failures := {kind: count for kind, count in numbers["errors"].items() if is_failure(kind)}:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in failures.items())
+        what = f"{sum(failures.values())} of {numbers['requests']} requests ({kinds})"
+        print(f"error: the server at {numbers['url']} failed, or died, under {what}", file=sys.stderr)
+        return NO
     return OK if numbers["completed"] else NO
 
 
 async def measure(url: str, options: ServeOptions) -> dict[str, Any]:
     """The numbers of one run. Raises `ServerFailed` where no server answers, `ConfigError` for bad prompts."""
-    from benchmarks.bench.target import connected  # needs httpx
+    from benchmarks.bench.target import connected
     from benchmarks.serving.client import closed_loop, open_loop
     from benchmarks.serving.workload import Job, Sample
     from emoe_jax.requests.request import SLO
@@ -152,16 +170,19 @@ async def measure(url: str, options: ServeOptions) -> dict[str, Any]:
             for number, arrival in enumerate(due)
         ]
         await closed_loop(server, [dataclasses.replace(job, arrival=0.0) for job in jobs[: options.num_warmups]], 1)
-        server.errors.clear()
-        server.prompt_tokens = 0
-        before = await server.state()
-        if options.arrivals == "closed":
-            assert options.max_concurrency is not None
-            records = await closed_loop(server, jobs, options.max_concurrency)
-        else:
-            records = await open_loop(server, jobs)
-        after = await server.state()
+        server.forget()
+        before, interrupted = await server.state(), False
+        try:
+            if options.arrivals == "closed":
+                assert options.max_concurrency is not None
+                await closed_loop(server, jobs, options.max_concurrency)
+            else:
+                await open_loop(server, jobs)
+        except asyncio.CancelledError:  # by Ctrl-C: what was measured until then is reported
+            interrupted = True
+        records, after = server.records, await server.state()
         return {
+            "interrupted": interrupted,
             "url": url,
             "model": fields["model"],
             "arrivals": options.arrivals,
@@ -228,9 +249,9 @@ def _is_good(record: "Record", options: ServeOptions) -> bool:
 
 
 ROWS = (
-    ("requests per second", "request_throughput", "{:.4g}"),
-    ("tokens of answers per second", "output_throughput", "{:,.4g}"),
-    ("goodput: requests per second within objectives", "goodput", "{:.4g}"),
+    ("requests per second", "request_throughput", "{}"),
+    ("tokens of answers per second", "output_throughput", "{}"),
+    ("goodput: requests per second within objectives", "goodput", "{}"),
     ("requests within objectives, of all", "slo_attainment", "{:.1%}"),
 )
 TIMES = (
@@ -243,19 +264,21 @@ TIMES = (
 
 def show(numbers: dict[str, Any], console: Console) -> None:
     """Rates, errors by kind, and percentiles of times."""
-    of = f"{numbers['completed']} of {numbers['requests']} requests answered by {numbers['model']} at {numbers['url']}"
+    of = f"{numbers['completed']:,} of {numbers['requests']:,} requests answered"
+    of = f"{of} by {numbers['model']} at {numbers['url']}"
     table = Table(show_header=False, title=escape(of), title_justify="left")
     arrivals = "all at once"
     if numbers["arrivals"] == "closed":
-        arrivals = f"closed, {numbers['max_concurrency']} users"
+        arrivals = f"closed, {numbers['max_concurrency']:,} users"
     elif numbers["request_rate"] is not None:
-        arrivals = f"{numbers['arrivals']}, {numbers['request_rate']:g} per second"
+        arrivals = f"{numbers['arrivals']}, {format_number(numbers['request_rate'])} per second"
     table.add_row("arrivals", arrivals)
     for label, key, form in ROWS:
         if numbers[key] is not None:
-            table.add_row(label, form.format(numbers[key]))
+            value = numbers[key] if "%" in form else format_number(numbers[key])
+            table.add_row(label, form.format(value))
     for kind, count in numbers["errors"].items():
-        table.add_row(f"errors: {escape(kind)}", str(count))
+        table.add_row(f"errors: {escape(kind)}", format_number(count))
     if (server := numbers["server"]) is not None:
         covered = "-" if server["coverage"] is None else f"{server['coverage']:.1%}"
         table.add_row(
@@ -266,7 +289,7 @@ def show(numbers: dict[str, Any], console: Console) -> None:
         table = Table("milliseconds", *(f"{percentile} %" for percentile in (50, 90, 99)))
         for label, name in TIMES:
             values = (numbers[f"p{percentile}_{name}_s"] for percentile in (50, 90, 99))
-            table.add_row(label, *("-" if value is None else f"{1e3 * value:,.1f}" for value in values))
+            table.add_row(label, *("-" if value is None else format_number(1e3 * value) for value in values))
         console.print(table)
 
 

@@ -14,28 +14,45 @@ from benchmarks.serving.report import Record
 from benchmarks.serving.server import ServerFailed
 from benchmarks.serving.workload import Job
 
+STATE_SECONDS = 5.0
+NO_TOKENS, UNAVAILABLE = "no tokens", "HTTP 503 (unavailable)"
+
+
+def is_failure(kind: str) -> bool:
+    """Whether an error of this kind is none of a working server, which refuses requests and may answer with nothing."""
+    return kind == UNAVAILABLE or not kind.startswith((NO_TOKENS, "HTTP 4", "HTTP 503"))
+
 
 class MeasuredServer:
     """A `Target` that never raises for a request: a failure is a `Record` without tokens, and counts in `errors`."""
 
     def __init__(self, http: httpx.AsyncClient, fields: dict[str, Any], max_concurrency: int | None):
         """`fields` are sent with every request. No more than `max_concurrency` requests are sent at once."""
-        self.errors: Counter[str] = Counter()
-        self.prompt_tokens = 0
+        self.forget()
         self._http = http
         self._fields = fields
         self._turn = contextlib.nullcontext() if max_concurrency is None else asyncio.Semaphore(max_concurrency)
+
+    def forget(self) -> None:
+        """Count from now on."""
+        self.errors: Counter[str] = Counter()
+        self.records: list[Record] = []
+        self.prompt_tokens = 0
 
     async def begin(self) -> None:
         """A server is always ready."""
 
     async def answer(self, job: Job, began: float) -> Record:
-        """Send a job and read its answer; `began` is when the run did, on `clock`."""
+        """Send a job and read its answer; `began` is when the run did, on `clock`. The record is kept, too."""
+        self.records.append(await self._answer(job, began))
+        return self.records[-1]
+
+    async def _answer(self, job: Job, began: float) -> Record:
         times: list[float] = []
         async with self._turn:
             kind = await self._read(job, began, times)
         if kind is None and not times:
-            kind = "no tokens"
+            kind = NO_TOKENS
         if kind is not None:
             self.errors[kind] += 1
             return Record(job, ())
@@ -44,7 +61,7 @@ class MeasuredServer:
     async def state(self) -> dict[str, Any] | None:
         """The server's `/v1/emoe/state`; None where it has none."""
         with contextlib.suppress(httpx.HTTPError, ValueError):
-            response = await self._http.get("/v1/emoe/state")
+            response = await self._http.get("/v1/emoe/state", timeout=STATE_SECONDS)
             return response.json() if response.status_code == 200 else None
         return None
 

@@ -46,17 +46,17 @@ def _run(model: str, options: ThroughputOptions) -> int:
     if options.json:
         print(json.dumps(numbers, indent=1))
     else:
-        load = f"{options.num_prompts} x ({options.input_len} + {options.output_len}) tokens"
+        load = f"{options.num_prompts:,} x ({options.input_len:,} + {options.output_len:,}) tokens"
         show(numbers, f"throughput of {numbers['model']}: {load}", (*ROWS, *ABOUT))
     return OK
 
 
 ROWS = (
-    ("requests per second", "requests_per_s", "{:.4g}"),
-    ("tokens of answers per second", "output_tokens_per_s", "{:,.4g}"),
-    ("tokens per second, prompts included", "total_tokens_per_s", "{:,.4g}"),
+    ("requests per second", "requests_per_s", "{}"),
+    ("tokens of answers per second", "output_tokens_per_s", "{}"),
+    ("tokens per second, prompts included", "total_tokens_per_s", "{}"),
     ("sequences of a step, at most", "max_num_seqs", "{}"),
-    ("seconds", "seconds", "{:.4g}"),
+    ("time", "seconds", "{} s"),
 )
 
 

@@ -16,7 +16,7 @@ from emoe_jax.device.dispatcher import Dispatcher
 from emoe_jax.engine_config import EngineConfig
 from emoe_jax.policies.pace import Pace
 from emoe_jax.requests.sequence import Sequence, SequenceStatus, substituted_share
-from emoe_jax.requests.served import ServedLogits
+from emoe_jax.requests.served import MOST_AUDITED, ServedLogits
 from emoe_jax.residency.residency import Residency
 from emoe_jax.scheduling.plan import PrefillChunk, StepPlan
 from emoe_jax.scheduling.scheduler import Scheduler
@@ -71,6 +71,7 @@ class Auditor:
         self._rate = options.audit_rate if options.router_capacity_factor is None else 0.0
         self._draws = np.random.default_rng(options.seed)
         self._queue: deque[_Audit] = deque()
+        self._kept: list[Sequence] = []
         self._current: _Audit | None = None
         self._paces = {share: Pace(share, work=time.monotonic) for share in (BUSY_SHARE, SEARCHING_SHARE)}
         self._audits = self._given_up = 0
@@ -82,12 +83,17 @@ class Auditor:
         return self._current is not None or bool(self._queue)
 
     def arrived(self, sequences: Rows[Sequence]) -> None:
-        """A request came: decide whether its first answer will be audited."""
+        """A request came: decide whether its first answer will be audited. None is while `MOST_AUDITED` are under way:
+        each keeps rows over the vocabulary.
+        """
         first = sequences[0]
         if self._rate == 0 or self._residency.is_full or first.allowance.tolerance == 0:
             return
         if self._draws.random() < (SEARCHING_RATE if self._is_searching(first) else self._rate):
-            first.served = ServedLogits(first.seed)
+            self._kept = [sequence for sequence in self._kept if not sequence.finished]
+            if len(self._kept) < MOST_AUDITED:
+                first.served = ServedLogits(first.seed)
+                self._kept.append(first)
 
     def ended(self, sequence: Sequence) -> None:
         """An answer came to its end."""

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import nodes
+from jinja2 import meta, nodes
 
 from emoe_jax.checkpoint.template_environment import TemplateEnvironment
 from emoe_jax.checkpoint.template_text import TemplateText
@@ -36,6 +36,7 @@ class ChatTemplate:
         tree = environment.parse(source)
         self._template = environment.from_string(source)
         self._names = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+        self._shows_tools = "tools" in meta.find_undeclared_variables(tree)
         texts = {node.data for node in tree.find_all(nodes.TemplateData)} | self._names
         self._written = "\0".join(sorted(texts))
         self._read = "\0".join(sorted(_read_literals(tree)))
@@ -47,6 +48,11 @@ class ChatTemplate:
     def writes(self, token: str) -> bool:
         """Whether the token is part of the template's own text."""
         return token in self._written
+
+    @property
+    def shows_tools(self) -> bool:
+        """Whether the template looks at the tools of a request. One that does not drops them without a word."""
+        return self._shows_tools
 
     def reads(self, token: str) -> bool:
         """Whether the template looks for the token in messages: those are expected to contain it."""

@@ -105,6 +105,11 @@ class Tokenizer:
         """Whether the chat template has this text among its own; False without a template."""
         return self.has_chat_template and self._chat_template()[0].writes(text)
 
+    @property
+    def shows_tools(self) -> bool:
+        """Whether the chat template tells the model of a request's tools; False without a template."""
+        return self.has_chat_template and self._chat_template()[0].shows_tools
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids; special tokens are those that the checkpoint's tokenizer adds to a prompt."""
         if self._prepend_bos_id is not None:

@@ -15,8 +15,8 @@ from emoe_jax.requests.adjustment import LogitAdjustment
 from emoe_jax.requests.sequence import Sequence
 
 ROOMS = (2**9, 2**13, 2**17)
-"""Entries that are sent for so many changed tokens or fewer. All are compiled at the start; where more are needed, room
-grows on by the same factor.
+"""Entries that are sent for so many changed tokens or fewer. All are compiled at the start. More changes than the
+largest has room for are sent in several calls, so that what they take of the device is known at the start, too.
 """
 
 
@@ -53,24 +53,25 @@ class TokenEdits(NamedTuple):
         return buffer, edits
 
     @classmethod
-    def pack(
-        cls, adjustments: Rows[LogitAdjustment | None], size: int, vocab_size: int
-    ) -> tuple[Int32[np.ndarray, " words"] | None, int]:
-        """The buffer for these rows, in order, and its entries; None where no token's logit changes."""
+    def pack(cls, adjustments: Rows[LogitAdjustment | None], size: int, vocab_size: int) -> list[PackedEdits]:
+        """The buffers for these rows, in order; none where no token's logit changes."""
         changes = [(row, each, each.changes) for row, each in enumerate(adjustments) if each is not None]
         total = sum(len(change.tokens) for _, _, change in changes)
         if not total:
-            return None, 0
+            return []
         room = room_for(total, size * vocab_size)
-        buffer, edits = cls.empty(size, room)
-        first = 0
-        for row, adjustment, change in changes:
-            entries = slice(first, first + len(change.tokens))
-            edits.rows[entries] = row
-            edits.tokens[entries], edits.bias[entries], edits.repeated[entries] = change
-            edits.repetition[row] = adjustment.repetition
-            first = entries.stop
-        return buffer, room
+        rows = np.repeat([row for row, _, _ in changes], [len(change.tokens) for _, _, change in changes])
+        columns = rows, *map(np.concatenate, zip(*(change for _, _, change in changes), strict=True))
+        packed = []
+        for first in range(0, total, room):
+            buffer, edits = cls.empty(size, room)
+            last = min(first + room, total)
+            for entries, column in zip(edits, columns, strict=False):
+                entries[: last - first] = column[first:last]
+            for row, adjustment, _ in changes:
+                edits.repetition[row] = adjustment.repetition
+            packed.append(PackedEdits(buffer, room))
+        return packed
 
     def apply(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
         """Repetition divides positive logits of repeated tokens and multiplies negative ones; then the bias is added.
@@ -84,23 +85,26 @@ class TokenEdits(NamedTuple):
         return logits.at[self.rows, self.tokens].set(changed, mode="drop")
 
 
+class PackedEdits(NamedTuple):
+    """`TokenEdits` in one buffer."""
+
+    buffer: Int32[np.ndarray, " words"]
+    room: int
+    """Entries that it has."""
+
+
 class Adjustments(NamedTuple):
     """What changes the logits of a batch, on the host. At least one of the two is there."""
 
-    edits: Int32[np.ndarray, " words"] | None
-    """`TokenEdits`, packed."""
-    room: int
-    """Entries that these have."""
+    edits: list[PackedEdits]
+    """One after the other; no two of them change the same logit."""
     allowed: UInt32[np.ndarray, "B W"] | None
     """A bit per token, the lowest first."""
 
 
 def room_for(changes: int, logits: int) -> int:
-    """Entries that are sent where so many of the batch's logits change."""
-    room = ROOMS[0]
-    while room < changes:
-        room *= ROOMS[1] // ROOMS[0]
-    return min(room, logits)
+    """Entries that are sent at once where so many of the batch's logits change."""
+    return min(next((room for room in ROOMS if room >= changes), ROOMS[-1]), logits)
 
 
 def usual_rooms(logits: int) -> list[int]:
@@ -118,8 +122,8 @@ def adjustments_of(sequences: Rows[Sequence], size: int, vocab_size: int) -> Adj
         None if adjustment is None else adjustment.allowed(sequence.num_sampled)
         for sequence, adjustment in zip(sequences, adjustments, strict=True)
     ]
-    found = Adjustments(*TokenEdits.pack(adjustments, size, vocab_size), _masks(allowed, size))
-    return None if found.edits is None and found.allowed is None else found
+    found = Adjustments(TokenEdits.pack(adjustments, size, vocab_size), _masks(allowed, size))
+    return None if not found.edits and found.allowed is None else found
 
 
 def all_allowed(size: int, vocab_size: int) -> UInt32[np.ndarray, "B W"]:

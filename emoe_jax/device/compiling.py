@@ -11,6 +11,7 @@ from emoe_jax.device.adjustments import TokenEdits, all_allowed, usual_rooms
 from emoe_jax.device.executables import Executables
 from emoe_jax.device.sampler import CHOICES, SamplingArrays
 from emoe_jax.device.shapes import Buckets
+from emoe_jax.requests.served import MOST_AUDITED
 
 
 class MemoryShapes(NamedTuple):
@@ -19,6 +20,13 @@ class MemoryShapes(NamedTuple):
     capacities: tuple[int, ...]
     pages: tuple[int, ...]
     """By layer."""
+
+
+def bytes_beside(buckets: Buckets, V: int) -> int:
+    """What stays on the device beside the arguments of a step: block tables, and rows of logits that two steps keep for
+    audits until the host has them.
+    """
+    return buckets.table_bytes + 2 * 4 * V * min(buckets.sequences[-1], MOST_AUDITED)
 
 
 def compile_choices(

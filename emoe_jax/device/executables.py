@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 
 class Executables:
@@ -18,6 +19,8 @@ class Executables:
 
     def __init__(self) -> None:
         self._compiled: dict[tuple[Any, Hashable], jax.stages.Compiled] = {}
+        self._sent: dict[tuple[Any, Hashable], int] = {}
+        """Bytes of the arguments that come from the host with each call."""
         self._lock = threading.Lock()
         self._compiling = 0
 
@@ -27,8 +30,9 @@ class Executables:
         if compiled is None:
             with self._counted():
                 compiled = function.lower(*args, **static).compile()  # pyright: ignore[reportFunctionMemberAccess]
+            sent = sum(leaf.nbytes for leaf in jax.tree.leaves(args) if isinstance(leaf, np.ndarray))
             with self._lock:
-                self._compiled[function, key] = compiled
+                self._compiled[function, key], self._sent[function, key] = compiled, sent
         return compiled
 
     @property
@@ -48,13 +52,15 @@ class Executables:
 
     @property
     def workspace_bytes(self) -> int:
-        """The most that one of the executables takes on the device beside its arguments, as the compiler counts.
+        """The most that one of the executables takes on the device beside arguments that are there, as the compiler
+        counts.
 
         Results that do not take a donated argument's place count twice: those of the step before may not be read yet.
+        So do arguments from the host: those of the next step may have come.
         """
         with self._lock:
-            compiled = list(self._compiled.values())
-        return max(map(_workspace_bytes, compiled), default=0)
+            sent = [(compiled, self._sent[which]) for which, compiled in self._compiled.items()]
+        return max((_workspace_bytes(compiled) + 2 * size for compiled, size in sent), default=0)
 
     def call(self, function: Callable[..., Any], key: Hashable, *args: Any, **static: Any) -> Any:
         """Run a function; donated arguments are donated."""

@@ -17,7 +17,7 @@ from emoe_jax.device import step
 from emoe_jax.device.adjustments import Adjustments, adjustments_of
 from emoe_jax.device.batch import Batch, empty_batch
 from emoe_jax.device.block_tables import TableUpdate, blank_tables, tables_of
-from emoe_jax.device.compiling import MemoryShapes, compile_choices
+from emoe_jax.device.compiling import MemoryShapes, bytes_beside, compile_choices
 from emoe_jax.device.executables import Executables
 from emoe_jax.device.inputs import StepInputs
 from emoe_jax.device.kv_cache import KVCache, move_pages, resize_pages
@@ -176,6 +176,11 @@ class Runner:
         for array in jax.tree.leaves(old):
             array.delete()
 
+    @property
+    def workspace_bytes(self) -> int:
+        """The most that a step takes of the device beside weights, slab and KV cache, of what was compiled so far."""
+        return self.executables.workspace_bytes + bytes_beside(self.buckets, self.config.vocab_size)
+
     def memory_changed(self) -> None:
         """Slab or KV cache have other shapes: find the executables of these from now on."""
         self._shapes = self._memory_shapes()
@@ -270,9 +275,8 @@ class Runner:
 
     def _adjusted(self, logits: Float[Array, "B V"], adjustments: Adjustments) -> Float[Array, "B V"]:
         B = logits.shape[0]
-        if adjustments.edits is not None:
-            key, edits = (B, adjustments.room), adjustments.edits
-            logits = self.executables.call(step.edit_logits, key, logits, edits, room=adjustments.room)
+        for edits, room in adjustments.edits:
+            logits = self.executables.call(step.edit_logits, (B, room), logits, edits, room=room)
         if adjustments.allowed is not None:
             logits = self.executables.call(step.mask_logits, B, logits, adjustments.allowed)
         return logits

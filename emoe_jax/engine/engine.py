@@ -155,7 +155,7 @@ class Engine:
         Raises `CapacityError` when it turns out that a step takes more memory than the plan has left for it.
         """
         self._trade.warm_up(None if progress is None else functools.partial(progress, "compile"))
-        self.memory = self.memory.measured(self._runner.executables.workspace_bytes)
+        self.memory = self.memory.measured(self._runner.workspace_bytes)
         self.foresight.warm_up()
         self.grammars.warm_up()
 

@@ -151,7 +151,7 @@ class MemoryPlan:
         pages = min(wanted, budget // page - 1)
         if pages < needed:
             raise CapacityError(
-                f"the KV cache can have {format_bytes(max(budget, 0))}; one sequence of {max_model_len or 2} tokens "
+                f"the KV cache can have {format_bytes(max(budget, 0))}; one sequence of {max_model_len or 2:,} tokens "
                 f"needs {format_bytes((needed + 1) * page)}"
             )
         is_bound = kv_memory is None and pages < wanted

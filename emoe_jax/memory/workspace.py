@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from emoe_jax.device import step
-from emoe_jax.device.compiling import MemoryShapes, compile_choices
+from emoe_jax.device.compiling import MemoryShapes, bytes_beside, compile_choices
 from emoe_jax.device.executables import Executables
 from emoe_jax.device.inputs import StepInputs
 from emoe_jax.device.kv_cache import new_cache
@@ -63,7 +63,7 @@ def step_workspace(model: Decoder, plan: MemoryPlan, buckets: Buckets, executabl
     """
     without, *_, largest = buckets.shapes[len(buckets.sequences) - 1 :]
     compile_steps(model, plan, buckets, executables, (without, largest))
-    return int(executables.workspace_bytes * MARGIN) + buckets.table_bytes
+    return int(executables.workspace_bytes * MARGIN) + bytes_beside(buckets, model.config.vocab_size)
 
 
 def compile_steps(

@@ -127,7 +127,9 @@ class Footprint:
         longest, most = self._room(plan.device_bytes, parts, context)
         problem = None
         if plan.num_pages - 1 < self.batch * pages_for(context):
-            problem = f"the KV cache has room for {most} sequences of {context} tokens at once, not for {self.batch}"
+            problem = (
+                f"the KV cache has room for {most:,} sequences of {context:,} tokens at once, not for {self.batch:,}"
+            )
         return Fit(parts, sum(plan.capacities), context, longest, most, problem)
 
     def largest_share(self, target: Target) -> float | None:

@@ -13,6 +13,9 @@ from emoe_jax.planning.targets import Target, cards_by_size
 PROMPT = 1024
 """Tokens that a sequence has behind it where times are predicted and nothing is said."""
 
+LARGER = "no --expert-memory, --expert-format, --context or --batch fits: take a larger device"
+"""What to change where the weights alone, or top-k experts of each layer, are too much."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Load:
@@ -75,6 +78,7 @@ class Plan:
     load: Load
     fit: Fit
     speed: Speed
+    """Times of what fits; of what does not, they would be of a device with more room."""
     smallest_device: str | None
     """The known card of the least memory on which the model fits and meets the objectives; None where there is none."""
     advice: tuple[str, ...]
@@ -87,13 +91,14 @@ class Plan:
         return None if is_open else self.fit.fits and self.speed.meets(self.load)
 
     def as_json(self) -> dict[str, Any]:
-        """Numbers by name, for programs."""
+        """Numbers by name, for programs. What does not fit has no times."""
         config, parts, speed = self.footprint.config, self.fit.parts, self.speed
+        fits = self.fit.fits
         return {
             "model": self.model,
             "device": self.target.name,
             "device_bytes": self.target.memory_bytes,
-            "fits": self.fit.fits,
+            "fits": fits,
             "problem": self.fit.problem,
             "context": self.fit.context,
             "batch": self.footprint.batch,
@@ -105,10 +110,10 @@ class Plan:
             "resident_share": self.fit.slots / (len(config.moe_layers) * config.num_experts),
             "prompt": self.load.prompt,
             "coverage": speed.coverage,
-            "ttft_ms": speed.ttft_ms,
-            "tpot_ms": speed.tpot_ms,
-            "tpot_resident_ms": speed.tpot_resident_ms,
-            "bound": speed.bound,
+            "ttft_ms": speed.ttft_ms if fits else None,
+            "tpot_ms": speed.tpot_ms if fits else None,
+            "tpot_resident_ms": speed.tpot_resident_ms if fits else None,
+            "bound": speed.bound if fits else None,
             "meets_slo": self.meets_slo,
             "smallest_device": self.smallest_device,
             "advice": list(self.advice),
@@ -157,9 +162,11 @@ def speed_of(footprint: Footprint, fit: Fit, target: Target, load: Load) -> Spee
 
 
 def advised(footprint: Footprint, fit: Fit, speed: Speed, target: Target, load: Load) -> Iterator[str]:
-    """Changes that each would do alone, tried before they are named."""
+    """Changes that each would do alone, tried before they are named. Where none does, what does together."""
     if not fit.fits:
-        yield from _room_for_all(footprint, fit, target, load)
+        alone = list(_room_for_all(footprint, fit, target, load))
+        is_open = load.ttft_ms is None and load.tpot_ms is None
+        yield from alone or list(_room_for_one(footprint, target, load)) or ([LARGER] if is_open else [])
     elif load.tpot_ms is not None and speed.tpot_ms > load.tpot_ms:
         yield from _faster(footprint, fit, speed, target, load)
 
@@ -182,10 +189,23 @@ def _room_for_all(footprint: Footprint, fit: Fit, target: Target, load: Load) ->
     context, batch = fit.max_context, fit.max_batch
     shorter = dataclasses.replace(load, prompt=min(load.prompt, context))
     if context >= 2 and does(dataclasses.replace(options, max_model_len=context), shorter):
-        yield f"--context {context} fits: the longest sequences, {footprint.batch} at once"
+        yield f"--context {context} fits: the longest sequences, {footprint.batch:,} at once"
     fewer = dataclasses.replace(load, batch=batch)
     if 0 < batch < footprint.batch and does(dataclasses.replace(options, max_num_seqs=batch), fewer):
-        yield f"--batch {batch} fits: as many sequences of {fit.context} tokens as have room at once"
+        yield f"--batch {batch} fits: as many sequences of {fit.context:,} tokens as have room at once"
+
+
+def _room_for_one(footprint: Footprint, target: Target, load: Load) -> Iterator[str]:
+    options = dataclasses.replace(footprint.options, max_num_seqs=1)
+    for expert_format in dict.fromkeys((options.expert_format, "int8")):
+        flags = "" if expert_format == options.expert_format else " --expert-format int8"
+        other = dataclasses.replace(options, expert_format=expert_format)
+        share = footprint.with_options(other).largest_share(target)
+        if share is None:
+            continue
+        changed = footprint.with_options(dataclasses.replace(other, expert_memory=f"{share:g}%"))
+        if _suits(changed, target, dataclasses.replace(load, batch=1)):
+            yield f"--batch 1 --expert-memory {share:g}%{flags} fits: no one change alone does"
 
 
 def _faster(footprint: Footprint, fit: Fit, speed: Speed, target: Target, load: Load) -> Iterator[str]:

@@ -24,7 +24,7 @@ MAX_LOGIT_BIAS = 1024
 """Tokens of one request that `logit_bias` may name."""
 
 
-INT32 = 2**31 - 1
+INT32, INT64 = 2**31 - 1, 2**63 - 1
 TOKEN_ID = Bounds(0, INT32)
 BIAS = Bounds(-100, 100)
 MILLISECONDS = Bounds(0, 1e9, open_low=True)
@@ -85,7 +85,7 @@ class SamplingParams(Parameters):
         1.0, "what logits of tokens of prompt and answer are divided by", low=0, high=100, open_low=True
     )
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
-    seed: int | None = option(None, "of the draws", low=-(2**63), high=2**63 - 1)
+    seed: int | None = option(None, "of the draws", low=-1 - INT64, high=INT64)
     n: int = option(1, "answers to the prompt", low=1, high=MAX_N)
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()

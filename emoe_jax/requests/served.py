@@ -7,6 +7,8 @@ from jaxtyping import Float, Int, Shaped
 
 MOST_KEPT = 32
 """Tokens of one answer whose logits are kept: a row over the vocabulary for each."""
+MOST_AUDITED = 16
+"""Answers under way whose logits are kept, at most: twice as many as may wait for their audits."""
 
 
 class ServedLogits:

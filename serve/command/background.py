@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 import httpx
 from rich.console import Console
@@ -24,14 +25,23 @@ READY_SECONDS = 1800.0
 STOP_SECONDS = 10.0
 
 
-def model_names(url: str, api_key: str | None) -> list[str] | None:
-    """The names that a server's model has; None where no server answers. Raises `ChatFailed` where it refuses."""
+class Served(NamedTuple):
+    """What a server says of its model."""
+
+    names: list[str]
+    tasks: list[str] | None
+    """Those that a message may name; None where it may name any, or of another server."""
+
+
+def served_by(url: str, api_key: str | None) -> Served | None:
+    """What a server serves; None where none answers. Raises `ChatFailed` where it refuses."""
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
     try:
         response = httpx.get(f"{url}/v1/models", headers=headers, timeout=5.0, trust_env=False)
         if response.status_code == 401:
             raise ChatFailed(f"{url} asks for a key; give its --api-key")
-        return [str(model["id"]) for model in response.json()["data"]]
+        models = response.json()["data"]
+        return Served([str(model["id"]) for model in models], models[0].get("tasks"))
     except httpx.InvalidURL as error:
         raise ChatFailed(f"{url} is no URL: {error}") from None
     except (httpx.HTTPError, ValueError, LookupError, TypeError):
@@ -68,15 +78,21 @@ def _ready_url(process: subprocess.Popen[bytes], log: Path, report: Callable[[st
     while time.monotonic() < deadline:
         ended = process.poll() is not None
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        sentences = [line for line in lines if not is_of_a_table(line)]
         for line in lines:
             if line.startswith("Serving on "):
                 return line.split()[-1]
         if ended:
             last = lines[-1].removeprefix("error: ") if lines else "it printed nothing"
             raise ChatFailed(f"the server did not start: {last}")
-        report(lines[-1] if lines else "")
+        report(sentences[-1] if sentences else "")
         time.sleep(0.1)
     raise ChatFailed(f"the server was not ready within {READY_SECONDS:.0f} s")
+
+
+def is_of_a_table(line: str) -> bool:
+    """Whether a line that a server prints is a row or a border of its table: by itself it says nothing."""
+    return line[:1] in "┌├└│┏┡┗┃+|"
 
 
 @contextlib.contextmanager

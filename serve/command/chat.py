@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console
 
@@ -13,7 +14,7 @@ from emoe_jax.demo import MISSING, demo_model, is_missing
 from emoe_jax.errors import ConfigError, one_line
 from emoe_jax.option_fields import Options, option
 from emoe_jax.requests.contract import CONTRACTS, RoutingContract
-from serve.command.background import URL, model_names, started
+from serve.command.background import URL, served_by, started
 from serve.command.conversation import TIMEOUT, Asking, ChatFailed, Conversation
 from serve.command.screen import AsJson, Plain, Screen, Terminal
 from serve.command.served_state import residency_line
@@ -72,18 +73,22 @@ def main(arguments: Sequence[str] | None = None, command: str = COMMAND) -> int:
 def _run(target: str | None, options: ChatOptions, server_arguments: Sequence[str]) -> int:
     import httpx
 
-    notes = Console(stderr=True)
+    notes = console_of(sys.stderr)
     with _server(target, options.api_key, server_arguments, notes) as url:
         headers = {} if options.api_key is None else {"Authorization": f"Bearer {options.api_key}"}
         with httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT, trust_env=False) as http:
+            served = served_by(url, options.api_key)
             asking = Asking(
-                model=(model_names(url, options.api_key) or [""])[0],
+                model="" if served is None else served.names[0],
+                tasks=None if served is None else served.tasks,
                 system=options.system,
                 task=options.task,
                 routing=options.routing,
                 max_tokens=options.max_tokens,
                 temperature=options.temperature,
             )
+            if options.task is not None:
+                asking.check_task(options.task, "--task")
             conversation = Conversation(http, asking)
             if sys.stdin.isatty():
                 notes.print(f"{url}: {HELP}", style="dim", markup=False, highlight=False)
@@ -94,7 +99,12 @@ def screen_of(options: ChatOptions, notes: Console) -> Screen:
     """Where answers go, by the options and by what stdout is."""
     if options.json:
         return AsJson(notes)
-    return Terminal(Console()) if sys.stdout.isatty() else Plain(Console())
+    return (Terminal if sys.stdout.isatty() else Plain)(console_of(sys.stdout))
+
+
+def console_of(file: TextIO) -> Console:
+    """Wraps lines at the width of a terminal, and nowhere else."""
+    return Console(file=file, soft_wrap=not file.isatty())
 
 
 @contextlib.contextmanager
@@ -102,7 +112,7 @@ def _server(target: str | None, api_key: str | None, arguments: Sequence[str], n
     """The address of the server that was named, of one that serves the model, or of one that is started for it."""
     if target is not None and re.match(r"https?://", target):
         url = target.rstrip("/").removesuffix("/v1")
-        if model_names(url, api_key) is None:
+        if served_by(url, api_key) is None:
             raise ChatFailed(f"no server answers at {url}; give a model to start one, or `emoe serve`")
         if arguments:
             raise ConfigError(f"flags after -- are for a server that is started; {url} runs")
@@ -112,11 +122,11 @@ def _server(target: str | None, api_key: str | None, arguments: Sequence[str], n
     if is_missing(model):
         raise ConfigError(MISSING)
     try:
-        names = model_names(URL, api_key)
+        served = served_by(URL, api_key)
     except ChatFailed:  # one that asks for a key is none that this chat could mean
-        names = None
-    if names is not None and not arguments and (target is None or Path(model).resolve().name in names):
-        notes.print(f"a server runs at {URL}: {', '.join(names)}", style="dim", markup=False, highlight=False)
+        served = None
+    if served is not None and not arguments and (target is None or Path(model).resolve().name in served.names):
+        notes.print(f"a server runs at {URL}: {', '.join(served.names)}", style="dim", markup=False, highlight=False)
         yield URL
         return
     keys = [] if api_key is None else ["--api-key", api_key]
@@ -194,7 +204,10 @@ def obey(conversation: Conversation, text: str) -> str:
         conversation.messages.clear()
         return "the conversation begins anew"
     if command == "/task" and rest:
-        asking.task = None if rest == "auto" else rest
+        try:
+            asking.task = None if rest == "auto" else asking.check_task(rest)
+        except ConfigError as error:
+            return f"{error}, or auto"
         return f"task: {rest}"
     if command == "/contract" and rest in (*CONTRACTS, "default"):
         asking.routing = None if rest == "default" else rest

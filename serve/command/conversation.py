@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import httpx
 
-from emoe_jax.errors import EmoeError
+from emoe_jax.errors import ConfigError, EmoeError
 from serve.command.served_state import between
 
 TIMEOUT = httpx.Timeout(300.0, connect=5.0)
@@ -71,6 +71,14 @@ class Asking:
     routing: str | None = None
     max_tokens: int | None = None
     temperature: float | None = None
+    tasks: list[str] | None = None
+    """Those that the server knows; None where it takes any."""
+
+    def check_task(self, task: str, name: str = "task") -> str:
+        """The task. Raises `ConfigError`, with the name of what was given, for one that the server does not know."""
+        if self.tasks is not None and task not in self.tasks:
+            raise ConfigError(f"{name} is {task[:64]!r}; expected one of {', '.join(self.tasks)}")
+        return task
 
 
 class Conversation:

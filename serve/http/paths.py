@@ -15,6 +15,7 @@ OWN_PATHS = (
     "/tokenize",
     "/v1/chat/completions",
     "/v1/completions",
+    "/v1/emoe/replicas",
     "/v1/emoe/state",
     "/v1/health",
     "/v1/messages",

@@ -3,11 +3,15 @@ it finds these names here.
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 ATTAINED, ANSWERS, GOAL = "attained", "answers", "goal"
 """What replicas record for the autoscaling: answers that kept their deadlines, those that had any, the share wanted."""
 SERVES = "serves"
-"""What replicas publish: by task, how much of its routing the resident experts cover."""
+"""What replicas publish, and routers go by: by task, how much of its routing the resident experts cover."""
+FLEET = "/v1/emoe/replicas"
+"""The path that tells what replicas publish. The router adds that to such a call."""
 REPLICA = b"x-emoe-replica"
 """The header that names the replica: in an answer, the one that gave it; in a request, the one that should."""
 TASK = b"x-emoe-task"
@@ -27,3 +31,5 @@ class Call:
     task: str | None = None
     replica: str | None = None
     """The one that should answer, if it lives."""
+    fleet: Sequence[Mapping[str, Any]] = ()
+    """What the router knows of each replica, for a call of `FLEET`."""

@@ -74,8 +74,19 @@ class LocalServer:
                 task.cancel()
 
     async def published(self) -> dict[str, Any]:
-        """By task, how much of its routing the resident experts cover."""
-        return {SERVES: (await self._state())["planner"].get("serves", {})}
+        """By task, how much of its routing the resident experts cover; and coverage, queue and answers so far, for the
+        dashboard.
+        """
+        state = await self._state()
+        residency, scheduler = state["residency"], state["scheduler"]
+        return {
+            SERVES: state["planner"].get("serves", {}),
+            "coverage": state["planner"].get("coverage_recent"),
+            "resident_share": residency["share"],
+            "running": scheduler["running"],
+            "waiting": scheduler["waiting"],
+            "answers": scheduler["slo"]["ended"],
+        }
 
     async def deadlines(self, goal: float) -> dict[str, float]:
         """Answers with a deadline since the last call, those of them that kept it, and the share that is the goal."""
@@ -115,4 +126,5 @@ def scope_of(call: Call) -> dict[str, Any]:
         "headers": call.headers,
         "client": call.client,
         "server": None,
+        "state": {"fleet": call.fleet},
     }

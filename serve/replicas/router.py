@@ -1,5 +1,6 @@
 """How Ray Serve chooses a replica and their number. It loads no JAX: routers run where no engine is."""
 
+import dataclasses
 import random
 from typing import Any
 
@@ -8,7 +9,7 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 
 from emoe_jax.scheduling.replicas import THRESHOLD, Asked, Candidate, make_routing
 from emoe_jax.scheduling.scaling import wanted_replicas
-from serve.replicas.call import ANSWERS, ATTAINED, GOAL, SERVES, Call
+from serve.replicas.call import ANSWERS, ATTAINED, FLEET, GOAL, SERVES, Call
 
 
 class ReplicaRouter(RequestRouter):
@@ -27,20 +28,27 @@ class ReplicaRouter(RequestRouter):
         replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         if not replicas:
             return []
+        if pending_request is not None and isinstance(call, Call) and call.path.rstrip("/").endswith(FLEET):
+            known = [self._known(name, replica) for name, replica in sorted(replicas.items())]
+            pending_request.args = [dataclasses.replace(call, fleet=known), *pending_request.args[1:]]
         if isinstance(call, Call) and call.replica is not None:
             return [[replicas[call.replica]]] if call.replica in replicas else [candidate_replicas]
         candidates = [
-            Candidate(
-                name,
-                self.replica_queue_len_cache.get(replica.replica_id) or 0,
-                (replica.routing_stats or {}).get(SERVES),
-            )
+            Candidate(name, self._load(replica), (replica.routing_stats or {}).get(SERVES))
             for name, replica in replicas.items()
         ]
         asked = Asked(call.task, call.body[:256]) if isinstance(call, Call) else Asked()
         name = self._routing.choose(candidates, asked, self._rng).name
         others = [replica for other, replica in replicas.items() if other != name]
         return [[replicas[name]], others] if others else [[replicas[name]]]
+
+    def _load(self, replica: RunningReplica) -> int:
+        """Its unfinished requests."""
+        return self.replica_queue_len_cache.get(replica.replica_id) or 0
+
+    def _known(self, name: str, replica: RunningReplica) -> dict[str, Any]:
+        """The load of a replica, and what it published last."""
+        return {"name": name, "unfinished": self._load(replica), **(replica.routing_stats or {})}
 
 
 def queue_and_deadlines(context: AutoscalingContext) -> tuple[float, dict[str, Any]]:

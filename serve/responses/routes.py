@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import Response
+from pydantic import BeforeValidator
 
 from emoe_jax.errors import RequestError
 from serve.chat import begin_chat
@@ -19,6 +20,7 @@ from serve.responses.writer import ResponsesWire, ResponsesWriter
 from serve.schema import GatewayHeaders
 from serve.service import Service, until_disconnect
 from serve.stream import EventStream
+from serve.validation import named
 
 RESPONSES = "/v1/responses"
 DEFAULT_ITEMS, MAX_ITEMS = 20, 100
@@ -33,7 +35,17 @@ OR_EVENTS: dict[int | str, dict[str, Any]] = {
         "content": {"text/event-stream": {"schema": {"type": "string"}}},
     }
 }
-Limit = Annotated[int, Query(ge=1, le=MAX_ITEMS)]
+
+
+def _limit(value: Any) -> Any:
+    if not (isinstance(value, int) or (isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value))) or not (
+        1 <= int(value) <= MAX_ITEMS
+    ):
+        raise ValueError(f"is {named(value)}; expected an integer from 1 to {MAX_ITEMS}")
+    return value
+
+
+Limit = Annotated[int, Query(ge=1, le=MAX_ITEMS), BeforeValidator(_limit)]
 
 
 def responses_routes(service: Service, store: ResponseStore) -> APIRouter:

@@ -1,4 +1,4 @@
-"""What `/v1/emoe/state` says, for its documentation. The engine may know more than what is described here."""
+"""What `/v1/emoe/state` and `/v1/emoe/replicas` say, for their documentation. There may be more than is described."""
 
 from typing import Annotated
 
@@ -228,3 +228,26 @@ class EngineState(Described):
     scheduler: SchedulerState = SchedulerState()
     memory: Annotated[dict[str, int], Field(description="Bytes by purpose, all within `device`.")] = {}
     memory_trade: MemoryTradeState = MemoryTradeState()
+
+
+class ReplicaState(Described):
+    """One replica. All but the name and the unfinished requests is as it published it last; before that, it is null."""
+
+    name: Annotated[str, Field(description="As of the header x-emoe-replica.")]
+    unfinished: Annotated[int, Field(description="Requests that it was given and has not answered.")] = 0
+    serves: Annotated[
+        dict[str, float], Field(description="By task: share of its wishes that the residents are expected to cover.")
+    ] = {}
+    coverage: Annotated[float | None, Field(description="Share of the wishes of recent steps that were resident.")] = (
+        None
+    )
+    resident_share: Annotated[float | None, Field(description="Slots over all experts.")] = None
+    running: Annotated[int | None, Field(description="Sequences at present.")] = None
+    waiting: Annotated[int | None, Field(description="Sequences at present.")] = None
+    answers: Annotated[int | None, Field(description="Answers that have ended, since its start.")] = None
+
+
+class FleetState(Described):
+    """The replicas under Ray Serve, by their names."""
+
+    replicas: list[ReplicaState] = []

@@ -7,6 +7,7 @@ import pytest
 from scipy.special import log_softmax, rel_entr
 
 from emoe_jax import Engine, SamplingParams
+from emoe_jax.audit import auditor
 from emoe_jax.requests.served import MOST_KEPT
 from tests.engines import EngineFactory
 
@@ -134,6 +135,22 @@ def test_audits_make_no_room_where_there_is_none(audited: Engine, monkeypatch: p
     finish_audits(audited)
     after = audited.state()["audit"]
     assert after["given_up"] == before["given_up"] + before["waiting"]
+
+
+def test_few_answers_keep_their_logits_at_once(audited: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each keeps rows over the vocabulary, in host memory and on their way there."""
+    monkeypatch.setattr(auditor, "MOST_AUDITED", 2)
+
+    def kept(requests: range) -> list[bool]:
+        for number in requests:
+            audited.add_request(f"r{number}", PROMPTS[0], GREEDY)
+        sequences = [*audited.parts.scheduler.running, *audited.parts.scheduler.waiting]
+        return [sequence.served is not None for sequence in sequences]
+
+    assert kept(range(4)) == [True, True, False, False]
+    audited.abort("r0")
+    assert kept(range(4, 5)) == [True, False, False, True]
+    finish_audits(audited)
 
 
 def test_a_target_finds_a_tolerance_and_names_it(engine_of: EngineFactory) -> None:

@@ -1,7 +1,11 @@
 """`emoe bench latency`, `throughput` and `serve`."""
 
+import contextlib
 import json
+import signal
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ import pytest
 
 from benchmarks.bench.arrivals import arrival_times
 from benchmarks.bench.serve import ServeOptions, seen
+from benchmarks.bench.target import is_failure
 from benchmarks.serving.report import Record
 from benchmarks.serving.workload import Job, Sample
 from emoe_jax import Engine
@@ -140,6 +145,45 @@ def server() -> Iterator[httpx.Client]:
         yield client
 
 
+@contextlib.contextmanager
+def mortal_server(answers: int) -> Iterator[str]:
+    """The URL of one that breaks off its next answer and closes its port, as the process does that is killed."""
+
+    class Handler(BaseHTTPRequestHandler):
+        left = answers
+
+        def log_message(self, format: str, *_: Any) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            self._send(200, b'{"data": [{"id": "mortal"}]}' if self.path == "/v1/models" else b"{}")
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            event = b'data: {"choices": [{"index": 0, "token_ids": [7]}]}\n\n'
+            if Handler.left == 0:
+                server.socket.close()
+                self._send(200, event)
+                return
+            Handler.left -= 1
+            self._send(200, event + b"data: [DONE]\n\n")
+
+        def _send(self, status: int, content: bytes) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(content)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
     path = tmp_path / "prompts.txt"
@@ -184,6 +228,64 @@ class TestServe:
         assert numbers["completed"] == 0
         assert status_of("bench", "serve", str(server.base_url), *load) == 1
         assert "errors: HTTP 400" in capsys.readouterr().out
+
+    def test_a_server_that_dies_half_way_is_1_and_one_line(
+        self, prompts: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with mortal_server(answers=3) as url:
+            load = ("--num-prompts", "6", "--prompts", str(prompts), "--arrivals", "closed", "--max-concurrency", "1")
+            status = status_of("bench", "serve", url, *load, "--max-tokens", "4", "--num-warmups", "0")
+        out, err = capsys.readouterr()
+        assert "3 of 6 requests answered" in out
+        assert (status, err.count("\n")) == (1, 1)
+        assert err.startswith(f"error: the server at {url} failed, or died, under 3 of 6 requests (")
+
+    @pytest.mark.parametrize(
+        ("kind", "expected"),
+        [
+            ("connection refused", True),
+            ("stream cut off", True),
+            ("error in the stream", True),
+            ("HTTP 500 (internal_error)", True),
+            ("HTTP 503 (unavailable)", True),
+            ("HTTP 503 (queue_full)", False),
+            ("HTTP 429", False),
+            ("no tokens", False),
+        ],
+    )
+    def test_a_refusal_is_no_failure_of_the_server(self, kind: str, expected: bool) -> None:
+        assert is_failure(kind) is expected
+
+    @pytest.mark.parametrize("wait_for", [0, 2])
+    def test_ctrl_c_reports_what_was_measured(
+        self, prompts: Path, wait_for: int, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        engine = FakeEngine(FakeTokenizer(), step_seconds=0.02)
+        ended = threading.Event()
+
+        def interrupt() -> None:
+            while len(engine.requests) < 1 + wait_for and not ended.wait(0.005):
+                pass
+            signal.raise_signal(signal.SIGINT)
+
+        with running_server(engine) as client:
+            load = ("--num-prompts", "50", "--prompts", str(prompts), "--arrivals", "closed", "--max-concurrency", "1")
+            words = ("bench", "serve", str(client.base_url), *load, "--max-tokens", "5", "--num-warmups", "0", "--json")
+            thread = threading.Thread(target=interrupt)
+            thread.start()
+            try:
+                status = status_of(*words)
+            finally:
+                ended.set()
+                thread.join()
+        out, err = capsys.readouterr()
+        assert (status, err.count("\n")) == (130, 1)
+        if wait_for:
+            numbers = json.loads(out)
+            assert (numbers["interrupted"], numbers["completed"]) == (True, wait_for)
+            assert err == f"interrupted: {wait_for} of 50 requests had ended\n"
+        else:
+            assert (out, err) == ("", "interrupted before a request was answered\n")
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

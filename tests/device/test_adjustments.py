@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emoe_jax import RequestError, SamplingParams
-from emoe_jax.device import step
+from emoe_jax.device import adjustments, step
 from emoe_jax.device.adjustments import ROOMS, TokenEdits, adjustments_of, room_for, usual_rooms
 from emoe_jax.device.sampler import most_probable
 from emoe_jax.requests.adjustment import LogitAdjustment
@@ -51,8 +51,7 @@ def test_logits_follow_the_definition(given: dict[str, Any]) -> None:
     for length in (2, 5):  # token by token, several at a time
         adjustment.update(generated[:length])
         adjustment.update(generated[:length])
-    edits, room = TokenEdits.pack([None, adjustment], 2, V)
-    assert edits is not None
+    [(edits, room)] = TokenEdits.pack([None, adjustment], 2, V)
     adjusted = np.asarray(step.edit_logits(logits, edits, room=room))
     np.testing.assert_array_equal(adjusted[0], logits[0])
     np.testing.assert_allclose(adjusted[1], reference(logits[1], params, PROMPT, generated), atol=1e-5)
@@ -83,16 +82,32 @@ def test_every_token_changes_once(
 
 def test_what_is_sent_goes_by_what_changes() -> None:
     """Not by the vocabulary, where that is large."""
-    rooms = {1: ROOMS[0], ROOMS[0]: ROOMS[0], ROOMS[0] + 1: ROOMS[1], ROOMS[-1] + 1: 2**21}
+    rooms = {1: ROOMS[0], ROOMS[0]: ROOMS[0], ROOMS[0] + 1: ROOMS[1], ROOMS[-1] + 1: ROOMS[-1]}
     assert {count: room_for(count, 2**30) for count in rooms} == rooms
     assert usual_rooms(2**30) == list(ROOMS)
     assert usual_rooms(700) == [512, 700]
     assert usual_rooms(V) == [V]
     for vocab_size in (2000, 200_000):
         adjustment = LogitAdjustment(SamplingParams(repetition_penalty=1.1), PROMPT, vocab_size)
-        edits, room = TokenEdits.pack([adjustment] * 4, 4, vocab_size)
-        assert edits is not None
+        [(edits, room)] = TokenEdits.pack([adjustment] * 4, 4, vocab_size)
         assert (room, edits.nbytes) == (ROOMS[0], 4 * (3 * ROOMS[0] + 4) + ROOMS[0])
+
+
+def test_more_changes_than_are_sent_at_once_are_sent_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many prompts as run may be penalised, each with thousands of tokens: no buffer grows with them."""
+    monkeypatch.setattr(adjustments, "ROOMS", (4, 16))
+    logits = np.random.default_rng(0).normal(size=(3, V)).astype(np.float32)
+    params = [SamplingParams(repetition_penalty=2.0), SamplingParams(repetition_penalty=1.5, logit_bias={60: 3.0})]
+    prompts = [list(range(30)), list(range(20, 45))]
+    rows = [LogitAdjustment(*each, V) for each in zip(params, prompts, strict=True)]
+    packed = TokenEdits.pack([rows[0], None, rows[1]], 3, V)
+    assert [room for _, room in packed] == [16] * 4  # 30 tokens and 26
+    adjusted = logits
+    for edits, room in packed:
+        adjusted = np.asarray(step.edit_logits(adjusted, edits, room=room))
+    expected = [*map(reference, logits[[0, 2]], params, prompts, [[], []])]
+    expected.insert(1, logits[1])
+    np.testing.assert_allclose(adjusted, expected, atol=1e-5)
 
 
 def test_neutral_parameters_adjust_nothing() -> None:
@@ -105,11 +120,11 @@ def test_log_probabilities_stay_raw() -> None:
     logits = np.random.default_rng(1).normal(size=(1, V)).astype(np.float32)
     params = SamplingParams(temperature=0, logit_bias={7: 100})
     sequence = Sequence("a", PROMPT, params, adjustment=LogitAdjustment.of(params, PROMPT, V))
-    adjustments = adjustments_of([sequence], 1, V)
-    assert adjustments is not None
-    assert adjustments.edits is not None
-    assert adjustments.allowed is None
-    tokens = most_probable(step.edit_logits(logits, adjustments.edits, room=adjustments.room))
+    found = adjustments_of([sequence], 1, V)
+    assert found is not None
+    [(edits, room)] = found.edits
+    assert found.allowed is None
+    tokens = most_probable(step.edit_logits(logits, edits, room=room))
     assert tokens[0] == 7
     chosen = step.chosen_logprobs(logits, tokens)
     raw = jax.nn.log_softmax(logits[0])

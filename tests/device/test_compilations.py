@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from emoe_jax import Engine, SamplingParams
+from emoe_jax.experts.pieces import staging_bytes
 from emoe_jax.memory import trade
 from emoe_jax.predictor import Predictor, PredictorConfig, Prompts, network
 from emoe_jax.requests.contract import RoutingContract
@@ -108,6 +109,9 @@ def test_loads_ahead_within_a_step(tiny_checkpoint: Path) -> None:
     with heard_compilations() as heard, Engine.load(tiny_checkpoint, **options) as engine:
         engine.warm_up()
         assert heard
+        memory, runner = engine.memory, engine.parts.runner
+        assert memory.workspace_bytes == staging_bytes(memory.sizes.slot) + runner.workspace_bytes
+        assert runner.workspace_bytes > runner.executables.workspace_bytes
         heard.clear()
         for number in range(6):
             prompts = [list(range(1, 2 + number * 3)), [number] * 9]

@@ -11,7 +11,7 @@ from flax import nnx
 from emoe_jax import Engine
 from emoe_jax.device.batch import UNCACHED_ROWS, uncached_shape
 from emoe_jax.engine.quality import Quality
-from emoe_jax.models import save_checkpoint
+from emoe_jax.models import config_from_hf, save_checkpoint
 from tests.device.test_lowering import Pieces
 from tests.engines import TINY, random_model
 from tests.models.loaded import load
@@ -81,3 +81,12 @@ def test_a_layer_s_temporaries_grow_with_the_length_at_most() -> None:
         uncached.append(lowered.compile().memory_analysis().temp_size_in_bytes)
     assert uncached[1] < 2.3 * uncached[0]
     assert uncached[1] < pieces.config.num_heads * 4096 * 4096
+
+
+def test_logits_of_a_scored_prompt_exist_for_some_of_its_rows() -> None:
+    config = config_from_hf(RAW | {"vocab_size": 5000})
+    temporaries = []
+    for rows in (64, 512):
+        jitted, arguments, statics = Pieces(uncached_shape(rows, 0), 3, config, "cpu").prompt_logprobs()
+        temporaries.append(jitted.lower(*arguments, **statics).compile().memory_analysis().temp_size_in_bytes)
+    assert temporaries[1] - temporaries[0] < 0.1 * 4 * (512 - 64) * config.vocab_size

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emoe_jax.amounts import format_bytes, parse_expert_memory
+from emoe_jax.amounts import format_bytes, format_number, parse_expert_memory
 from emoe_jax.config import ModelConfig
 from emoe_jax.errors import CapacityError, ConfigError
 from emoe_jax.experts.record_format import RecordFormat
@@ -116,3 +116,14 @@ def test_format_bytes():
         "6 GiB",
         "5 TiB",
     ]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (0.5, "0.5"), (12.0, "12"), (999.94, "999.9"), (1234.56, "1,235"), (123456.7, "123,500"),
+        (1234567, "1,234,567"), (0.0, "0"),
+    ],
+)  # fmt: skip
+def test_numbers_have_four_digits_and_commas(value: float, expected: str) -> None:
+    assert format_number(value) == expected

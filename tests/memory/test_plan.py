@@ -5,12 +5,18 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emoe_jax import Engine, SamplingParams
+from emoe_jax.device.compiling import bytes_beside
+from emoe_jax.device.executables import Executables
 from emoe_jax.device.kv_cache import page_bytes
+from emoe_jax.device.shapes import Buckets
 from emoe_jax.errors import CapacityError, ConfigError
 from emoe_jax.experts.pieces import staging_bytes
 from emoe_jax.memory.plan import (
@@ -226,10 +232,7 @@ def test_where_memory_is_tight_steps_are_compiled_before_it_is_split(tiny_checkp
         assert memory["kv_cache"] >= 7 * PAGE
         assert memory["workspace"] + memory["kv_cache"] > STAGING + 700_000 - PAGE  # nothing lies idle
         assert len(engine.generate([3, 4, 5], SamplingParams(max_tokens=2, ignore_eos=True))[0].token_ids) == 2
-        assert (
-            engine.memory.measured(engine.parts.runner.executables.workspace_bytes).workspace_bytes
-            <= memory["workspace"]
-        )
+        assert engine.memory.measured(engine.parts.runner.workspace_bytes).workspace_bytes <= memory["workspace"]
     with pytest.raises(CapacityError):  # all but what a step takes fits
         Engine.load(tiny_checkpoint, device_memory=device_for(4, 0, 60_000), max_model_len=96, **options)
 
@@ -256,3 +259,15 @@ def test_a_budget_is_within_the_device() -> None:
         usable_memory("1024TiB")
     with pytest.raises(ConfigError, match="device_memory"):
         usable_memory("40%")
+
+
+def test_workspace_has_what_comes_from_the_host_and_what_stays() -> None:
+    """Sent arguments are there twice: those of two steps. Block tables and logits for audits stay beside them."""
+    executables, place = Executables(), jax.ShapeDtypeStruct((1000,), np.float32)
+    executables.compile(jax.jit(jnp.sum), 0, place)
+    before = executables.workspace_bytes
+    executables.compile(jax.jit(lambda there, sent: there.sum() + sent.sum()), 0, place, np.zeros(1000, np.float32))
+    assert executables.workspace_bytes >= before + 2 * 4000
+    small, large = Buckets.of(4, 64, 96), Buckets.of(256, 64, 131_072)
+    assert bytes_beside(small, 1000) == 2 * 4 * 1000 * 4
+    assert bytes_beside(large, 1000) == 4 * 512 * 8192 + 2 * 16 * 1000 * 4

@@ -70,6 +70,13 @@ def running_server(
         root_path=root_path,
         keep_alive=keep_alive,
     )
+    with serving(app, read_timeout=read_timeout, send_timeout=send_timeout) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def serving(app: Any, *, read_timeout: float = 30.0, send_timeout: float = 60.0) -> Iterator[httpx.Client]:
+    """A client of an ASGI application that uvicorn runs."""
     config = HttpConfig(app, read_timeout=read_timeout, send_timeout=send_timeout, log_level="critical")
     server = uvicorn.Server(config)
     listener = bind("127.0.0.1", 0)

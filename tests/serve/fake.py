@@ -20,6 +20,8 @@ EOS = 0
 class FakeTokenizer:
     """Token id = code point. The chat template writes `role:content;` and ends with `assistant:`."""
 
+    shows_tools = True
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [1] * add_special_tokens + [min(ord(character), VOCAB_SIZE - 1) for character in text]
 

@@ -184,6 +184,16 @@ def test_bad_bodies_name_the_field(client: httpx.Client, path: str, body: Any, p
         (CHAT, {"messages": [{"role": "wizard", "content": "a"}]}, "messages[0].role", "role is 'wizard'; expected"),
         (CHAT, {"messages": HELLO, "tool_choice": "maybe"}, "tool_choice", "tool_choice is 'maybe'; expected"),
         (CHAT, {"messages": HELLO, "tool_choice": "a b"}, "tool_choice", "tool_choice is a string; expected"),
+        *(
+            (path, {**body, "seed": seed}, "seed", f"{found}; expected an integer from {-(2**63)} to {2**63 - 1}")
+            for path, body in (
+                (COMPLETIONS, {"prompt": "a"}),
+                (CHAT, {"messages": HELLO}),
+                ("/v1/responses", {"input": "a"}),
+            )
+            for seed in (2**63, -(2**63) - 1, 10**40)
+            for found in ("seed is an integer beyond 64 bits",)
+        ),
         (CHAT, {"messages": HELLO, "temperature": "hot"}, "temperature", "temperature is a string; expected a number"),
     ],
 )
@@ -323,3 +333,14 @@ def test_api_keys(start_server: StartServer) -> None:
                 models = guarded.get("/v1/models", headers=headers)
                 assert [card.id for card in ModelList.model_validate_json(models.text).data] == ["fake", "alias"]
                 assert guarded.post(COMPLETIONS, json={"prompt": "hi"}, headers=headers).status_code == 200
+
+
+def test_more_log_probabilities_than_memory_has_room_for(start_server: StartServer) -> None:
+    """Each number is within its bounds; what they come to is not."""
+    body = {"prompt": ["a"] * 15, "n": 64, "max_tokens": 390, "logprobs": 20}
+    with start_server(FakeEngine(FakeTokenizer()), max_model_len=400) as client:
+        error = error_of(client.post(COMPLETIONS, json=body), 400)
+        assert error["param"] == "logprobs"
+        assert f"may have {15 * 64 * 390 * 21} log probabilities" in error["message"]
+        assert f"at most {2**22} are taken" in error["message"]
+        assert client.post(COMPLETIONS, json={**body, "n": 1, "max_tokens": 2}).status_code == 200

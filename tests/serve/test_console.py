@@ -49,6 +49,10 @@ def test_host_memory_is_named_where_there_is_any(host: int, shown: bool) -> None
     [
         ({}, "predictor +│ none, so residency follows what routers choose"),
         ({"predictor": "/m/[x]/predictor"}, r"predictor +│ /m/\[x\]/predictor"),
+        (
+            {"shows_tools": False},
+            "tools +│ the chat template does not show them: tools are refused, but for forced calls",
+        ),
         ({"kernels": "default"}, "MoE kernels +│ default tile sizes; `emoe bench kernels` chooses those"),
         ({"kernels": Path("/c/h100.json")}, "MoE kernels +│ tile sizes measured on this device: /c/h100.json"),
     ],

@@ -13,8 +13,9 @@ import httpx
 import pytest
 
 from serve.dashboard import PAGE
-from tests.serve.conftest import StartServer
+from tests.serve.conftest import StartServer, serving
 from tests.serve.fake import FakeEngine, FakeTokenizer
+from tests.serve.fleet import Fleet
 from tests.serve.states import engine_state
 
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -136,6 +137,11 @@ def test_a_chat_and_the_slab(browser: Any, start_server: StartServer, scheme: st
         lost = "bounded, qa 11 1.004× (1.002–1.006) 0.970 (0.950–0.990) 0.0040 (0.0020–0.0060) 0.21"
         assert page.get_by_role("row", name=lost).is_visible()
         assert page.get_by_text("256 steps judged, 12 left out").is_visible()
+        assert page.locator("#model").inner_text() == "fake · mixtral · resident · emoe"
+        unaudited = "resident, sum 1 1.650× 0.600 0.5000 –"
+        assert page.get_by_role("row", name=unaudited, exact=True).is_visible()
+        assert page.get_by_text("1 % of the answers are audited").is_visible()
+        assert page.get_by_role("heading", name="Replicas").count() == 0  # of a single server nothing of them is shown
         assert not complaints
         page.close()
     assert [request["routing"] for request in engine.requests] == ["exact"]
@@ -170,5 +176,46 @@ def test_what_answers_say_is_text(browser: Any, start_server: StartServer) -> No
         page.keyboard.press("Enter")
         page.get_by_text("<img src=x").wait_for()
         assert page.locator("img").count() == 0
+        assert not complaints
+        page.close()
+
+
+class ReplicaEngine(LivelyEngine):
+    """Of one replica: its residents serve some tasks better than others."""
+
+    def __init__(self, serves: dict[str, float], ended: int, experts: list[list[int]]):
+        super().__init__(FakeTokenizer())
+        self._changes = serves, ended, experts
+
+    def state(self) -> dict[str, Any]:
+        state = super().state()
+        state["planner"]["serves"], state["scheduler"]["slo"]["ended"], state["residency"]["experts"] = self._changes
+        return state
+
+
+def test_replicas_and_the_one_that_is_shown(browser: Any) -> None:
+    fleet = Fleet(
+        {
+            "north": ReplicaEngine({"qa": 0.8, "conv": 0.4}, 30, [[0], [2, 3]]),
+            "south": ReplicaEngine({"qa": 0.3, "sum": 0.6}, 10, [[0, 1], [2, 3]]),
+        }
+    )
+    with serving(fleet) as client:
+        page, complaints = opened(browser, client)
+        page.get_by_role("row", name="south (shown below) 10 25 % 1 2 1 50 % 87 % – 30 % 60 %", exact=True).wait_for()
+        assert page.get_by_role("row", name="north 30 75 % 1 2 1 50 % 87 % 40 % 80 % –", exact=True).is_visible()
+        assert page.get_by_text("2 replicas, 40 answers").is_visible()
+        assert page.locator("#replica-columns").inner_text().split()[-3:] == ["conv", "qa", "sum"]
+        assert page.get_by_text("4 of 8 experts resident").is_visible()
+        page.get_by_label("Show below").select_option("north")
+        page.get_by_role("row", name="north (shown below)").wait_for()
+        assert page.get_by_text("3 of 8 experts resident").is_visible()
+        page.get_by_label("Message").fill("hello")
+        page.get_by_role("button", name="Send").click()
+        page.get_by_text("by replica south").wait_for()  # the chat goes to whichever replica is given it
+        fleet.servers.pop("north")
+        page.get_by_role("row", name="south (shown below) 10 100 %").wait_for()
+        assert page.get_by_text("1 replica, 10 answers").is_visible()
+        assert page.get_by_text("4 of 8 experts resident").is_visible()
         assert not complaints
         page.close()

@@ -20,8 +20,8 @@ from tests.serve.test_server import COMPLETIONS, wait_until
 
 HELLO = [{"role": "user", "content": "hello"}]
 GET_PATHS = (
-    "/", "/health", "/v1/health", "/ready", "/metrics", "/v1/models", "/v1/models/alias", "/v1/emoe/state", "/docs",
-    "/redoc", "/openapi.json",
+    "/", "/health", "/v1/health", "/ready", "/metrics", "/v1/models", "/v1/models/alias", "/v1/emoe/state",
+    "/v1/emoe/replicas", "/docs", "/redoc", "/openapi.json",
 )  # fmt: skip
 POST_BODIES: dict[str, dict[str, Any]] = {
     COMPLETIONS: {"prompt": "hi", "max_tokens": 3},

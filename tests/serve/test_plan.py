@@ -12,6 +12,7 @@ from benchmarks import planning
 from emoe_jax.option_fields import options_of
 from emoe_jax.planning import fit
 from emoe_jax.planning.catalogue import known_models
+from emoe_jax.planning.plan import LARGER
 from emoe_jax.planning.targets import CARDS, Target
 from serve import emoe, planned
 from serve import plan as command
@@ -66,6 +67,7 @@ def test_what_does_not_fit_ends_with_1_and_says_what_would(run: Run) -> None:
     assert plan["memory_bytes"]["total"] > plan["device_bytes"]
     assert any("--expert-format int8" in line for line in plan["advice"])
     assert plan["smallest_device"] == "a100-80gb"
+    assert {plan[name] for name in ("ttft_ms", "tpot_ms", "tpot_resident_ms", "bound")} == {None}
 
 
 def test_advice_that_would_not_do_is_not_named(run: Run) -> None:
@@ -73,6 +75,16 @@ def test_advice_that_would_not_do_is_not_named(run: Run) -> None:
     _, plan = run("mixtral-8x7b", "--device", "rtx4090", "--expert-memory", "100%", "--context", "8192")
     assert [line.partition(" fits")[0].rpartition(" ")[2] for line in plan["advice"]] == ["int8"]
     assert plan["advice"][0].startswith("--expert-memory ")
+
+
+def test_where_one_change_does_not_do_two_are_named(run: Run) -> None:
+    asked = ("mixtral-8x7b", "--device", "rtx4090", "--expert-memory", "60%", "--context", "8192", "--batch", "64")
+    _, plan = run(*asked)
+    line = plan["advice"][0]
+    changes = line.partition(" fits")[0].split()
+    assert changes[:3] == ["--batch", "1", "--expert-memory"]
+    assert run("mixtral-8x7b", "--device", "rtx4090", "--context", "8192", *changes)[0] == 0
+    assert run("deepseek-v3", "--device", "l4")[1]["advice"] == [LARGER]
 
 
 def test_objectives_choose_the_card_and_the_status(run: Run) -> None:
@@ -140,6 +152,9 @@ def test_the_table_has_the_same_numbers(
     assert f"no: {plan['problem']}"[:100] in printed
     assert f"{plan['max_context']:,} tokens, 64 sequences at once" in printed
     assert all(f"- {line}\n" in printed for line in plan["advice"])
+    assert plan["advice"]
+    assert "what does not fit takes no steps" in printed
+    assert not re.search(r"\d ms|first token|each token", printed)
 
 
 @pytest.mark.parametrize(

@@ -19,15 +19,11 @@ with warnings.catch_warnings():
 from ray.exceptions import ActorDiedError  # pyright: ignore[reportMissingImports]
 
 from serve import ray_app
-from serve.app import create_app
-from serve.replicas.call import ANSWERS, ATTAINED, GOAL, Call
+from serve.replicas.call import ANSWERS, ATTAINED, FLEET, GOAL, Call
 from serve.replicas.gateway import Forwarder, call_of, task_of
-from serve.replicas.replica import LocalServer
 from serve.replicas.router import ReplicaRouter, queue_and_deadlines
-from serve.service import Service
-from serve.text import TextCodec
-from serve.worker import EngineWorker
-from tests.serve.fake import MAX_MODEL_LEN, VOCAB_SIZE, FakeEngine, FakeTokenizer
+from tests.serve.fake import FakeEngine, FakeTokenizer
+from tests.serve.fleet import local_server
 from tests.serve.states import engine_state
 
 CHAT = "/v1/chat/completions"
@@ -160,12 +156,6 @@ def test_a_call_has_all_of_a_request() -> None:
     assert (call.replica, call.client) == ("abc", ("::1", 7))
 
 
-def local_server(engine: FakeEngine) -> LocalServer:
-    worker = EngineWorker(engine, 100)
-    service = Service(("fake",), TextCodec(engine.tokenizer, VOCAB_SIZE, MAX_MODEL_LEN), worker, ("qa", "sum"))
-    return LocalServer(create_app(service), worker, "replica 7")
-
-
 def test_a_replica_answers_publishes_and_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeEngine, "state", lambda _: engine_state())
     server = local_server(engine := FakeEngine(FakeTokenizer()))
@@ -183,7 +173,14 @@ def test_a_replica_answers_publishes_and_counts(monkeypatch: pytest.MonkeyPatch)
     assert (b"x-emoe-replica", b"replica 7") in head["headers"]
     assert len(json.loads(b"".join(one["body"] for one in pieces))["choices"]) == 1
     assert engine.requests[0]["task"] == "sum"
-    assert published == {"serves": engine_state()["planner"]["serves"]}
+    assert published == {
+        "serves": {"qa": 0.8, "conv": 0.4},
+        "coverage": 0.87,
+        "resident_share": 0.5,
+        "running": 1,
+        "waiting": 2,
+        "answers": 4,
+    }
     slo = engine_state()["scheduler"]["slo"]
     assert counts[0] == {ATTAINED: slo["attained"], ANSWERS: slo["with_slo"], GOAL: 0.9}
     assert counts[1] == {ATTAINED: 0.0, ANSWERS: 0.0, GOAL: 0.9}
@@ -243,6 +240,23 @@ def test_a_replica_can_be_asked_by_name_while_it_lives() -> None:
     replicas = [replica("a", qa=0.4), replica("b", qa=0.8)]
     assert chosen(router({}), replicas, task="qa", replica="a") == [["a"]]
     assert chosen(router({}), replicas, replica="gone") == [["a", "b"]]
+
+
+@pytest.mark.parametrize("path", [FLEET, f"/below{FLEET}/"])
+def test_the_router_tells_what_it_knows_of_all_replicas(path: str) -> None:
+    call = Call("GET", path, b"", b"", [], b"", replica="b")
+    pending: Any = SimpleNamespace(args=[call])
+    made = router({"b": 3})
+    ranks = asyncio.run(made.choose_replicas([replica("b", qa=0.8), replica("a")], pending))
+    assert [one.replica_id.unique_id for one in ranks[0]] == ["b"]
+    (told,) = pending.args
+    assert told.fleet == [
+        {"name": "a", "unfinished": 0},
+        {"name": "b", "unfinished": 3, "serves": {"qa": 0.8}},
+    ]
+    pending.args = [dataclasses.replace(call, path=CHAT)]
+    asyncio.run(made.choose_replicas([replica("a")], pending))
+    assert pending.args[0].fleet == ()
 
 
 @pytest.mark.parametrize(

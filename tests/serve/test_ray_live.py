@@ -84,11 +84,26 @@ def replicas_of(process: int) -> list[int]:
     return found
 
 
+def published(url: str) -> dict[str, int]:
+    """Answers by replica, once both replicas have published theirs."""
+    deadline = time.monotonic() + READY_SECONDS
+    while True:
+        replicas = httpx.get(f"{url}/v1/emoe/replicas", trust_env=False).json()["replicas"]
+        if len(replicas) == 2 and None not in (counts := {one["name"]: one["answers"] for one in replicas}).values():
+            return counts
+        assert time.monotonic() < deadline, replicas
+        time.sleep(0.5)
+
+
 def test_a_replica_that_is_killed_under_load_loses_no_request(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="needs the ray extra")
     write_tiny_checkpoint(tmp_path)
     with started(["--model", str(tmp_path), "--expert-memory", "4 slots", "--replicas", "2"]) as (process, url):
         assert len(replicas_of(process.pid)) == 2
+        assert sorted(published(url).values()) == [0, 0]
+        for name in published(url):  # the dashboard asks each for its state
+            state = httpx.get(f"{url}/v1/emoe/state", headers={"x-emoe-replica": name}, trust_env=False)
+            assert state.headers["x-emoe-replica"] == name
         answered: list[str] = []
         broken: list[int] = []
         kill = threading.Lock()
@@ -116,4 +131,6 @@ def test_a_replica_that_is_killed_under_load_loses_no_request(tmp_path: Path) ->
         while {httpx.get(f"{url}/health", trust_env=False).headers["x-emoe-replica"] for _ in range(20)} == {survivor}:
             assert time.monotonic() < deadline, "Ray has not replaced the replica"
             time.sleep(1)
+        counts = published(url)
+        assert counts[survivor] == count
     assert process.returncode == 0

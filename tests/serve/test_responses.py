@@ -360,8 +360,15 @@ def test_input_items_are_listed_page_by_page(start_server: StartServer) -> None:
         rest = client.get(path, params={"limit": 4, "after": page["last_id"]}).json()
         assert [*page["data"], *rest["data"]] == listed["data"][::-1]
         assert (page["has_more"], rest["has_more"], rest["last_id"]) == (True, False, listed["first_id"])
-        for wrong in ({"after": "x"}, {"limit": 0}, {"limit": 1000}, {"order": "up"}):
-            assert client.get(path, params=wrong).status_code == 400
+        for wrong, message in (
+            ({"after": "x"}, "after is the id of none of the items"),
+            ({"limit": 0}, "limit is '0'; expected an integer from 1 to 100"),
+            ({"limit": 1000}, "limit is '1000'; expected an integer from 1 to 100"),
+            ({"limit": "x"}, "limit is 'x'; expected an integer from 1 to 100"),
+            ({"order": "up"}, "order is 'up'; expected 'asc' or 'desc'"),
+        ):
+            refused = client.get(path, params=wrong)
+            assert (refused.status_code, refused.json()["error"]["message"]) == (400, message)
         assert client.get(f"{RESPONSES}/resp_x/input_items").status_code == 404
         # What was listed is input again.
         assert client.post(RESPONSES, json={"input": listed["data"]}).status_code == 200

@@ -28,6 +28,7 @@ OPERATIONS = (
     ("GET", "/v1/health"),
     ("GET", "/ready"),
     ("GET", "/metrics"),
+    ("GET", "/v1/emoe/replicas"),
     ("GET", "/v1/emoe/state"),
 )
 

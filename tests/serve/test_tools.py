@@ -270,6 +270,26 @@ def test_bad_calls_of_the_past_are_refused(client: httpx.Client, message: Any, p
     assert words in response.json()["error"]["message"]
 
 
+class Unaware(FakeTokenizer):
+    shows_tools = False
+
+
+def test_tools_that_the_template_does_not_show_are_refused(start_server: StartServer) -> None:
+    """Unless a grammar makes the model call: then the call comes whether the model has seen the tool or not."""
+    function, own = TOOLS[0]["function"], {"max_tokens": 20}
+    with start_server(ScriptedEngine(F, Unaware()), form=HERMES, max_model_len=1000) as client:
+        for path, body in (
+            (CHAT, {"messages": HELLO, "tools": TOOLS}),
+            ("/v1/responses", {"input": "hi", "tools": [{"type": "function", **function}]}),
+            ("/v1/messages", {"messages": HELLO, "tools": [{"name": "f", "input_schema": {"type": "object"}}], **own}),
+        ):
+            response = client.post(path, json=body)
+            assert response.status_code == 400, response.text
+            assert "the chat template of this model does not show it the tools" in response.json()["error"]["message"]
+        assert client.post(CHAT, json={"messages": HELLO, "tools": TOOLS, "tool_choice": "none"}).status_code == 200
+        assert client.post(CHAT, json={"messages": HELLO, "tools": TOOLS, "tool_choice": "required"}).status_code == 200
+
+
 def test_tools_need_a_form_of_calls(client: httpx.Client) -> None:
     response = client.post(CHAT, json={"messages": HELLO, "tools": TOOLS})
     assert response.status_code == 400

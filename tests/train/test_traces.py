@@ -130,9 +130,12 @@ def test_mistakes_are_one_line(
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["--out", "t.npz", "--recover", "t.npz"], ["--out", "t.npz", "--per-task", "0"]]
+    "arguments", [[], ["--out", "t.npz", "--recover", "t.npz"], ["--out", "t.npz", "--per-task", "0"], ["--seed", "x"]]
 )
-def test_bad_flags_exit_with_2(arguments: list[str]) -> None:
+def test_bad_flags_exit_with_2_and_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         traces.main(arguments)
     assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1

@@ -19,7 +19,7 @@ from train.demo.batches import Encoder
 from train.demo.objective import Metrics
 from train.demo.trainer import Checkpoints, Hyperparameters, run
 from train.progress import RunHistory, progress_bar, read_history
-from train.ranges import check_ranges
+from train.ranges import CommandParser, check_ranges
 from train.tasks import texts
 
 STEPS = 4600
@@ -27,7 +27,7 @@ _LOG_EVERY = 50
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m train.demo", description=__doc__)
+    parser = CommandParser(prog="python -m train.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("checkpoints/demo"), help="where the finished checkpoint goes")
     parser.add_argument(
         "--work",

@@ -28,10 +28,11 @@ from train.predictor.coverage import scores
 from train.predictor.evaluate import Shares, time_predictions
 from train.predictor.examples import Examples, HeldOutSplit, Opinions
 from train.predictor.trainer import Hyperparameters
+from train.ranges import CommandParser
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m train.predictor.compare", description=__doc__)
+    parser = CommandParser(prog="python -m train.predictor.compare", description=__doc__)
     add = parser.add_argument
     add("--traces", type=Path, required=True, help="routing trace (.npz)")
     add("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))

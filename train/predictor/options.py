@@ -7,13 +7,13 @@ from pathlib import Path
 
 from emoe_jax.predictor.config import ARCHITECTURES, VARIANTS, PredictorConfig
 from train.predictor.trainer import Hyperparameters
-from train.ranges import check_ranges
+from train.ranges import CommandParser, check_ranges
 
 STEPS = 300
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m train.predictor",
         description="Train the expert predictor on a routing trace, or judge a trained one on a trace.",
     )

@@ -22,7 +22,7 @@ from train import prompts as labelled
 from train.demo.evaluate import EXACT_TASKS
 from train.progress import progress_bar
 from train.prompts import Prompt
-from train.ranges import check_ranges
+from train.ranges import CommandParser, check_ranges
 from train.sensitivity import profile, report
 from train.sensitivity.embedding import embedding_model
 from train.sensitivity.forward import RandomisedModel
@@ -34,7 +34,7 @@ DIVERGENCE, THRESHOLD = "divergence", "threshold"
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m train.sensitivity", description=__doc__)
+    parser = CommandParser(prog="python -m train.sensitivity", description=__doc__)
     add = parser.add_argument
     add("--model", default=str(demo_model()), help="checkpoint directory or hub id (the bundled demo model)")
     add("--profile", type=Path, metavar="FILE", help="task profile to make, or to update where it exists")

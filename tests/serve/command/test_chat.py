@@ -12,12 +12,14 @@ from typing import Any
 import httpx
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from serve import emoe
 from serve.command import background, chat
 from serve.command.conversation import Answer, Asking, Conversation, Piece
 from serve.command.screen import Plain, Terminal
 from serve.command.served_state import residency_line
+from serve.console import start_up_table
 from serve.parsing.forms import AnswerForm
 from tests.serve.conftest import running_server
 from tests.serve.fake import FakeEngine, FakeTokenizer
@@ -77,6 +79,30 @@ def test_commands_change_what_is_asked(served: Served, typed: Any) -> None:
     status, out, _ = typed(["/contrat exact", "/task"], served.url)
     assert (status, len(served.engine.requests)) == (0, 2)
     assert "'/contrat exact' is no command; there are /system TEXT" in out
+
+
+def test_a_task_that_the_server_does_not_know_is_refused_at_once(typed: Any) -> None:
+    engine = FakeEngine(FakeTokenizer())
+    with running_server(engine, tasks=("qa", "sum")) as client:
+        url = str(client.base_url)
+        status, out, _ = typed(["/task sum", "/task nope", "Hi"], url, "--max-tokens", "1")
+        assert (status, out.splitlines()[:2]) == (
+            0,
+            ["task: sum", "task is 'nope'; expected one of qa, sum, other, or auto"],
+        )
+        assert [request["task"] for request in engine.requests] == ["sum"]
+        status, out, err = typed(["Hi"], url, "--task", "nope")
+        assert (status, out) == (2, "")
+        assert err == "error: --task is 'nope'; expected one of qa, sum, other\n"
+
+
+def test_lines_are_wrapped_at_terminals_only(served: Served, typed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    status, out, err = typed(["x" * 500, "/help"], served.url, "--max-tokens", "1")
+    refused, said = out.splitlines()
+    assert (status, err) == (1, "")
+    assert refused.startswith("error: ")
+    assert min(len(refused), len(said)) > 60
 
 
 def test_json_is_one_object_for_each_answer(served: Served, typed: Any) -> None:
@@ -198,6 +224,14 @@ class TestTerminal:
         assert residency_line(None) == residency_line({"residency": {}}) == ""
 
 
+def served_table() -> Table:
+    memory = {"weights": 1, "slab": 2, "kv_cache": 3, "workspace": 4, "host": 0, "device": 10}
+    return start_up_table(
+        model="tiny", family="mixtral", routing="exact", device="cpu", memory=memory, resident=[2], num_experts=4,
+        expert_format="float32", dtype="float32", has_tokenizer=True, has_chat_template=True, tasks=None, url="http://x",
+    )  # fmt: skip
+
+
 class TestBackground:
     def test_a_server_is_started_for_a_model_and_ends_with_the_chat(
         self, typed: Any, served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -221,6 +255,13 @@ class TestBackground:
         assert words[:2] == ["--model", "some/model"]
         assert words[-2:] == ["--expert-memory", "40%"]
         assert [process.poll() is not None for process in processes] == [True]
+
+    def test_rows_of_the_servers_table_are_not_reported(self) -> None:
+        written = io.StringIO()
+        Console(file=written, width=200).print(served_table())
+        rows = [line.strip() for line in written.getvalue().splitlines()]
+        assert [line for line in rows if not background.is_of_a_table(line)] == ["eMoE-JAX"]
+        assert not background.is_of_a_table("loading: weights 25% (0.5 s)")
 
     def test_a_server_that_does_not_start_is_one_line(
         self, typed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
