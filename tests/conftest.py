@@ -11,9 +11,12 @@ import optax
 import pytest
 from hypothesis import settings
 
+from tests.compilations import compile_cheaply
 from tests.engines import engine_of, tiny_checkpoint
 
 __all__ = ["engine_of", "tiny_checkpoint"]
+
+compile_cheaply()
 
 # Machines are shared: how long an example takes says nothing.
 settings.register_profile("suite", deadline=None)
