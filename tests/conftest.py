@@ -93,3 +93,9 @@ def released_executables() -> Iterator[None]:
     yield
     jax.clear_caches()
     gc.collect()
+
+
+def pytest_collection_finish() -> None:
+    """What all tests import stays: no later collection of garbage looks at these millions of objects again."""
+    gc.collect()
+    gc.freeze()
