@@ -96,6 +96,9 @@ def released_executables() -> Iterator[None]:
 
 
 def pytest_collection_finish() -> None:
-    """What all tests import stays: no later collection of garbage looks at these millions of objects again."""
+    """What all tests import stays: no later collection of garbage looks at these millions of objects again. Tracing
+    makes many objects, so collections begin after more of them than usual.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000)
