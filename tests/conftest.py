@@ -11,9 +11,12 @@ import optax
 import pytest
 from hypothesis import settings
 
+from tests.compilations import compile_cheaply
 from tests.engines import engine_of, tiny_checkpoint
 
 __all__ = ["engine_of", "tiny_checkpoint"]
+
+compile_cheaply()
 
 # Machines are shared: how long an example takes says nothing.
 settings.register_profile("suite", deadline=None)
@@ -90,3 +93,12 @@ def released_executables() -> Iterator[None]:
     yield
     jax.clear_caches()
     gc.collect()
+
+
+def pytest_collection_finish() -> None:
+    """What all tests import stays: no later collection of garbage looks at these millions of objects again. Tracing
+    makes many objects, so collections begin after more of them than usual.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000)

@@ -1,6 +1,7 @@
 """The table of axes in `emoe_jax/config.py`: each axis of an annotation or a comment has its entry, once."""
 
 import ast
+import functools
 import io
 import re
 import tokenize
@@ -49,6 +50,7 @@ def commented(source: str) -> Iterator[tuple[int, str]]:
                     yield token.start[0], shape
 
 
+@functools.cache
 def named(source: str) -> list[tuple[int, str]]:
     return [(line, name) for line, axes in [*annotated(source), *commented(source)] for name in NAME.findall(axes)]
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.compilations import UNOPTIMISED
+
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
@@ -20,7 +22,7 @@ def printed(compilation_cache: None) -> dict[str, str]:
         ran = subprocess.run(
             [sys.executable, str(example)],
             cwd=ROOT.parent,  # they find the demo model from anywhere
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            env=os.environ | UNOPTIMISED | {"PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
             timeout=900,

@@ -1,5 +1,6 @@
 """What earlier requests computed is used again, and changes no token."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -164,9 +165,20 @@ def test_routers_that_drop_tokens_by_batch_share_nothing(tmp_path: Path) -> None
     assert outputs[1].num_cached_tokens == 0
 
 
+@pytest.fixture(scope="module")
+def of_eight(tiny_checkpoint: Path) -> Iterator[list[Engine]]:
+    """Engines for eight sequences, without reuse and with it."""
+    options: dict[str, Any] = OPTIONS | {"expert_memory": "100%", "max_num_seqs": 8}
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(Engine.load(tiny_checkpoint, prefix_caching=reuses, **options))
+            for reuses in (False, True)
+        ]
+
+
 @pytest.mark.parametrize(("n", "length"), [(2, 40), (8, 33), (5, 16), (8, 7)])
 def test_several_answers_compute_their_prompt_once(
-    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, n: int, length: int
+    of_eight: list[Engine], monkeypatch: pytest.MonkeyPatch, n: int, length: int
 ) -> None:
     """But for the page that the last token is in, of which each has its own."""
     params = SamplingParams(max_tokens=6, temperature=1, seed=3, n=n, ignore_eos=True)
@@ -178,11 +190,9 @@ def test_several_answers_compute_their_prompt_once(
         return dispatch(runner, plan)
 
     monkeypatch.setattr(Dispatcher, "dispatch", counting)
-    for prefix_caching in (False, True):
+    for engine in of_eight:
         computed.append(0)
-        options: dict[str, Any] = OPTIONS | {"max_num_seqs": 8, "prefix_caching": prefix_caching}
-        with Engine.load(tiny_checkpoint, expert_memory="100%", **options) as engine:
-            outputs.append([completion.token_ids for completion in answer(engine, prompt, params).completions])
+        outputs.append([completion.token_ids for completion in answer(engine, prompt, params).completions])
     pages = (length - 1) // 16 * 16
     assert computed == [n * length, length + (n - 1) * (length - pages)]
     assert outputs[0] == outputs[1]

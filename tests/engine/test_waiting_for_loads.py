@@ -63,9 +63,9 @@ def test_steps_tell_waiting_from_computing(
     assert loading.seconds(sequence) == pytest.approx(3 * stats.wait_seconds / stats.waited_loads)
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("slow_step", [1, 4])
-@pytest.mark.parametrize("kind", ["load", "layer"])
+@pytest.mark.parametrize(
+    ("overlap", "slow_step", "kind"), [(False, 1, "load"), (False, 4, "layer"), (True, 1, "layer"), (True, 4, "load")]
+)
 def test_an_exact_step_is_booked_with_its_own_time(
     engine_of: EngineFactory, monkeypatch: pytest.MonkeyPatch, overlap: bool, slow_step: int, kind: str
 ) -> None:

@@ -177,7 +177,7 @@ def test_networks_that_do_not_help_are_left_out(tmp_path) -> None:
     """After one step at a rate that moves nothing."""
     told_by_tokens(60, 0).save(tmp_path / "trace.npz")
     argv = ["--traces", str(tmp_path / "trace.npz"), "--out", str(tmp_path / "out"), "--steps", "1", "--rate", "1e-12"]
-    command.main([*argv, "--width", "8"])
+    command.main([*argv, "--width", "8", "--members", "1"])
     predictor = Predictor.load(tmp_path / "out")
     assert (predictor.config.members, predictor.num_parameters) == (0, 0)
     prompts = Prompts.of(told_by_tokens(9, 3), CONFIG.first_tokens)

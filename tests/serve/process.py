@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from tests.compilations import UNOPTIMISED
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -28,7 +30,7 @@ class ServerProcess:
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, *listen, *arguments],
             cwd=REPOSITORY,
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "120", **(environment or {})},
+            env={**os.environ, **UNOPTIMISED, "JAX_PLATFORMS": "cpu", "COLUMNS": "120", **(environment or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -25,6 +25,8 @@ from tests.serve.resident import TOLERANCE, needs_proc, resident_bytes
 from tests.serve.test_load import cut_stream
 
 HELLO: list[Any] = [{"role": "user", "content": "hello there"}]
+FEW_STEPS = ("--max-num-seqs", "1", "--max-num-batched-tokens", "16")
+"""Options of a server that compiles few."""
 
 
 class Verdict(BaseModel):
@@ -81,6 +83,7 @@ def test_progress_is_printed_without_a_terminal(server: ServerProcess) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_compiling_ends_the_process(tiny: Path, tmp_path: Path, number: signal.Signals) -> None:
     environment = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}  # empty, so there is something to compile
+    environment |= {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # and it takes long
     server = ServerProcess(("--model", str(tiny)), environment)
     try:
         server.wait_for("loading: compile", 120)
@@ -277,7 +280,7 @@ def test_cancelled_streams_leave_nothing(server: ServerProcess, http: httpx.Clie
 @pytest.mark.parametrize(("timeout", "signals"), [("0", 1), ("60", 2)])
 def test_a_forced_end_takes_seconds(tiny: Path, timeout: str, signals: int) -> None:
     """Without a timeout, or by a second signal: running requests are told, and a half-sent one holds up nobody."""
-    arguments = ("--model", str(tiny), "--max-num-seqs", "1", "--shutdown-timeout", timeout)
+    arguments = ("--model", str(tiny), *FEW_STEPS, "--shutdown-timeout", timeout)
     body = {"prompt": "hello", "max_tokens": 200, "ignore_eos": True}
     with server_process(*arguments) as server, ThreadPoolExecutor(40) as pool:
         port = int(server.url.rpartition(":")[2])
@@ -300,7 +303,7 @@ def test_a_forced_end_takes_seconds(tiny: Path, timeout: str, signals: int) -> N
 
 
 def test_signals_while_it_tidies_up_print_nothing(tiny: Path) -> None:
-    with server_process("--model", str(tiny), "--max-num-seqs", "1") as server:
+    with server_process("--model", str(tiny), *FEW_STEPS) as server:
         server.process.send_signal(signal.SIGINT)
         server.wait_for("shut down", 10)
         while server.process.poll() is None:

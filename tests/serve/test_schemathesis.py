@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 schemathesis = pytest.importorskip("schemathesis", reason="needs the clients extra", exc_type=ImportError)
 
-EXAMPLES = 200
-WITHOUT_BODY = 50
+EXAMPLES = 80
+WITHOUT_BODY = 20
 OPERATIONS = (
     ("POST", "/v1/completions"),
     ("POST", "/v1/chat/completions"),

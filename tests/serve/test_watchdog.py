@@ -146,6 +146,7 @@ def test_waiting_for_loads_is_no_hang(client: httpx.Client, engine: FakeEngine) 
 def test_a_server_whose_step_hangs_can_be_ended(tiny: Path) -> None:
     """Without its last step, which never ends, and within seconds."""
     arguments = ("--model", str(tiny), "--max-num-seqs", "1", "--shutdown-timeout", "0")
+    arguments += ("--max-num-batched-tokens", "16")  # few steps to compile
     server = ServerProcess(arguments, module="tests.serve.hanging")
     try:
         server.wait_until_ready(300)
