@@ -53,6 +53,33 @@ def test_exchanges_are_loads_that_raise_coverage(trace: RoutingTrace) -> None:
     assert many["substituted_weight"] < without["substituted_weight"]
 
 
+def test_further_ranks_say_which_residents_would_have_stood_in() -> None:
+    """Experts 0 and 1 are resident throughout. Tokens choose 0 and 2, and expert 1 ranks next or after 3."""
+    experts = np.broadcast_to(np.asarray([0, 2], np.uint8), (4, 1, 2))
+    further = np.asarray([[[1, 3]], [[3, 1]], [[3, 4]], [[1, 4]]], np.uint8)
+    trace = RoutingTrace(
+        experts=experts,
+        probs=np.broadcast_to(np.asarray([0.6, 0.2], np.float16), experts.shape),
+        sample=np.zeros(4, np.int32),
+        token_pos=np.arange(4, dtype=np.int32),
+        task=np.zeros(1, np.int16),
+        task_names=("qa",),
+        num_experts=5,
+        further_experts=further,
+        further_probs=np.broadcast_to(np.asarray([0.1, 0.05], np.float16), further.shape),
+    )
+    trained = dataclasses.replace(trace, experts=np.broadcast_to(np.asarray([0, 1], np.uint8), experts.shape))
+    [exact, bounded] = replay(trace, trained, 0.4, [0.0, 0.3])
+    assert (exact["stand_in_weight"], exact["margin"], exact["known_stand_ins"]) == (0, 0, 1)
+    assert bounded["substituted_weight"] == pytest.approx(0.25, abs=1e-3)
+    assert bounded["known_stand_ins"] == 3 / 4
+    stand_ins = np.asarray([0.1, 0.05, 0, 0.1]) / 0.8
+    assert bounded["stand_in_weight"] == pytest.approx(stand_ins.mean(), abs=1e-3)
+    assert bounded["margin"] == pytest.approx(0.25 - stand_ins[[0, 1, 3]].mean(), abs=1e-3)
+    plain = dataclasses.replace(trace, further_experts=None, further_probs=None)
+    assert "margin" not in replay(plain, trained, 0.4, [0.3])[0]
+
+
 def test_with_room_for_all_nothing_is_missed(trace: RoutingTrace) -> None:
     [row] = replay(trace, trace, 1.0, [0.0])
     assert (row["breaches"], row["coverage"], row["free_tokens"]) == (0, 1, 1)

@@ -13,6 +13,7 @@ from flax import nnx
 
 from emoe_jax import ConfigError, Engine, SamplingParams
 from emoe_jax.models import save_checkpoint
+from emoe_jax.models.routing import Routing
 from emoe_jax.moe import moe_ffn
 from emoe_jax.tasks import TaskProfile
 from emoe_jax.traces import RoutingTrace
@@ -42,14 +43,24 @@ def engine(checkpoint: Path) -> Iterator[Engine]:
         yield engine
 
 
-def expected_routing(tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Experts and probabilities `[tokens, M, k]` of the plain model's routers."""
+def plain_routings(tokens: list[int]) -> list[Routing]:
+    """What the plain model's routers say, by MoE layer."""
     model, experts = random_model(RAW)
 
     def moe(rows: jax.Array, ids: jax.Array, weights: jax.Array, layer_experts) -> jax.Array:
         return moe_ffn(rows, ids, weights, jnp.arange(8), layer_experts, model.config, backend="reference")
 
-    _, routings = plain_forward(model, jnp.asarray([tokens]), experts, moe)
+    return plain_forward(model, jnp.asarray([tokens]), experts, moe)[1]
+
+
+def router_logits(tokens: list[int]) -> np.ndarray:
+    """Of the plain model, `[tokens, M, E]`."""
+    return np.stack([np.asarray(routing.logits) for routing in plain_routings(tokens)], axis=1)
+
+
+def expected_routing(tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Experts and probabilities `[tokens, M, k]` of the plain model's routers."""
+    routings = plain_routings(tokens)
     ids, probs = ([np.asarray(field) for field in fields] for fields in zip(*[r[3:5] for r in routings], strict=True))
     return np.stack(ids, axis=1), np.stack(probs, axis=1)
 
@@ -90,7 +101,7 @@ def test_probabilities_stay_on_the_device_without_a_recorder(engine: Engine, mon
     monkeypatch.setattr(jax, "device_get", spy)
     engine.generate(PROMPTS[0], GREEDY)
     assert len(fetched) == GREEDY.max_tokens  # one wait per step
-    assert all(output.wish_probs is None for output in fetched)
+    assert all(output.ranked_probs is None for output in fetched)
     assert all(len(jax.tree.leaves(output)) == 1 for output in fetched)  # and all that is read is one array
 
 
@@ -136,3 +147,38 @@ def test_without_a_tokenizer_there_is_no_task(engine: Engine) -> None:
         assert engine.generate([5, 6], SamplingParams(max_tokens=1))[0].task is None
     finally:
         engine.use_task_profile(None)
+
+
+def test_a_trace_holds_as_many_ranks_as_the_engine_was_loaded_with(checkpoint: Path, tmp_path: Path) -> None:
+    """Its tokens, and the choices that other readers see, are those of an engine that records these alone."""
+    options: dict[str, Any] = {"policy": "static", "max_num_seqs": 2, "max_num_batched_tokens": 16} | RESIDENT
+    kept: list[RoutingTrace] = []
+    answers: list[list[list[int]]] = []
+    for ranks in (None, 5):
+        path = tmp_path / f"{ranks}.npz"
+        with Engine.load(checkpoint, expert_memory="3 slots", record_traces=path, trace_ranks=ranks, **options) as one:
+            outputs = [*one.generate(PROMPTS[:2], GREEDY), *one.generate(PROMPTS[:2], GREEDY, routing="exact")]
+        answers.append([output.token_ids for output in outputs])
+        kept.append(RoutingTrace.load(path))
+    chosen, ranked = kept
+    assert answers[0] == answers[1]
+    assert (chosen.top_k, chosen.ranks, ranked.top_k, ranked.ranks) == (2, 2, 2, 5)
+    np.testing.assert_array_equal(ranked.experts, chosen.experts)
+    np.testing.assert_array_equal(ranked.probs, chosen.probs)
+    assert ranked.further_experts is not None
+    assert ranked.further_probs is not None
+    logits = router_logits(outputs[3].prompt_token_ids + outputs[3].token_ids[:-1])
+    order = np.argsort(-logits, axis=-1)[..., :5]
+    mine = ranked.sample == 3
+    np.testing.assert_array_equal(ranked.further_experts[mine], order[..., 2:])
+    np.testing.assert_array_equal(ranked.experts[mine], order[..., :2])
+    scores = np.take_along_axis(np.exp(logits) / np.exp(logits).sum(-1, keepdims=True), order[..., 2:], axis=-1)
+    np.testing.assert_allclose(ranked.further_probs[mine], scores, atol=2e-3)
+
+
+@pytest.mark.parametrize("ranks", [1, 9])
+def test_ranks_that_a_router_does_not_have_are_refused(checkpoint: Path, ranks: int) -> None:
+    with pytest.raises(
+        ConfigError, match=f"trace_ranks is {ranks}; the routers choose 2 of 8 experts, so expected 2 to 8"
+    ):
+        Engine.load(checkpoint, trace_ranks=ranks)
