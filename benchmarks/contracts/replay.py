@@ -1,8 +1,9 @@
 """Replay of a trace under the `bounded` contract: all tolerances in one pass, one token per step.
 
 Residents are those that were loaded. Where a wish may not be substituted and is absent, its expert is loaded in place
-of the resident one with the lowest score. Scores are means of the weights of wishes, which decay with every token. An
-absent expert whose score is higher than that of a resident one by `exchange` is loaded in its place, too.
+of the resident one with the lowest score. Scores are means of the weights of wishes, which decay with every token, or
+those of a policy. An absent expert whose score is higher than that of a resident one by `exchange` is loaded in its
+place, too.
 
 Where the trace holds more ranks than the router chose, the replay also finds out which resident experts would have
 stood in for those that were replaced, each the next best one, and with what weight.
@@ -33,8 +34,10 @@ def replay(
     sacred: int = 1,
     exchange: float = np.inf,
     decay: float = DECAY,
+    scores: Float[np.ndarray, "tokens M E"] | None = None,
 ) -> list[dict[str, float]]:
-    """A row for each tolerance. `trained` says what is resident at first, which costs nothing.
+    """A row for each tolerance. `trained` says what is resident at first, which costs nothing. `scores` are those after
+    each token, of a policy; without them means of weights decide.
 
     `breaches` are wishes that had to be loaded, per token and layer; `loads_per_token_layer` are these and those of
     exchanges. `free_tokens` needed no load in any layer before they could go on. `substituted_weight` is the share of
@@ -56,7 +59,8 @@ def replay(
     slots = max(trace.top_k, round(share * E))
     bounds = np.asarray(tolerances, np.float32)
     chosen, start = trace.experts.astype(np.int32), start.astype(np.float32)
-    sums = _replay(chosen, shares, further, start, bounds, np.float32(exchange), np.float32(decay), slots, sacred)
+    tokens_of = (chosen, shares, further, scores)
+    sums = _replay(tokens_of, start, bounds, np.float32(exchange), np.float32(decay), slots, sacred)
     tokens, rows = len(shares), []
     breaches, exchanges, free, weight, hits, *stood_in = (np.asarray(of, np.float64) for of in sums)
     for index, tolerance in enumerate(tolerances):
@@ -82,9 +86,7 @@ def replay(
 
 @partial(jax.jit, static_argnames=("slots", "sacred"))
 def _replay(
-    experts: Int[Array, "T L k"],
-    shares: Float[Array, "T L k"],
-    further: tuple[Int[Array, "T L further"], Float[Array, "T L further"]] | None,
+    tokens: Any,
     start: Float[Array, "L E"],
     tolerances: Float[Array, " N"],
     exchange: Float[Array | np.ndarray, ""],
@@ -94,13 +96,14 @@ def _replay(
 ) -> Any:
     """By tolerance: breaches, exchanges, free tokens, substituted weight, and wishes that were resident.
 
-    With `further` also what `_stand_ins` returns.
+    Of `tokens` the experts, their shares, the same of further ranks or None, and the scores or None. With further ranks
+    also what `_stand_ins` returns.
     """
     E = start.shape[1]
 
     def step(state: Any, token: Any) -> Any:
         resident, score = state
-        chosen, weights, behind = token
+        chosen, weights, behind, given = token
         by_expert = jax.nn.one_hot(chosen, E, dtype=jnp.float32)  # [L, k, E]
         weight = jnp.einsum("lk,lke->le", weights, by_expert)
         first = jnp.sum(by_expert[:, :sacred], axis=1) > 0
@@ -108,10 +111,10 @@ def _replay(
         may_go = (wished & ~first)[None] & (weight[None] < tolerances[:, None, None])
         absent = wished[None] & ~resident
         loaded, replaced = absent & ~may_go, absent & may_go
-        score = decay * score + (1 - decay) * weight
+        score = decay * score + (1 - decay) * weight if given is None else given
         # What is loaded stays, what was used goes last, and of the others those of the lowest scores go.
         there = resident | loaded
-        rank = jnp.where(there, score[None], -1.0) + jnp.where(there & wished[None], 1e6, 0.0)
+        rank = jnp.where(there, score[None], -jnp.inf) + jnp.where(there & wished[None], 1e6, 0.0)
         kept = jnp.argsort(jnp.argsort(-rank, axis=-1), axis=-1) < slots
         stood_in = () if behind is None else _stand_ins(replaced, weight, resident & kept, *behind)
         best, worst = jnp.where(kept, -jnp.inf, score[None]), jnp.where(kept, score[None], jnp.inf)
@@ -130,7 +133,7 @@ def _replay(
 
     resident = jnp.argsort(jnp.argsort(-start, axis=-1), axis=-1) < slots
     resident = jnp.broadcast_to(resident[None], (len(tolerances), *resident.shape))
-    _, sums = jax.lax.scan(step, (resident, start), (experts, shares, further))
+    _, sums = jax.lax.scan(step, (resident, start), tokens)
     return jax.tree.map(lambda of: jnp.sum(of, axis=0), sums)
 
 
