@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.contracts.__main__ import main
 from benchmarks.contracts.replay import replay
-from benchmarks.contracts.scores import policy_scores, worth
+from benchmarks.contracts.scores import Observed, policy_scores, worth
 from benchmarks.quality import served
 from benchmarks.residency.forecasts import learn_from, plan_of
 from emoe_jax import Engine
@@ -104,7 +104,7 @@ def test_scores_may_be_those_of_the_policy_that_the_engine_asks(trace: RoutingTr
 
 
 def test_wishes_count_for_what_a_policy_is_told_of_them(trace: RoutingTrace) -> None:
-    counted = {
+    counted: dict[tuple[Observed, float], list[float]] = {
         ("wishes", 0.25): [1, 1, 1, 1],
         ("weights", 0.25): [1.6, 1.2, 0.8, 0.4],
         ("breaches", 0.25): [4 / 2.6, 4 / 2.6, 1.2 / 2.6, 1.2 / 2.6],

@@ -1,7 +1,7 @@
 """What an engine records is what its routers chose; without a recorder nothing of it leaves the device."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from emoe_jax import ConfigError, Engine, SamplingParams
 from emoe_jax.models import save_checkpoint
 from emoe_jax.models.routing import Routing
 from emoe_jax.moe import moe_ffn
+from emoe_jax.policies.policy import ChunkWishes
+from emoe_jax.residency.residency import Residency
 from emoe_jax.tasks import TaskProfile
 from emoe_jax.traces import RoutingTrace
 from tests.engines import RESIDENT, TINY, random_model
@@ -149,8 +151,20 @@ def test_without_a_tokenizer_there_is_no_task(engine: Engine) -> None:
         engine.use_task_profile(None)
 
 
-def test_a_trace_holds_as_many_ranks_as_the_engine_was_loaded_with(checkpoint: Path, tmp_path: Path) -> None:
-    """Its tokens, and the choices that other readers see, are those of an engine that records these alone."""
+def test_a_trace_holds_as_many_ranks_as_the_engine_was_loaded_with(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tokens, and the choices that other readers see, are those of an engine that records these alone. What ranks
+    behind the choices is no wish: the policy is not told of it.
+    """
+    chunks: list[ChunkWishes] = []
+    observe = Residency.observe
+
+    def spy(residency: Residency, counts: Any, resident: Any, of_prompts: Sequence[ChunkWishes]) -> Any:
+        chunks.extend(of_prompts)
+        return observe(residency, counts, resident, of_prompts)
+
+    monkeypatch.setattr(Residency, "observe", spy)
     options: dict[str, Any] = {"policy": "static", "max_num_seqs": 2, "max_num_batched_tokens": 16} | RESIDENT
     kept: list[RoutingTrace] = []
     answers: list[list[list[int]]] = []
@@ -160,6 +174,8 @@ def test_a_trace_holds_as_many_ranks_as_the_engine_was_loaded_with(checkpoint: P
             outputs = [*one.generate(PROMPTS[:2], GREEDY), *one.generate(PROMPTS[:2], GREEDY, routing="exact")]
         answers.append([output.token_ids for output in outputs])
         kept.append(RoutingTrace.load(path))
+    assert chunks
+    assert all((chunk.counts.sum(axis=1) == 2 * chunk.tokens).all() for chunk in chunks)
     chosen, ranked = kept
     assert answers[0] == answers[1]
     assert (chosen.top_k, chosen.ranks, ranked.top_k, ranked.ranks) == (2, 2, 2, 5)
