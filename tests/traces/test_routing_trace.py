@@ -159,7 +159,7 @@ def test_further_ranks_are_there_for_those_who_ask(trace, tmp_path):
 
 FURTHER = {
     "experts twice": ("names the same expert twice", lambda t: {F: t.experts}),
-    "beyond": ("further_experts reach 9", lambda t: {F: t.further_experts // 8 + np.uint8([8, 9])}),
+    "beyond": ("further_experts reach 9", lambda t: {F: t.further_experts // 8 + np.array([8, 9], np.uint8)}),
     "none": ("2 ranks of 8 experts are told", lambda t: {n: getattr(t, n)[..., :0] for n in (F, P)}),
     "one": ("one of them is missing", lambda t: {P: None}),
     "the other": ("one of them is missing", lambda t: {F: None}),
