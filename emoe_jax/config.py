@@ -53,6 +53,7 @@ Axes that are rarer have words as names:
     words                32-bit words of a buffer
     all_words            those of a larger one that begins with it
     numbers              numbers of an expert's record
+    ranks, further       experts of a token that a step tells and a trace holds: k or more, and those behind the k
     tokens               tokens of a trace or of a prompt, one after another
     prompt_tokens        tokens of prompts, one after another
     runs, own_runs       different runs of tokens, in all prompts or in each of them
@@ -207,6 +208,8 @@ class ModelConfig:
     extra_ffn: bool = False
     shared_expert_gate: bool = False
     router: RouterConfig = RouterConfig()
+    trace_ranks: int | None = None
+    """How many experts of a token and layer a step tells, the best first, for traces; None: the chosen ones."""
     tie_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -223,6 +226,11 @@ class ModelConfig:
             raise ConfigError(f"MoE layer {self.moe_layers[-1]} lies beyond the model's {self.num_layers} layers")
         if not 1 <= self.top_k <= self.num_experts:
             raise ConfigError(f"top-k of {self.top_k} does not fit {self.num_experts} experts")
+        if not self.top_k <= self.ranks <= self.num_experts:
+            raise ConfigError(
+                f"trace_ranks is {self.ranks}; the routers choose {self.top_k} of {self.num_experts} experts, "
+                f"so expected {self.top_k} to {self.num_experts}"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"{self.num_heads} query heads are not a multiple of {self.num_kv_heads} kv heads")
         if self.latent is not None and (self.num_kv_heads, self.head_dim) != (1, self.latent.key_dim):
@@ -238,6 +246,11 @@ class ModelConfig:
         self._check_groups()
         if self.sliding_windows and len(self.sliding_windows) != self.num_layers:
             raise ConfigError(f"{len(self.sliding_windows)} sliding windows given for {self.num_layers} layers")
+
+    @property
+    def ranks(self) -> int:
+        """Experts of a token and layer that a step tells: its wishes, and those that rank next."""
+        return self.top_k if self.trace_ranks is None else self.trace_ranks
 
     @property
     def rope_dim(self) -> int:

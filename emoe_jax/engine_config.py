@@ -257,6 +257,14 @@ class EngineConfig(Options):
     record_prompt_tokens: bool = option(
         False, "whether a recorded trace also holds the prompts' token ids, which the predictor learns to read"
     )
+    trace_ranks: int | None = option(
+        None,
+        "experts of each token and layer that a recorded trace holds, the best first: more than the router chooses "
+        "tell which would have stood in for an absent one, and with what weight",
+        low=1,
+        metavar="N",
+        default_text="those that the router chooses",
+    )
     seed: int = option(0, "seed of requests that name none", low=0, high=2**63 - 1, metavar="N")
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from rich.console import Console
 
 from emoe_jax import EmoeError, Engine
+from emoe_jax.errors import ConfigError
 from emoe_jax.folders import cache_folder
 from emoe_jax.memory.device_settings import pool_share
 from emoe_jax.models import family_named
@@ -78,6 +79,8 @@ def load(options: ServerOptions) -> Engine:
     """The engine with all its shapes compiled; progress goes to stderr. Raises `ConfigError` or `CheckpointError`."""
     if options.record_traces is not None:
         check_trace_file(options.record_traces)
+    elif options.trace_ranks is not None:
+        raise ConfigError("trace_ranks needs record_traces: there is no trace to hold them")
     console = Console(stderr=True)
     console.print(f"loading: {options.model}", markup=False, highlight=False, soft_wrap=True)
     with loading_progress(console) as report:

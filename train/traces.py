@@ -55,6 +55,12 @@ def parser(command: str = COMMAND) -> argparse.ArgumentParser:
     add("--temperature", type=float, default=0.0, help="0 answers greedily")
     add("--max-num-seqs", type=int, default=16, help="sequences computed together")
     add("--out", type=Path, metavar="FILE.npz", help="the trace")
+    add(
+        "--trace-ranks",
+        type=int,
+        metavar="N",
+        help="experts of each token and layer that it holds, the best first (default: those that the router chooses)",
+    )
     add("--profile", type=Path, metavar="FILE", help="task profile to make, or to update where it exists")
     add(
         "--keyword-prompts",
@@ -131,6 +137,7 @@ def record(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         predictor=None,  # one that this version cannot read must not keep its successor from being trained
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=max(512, options.max_num_seqs),
+        trace_ranks=options.trace_ranks,
     ) as engine:
         path: Path | None = options.profile
         profile = None if path is None else _open_profile(path, engine)

@@ -17,8 +17,9 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -27,9 +28,11 @@ from benchmarks.arguments import count, positive
 from benchmarks.contracts.follow import follow
 from benchmarks.contracts.live import measure, settings_of
 from benchmarks.contracts.replay import DECAY, replay
+from benchmarks.contracts.scores import Observed, policy_scores, worth
 from benchmarks.quality.__main__ import share
 from benchmarks.quality.measure import Traffic
 from benchmarks.quality.traffic import ALL_TASKS, Count
+from benchmarks.residency.forecasts import learn_from
 from benchmarks.residency.split import read_traces
 from benchmarks.results import write_json
 from emoe_jax import EmoeError
@@ -71,8 +74,21 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--exchange",
         type=positive,
         metavar="SHARE",
-        help="load an expert whose mean weight is so much higher than a resident one's; without it, as breaches ask",
+        help="load an expert whose score is so much higher than a resident one's; without it, as breaches ask",
     )
+    add(
+        "--scores",
+        choices=("weights", "emoe"),
+        default="weights",
+        help="what decides in the replay who goes: mean weights (default), or what the policy emoe expects",
+    )
+    add(
+        "--observed",
+        choices=get_args(Observed),
+        default="wishes",
+        help="what emoe is told of: wishes (default), their weights, or wishes of which breaches count for more",
+    )
+    add("--predictor", type=Path, metavar="DIR", help="of emoe (default: learned from the trace's other prompts)")
     add("--decay", type=tolerance, default=DECAY, metavar="SHARE", help=f"of mean weights, per token (default {DECAY})")
     add("--follow", metavar="PERCENT", help="a quality target, such as 1%%, to follow through the tasks in halves")
     add("--follow-requests", type=count, default=40, metavar="N", help="of each task (default 40)")
@@ -108,14 +124,7 @@ def run(given: argparse.Namespace, console: Console) -> None:
     """Replay first, which takes seconds."""
     results: dict[str, Any] = {"model": given.model, "link_gbps": given.link_gbps, "live": [], "replay": {}}
     if given.trace is not None:
-        traces = read_traces(given.trace, None, None)
-        tested = _first_tokens(traces.replayed, given.trace_tokens)
-        for part in given.shares:
-            exchange = math.inf if given.exchange is None else given.exchange
-            tolerances = [0.0, *sorted(given.tolerances)]
-            rows = replay(tested, traces.trained, part, tolerances, exchange=exchange, decay=given.decay)
-            results["replay"][f"{part:g}"] = rows
-            show(console, f"{given.trace.name}: {len(tested.experts):,} tokens, {part:.0%} resident", rows)
+        results["replay"] = _replayed(given, console)
         write_json(results, given.json)
     if given.follow is not None:
         results["follow"] = _followed(given, console)
@@ -139,6 +148,29 @@ def run(given: argparse.Namespace, console: Console) -> None:
         show(console, f"{given.model}: served", [_flat(row) for row in results["live"]])
     if given.plot is not None and results["live"]:
         plot(results["live"], given.plot)
+
+
+def _replayed(given: argparse.Namespace, console: Console) -> dict[str, list[dict[str, float]]]:
+    """By share, a row for each tolerance. Breaches depend on the tolerance, so scores made of them take a pass each."""
+    traces = read_traces(given.trace, None, given.predictor)
+    tested = _first_tokens(traces.replayed, given.trace_tokens)
+    tolerances = [0.0, *sorted(given.tolerances)]
+    exchange = math.inf if given.exchange is None else given.exchange
+    together = given.scores == "weights" or given.observed != "breaches"
+    learned = None
+    if given.scores == "emoe":
+        tell = partial(console.print, style="dim")
+        learned = learn_from(traces.trained, traces.predictor, traces.dynamics, tell)
+    found: dict[str, list[dict[str, float]]] = {f"{part:g}": [] for part in given.shares}
+    for some in [tolerances] if together else [[each] for each in tolerances]:
+        scores = None if learned is None else policy_scores(tested, learned, worth(tested, given.observed, some[0]))
+        for part in given.shares:
+            options = {"exchange": exchange, "decay": given.decay, "scores": scores}
+            found[f"{part:g}"] += replay(tested, traces.trained, part, some, **options)
+    for part in given.shares:
+        title = f"{given.trace.name}: {len(tested.experts):,} tokens, {part:.0%} resident"
+        show(console, title, found[f"{part:g}"])
+    return found
 
 
 def _followed(given: argparse.Namespace, console: Console) -> dict[str, Any]:

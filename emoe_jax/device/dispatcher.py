@@ -10,7 +10,7 @@ import numpy as np
 
 from emoe_jax.device.batch import Batch, batches_of
 from emoe_jax.device.readback import keep_for_audits, keep_prompt_logprobs, not_finite, sampled_token
-from emoe_jax.device.recording import counts_by_sequence, record_wishes
+from emoe_jax.device.recording import counts_by_sequence, record_routing
 from emoe_jax.device.report import Report
 from emoe_jax.device.runner import BatchRun, Runner
 from emoe_jax.device.ways import Ways
@@ -127,10 +127,10 @@ class Dispatcher:
             resident_counts += report.wish_counts * run.resident
             spoilt = not_finite(batch, report.finite, output.prompt_logprobs)
             lost |= spoilt
-            if recorder is not None and output.wish_probs is not None:
-                record_wishes(recorder, batch, report.wishes, output.wish_probs, spoilt)
+            if recorder is not None and output.ranked_probs is not None:
+                record_routing(recorder, batch, report.ranked, output.ranked_probs, spoilt)
             keep_for_audits(batch, output.kept, output.comparison)
-            routed = counts_by_sequence(batch, report.wishes, config.num_experts)
+            routed = counts_by_sequence(batch, report.ranked[..., : config.top_k], config.num_experts)
             for place, piece in enumerate(batch.pieces):
                 if piece.length > 1 and piece.sequence not in spoilt:
                     chunks.append(ChunkWishes(routed[place], piece.length))  # of an ended one too: `report` has them

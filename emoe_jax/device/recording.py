@@ -22,11 +22,11 @@ def counts_by_sequence(batch: Batch, wishes: Shaped[np.ndarray, "M R k"], num_ex
     return np.bincount(flat.reshape(-1), minlength=count * M * E).reshape(count, M, E)
 
 
-def record_wishes(
+def record_routing(
     recorder: TraceRecorder,
     batch: Batch,
-    wishes: Shaped[np.ndarray, "M R k"],
-    probs: Float[np.ndarray, "M R k"],
+    ranked: Shaped[np.ndarray, "M R ranks"],
+    probs: Float[np.ndarray, "M R ranks"],
     left_out: Collection[Sequence] = (),
 ) -> None:
     """Record the tokens of sequences that have a `sample` number and have not ended, each once: what was preempted and
@@ -45,5 +45,5 @@ def record_wishes(
         samples += [sequence.sample] * (length - skipped)
         sequence.num_recorded = start + length
     if rows:
-        experts, chances = (field[:, rows].swapaxes(0, 1) for field in (wishes, probs))
+        experts, chances = (field[:, rows].swapaxes(0, 1) for field in (ranked, probs))
         recorder.add(samples, positions, experts, chances)

@@ -27,15 +27,16 @@ class Report(NamedTuple):
     """How often the routers wished for each expert, without substitution and without padding."""
     needed: Bool[Any, "M E"]
     """Which experts some row may not be without. The step is void from the first layer on where one was absent."""
-    wishes: Shaped[Any, "M R k"]
-    """The routers' unfiltered choices, best first, in the dtype of a routing trace; of padding rows, too."""
+    ranked: Shaped[Any, "M R ranks"]
+    """The routers' unfiltered choices and, for traces, those that rank next, best first, in the dtype of a routing
+    trace; of padding rows, too."""
     finite: Bool[Any, " B"]
     """Whether the last hidden states of each sequence's new tokens, and its logits, are finite."""
 
     @staticmethod
     def packing(shape: Shape, config: ModelConfig) -> Packing:
         """How the outcome lies in one buffer."""
-        return _packing(shape, len(config.moe_layers), config.num_experts, config.top_k)
+        return _packing(shape, len(config.moe_layers), config.num_experts, config.ranks)
 
     @classmethod
     def read(cls, words: Int32[np.ndarray, " words"], shape: Shape, config: ModelConfig) -> Report:
@@ -44,7 +45,7 @@ class Report(NamedTuple):
 
 
 @functools.cache
-def _packing(shape: Shape, layers: int, experts: int, top_k: int) -> Packing:
+def _packing(shape: Shape, layers: int, experts: int, ranks: int) -> Packing:
     places = (shape.sequences,)
     return Packing(
         tokens=(places, np.int32),
@@ -52,6 +53,6 @@ def _packing(shape: Shape, layers: int, experts: int, top_k: int) -> Packing:
         substituted_weight=(places, np.float32),
         wish_counts=((layers, experts), np.int32),
         needed=((layers, experts), np.bool_),
-        wishes=((layers, shape.rows, top_k), expert_dtype(experts)),
+        ranked=((layers, shape.rows, ranks), expert_dtype(experts)),
         finite=(places, np.bool_),
     )

@@ -48,7 +48,7 @@ class Outputs(NamedTuple):
     """None where those of the report were chosen."""
     logprobs: TokenLogprobs | None
     prompt_logprobs: TokenLogprobs | None
-    wish_probs: Float[Array, "M R k"] | None
+    ranked_probs: Float[Array, "M R ranks"] | None
     """None where no recorder asks for them."""
     kept: tuple[Float[Array, "1 V"], ...]
     """The logits of the batch's `kept_places`."""
@@ -132,7 +132,7 @@ class Runner:
             tokens,
             logprobs,
             self._prompt_logprobs(batch, outputs.hidden),
-            None if self.recorder is None else outputs.wish_probs,
+            None if self.recorder is None else outputs.ranked_probs,
             tuple(self._logits_at(outputs.logits, place) for place in batch.kept_places),
             self._comparison(batch, outputs.hidden),
         )

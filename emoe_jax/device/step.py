@@ -92,9 +92,9 @@ def _stacked(vectors: list[Array]) -> Array:
 class Routed(NamedTuple):
     """What is kept of the routers' choices in MoE layers; fields of one layer have no axis `M`."""
 
-    wishes: Int[Array, "*M R k"]
-    """Unfiltered, best first."""
-    probs: Float[Array, "*M R k"]
+    ranked: Int[Array, "*M R ranks"]
+    """Unfiltered, best first: the wishes, and what ranks next where a trace is to hold that."""
+    probs: Float[Array, "*M R ranks"]
     """Their probabilities in the dtype of a routing trace. They stay on the device unless a recorder asks for them."""
     wish_counts: Int[Array, "*M E"]
     needed: Bool[Array, "*M E"]
@@ -111,8 +111,8 @@ class Routed(NamedTuple):
         wished = jnp.where(counted, routing.wish_ids, num_experts)
         needed = jnp.where(counted & ~routing.substituted, routing.wish_ids, num_experts)
         return cls(
-            routing.wish_ids,
-            routing.wish_probs.astype(jnp.float16),
+            routing.ranked_ids,
+            routing.ranked_probs.astype(jnp.float16),
             counts.at[wished.reshape(-1)].add(1, mode="drop"),
             counts.at[needed.reshape(-1)].add(1, mode="drop") > 0,
             jnp.sum(routing.substituted, axis=-1, dtype=jnp.int32),
@@ -126,7 +126,7 @@ class StepOutputs(NamedTuple):
     hidden: Float[Array, "1 R D"]
     logits: Float[Array, "B V"]
     report: Int32[Array, " words"]
-    wish_probs: Float[Array, "M R k"]
+    ranked_probs: Float[Array, "M R ranks"]
     last_tokens: Int[Array, " places"]
     """With the most probable token of every sequence at its place."""
 
@@ -161,7 +161,7 @@ def close_step(
         substituted_weight=by_sequence(every.substituted_weight),
         wish_counts=every.wish_counts,
         needed=every.needed,
-        wishes=every.wishes,
+        ranked=every.ranked,
         finite=~lost & jnp.all(jnp.isfinite(logits), axis=-1),
     )
     report = Report.packing(batch.shape, config).pack(outcome._asdict())

@@ -132,13 +132,14 @@ class Engine:
     def record_traces(self, path: str | Path, prompt_tokens: bool = False) -> None:
         """Record the routing of requests that come from now on, in a trace that `stop_recording` or `close` finishes.
 
-        With `prompt_tokens` the trace also holds the token ids of their prompts, which a predictor learns to read.
+        With `prompt_tokens` the trace also holds the token ids of their prompts, which a predictor learns to read. It
+        holds as many ranks of a router as the engine was loaded with (`trace_ranks`).
 
         Raises `ConfigError` when the file exists or cannot be written.
         """
         self.stop_recording()
         config = self.config
-        choices = (len(config.moe_layers), config.num_experts, config.top_k)
+        choices = (len(config.moe_layers), config.num_experts, config.top_k, config.ranks)
         self._runner.recorder = TraceRecorder(path, *choices, embedding_size=config.hidden_size, tokens=prompt_tokens)
 
     def stop_recording(self) -> None:

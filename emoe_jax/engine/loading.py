@@ -80,7 +80,9 @@ def load_parts(path: str | Path, options: EngineConfig, progress: StageProgress 
     prepare_devices(machine_memory())
     platform = jax.devices()[0].platform
     options, size = options.resolved(platform), options.step_size(platform)
-    checkpoint = open_checkpoint(path, router_capacity_factor=options.router_capacity_factor)
+    checkpoint = open_checkpoint(
+        path, router_capacity_factor=options.router_capacity_factor, trace_ranks=options.trace_ranks
+    )
     config = checkpoint.config
     plan = requested_plan(config, options, platform, usable_memory(options.device_memory), machine_memory())
     first = plan(step_bytes=0)  # refuses what can never fit before seconds go into the predictor

@@ -45,18 +45,21 @@ def config_from_directory(directory: str | Path, quiet: bool = False) -> ModelCo
 
 
 def open_checkpoint(
-    source: str | Path, revision: str | None = None, router_capacity_factor: float | None = None
+    source: str | Path,
+    revision: str | None = None,
+    router_capacity_factor: float | None = None,
+    trace_ranks: int | None = None,
 ) -> Checkpoint:
     """Open a Hugging Face checkpoint directory, or a hub id (downloading safetensors, JSON and tokenizer files).
 
     Code that a checkpoint brings along (`auto_map`) is never run. `router_capacity_factor` switches on OpenMoE's
-    token dropping (published value: 2.0). Raises `CheckpointError` for files that are missing, malformed or do not
-    fit the configuration, `ConfigError` for options that are not supported.
+    token dropping (published value: 2.0). `trace_ranks` is of `ModelConfig`. Raises `CheckpointError` for files that
+    are missing, malformed or do not fit the configuration, `ConfigError` for options that are not supported.
     """
     directory = locate(source, revision)
     config = config_from_directory(directory)
     raw = read_json(directory / CONFIG)
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {"trace_ranks": trace_ranks}
     if router_capacity_factor is not None:
         changes["router"] = dataclasses.replace(config.router, capacity_factor=router_capacity_factor)
     generation = directory / "generation_config.json"

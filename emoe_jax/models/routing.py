@@ -33,6 +33,10 @@ class Routing(NamedTuple):
     """The scores of the wishes, without a bias or a scale: probabilities, or sigmoids."""
     substituted: Bool[Array, "R k"]
     """Which wishes are given up: another expert stands in, or none. None of rows without assignments."""
+    ranked_ids: Int[Array, "R ranks"]
+    """The wishes, and those that rank next, as many as the configuration has `ranks`."""
+    ranked_probs: Float[Array, "R ranks"]
+    """Their scores, like those of the wishes."""
 
     @property
     def known(self) -> Bool[Array, " R"]:
@@ -62,7 +66,8 @@ def route(
 
     An expert that is not allowed is replaced by the next best that is (eMoE section 1.4). Where fewer than `k` are
     allowed, the ids left over are `E` with weight 0. `wish_*` are the unfiltered choices, best first, with their
-    scores: the softmax over all experts, or the sigmoid of each logit. Rows where `valid` is false get no assignment.
+    scores: the softmax over all experts, or the sigmoid of each logit. `ranked_*` go on behind the wishes, for traces.
+    Rows where `valid` is false get no assignment.
 
     Experts rank by score, or by score plus `choice_bias`. Where experts have groups, those of the best groups rank
     before all others, so wishes are of these groups. An expert of another group stands in only where no other is left.
@@ -95,9 +100,10 @@ def route(
             return ranked
         return jnp.where(ranked > -jnp.inf, jnp.take_along_axis(logs, ids, axis=-1), -jnp.inf)
 
-    highest, wish_ids = jax.lax.top_k(ranks, config.top_k)
+    highest, ranked_ids = jax.lax.top_k(ranks, config.ranks)
+    ranked_probs = jnp.take_along_axis(scores, ranked_ids, axis=-1)
+    highest, wish_ids, wish_probs = (of[:, : config.top_k] for of in (highest, ranked_ids, ranked_probs))
     chosen = logs_of(wish_ids, highest)
-    wish_probs = jnp.take_along_axis(scores, wish_ids, axis=-1)
     lost = jnp.any(jnp.isnan(bounded), axis=-1, keepdims=True)
     weights, ids = wish_probs, wish_ids
     present, substituted = None, jnp.zeros(ids.shape, jnp.bool_)  # all of them, and none
@@ -128,7 +134,7 @@ def route(
         substituted = substituted & valid[:, None]
     if router.capacity_factor is not None:
         ids = _drop_over_capacity(ids, config, valid)
-    return Routing(logits, ids, weights, wish_ids, wish_probs, substituted)
+    return Routing(logits, ids, weights, wish_ids, wish_probs, substituted, ranked_ids, ranked_probs)
 
 
 def _scores(bounded: Float[Array, "R E"], router: RouterConfig) -> tuple[Float[Array, "R E"], Float[Array, "R E"]]:

@@ -37,11 +37,13 @@ def _write(parts: TraceParts, draft: Path, scratch: Path) -> None:
     number = np.cumsum(counts > 0, dtype=np.int32) - 1
     rows = _sorted(rows, counts, scratch)
     tokens, P = len(rows), len(kept)
-    choices = (geometry.num_layers, geometry.top_k)
     with zipfile.ZipFile(draft, "w", zipfile.ZIP_STORED) as archive:
-        for name in ("experts", "probs"):
-            dtype = rows.dtype[name].base
-            _member(archive, name, dtype, (tokens, *choices), (block[name] for block in _blocks(rows)))
+        for name in ("experts", "probs", "further_experts", "further_probs"):
+            of_token = rows.dtype[name]
+            if 0 not in of_token.shape:
+                _member(
+                    archive, name, of_token.base, (tokens, *of_token.shape), (block[name] for block in _blocks(rows))
+                )
         samples = (number[block["sample"]] for block in _blocks(rows))
         _member(archive, "sample", np.dtype("<i4"), (tokens,), samples)
         _member(archive, "token_pos", np.dtype("<i4"), (tokens,), (block["token_pos"] for block in _blocks(rows)))

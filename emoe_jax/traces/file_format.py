@@ -22,6 +22,8 @@ _INTEGERS = ("int16", "int32", "int64")
 FORMAT = {
     "experts": Wanted(("uint8", "uint16"), 3),
     "probs": Wanted(("float16", "float32"), 3),
+    "further_experts": Wanted(("uint8", "uint16"), 3, optional=True),
+    "further_probs": Wanted(("float16", "float32"), 3, optional=True),
     "sample": Wanted(("int32", "int64"), 1),
     "token_pos": Wanted(("int32", "int64"), 1),
     "task": Wanted(_INTEGERS, 1),

@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -36,23 +36,25 @@ def expert_dtype(num_experts: int) -> type[np.uint8] | type[np.uint16]:
 
 
 class Geometry(NamedTuple):
-    """What must agree for two recordings to be of the same model. `embedding_size` 0: prompts have no embedding;
-    `tokens`: the recording holds the prompts' token ids."""
+    """What must agree for two recordings to go on in one file. `embedding_size` 0: prompts have no embedding;
+    `tokens`: the recording holds the prompts' token ids; `further`: experts of a token and layer behind the `top_k`."""
 
     num_layers: int
     num_experts: int
     top_k: int
     embedding_size: int = 0
     tokens: bool = False
+    further: int = 0
 
     @property
     def row(self) -> np.dtype:
         """The dtype of one token's record. `probs` are float16; `sample` is the number of its prompt."""
-        choices = (self.num_layers, self.top_k)
         experts = expert_dtype(self.num_experts)
-        return np.dtype(
-            [("sample", "<i4"), ("token_pos", "<i4"), ("experts", experts, choices), ("probs", "<f2", choices)]
-        )
+        fields: list[tuple[Any, ...]] = [("sample", "<i4"), ("token_pos", "<i4")]
+        for prefix, ranks in (("", self.top_k), ("further_", self.further)):
+            shape = (self.num_layers, ranks)
+            fields += [(f"{prefix}experts", experts, shape), (f"{prefix}probs", "<f2", shape)]
+        return np.dtype(fields)
 
     @property
     def prompt(self) -> np.dtype:
@@ -73,9 +75,14 @@ class TraceParts:
             raise ConfigError(f"{path}: a trace cannot be recorded there: {error.strerror}") from None
         if geometry is not None and found != geometry:
             self.close()
-            if found._replace(tokens=geometry.tokens) != geometry:
+            if found._replace(tokens=geometry.tokens, further=geometry.further) != geometry:
                 raise ConfigError(
                     f"{self.directory} holds a recording of another model, {found}; this one is {geometry}"
+                )
+            if found.further != geometry.further:
+                raise ConfigError(
+                    f"{self.directory} holds a recording of {found.top_k + found.further} ranks; this one has "
+                    f"{geometry.top_k + geometry.further} (trace_ranks)"
                 )
             how = ("without", "with") if geometry.tokens else ("with", "without")
             raise ConfigError(

@@ -40,17 +40,20 @@ class TraceRecorder:
         num_layers: int,
         num_experts: int,
         top_k: int,
+        ranks: int | None = None,
         embedding_size: int = 0,
         tokens: bool = False,
     ):
-        """With `tokens` the trace holds the prompts' token ids, which `begin` must then be given. Raises `ConfigError`
-        when `path` exists, cannot be written, or has parts of another model's trace."""
+        """With `ranks` above `top_k` the trace holds so many experts of a token and layer. With `tokens` it holds the
+        prompts' token ids, which `begin` must then be given. Raises `ConfigError` when `path` exists, cannot be
+        written, or has parts of another model's trace."""
         self.path = Path(path)
         if self.path.suffix != ".npz":
             raise ConfigError(f"{self.path}: the file of a trace must be named *.npz")
-        self._parts = TraceParts(self.path, Geometry(num_layers, num_experts, top_k, embedding_size, tokens))
+        further = 0 if ranks is None else ranks - top_k
+        self._parts = TraceParts(self.path, Geometry(num_layers, num_experts, top_k, embedding_size, tokens, further))
         geometry = self._parts.geometry
-        self._row, self._prompt = geometry.row, geometry.prompt
+        self._row, self._prompt, self._top_k = geometry.row, geometry.prompt, top_k
         self._next_sample = self._parts.num_prompts
         self._changed = threading.Condition()
         # shared between the threads, guarded by _changed
@@ -88,15 +91,15 @@ class TraceRecorder:
         self,
         samples: Sequence[int] | Int[np.ndarray, " tokens"],
         positions: Sequence[int] | Int[np.ndarray, " tokens"],
-        experts: Shaped[np.ndarray, "tokens M k"],
-        probs: Float[np.ndarray, "tokens M k"],
+        experts: Shaped[np.ndarray, "tokens M ranks"],
+        probs: Float[np.ndarray, "tokens M ranks"],
     ) -> None:
-        """Tokens at `positions` of the prompts `samples`, with their routers' choices, best first."""
+        """Tokens at `positions` of the prompts `samples`, with their routers' choices and what ranks next."""
         rows = np.empty(len(samples), self._row)
         rows["sample"] = samples
         rows["token_pos"] = positions
-        rows["experts"] = experts
-        rows["probs"] = probs
+        for name, ranked in (("experts", experts), ("probs", probs)):
+            rows[name], rows[f"further_{name}"] = np.split(ranked, [self._top_k], axis=-1)
         with self._changed:
             while self._pending > MAX_PENDING_BYTES and self._error is None:
                 self._changed.wait()

@@ -34,6 +34,8 @@ class RoutingTrace:
     prompt_embedding: Float[np.ndarray, "P d"] | None = None
     prompt_length: Int[np.ndarray, " P"] | None = None  # tokens before the answer; None: only answers are recorded
     prompt_tokens: Int[np.ndarray, " prompt_tokens"] | None = None  # ids, end to end; lengths are as above
+    further_experts: Int[np.ndarray, "tokens M further"] | None = None  # those that rank next, best first
+    further_probs: Float[np.ndarray, "tokens M further"] | None = None  # the router's weights of these
     source: str = "trace"  # the file's name, for messages
 
     @staticmethod
@@ -56,6 +58,8 @@ class RoutingTrace:
             prompt_embedding=arrays.get("prompt_embedding"),
             prompt_length=arrays.get("prompt_length"),
             prompt_tokens=arrays.get("prompt_tokens"),
+            further_experts=arrays.get("further_experts"),
+            further_probs=arrays.get("further_probs"),
             source=str(path),
         )
         trace.validate()
@@ -64,7 +68,7 @@ class RoutingTrace:
     def save(self, path: str | Path) -> None:
         """Write the whole trace as one compressed `.npz`."""
         arrays = {name: getattr(self, name) for name in ("experts", "probs", "sample", "token_pos", "task")}
-        for name in ("prompt_embedding", "prompt_length", "prompt_tokens"):
+        for name in ("further_experts", "further_probs", "prompt_embedding", "prompt_length", "prompt_tokens"):
             if getattr(self, name) is not None:
                 arrays[name] = getattr(self, name)
         with Path(path).open("wb") as file:
@@ -95,6 +99,11 @@ class RoutingTrace:
     def top_k(self) -> int:
         """`k`, the choices per token and layer."""
         return self.experts.shape[2]
+
+    @property
+    def ranks(self) -> int:
+        """Experts that are known of a token and layer: its choices, and those that rank next."""
+        return self.top_k + (0 if self.further_experts is None else self.further_experts.shape[2])
 
     @property
     def tasks(self) -> list[str]:
@@ -158,6 +167,8 @@ class RoutingTrace:
             self,
             experts=self.experts[tokens],
             probs=self.probs[tokens],
+            further_experts=None if self.further_experts is None else self.further_experts[tokens],
+            further_probs=None if self.further_probs is None else self.further_probs[tokens],
             sample=place[self.sample[tokens]],
             token_pos=self.token_pos[tokens],
             task=self.task[wanted],
@@ -201,10 +212,11 @@ class RoutingTrace:
             yield f"probs has shape {list(self.probs.shape)}, experts {list(experts.shape)}"
         if experts.max() >= self.num_experts:
             yield f"experts reach {experts.max()}; there are only {self.num_experts} (0..{self.num_experts - 1})"
-        for first in range(self.top_k):
-            for second in range(first + 1, self.top_k):
-                if np.any(experts[:, :, first] == experts[:, :, second]):
-                    yield "a token names the same expert twice in one layer"
+        yield from self._problems_of_further()
+        ranked = experts if self.further_experts is None else np.concatenate([experts, self.further_experts], axis=2)
+        in_order = np.sort(ranked, axis=2)
+        if np.any(in_order[:, :, 1:] == in_order[:, :, :-1]):
+            yield "a token names the same expert twice in one layer"
         if self.sample.min() < 0 or self.sample.max() >= prompts:
             yield f"sample reaches from {self.sample.min()} to {self.sample.max()}; there are {prompts} prompts"
         if self.token_pos.min() < 0:
@@ -215,8 +227,9 @@ class RoutingTrace:
             yield "task_names holds a name twice"
         if self.task.min() < 0 or self.task.max() >= len(self.task_names):
             yield f"task reaches from {self.task.min()} to {self.task.max()}; there are {len(self.task_names)} tasks"
-        if not np.isfinite(self.probs).all():
-            yield "probs holds values that are not finite"
+        for probs in (self.probs, self.further_probs):
+            if probs is not None and not np.isfinite(probs).all():
+                yield "probs holds values that are not finite"
         if self.prompt_length is not None:
             if len(self.prompt_length) != prompts:
                 yield f"prompt_length has {len(self.prompt_length)} entries for {prompts} prompts"
@@ -236,3 +249,20 @@ class RoutingTrace:
                 yield f"prompt_embedding has {self.prompt_embedding.shape[0]} rows for {prompts} prompts"
             if self.prompt_embedding.shape[1] == 0 or not np.isfinite(self.prompt_embedding).all():
                 yield "prompt_embedding is empty or holds values that are not finite"
+
+    def _problems_of_further(self) -> Iterator[str]:
+        """What is wrong with the experts behind the chosen ones."""
+        further, probs = self.further_experts, self.further_probs
+        if further is None or probs is None:
+            if further is not None or probs is not None:
+                yield "further_experts and further_probs belong together; one of them is missing"
+            return
+        if further.shape[:2] != self.experts.shape[:2] or probs.shape != further.shape:
+            yield (
+                f"further_experts has shape {list(further.shape)} and further_probs {list(probs.shape)}; "
+                f"experts has {list(self.experts.shape)}"
+            )
+        if not self.top_k < self.ranks <= self.num_experts:
+            yield f"{self.ranks} ranks of {self.num_experts} experts are told; top-{self.top_k} leaves no others"
+        if further.max(initial=0) >= self.num_experts:
+            yield f"further_experts reach {further.max()}; there are only {self.num_experts}"

@@ -22,6 +22,14 @@ CONTRACTS = (
         (_EXACT,),
     ),
     Mutant(
+        "trace: ranks",
+        "experts that rank behind the chosen ones count as wishes where a trace is to hold them",
+        _DISPATCHER,
+        "report.ranked[..., : config.top_k]",
+        "report.ranked",
+        ("tests/traces/test_recorded_engine.py::test_a_trace_holds_as_many_ranks_as_the_engine_was_loaded_with",),
+    ),
+    Mutant(
         "contract: what follows",
         "a step that was begun before the one it builds on stood is not computed again",
         _DISPATCHER,

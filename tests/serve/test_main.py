@@ -40,6 +40,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--modle", "x"], "--modle"),
         (["--port", "70000"], "--port"),
         (["--record-prompt-tokens"], "--record-prompt-tokens needs --record-traces"),
+        (["--trace-ranks", "8"], "--trace-ranks needs --record-traces"),
         (["--port", "http"], "--port"),
         (["--max-num-seqs", "0"], "--max-num-seqs"),
         (["--max-num-seqs", "999999999"], "--max-num-seqs"),

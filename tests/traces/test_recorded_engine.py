@@ -1,7 +1,7 @@
 """What an engine records is what its routers chose; without a recorder nothing of it leaves the device."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,10 @@ from flax import nnx
 
 from emoe_jax import ConfigError, Engine, SamplingParams
 from emoe_jax.models import save_checkpoint
+from emoe_jax.models.routing import Routing
 from emoe_jax.moe import moe_ffn
+from emoe_jax.policies.policy import ChunkWishes
+from emoe_jax.residency.residency import Residency
 from emoe_jax.tasks import TaskProfile
 from emoe_jax.traces import RoutingTrace
 from tests.engines import RESIDENT, TINY, random_model
@@ -42,14 +45,24 @@ def engine(checkpoint: Path) -> Iterator[Engine]:
         yield engine
 
 
-def expected_routing(tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Experts and probabilities `[tokens, M, k]` of the plain model's routers."""
+def plain_routings(tokens: list[int]) -> list[Routing]:
+    """What the plain model's routers say, by MoE layer."""
     model, experts = random_model(RAW)
 
     def moe(rows: jax.Array, ids: jax.Array, weights: jax.Array, layer_experts) -> jax.Array:
         return moe_ffn(rows, ids, weights, jnp.arange(8), layer_experts, model.config, backend="reference")
 
-    _, routings = plain_forward(model, jnp.asarray([tokens]), experts, moe)
+    return plain_forward(model, jnp.asarray([tokens]), experts, moe)[1]
+
+
+def router_logits(tokens: list[int]) -> np.ndarray:
+    """Of the plain model, `[tokens, M, E]`."""
+    return np.stack([np.asarray(routing.logits) for routing in plain_routings(tokens)], axis=1)
+
+
+def expected_routing(tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Experts and probabilities `[tokens, M, k]` of the plain model's routers."""
+    routings = plain_routings(tokens)
     ids, probs = ([np.asarray(field) for field in fields] for fields in zip(*[r[3:5] for r in routings], strict=True))
     return np.stack(ids, axis=1), np.stack(probs, axis=1)
 
@@ -90,7 +103,7 @@ def test_probabilities_stay_on_the_device_without_a_recorder(engine: Engine, mon
     monkeypatch.setattr(jax, "device_get", spy)
     engine.generate(PROMPTS[0], GREEDY)
     assert len(fetched) == GREEDY.max_tokens  # one wait per step
-    assert all(output.wish_probs is None for output in fetched)
+    assert all(output.ranked_probs is None for output in fetched)
     assert all(len(jax.tree.leaves(output)) == 1 for output in fetched)  # and all that is read is one array
 
 
@@ -136,3 +149,42 @@ def test_without_a_tokenizer_there_is_no_task(engine: Engine) -> None:
         assert engine.generate([5, 6], SamplingParams(max_tokens=1))[0].task is None
     finally:
         engine.use_task_profile(None)
+
+
+def test_a_trace_holds_as_many_ranks_as_the_engine_was_loaded_with(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What other readers see are the choices alone. What ranks behind them is no wish: the policy is not told of it."""
+    chunks: list[ChunkWishes] = []
+    observe = Residency.observe
+
+    def spy(residency: Residency, counts: Any, resident: Any, of_prompts: Sequence[ChunkWishes]) -> Any:
+        chunks.extend(of_prompts)
+        return observe(residency, counts, resident, of_prompts)
+
+    monkeypatch.setattr(Residency, "observe", spy)
+    path, options = tmp_path / "ranks.npz", RESIDENT | {"routing": "exact", "max_num_seqs": 1}
+    with Engine.load(checkpoint, expert_memory="3 slots", record_traces=path, trace_ranks=5, **options) as one:
+        [output] = one.generate([PROMPTS[1]], dataclasses.replace(GREEDY, max_tokens=6))
+    assert chunks
+    assert all((chunk.counts.sum(axis=1) == 2 * chunk.tokens).all() for chunk in chunks)
+    trace, tokens = RoutingTrace.load(path), output.prompt_token_ids + output.token_ids[:-1]
+    assert (trace.top_k, trace.ranks) == (2, 5)
+    assert trace.further_experts is not None
+    assert trace.further_probs is not None
+    experts, probs = expected_routing(tokens)
+    np.testing.assert_array_equal(trace.experts, experts)
+    np.testing.assert_allclose(trace.probs, probs, atol=2e-3)
+    logits = router_logits(tokens)
+    order = np.argsort(-logits, axis=-1)[..., 2:5]
+    np.testing.assert_array_equal(trace.further_experts, order)
+    scores = np.take_along_axis(np.exp(logits) / np.exp(logits).sum(-1, keepdims=True), order, axis=-1)
+    np.testing.assert_allclose(trace.further_probs, scores, atol=2e-3)
+
+
+@pytest.mark.parametrize("ranks", [1, 9])
+def test_ranks_that_a_router_does_not_have_are_refused(checkpoint: Path, ranks: int) -> None:
+    with pytest.raises(
+        ConfigError, match=f"trace_ranks is {ranks}; the routers choose 2 of 8 experts, so expected 2 to 8"
+    ):
+        Engine.load(checkpoint, trace_ranks=ranks)

@@ -208,3 +208,23 @@ def test_memory_is_bounded_and_nothing_is_lost(tmp_path: Path, monkeypatch: pyte
             recorder.add([sample] * 4, range(n, n + 4), *rows(4, n))
             assert recorder._pending < 3000 + 1000
     assert RoutingTrace.load(tmp_path / "trace.npz").token_pos.tolist() == list(range(2000))
+
+
+def test_ranks_behind_the_chosen_ones_have_arrays_of_their_own(tmp_path: Path) -> None:
+    """So a reader that knows nothing of them reads the choices, and a trace of other ranks is not gone on with."""
+    path = tmp_path / "trace.npz"
+    ranked = np.broadcast_to(np.arange(5), (4, L, 5))
+    probs = np.broadcast_to(np.linspace(0.5, 0.1, 5), ranked.shape)
+    with TraceRecorder(path, L, E, K, ranks=5) as recorder:
+        recorder.add([recorder.begin("qa", 4)] * 4, range(4), ranked, probs)
+    arrays = load(path)
+    assert arrays["experts"].shape == (4, L, K)
+    assert arrays["further_experts"].tolist() == ranked[..., K:].tolist()
+    np.testing.assert_allclose(arrays["further_probs"], probs[..., K:], atol=1e-3)
+    trace = RoutingTrace.load(path)
+    assert (trace.top_k, trace.ranks) == (K, 5)
+    assert trace.select([0]).ranks == 5
+    other = recording.TraceParts(tmp_path / "other.npz", recording.Geometry(L, E, K, further=3))
+    other.close()
+    with pytest.raises(ConfigError, match=r"holds a recording of 5 ranks; this one has 2 \(trace_ranks\)"):
+        TraceRecorder(tmp_path / "other.npz", L, E, K)

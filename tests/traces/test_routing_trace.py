@@ -9,6 +9,7 @@ import pytest
 from emoe_jax.traces import RoutingTrace, TraceError
 from tests.traces.synthetic import make_trace
 
+F, P = "further_experts", "further_probs"
 REAL = Path("../shared/data/gptoss20b_routing/train.npz")
 
 
@@ -133,6 +134,48 @@ def test_what_the_format_does_not_allow_is_one_clear_line(trace, tmp_path, messa
     with pytest.raises(TraceError, match=message) as caught:
         RoutingTrace.load(tmp_path / "bad.npz")
     assert "\n" not in str(caught.value)
+
+
+def with_further(trace: RoutingTrace, ranks: int) -> RoutingTrace:
+    """The trace with the experts that no token chose behind those that it chose, in order of their numbers."""
+    chosen = (trace.experts[..., None] == np.arange(8)).any(2)
+    further = np.argsort(chosen, axis=-1, kind="stable")[..., : ranks - 2].astype(np.uint8)
+    return dataclasses.replace(trace, further_experts=further, further_probs=np.full(further.shape, 0.1, np.float16))
+
+
+def test_further_ranks_are_there_for_those_who_ask(trace, tmp_path):
+    """Whoever reads the choices alone gets what a trace without further ranks gives."""
+    more = with_further(trace, 6)
+    more.save(tmp_path / "more.npz")
+    loaded = RoutingTrace.load(tmp_path / "more.npz")
+    assert (loaded.top_k, loaded.ranks, trace.ranks) == (2, 6, 2)
+    np.testing.assert_array_equal(loaded.further_experts, more.further_experts)
+    np.testing.assert_array_equal(loaded.counts(), trace.counts())
+    part, chosen = loaded.select([3, 1]), trace.select([3, 1])
+    np.testing.assert_array_equal(part.further_experts, with_further(chosen, 6).further_experts)
+    assert with_further(trace, 8).ranks == 8
+    with_further(trace, 8).validate()
+
+
+FURTHER = {
+    "experts twice": ("names the same expert twice", lambda t: {F: t.experts}),
+    "beyond": ("further_experts reach 9", lambda t: {F: t.further_experts // 8 + np.array([8, 9], np.uint8)}),
+    "none": ("2 ranks of 8 experts are told", lambda t: {n: getattr(t, n)[..., :0] for n in (F, P)}),
+    "one": ("one of them is missing", lambda t: {P: None}),
+    "the other": ("one of them is missing", lambda t: {F: None}),
+    "shapes": ("further_experts has shape", lambda t: {P: t.further_probs[..., :1]}),
+    "tokens": ("further_experts has shape", lambda t: {F: t.further_experts[1:], P: t.further_probs[1:]}),
+    "nan": ("probs holds values that are not finite", lambda t: {P: t.further_probs * np.float16("nan")}),
+}
+
+
+@pytest.mark.parametrize("case", FURTHER)
+def test_further_ranks_are_checked(trace, case):
+    message, change = FURTHER[case]
+    more = with_further(trace, 4)
+    spoilt = dataclasses.replace(more, **change(more))
+    with pytest.raises(TraceError, match=message):
+        spoilt.validate()
 
 
 def test_missing_files_and_arrays_are_named(trace, tmp_path):

@@ -62,7 +62,8 @@ def _checked(path: str, wanted: tuple[int, int, int] | None) -> dict[str, Any]:
             trace.check_model(*wanted, "the model")
     except TraceError as error:
         return {"trace": path, "ok": False, "found": str(error).removeprefix(f"{path}: ")}
-    found = f"{trace.describe()}; {trace.num_prompts:,} prompts, {trace.num_tokens:,} tokens"
+    ranks = "" if trace.ranks == trace.top_k else f", {trace.ranks} ranks"
+    found = f"{trace.describe()}{ranks}; {trace.num_prompts:,} prompts, {trace.num_tokens:,} tokens"
     return {"trace": path, "ok": True, "found": found}
 
 

@@ -65,6 +65,7 @@ def describe(trace: RoutingTrace) -> dict[str, Any]:
         "layers": trace.num_layers,
         "experts": trace.num_experts,
         "top_k": trace.top_k,
+        "ranks": trace.ranks,
         "prompts": trace.num_prompts,
         "tokens": trace.num_tokens,
         "holds": [
@@ -106,6 +107,8 @@ def show(numbers: dict[str, Any], console: Console) -> None:
     console.print(table)
     held = ", ".join(name.replace("_", " ") for name in numbers["holds"]) or "nothing"
     console.print(f"beside the routers' choices it holds: {held}", highlight=False)
+    if numbers["ranks"] > numbers["top_k"]:
+        console.print(f"of each token and layer it holds {numbers['ranks']} ranks", highlight=False)
 
 
 if __name__ == "__main__":

@@ -86,6 +86,20 @@ def test_what_clients_wrote_can_be_left_out(tmp_path: Path) -> None:
     assert RoutingTrace.load(out).prompt_tokens is None
 
 
+def test_further_ranks_are_told_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = tmp_path / "ranks.npz", tmp_path / "out.npz"
+    with TraceRecorder(source, 1, 4, 1, ranks=3) as recorder:
+        ranked = np.broadcast_to(np.arange(3), (2, 1, 3))
+        recorder.add([recorder.begin("qa", 2)] * 2, [0, 1], ranked, np.ones(ranked.shape))
+    assert emoe.main(["traces", "convert", str(source), str(out)]) == 0
+    assert emoe.main(["traces", "check", str(out)]) == 0
+    assert emoe.main(["traces", "info", str(out)]) == 0
+    assert "top-1, 3 ranks; 1 prompts" in (text := capsys.readouterr().out)
+    assert "it holds 3 ranks" in text
+    assert emoe.main(["traces", "info", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ranks"] == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
