@@ -33,6 +33,7 @@ from benchmarks.contracts.follow import follow
 from benchmarks.contracts.live import measure, settings_of
 from benchmarks.contracts.replay import DECAY, replay
 from benchmarks.contracts.shapes import Shapes, first_choices, modelled
+from benchmarks.contracts.steps import replay_steps
 from benchmarks.quality.__main__ import share
 from benchmarks.quality.measure import Traffic
 from benchmarks.quality.served import Cell
@@ -127,8 +128,17 @@ def run(given: argparse.Namespace, console: Console) -> None:
     results: dict[str, Any] = {"model": given.model, "link_gbps": given.link_gbps, "live": [], "replay": {}}
     shapes = None if given.shapes is None else Shapes.of(given.shapes, given.card, given.link_gbps)
     if given.trace is not None:
+        traces = read_traces(given.trace, None, None)
+        tested = _first_tokens(traces.replayed, given.trace_tokens)
         for part in given.shares:
-            _replayed(given, part, shapes, results, console)
+            exchange = math.inf if given.exchange is None else given.exchange
+            tolerances = [0.0, *sorted(given.tolerances)]
+            rows = replay(tested, traces.trained, part, tolerances, exchange=exchange, decay=given.decay)
+            results["replay"][f"{part:g}"] = rows
+            show(console, f"{given.trace.name}: {len(tested.experts):,} tokens, {part:.0%} resident", rows)
+        write_json(results, given.json)
+        if shapes is not None:
+            results["shapes"] = _modelled(given, shapes, console)
             write_json(results, given.json)
     if given.audit_check or given.audit_cost:
         _audited(given, results, console)
@@ -157,30 +167,22 @@ def run(given: argparse.Namespace, console: Console) -> None:
         plot(results["live"], given.plot)
 
 
-def _replayed(
-    given: argparse.Namespace, part: float, shapes: Shapes | None, results: dict[str, Any], console: Console
-) -> None:
-    """All tolerances at one share of experts resident; with shapes also each batch."""
+def _modelled(given: argparse.Namespace, shapes: Shapes, console: Console) -> dict[str, list[dict[str, Any]]]:
+    """By share, a row for each tolerance and batch: speeds of these shapes by the loads of the trace."""
     traces = read_traces(given.trace, None, None)
     tested = _first_tokens(traces.replayed, given.trace_tokens)
     choices = given.choices or tested.top_k
     tested, trained = first_choices(tested, choices), first_choices(traces.trained, choices)
-    exchange = math.inf if given.exchange is None else given.exchange
     tolerances = [0.0, *sorted(set(given.tolerances) - {0.0})]
-    options: dict[str, Any] = {"exchange": exchange, "decay": given.decay}
-    alone = replay(tested, trained, part, tolerances, **options)
-    results["replay"][f"{part:g}"] = alone.rows
-    what = f"{given.trace.name}: {len(tested.experts):,} tokens, {tested.top_k} choices each, {part:.0%} resident"
-    show(console, what, alone.rows)
-    if shapes is None:
-        return
-    rows = []
-    for batch in given.batches:
-        each = alone if batch == 1 else replay(tested, trained, part, tolerances, batch=batch, **options)
-        rows += modelled(shapes, each, batch)
-    results.setdefault("shapes", {})[f"{part:g}"] = rows
-    where = f"{shapes.name} in {given.card}, {given.link_gbps:g} GB/s, {1e3 * shapes.load_seconds:.1f} ms per load"
-    show(console, f"{where}; {what}", rows)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for part in given.shares:
+        rows = found[f"{part:g}"] = []
+        for batch in given.batches:
+            rows += modelled(shapes, replay_steps(tested, trained, part, tolerances, batch, decay=given.decay), batch)
+        what = f"{given.trace.name}, {tested.top_k} choices each, {part:.0%} resident"
+        where = f"{shapes.name} in {given.card}, {given.link_gbps:g} GB/s, {1e3 * shapes.load_seconds:.1f} ms per load"
+        show(console, f"{where}; {what}", rows)
+    return found
 
 
 def _audited(given: argparse.Namespace, results: dict[str, Any], console: Console) -> None:

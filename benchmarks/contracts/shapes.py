@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from benchmarks.contracts.replay import Replayed
+from benchmarks.contracts.steps import Steps
 from emoe_jax.config import ModelConfig
 from emoe_jax.planning.catalogue import find_model
 from emoe_jax.planning.roofline import Roofline
@@ -80,25 +80,24 @@ class Shapes:
         return self.dense_seconds(batch) + layers
 
 
-def modelled(shapes: Shapes, replayed: Replayed, batch: int) -> list[dict[str, Any]]:
+def modelled(shapes: Shapes, replayed: Steps, batch: int) -> list[dict[str, Any]]:
     """A row for each tolerance of a replay, of which one must be 0, `exact`; and one without loads, `resident`."""
-    tolerances = [row["tolerance"] for row in replayed.rows]
-    exact = tolerances.index(0.0)
+    exact = replayed.tolerances.index(0.0)
 
     def speed(loads: Int[np.ndarray, "steps L"], used: Int[np.ndarray, "steps L"]) -> float:
         return batch / float(shapes.step_seconds(batch, loads, used).mean())
 
     reference = speed(replayed.loads[exact], replayed.used[exact])
     rows = []
-    for index, row in enumerate(replayed.rows):
+    for index, tolerance in enumerate(replayed.tolerances):
         tokens = speed(replayed.loads[index], replayed.used[index])
         rows.append(
             {
-                "contract": "bounded" if row["tolerance"] else "exact",
-                "tolerance": row["tolerance"],
+                "contract": "bounded" if tolerance else "exact",
+                "tolerance": tolerance,
                 "batch": batch,
-                "loads_per_token_layer": row["breaches"],
-                "substituted_weight": row["substituted_weight"],
+                "loads_per_token_layer": float(replayed.loads[index].mean()) / batch,
+                "substituted_weight": float(replayed.given_up[index]),
                 "tokens_per_s": tokens,
                 "over_exact": tokens / reference,
             }

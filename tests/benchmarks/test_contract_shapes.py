@@ -1,13 +1,13 @@
 """`benchmarks.contracts --shapes`: seconds of steps made by hand, and prompts that run side by side."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
-from benchmarks.contracts.replay import Replayed, replay, side_by_side
+from benchmarks.contracts.replay import replay
 from benchmarks.contracts.shapes import Shapes, first_choices, modelled, scaled_link_gbps
+from benchmarks.contracts.steps import Steps, replay_steps, side_by_side
 from emoe_jax.traces import RoutingTrace
+from tests.traces.synthetic import make_trace
 
 LOAD = 2 * 3 * 4096 * 14336 / 25e9
 """Seconds of one expert of Mixtral-8x7B in bfloat16 over 25 GB/s."""
@@ -45,10 +45,11 @@ def test_a_step_waits_for_its_loads_and_reads_what_is_resident_meanwhile(mixtral
 
 
 def test_speeds_are_over_those_of_exact(mixtral: Shapes) -> None:
-    row = {"loads_per_token_layer": 0.0, "substituted_weight": 0.1, "free_tokens": 0.0, "coverage": 0.5}
-    rows = [row | {"tolerance": tolerance, "breaches": breaches} for tolerance, breaches in ((0.0, 1.0), (0.3, 0.25))]
     loads = np.array([[[1], [1], [1], [1]], [[1], [0], [0], [0]]])
-    exact, bounded, resident = modelled(mixtral, Replayed(rows, loads, np.full((2, 4, 1), 2)), 1)
+    steps = Steps((0.0, 0.3), loads, np.full((2, 4, 1), 2), np.array([0.0, 0.1]))
+    exact, bounded, resident = modelled(mixtral, steps, 1)
+    assert (exact["loads_per_token_layer"], bounded["loads_per_token_layer"]) == (1, 0.25)
+    assert bounded["substituted_weight"] == 0.1
     dense, waited, free = mixtral.dense_seconds(1), 32 * (LOAD + READ), 32 * 2 * READ
     assert exact["tokens_per_s"] == pytest.approx(1 / (dense + waited))
     assert bounded["tokens_per_s"] == pytest.approx(1 / (dense + waited / 4 + 3 * free / 4))
@@ -74,13 +75,23 @@ def test_an_expert_that_two_rows_need_is_loaded_once_for_all() -> None:
     """Experts 0 and 1 are resident. One row needs 2; the other might do without it, and has it all the same."""
     trained = trace_of([[[0, 1]]], [0.6, 0.4])
     both = trace_of([[[2, 0]], [[0, 2]]], [0.6, 0.4])
-    found = replay(both, trained, 0.5, [0.0, 0.5], batch=2)
+    found = replay_steps(both, trained, 0.5, [0.0, 0.5], batch=2)
     assert found.loads.tolist() == [[[1]], [[1]]]
     assert found.used.tolist() == [[[2]], [[2]]]
-    assert [row["substituted_weight"] for row in found.rows] == [0, 0]
-    [alone] = replay(trace_of([[[0, 2]]], [0.6, 0.4]), trained, 0.5, [0.5]).rows
-    assert alone["breaches"] == 0
-    assert alone["substituted_weight"] == pytest.approx(0.4, abs=1e-3)
+    assert found.given_up.tolist() == [0, 0]
+    alone = replay_steps(trace_of([[[0, 2]]], [0.6, 0.4]), trained, 0.5, [0.5], batch=1)
+    assert alone.loads.tolist() == [[[0]]]
+    assert alone.used.tolist() == [[[1]]]
+    assert alone.given_up.tolist() == pytest.approx([0.4], abs=1e-3)
+
+
+def test_one_prompt_at_a_time_loads_what_the_replay_of_tokens_loads() -> None:
+    trace = make_trace(experts=16, top_k=4)
+    tolerances = [0.0, 0.15, 0.25]
+    rows = replay(trace, trace, 0.5, tolerances)
+    steps = replay_steps(trace, trace, 0.5, tolerances, batch=1)
+    assert steps.loads.mean(axis=(1, 2)).tolist() == pytest.approx([row["breaches"] for row in rows])
+    assert steps.given_up.tolist() == pytest.approx([row["substituted_weight"] for row in rows])
 
 
 def test_the_first_choices_are_the_best() -> None:
@@ -89,4 +100,4 @@ def test_the_first_choices_are_the_best() -> None:
     assert cut.experts[:, 0].tolist() == [[3, 1], [2, 0]]
     assert (cut.top_k, cut.probs.shape) == (2, (2, 1, 2))
     assert first_choices(trace, 3) is trace
-    assert dataclasses.replace(cut).num_experts == 4
+    assert cut.num_experts == 4

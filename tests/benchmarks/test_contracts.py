@@ -25,7 +25,7 @@ def trace() -> RoutingTrace:
 
 
 def test_a_higher_tolerance_loads_less_and_substitutes_more(trace: RoutingTrace) -> None:
-    rows = replay(trace, trace, 0.5, [0.0, 0.15, 0.25, 0.35, 1.0]).rows
+    rows = replay(trace, trace, 0.5, [0.0, 0.15, 0.25, 0.35, 1.0])
     loads, weights, free = (
         [row[name] for row in rows] for name in ("loads_per_token_layer", "substituted_weight", "free_tokens")
     )
@@ -38,15 +38,15 @@ def test_a_higher_tolerance_loads_less_and_substitutes_more(trace: RoutingTrace)
 
 
 def test_first_choices_are_always_loaded(trace: RoutingTrace) -> None:
-    [kept] = replay(trace, trace, 0.5, [1.0], sacred=trace.top_k).rows
-    [none] = replay(trace, trace, 0.5, [0.0]).rows
+    [kept] = replay(trace, trace, 0.5, [1.0], sacred=trace.top_k)
+    [none] = replay(trace, trace, 0.5, [0.0])
     assert kept == {**none, "tolerance": 1.0}
 
 
 def test_exchanges_are_loads_that_raise_coverage(trace: RoutingTrace) -> None:
-    [without] = replay(trace, trace, 0.5, [0.25]).rows
-    [few] = replay(trace, trace, 0.5, [0.25], exchange=10.0).rows
-    [many] = replay(trace, trace, 0.5, [0.25], exchange=0.01).rows
+    [without] = replay(trace, trace, 0.5, [0.25])
+    [few] = replay(trace, trace, 0.5, [0.25], exchange=10.0)
+    [many] = replay(trace, trace, 0.5, [0.25], exchange=0.01)
     assert few == without
     assert many["loads_per_token_layer"] > many["breaches"]
     assert many["coverage"] > without["coverage"]
@@ -54,7 +54,7 @@ def test_exchanges_are_loads_that_raise_coverage(trace: RoutingTrace) -> None:
 
 
 def test_with_room_for_all_nothing_is_missed(trace: RoutingTrace) -> None:
-    [row] = replay(trace, trace, 1.0, [0.0]).rows
+    [row] = replay(trace, trace, 1.0, [0.0])
     assert (row["breaches"], row["coverage"], row["free_tokens"]) == (0, 1, 1)
 
 
