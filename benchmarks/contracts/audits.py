@@ -178,9 +178,9 @@ def coverage(answers: Sequence[Scored], audits: int, truth: dict[str, float], se
         drawn = rng.integers(len(answers), size=audits)
         picks = [rng.permutation(tokens[index])[:MOST_KEPT] for index in drawn]
         weights = [tokens[index] for index in drawn]
-        for measure, most in (("kl", MOST_NATS), ("top1_agreement", 1.0)):
+        for measure, *ends in (("kl", 0.0, MOST_NATS), ("top1_agreement", 1.0, 0.0)):
             values = [_of(answers[index], measure)[pick].mean() for index, pick in zip(drawn, picks, strict=True)]
-            interval = Estimate.of(values, weights).interval(0.0, most)
+            interval = Estimate.of(values, weights).interval(*ends)
             assert interval is not None
             held[measure] += interval[1] <= truth[measure] <= interval[2]
     shares = {measure: count / DRAWS for measure, count in held.items()}

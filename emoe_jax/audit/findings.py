@@ -65,15 +65,23 @@ class Estimate(NamedTuple):
         answers = list(findings)
         return cls.of([each.kl for each in answers], [each.tokens for each in answers])
 
-    def interval(self, low: float, high: float) -> tuple[float, float, float] | None:
-        """The mean and its 95 % confidence interval, of which no end is below `low` or above `high`.
+    def interval(self, lossless: float, worst: float) -> tuple[float, float, float] | None:
+        """The mean and its 95 % confidence interval, which lies between a mean of no loss and the worst one.
+
+        Few answers lose much, and most little. So the interval reaches by the same factor to both sides of the loss:
+        by the same distance, it would lie below what all answers lose too often.
 
         None for fewer than `LEAST` answers, which may all be of the usual kind.
         """
         if self.answers < LEAST:
             return None
-        margin = float(stdtrit(self.answers - 1, (1 + CONFIDENCE) / 2)) * self.error
-        return self.mean, max(low, self.mean - margin), min(high, self.mean + margin)
+        loss, most = abs(self.mean - lossless), abs(worst - lossless)
+        if loss == 0:
+            return self.mean, self.mean, self.mean
+        quantile = float(stdtrit(self.answers - 1, (1 + CONFIDENCE) / 2))
+        factor = math.exp(min(quantile * self.error / loss, MOST_NATS))
+        near, far = (math.copysign(end, worst - lossless) for end in (loss / factor, min(most, loss * factor)))
+        return self.mean, lossless + min(near, far), lossless + max(near, far)
 
 
 class Findings:
@@ -104,7 +112,7 @@ class Findings:
             findings = [each for each in recent if each.tolerance == recent[-1].tolerance]
             kl = Estimate.of_kl(findings)
             agreement = Estimate.of([each.agreement for each in findings], [each.tokens for each in findings])
-            nats, same = kl.interval(0.0, MOST_NATS), agreement.interval(0.0, 1.0)
+            nats, same = kl.interval(0.0, MOST_NATS), agreement.interval(1.0, 0.0)
             state.setdefault(contract, {})[task] = {
                 "audits": self._totals[contract, task],
                 "tolerance": findings[-1].tolerance if contract == "bounded" else None,

@@ -53,6 +53,14 @@ AUDITS = (
         (f"{_AUDITS}::test_answers_that_lost_nothing_are_given_up_like_others",),
     ),
     Mutant(
+        "audit: interval",
+        "the interval of an estimate has equal arms, though few answers lose much and most little",
+        "emoe_jax/audit/findings.py",
+        "(loss / factor, min(most, loss * factor))",
+        "(loss * (1 - math.log(factor)), min(most, loss * (1 + math.log(factor))))",
+        (f"{_TARGET}::test_intervals_hold_the_truth_about_as_often_as_they_say",),
+    ),
+    Mutant(
         "target: down",
         "a tolerance stays though audits say that it loses too much",
         _SEARCH,
