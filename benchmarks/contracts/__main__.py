@@ -94,8 +94,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="SHARE",
         help="of answers that are audited, where audits are measured (default 0.01)",
     )
-    add("--audit-check", action="store_true", help="compare audits of `bounded` with all tokens, scored again")
-    add("--audit-cost", action="store_true", help="tokens/s under `bounded` with audits and without, in turns")
+    add("--audit-check", action="store_true", help="compare audits with all tokens, scored again")
+    add("--audit-cost", action="store_true", help="tokens/s with audits and without, in turns")
+    add(
+        "--audit-contract",
+        choices=("bounded", "resident"),
+        default="bounded",
+        help="under which --audit-check and --audit-cost serve (default bounded, with the first of --tolerances)",
+    )
     add("--turns", type=count, default=8, metavar="N", help="of --audit-cost, each (default 8)")
     add("--no-live", action="store_true", help="replay only")
     add("--seed", type=int, default=0, help="of prompts and their order (default 0)")
@@ -188,9 +194,13 @@ def _modelled(given: argparse.Namespace, shapes: Shapes, console: Console) -> di
 def _audited(given: argparse.Namespace, results: dict[str, Any], console: Console) -> None:
     traffic = Traffic.of(given.model, given.tasks, Count(given.prompts, given.stretches), given.seed)
     batch = given.batches[0]
-    options = {"audit_rate": given.audit_rate, "tolerance": given.tolerances[0], "link_gbps": given.link_gbps}
-    cell = Cell(given.policy, "bounded", given.shares[0], tuple(options.items()))
-    what = f"tolerance {given.tolerances[0]:g}, {cell.share:.0%} resident, {given.audit_rate:.1%} audited"
+    options: dict[str, Any] = {"audit_rate": given.audit_rate, "link_gbps": given.link_gbps}
+    what = given.audit_contract
+    if what == "bounded":
+        options["tolerance"] = given.tolerances[0]
+        what += f" {given.tolerances[0]:g}"
+    cell = Cell(given.policy, given.audit_contract, given.shares[0], tuple(options.items()))
+    what += f", {cell.share:.0%} resident, {given.audit_rate:.1%} audited"
 
     def tell(title: str) -> None:
         console.print(title, style="dim")

@@ -13,22 +13,22 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
-from scipy.special import log_softmax, rel_entr, stdtrit
+from scipy.special import log_softmax, rel_entr
 
 from benchmarks.quality.measure import FULL, Traffic
 from benchmarks.quality.served import Cell, engine_of, free, given, serve
 from benchmarks.quality.traffic import Item, in_bursts
 from emoe_jax import Engine
-from emoe_jax.audit.findings import CONFIDENCE, LEAST, MOST_NATS, Estimate
+from emoe_jax.audit.findings import LEAST, MOST_NATS, interval_of
 from emoe_jax.requests.sequence import Sequence as EngineSequence
 from emoe_jax.requests.served import MOST_KEPT, ServedLogits
 from emoe_jax.residency.accounts import UNCLASSIFIED
 
-PAUSE_AFTER = 20
+PAUSE_AFTER = 8
 """Requests of the check after which none come until what waits for its audit has been audited."""
 
 DRAWS = 2_000
-"""Sets of audits that are drawn to tell how often their interval holds what all tokens lost."""
+"""Sets of audits that are drawn to tell how often their interval holds what all tokens lost; and sets of turns."""
 
 Tell = Callable[[str], None]
 
@@ -144,15 +144,13 @@ def compared(answers: Sequence[Scored], found: dict[str, Any], seed: int) -> Ite
 
     `covers`: of intervals that as many audits of these answers would give, the share that holds the latter.
     """
+    common = {measure: _mean(answers, measure) for measure in ("kl", "top1_agreement")}
     for task, numbers in found.items():
         own = [each for each in answers if each.task == task]
-        audits = sum(each.audited for each in own)
-        truth = {
-            "kl": float(np.concatenate([each.kl for each in own]).mean()),
-            "top1_agreement": float(np.concatenate([each.agrees for each in own]).mean()),
-        }
+        audits = numbers["audits"]
+        truth = {measure: _mean(own, measure) for measure in common}
         truth["perplexity_ratio"] = math.exp(min(truth["kl"], MOST_NATS))
-        covers = coverage(own, audits, truth, seed) if audits >= LEAST else {}
+        covers = coverage(own, audits, common, seed) if audits >= LEAST else {}
         for measure, value in truth.items():
             estimate, low, high = numbers[measure]
             yield {
@@ -169,22 +167,31 @@ def compared(answers: Sequence[Scored], found: dict[str, Any], seed: int) -> Ite
             }
 
 
-def coverage(answers: Sequence[Scored], audits: int, truth: dict[str, float], seed: int) -> dict[str, float]:
-    """How often the interval of so many audits, drawn from these answers with replacement, holds the truth."""
+def coverage(answers: Sequence[Scored], audits: int, common: dict[str, float], seed: int) -> dict[str, float]:
+    """How often the interval of so many audits, drawn from a task's answers with replacement, holds what all of them
+    lost. `common` is the mean over all tasks.
+    """
     rng = np.random.default_rng(seed)
     tokens = [len(each.kl) for each in answers]
-    held = {"kl": 0, "top1_agreement": 0}
+    truth, held = {measure: _mean(answers, measure) for measure in common}, dict.fromkeys(common, 0)
     for _ in range(DRAWS):
         drawn = rng.integers(len(answers), size=audits)
         picks = [rng.permutation(tokens[index])[:MOST_KEPT] for index in drawn]
         weights = [tokens[index] for index in drawn]
-        for measure, *ends in (("kl", 0.0, MOST_NATS), ("top1_agreement", 1.0, 0.0)):
-            values = [_of(answers[index], measure)[pick].mean() for index, pick in zip(drawn, picks, strict=True)]
-            interval = Estimate.of(values, weights).interval(*ends)
+        for measure, lossless, worst in (("kl", 0.0, MOST_NATS), ("top1_agreement", 1.0, 0.0)):
+            values = [
+                float(_of(answers[index], measure)[pick].mean()) for index, pick in zip(drawn, picks, strict=True)
+            ]
+            interval = interval_of(values, weights, lossless, worst, common[measure])
             assert interval is not None
-            held[measure] += interval[1] <= truth[measure] <= interval[2]
+            held[measure] += interval[1] - 1e-9 <= truth[measure] <= interval[2] + 1e-9
     shares = {measure: count / DRAWS for measure, count in held.items()}
     return shares | {"perplexity_ratio": shares["kl"]}  # one follows from the other
+
+
+def _mean(answers: Sequence[Scored], measure: str) -> float:
+    """Over all their tokens."""
+    return float(np.concatenate([_of(each, measure) for each in answers]).mean())
 
 
 def _of(answer: Scored, measure: str) -> np.ndarray:
@@ -240,14 +247,13 @@ def cost(model: str, traffic: Traffic, cell: Cell, batch: int, turns: int, seed:
 
 
 def cost_of(ratios: Sequence[float]) -> dict[str, float | None]:
-    """What a turn loses in the median, and the 95 % interval of the mean over turns. `ratios`: speeds with audits over
-    those without; the ends are None for one turn.
+    """What a turn loses in the median, with its 95 % bootstrap interval over turns: one turn in which the machine did
+    something else must not count for many. `ratios`: speeds with audits over those without; the ends are None for one.
     """
     low = high = None
     if len(ratios) > 1:
-        logs = np.log(ratios)
-        margin = float(stdtrit(len(logs) - 1, (1 + CONFIDENCE) / 2) * logs.std(ddof=1)) / math.sqrt(len(logs))
-        low, high = 1 - math.exp(logs.mean() + margin), 1 - math.exp(logs.mean() - margin)
+        drawn = np.random.default_rng(0).choice(np.asarray(ratios), (DRAWS, len(ratios)))
+        high, low = (1 - float(end) for end in np.quantile(np.median(drawn, axis=1), [0.025, 0.975]))
     return {"cost": 1 - statistics.median(ratios), "low": low, "high": high}
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emoe_jax.audit.findings import LEAST, Estimate, Finding
+from emoe_jax.audit.findings import LEAST, Estimate, Finding, interval_of
 from emoe_jax.audit.mix import Wishes
 from emoe_jax.audit.target import FORGOTTEN_AFTER, QualityTarget, ToleranceSearch, ladder
 from emoe_jax.errors import ConfigError
@@ -163,6 +163,29 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say(shape: float, answe
         _, low, high = estimate.interval(0.0, 99.0) or (0, 0, 0)
         held += low <= 1.0 <= high
     assert least < held / 1000 <= 0.98
+
+
+def test_losses_that_no_audit_met_are_allowed_for() -> None:
+    """Of a task that loses little, one answer in twenty loses most; other tasks lose 0.05."""
+    rng, held = np.random.default_rng(1), 0
+    tokens = [10] * 12
+    for _ in range(500):
+        losses = np.where(rng.random(12) < 0.05, 0.03, rng.gamma(2.0, 2.5e-4, size=12)).tolist()
+        interval = interval_of(losses, tokens, 0.0, 99.0, common=0.05)
+        assert interval is not None
+        held += interval[1] <= 0.05 * 0.03 + 0.95 * 5e-4 <= interval[2]
+    assert held / 500 > 0.93
+
+
+def test_what_is_common_widens_no_more_than_the_end_of_more_loss() -> None:
+    alike, tokens = [0.99] * 4 + [0.98] * 4, [10] * 8
+    mean, low, high = interval_of(alike, tokens, 1.0, 0.0, common=0.8) or (0, 0, 0)
+    own = Estimate.of(alike, tokens).interval(1.0, 0.0)
+    assert own is not None
+    assert (mean, high) == (own[0], own[2])
+    assert low < own[1]
+    assert interval_of(alike, tokens, 1.0, 0.0, common=1.0) == own
+    assert interval_of(alike[:7], tokens[:7], 1.0, 0.0, common=0.8) is None
 
 
 def test_an_interval_reaches_by_a_factor_to_both_sides_of_the_loss() -> None:

@@ -71,12 +71,12 @@ def test_every_token_is_kept_beside_the_sample_that_is_audited() -> None:
 
 
 def test_the_cost_is_what_a_turn_loses() -> None:
-    found = cost_of([0.98, 0.97, 1.0])
-    assert found["cost"] == pytest.approx(0.02)
-    low, high = found["low"], found["high"]
-    assert low is not None
-    assert high is not None
-    assert low < 0 < 0.02 < high < 0.1
+    found = cost_of([0.98, 0.97, 1.0, 0.98, 0.5, 0.99])
+    assert found == {
+        "cost": pytest.approx(0.02),
+        "low": pytest.approx(0.01, abs=0.01),
+        "high": pytest.approx(0.2, abs=0.15),
+    }
     assert cost_of([0.9]) == {"cost": pytest.approx(0.1), "low": None, "high": None}
 
 

@@ -61,6 +61,14 @@ AUDITS = (
         (f"{_TARGET}::test_intervals_hold_the_truth_about_as_often_as_they_say",),
     ),
     Mutant(
+        "audit: unseen",
+        "losses that no audit met are not allowed for",
+        "emoe_jax/audit/findings.py",
+        "max(high, more[2])",
+        "high",
+        (f"{_TARGET}::test_losses_that_no_audit_met_are_allowed_for",),
+    ),
+    Mutant(
         "target: down",
         "a tolerance stays though audits say that it loses too much",
         _SEARCH,
