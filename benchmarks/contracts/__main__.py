@@ -3,12 +3,16 @@
 Live: a checkpoint serves the same traffic under `exact`, `bounded` with some tolerances, and `resident`. Replay: a
 routing trace, for which all tolerances take one pass. `--plot FILE` draws perplexity against the loads waited for.
 Follow (`--follow`): traffic that changes its tasks under a quality target; every answer is scored again with all
-experts, whether the engine audits it or not.
+experts, whether the engine audits it or not. Audits (`--audit-check`, `--audit-cost`): whether they find what scoring
+every token again finds, and what they cost. Shapes (`--shapes MODEL`): tokens per second of a large model over a
+slow link. Of a trace they follow from its loads; a live run gets a link that is as slow for it.
 
 JSON: `{"live": [{"contract", "tolerance", "share", "batch", "perplexity_ratio", "similarity", "loads_per_token",
 "waits_per_token", "tokens_per_s", "substituted_weight"}], "replay": {"0.5": [{"tolerance", "breaches",
-"loads_per_token_layer", "substituted_weight", "free_tokens"}]}, "follow": {"phases", "windows", "estimates", "tasks",
-"requests"}}`.
+"loads_per_token_layer", "substituted_weight", "free_tokens"}]}, "shapes": {"0.5": [{"contract", "tolerance", "batch",
+"loads_per_token_layer", "substituted_weight", "tokens_per_s", "over_exact"}]}, "follow": {"phases", "windows",
+"estimates", "tasks", "requests"}, "audit_check": {"rows": [{"task", "measure", "estimate", "low", "high", "of_all",
+"within", "covers"}]}, "audit_cost": {"cost", "low", "high", "audit_share"}}`.
 """
 
 from __future__ import annotations
@@ -25,12 +29,16 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.arguments import count, positive
+from benchmarks.contracts.audits import check, cost
 from benchmarks.contracts.follow import follow
 from benchmarks.contracts.live import measure, settings_of
 from benchmarks.contracts.replay import DECAY, replay
 from benchmarks.contracts.scores import Observed, policy_scores, worth
+from benchmarks.contracts.shapes import Shapes, first_choices, modelled
+from benchmarks.contracts.steps import replay_steps
 from benchmarks.quality.__main__ import share
 from benchmarks.quality.measure import Traffic
+from benchmarks.quality.served import Cell
 from benchmarks.quality.traffic import ALL_TASKS, Count
 from benchmarks.residency.forecasts import learn_from
 from benchmarks.residency.split import read_traces
@@ -68,7 +76,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--prompts", type=count, default=12, metavar="N", help="of each task (default 12)")
     add("--stretches", type=count, default=4, metavar="N", help="of each kind of text (default 4)")
     add("--link-gbps", type=positive, metavar="GBPS", help="a modelled link; without it loads take what they take")
+    add("--shapes", metavar="MODEL", help="tokens/s of this model, such as mixtral-8x7b, over --link-gbps (25)")
+    add("--card", default="a100-80gb", metavar="NAME", help="whose memory --shapes is in (default a100-80gb)")
     add("--trace", type=Path, metavar="FILE", help="also replay this routing trace, its last quarter of prompts")
+    add("--choices", type=count, metavar="N", help="of the trace's routers that count, best first (default all)")
     add("--trace-tokens", type=count, default=20_000, metavar="N", help="of it, at most (default 20000)")
     add(
         "--exchange",
@@ -97,15 +108,29 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         type=tolerance,
         default=0.01,
         metavar="SHARE",
-        help="of answers, where --follow is (default 0.01)",
+        help="of answers that are audited, where audits are measured (default 0.01)",
     )
+    add("--audit-check", action="store_true", help="compare audits with all tokens, scored again")
+    add("--audit-cost", action="store_true", help="tokens/s with audits and without, in turns")
+    add(
+        "--audit-contract",
+        choices=("bounded", "resident"),
+        default="bounded",
+        help="under which --audit-check and --audit-cost serve (default bounded, with the first of --tolerances)",
+    )
+    add("--turns", type=count, default=8, metavar="N", help="of --audit-cost, each (default 8)")
     add("--no-live", action="store_true", help="replay only")
     add("--seed", type=int, default=0, help="of prompts and their order (default 0)")
     add("--json", type=Path, metavar="FILE", help="write the numbers here, after every row")
     add("--plot", type=Path, metavar="FILE.png", help="draw perplexity against loads")
     given = parser.parse_args(argv)
-    if given.no_live and given.trace is None and given.follow is None:
-        parser.error("--no-live needs a --trace or --follow: nothing else is left to measure")
+    audits = given.audit_check or given.audit_cost
+    if given.no_live and given.trace is None and given.follow is None and not audits:
+        parser.error("--no-live needs a --trace, --follow or --audit-...: nothing else is left to measure")
+    if audits and not given.audit_rate:
+        parser.error("--audit-check and --audit-cost need an --audit-rate above 0")
+    if given.shapes is not None and given.link_gbps is None:
+        given.link_gbps = 25.0
     return given
 
 
@@ -123,9 +148,15 @@ def tolerance(text: str) -> float:
 def run(given: argparse.Namespace, console: Console) -> None:
     """Replay first, which takes seconds."""
     results: dict[str, Any] = {"model": given.model, "link_gbps": given.link_gbps, "live": [], "replay": {}}
+    shapes = None if given.shapes is None else Shapes.of(given.shapes, given.card, given.link_gbps)
     if given.trace is not None:
         results["replay"] = _replayed(given, console)
         write_json(results, given.json)
+        if shapes is not None:
+            results["shapes"] = _modelled(given, shapes, console)
+            write_json(results, given.json)
+    if given.audit_check or given.audit_cost:
+        _audited(given, results, console)
     if given.follow is not None:
         results["follow"] = _followed(given, console)
         write_json(results, given.json)
@@ -141,6 +172,7 @@ def run(given: argparse.Namespace, console: Console) -> None:
             given.seed,
             given.link_gbps,
             lambda title: console.print(title, style="dim"),
+            shapes,
         )
         for row in rows:
             results["live"].append(row)
@@ -171,6 +203,48 @@ def _replayed(given: argparse.Namespace, console: Console) -> dict[str, list[dic
         title = f"{given.trace.name}: {len(tested.experts):,} tokens, {part:.0%} resident"
         show(console, title, found[f"{part:g}"])
     return found
+
+
+def _modelled(given: argparse.Namespace, shapes: Shapes, console: Console) -> dict[str, list[dict[str, Any]]]:
+    """By share, a row for each tolerance and batch: speeds of these shapes by the loads of the trace."""
+    traces = read_traces(given.trace, None, None)
+    tested = _first_tokens(traces.replayed, given.trace_tokens)
+    choices = given.choices or tested.top_k
+    tested, trained = first_choices(tested, choices), first_choices(traces.trained, choices)
+    tolerances = [0.0, *sorted(set(given.tolerances) - {0.0})]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for part in given.shares:
+        rows = found[f"{part:g}"] = []
+        for batch in given.batches:
+            rows += modelled(shapes, replay_steps(tested, trained, part, tolerances, batch, decay=given.decay), batch)
+        what = f"{given.trace.name}, {tested.top_k} choices each, {part:.0%} resident"
+        where = f"{shapes.name} in {given.card}, {given.link_gbps:g} GB/s, {1e3 * shapes.load_seconds:.1f} ms per load"
+        show(console, f"{where}; {what}", rows)
+    return found
+
+
+def _audited(given: argparse.Namespace, results: dict[str, Any], console: Console) -> None:
+    traffic = Traffic.of(given.model, given.tasks, Count(given.prompts, given.stretches), given.seed)
+    batch = given.batches[0]
+    options: dict[str, Any] = {"audit_rate": given.audit_rate, "link_gbps": given.link_gbps}
+    what = given.audit_contract
+    if what == "bounded":
+        options["tolerance"] = given.tolerances[0]
+        what += f" {given.tolerances[0]:g}"
+    cell = Cell(given.policy, given.audit_contract, given.shares[0], tuple(options.items()))
+    what += f", {cell.share:.0%} resident, {given.audit_rate:.1%} audited"
+
+    def tell(title: str) -> None:
+        console.print(title, style="dim")
+
+    if given.audit_check:
+        found = results["audit_check"] = check(given.model, traffic, cell, batch, given.seed, tell)
+        write_json(results, given.json)
+        show(console, f"{what}: {found['audits']} audits, {found['given_up']} given up", found["rows"])
+    if given.audit_cost:
+        found = results["audit_cost"] = cost(given.model, traffic, cell, batch, given.turns, given.seed, tell)
+        write_json(results, given.json)
+        show(console, f"{what}, {given.turns} turns", [{k: v for k, v in found.items() if k != "ratios"}])
 
 
 def _followed(given: argparse.Namespace, console: Console) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from benchmarks.contracts.shapes import Shapes, scaled_link_gbps
 from benchmarks.quality.measure import FULL, Traffic, measured
 from benchmarks.quality.scores import mean_over
 from benchmarks.quality.served import Cell, engine_of, outcomes
@@ -45,8 +46,12 @@ def measure(
     seed: int,
     link_gbps: float | None,
     tell: Tell,
+    shapes: Shapes | None = None,
 ) -> Iterator[dict[str, Any]]:
     """A row for each setting, share and batch. Perplexity and similarity are against all experts resident.
+
+    With `shapes` the link is modelled so that a load takes as many layer times as it would for a model of these
+    shapes over `shapes.link`. A layer time is that of the same traffic with all experts resident.
 
     `loads_per_token` are those that a step waited for, over all tokens computed; `waits_per_token` counts forwards that
     had to be repeated or went layer by layer in the same way. `tokens_per_s` counts time in steps only.
@@ -55,7 +60,12 @@ def measure(
     for batch in batches:
         everything = dataclasses.replace(FULL, policy="static")
         with engine_of(model, everything, traffic.context, batch, seed) as engine:
+            watch = _Watch(engine)
             reference = outcomes(engine, stream, batch, lambda: None)
+            if shapes is not None:
+                layer = watch.step_seconds() / len(engine.config.moe_layers)
+                link_gbps = scaled_link_gbps(shapes, batch, layer, engine.parts.residency.expert_bytes)
+                tell(f"batch {batch}: a layer takes {1e3 * layer:.2f} ms, so the link gives {1e3 * link_gbps:.3g} MB/s")
         for share in shares:
             for setting in settings:
                 tell(f"{setting.name}, {share:.0%} resident, batch {batch}")
@@ -80,6 +90,7 @@ def measure(
                     "perplexity_ci95": list(mean_over("perplexity_ratio", rows)[1:]),
                     "similarity": mean_over("similarity", answered)[0] if answered else None,
                     "substituted_weight": mean_over("substituted_weight", rows)[0],
+                    "link_gbps": link_gbps,
                     **counted,
                 }
 
@@ -107,6 +118,11 @@ class _Watch:
             "steps": self._engine.loop.steps,
             **forwards,
         }
+
+    def step_seconds(self) -> float:
+        """Mean of the steps so far."""
+        now = self._now()
+        return (now["seconds"] - self._before["seconds"]) / (now["steps"] - self._before["steps"])
 
     def counted(self) -> dict[str, Any]:
         now = self._now()

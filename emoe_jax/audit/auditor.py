@@ -46,6 +46,11 @@ class _Audit:
     answer: Sequence
     text: Sequence
 
+    @property
+    def lost_nothing(self) -> bool:
+        """Whether every expert that the answer wished for was there, so that nothing is to be computed."""
+        return not self.answer.substituted and not self.answer.num_cached
+
 
 class Auditor:
     """`arrived` and `ended` for every request; `step` computes a piece of an audit when it is `due`.
@@ -103,9 +108,7 @@ class Auditor:
         served = sequence.served
         if served is None or not len(served.positions):
             return
-        if not sequence.substituted and not sequence.num_cached:  # every expert that it wished for was there
-            self._book(sequence, 0.0, 1.0)
-            return
+        # One that lost nothing waits its turn, too: else only those that lost something would ever be given up.
         tokens = sequence.tokens(0, int(served.positions[-1]) + 1)
         text = Sequence(f"audit of {sequence.request_id}", tokens, routing="exact", compared_with=served)
         self._queue.append(_Audit(sequence, text))
@@ -163,6 +166,9 @@ class Auditor:
             needed = self._pool.needed(len(audit.text.prompt_token_ids))
             if not self._pool.can_allocate(needed):
                 self._given_up += 1
+                return
+            if audit.lost_nothing:
+                self._book(audit.answer, 0.0, 1.0)
                 return
             audit.text.pages = self._pool.allocate(needed)
             self._current = audit

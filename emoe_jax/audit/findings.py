@@ -5,6 +5,7 @@ import math
 from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Rows
+from itertools import chain
 from typing import Any, NamedTuple
 
 from scipy.special import stdtrit
@@ -65,15 +66,39 @@ class Estimate(NamedTuple):
         answers = list(findings)
         return cls.of([each.kl for each in answers], [each.tokens for each in answers])
 
-    def interval(self, low: float, high: float) -> tuple[float, float, float] | None:
-        """The mean and its 95 % confidence interval, of which no end is below `low` or above `high`.
+    def interval(self, lossless: float, worst: float) -> tuple[float, float, float] | None:
+        """The mean and its 95 % confidence interval, which lies between a mean of no loss and the worst one.
+
+        Few answers lose much, and most little. So the interval reaches by the same factor to both sides of the loss:
+        by the same distance, it would lie below what all answers lose too often.
 
         None for fewer than `LEAST` answers, which may all be of the usual kind.
         """
         if self.answers < LEAST:
             return None
-        margin = float(stdtrit(self.answers - 1, (1 + CONFIDENCE) / 2)) * self.error
-        return self.mean, max(low, self.mean - margin), min(high, self.mean + margin)
+        loss, most = abs(self.mean - lossless), abs(worst - lossless)
+        if loss == 0:
+            return self.mean, self.mean, self.mean
+        quantile = float(stdtrit(self.answers - 1, (1 + CONFIDENCE) / 2))
+        factor = math.exp(min(quantile * self.error / loss, MOST_NATS))
+        near, far = (math.copysign(end, worst - lossless) for end in (loss / factor, min(most, loss * factor)))
+        return self.mean, lossless + min(near, far), lossless + max(near, far)
+
+
+def interval_of(
+    values: Rows[float], tokens: Rows[int], lossless: float, worst: float, common: float
+) -> tuple[float, float, float] | None:
+    """The mean over answers of one task and its interval, as `Estimate` has them, from what was found of each.
+
+    Where a task loses little, a few of its answers lose most of it, and these may not be among the audited ones. So
+    the end of more loss is that with one more answer, which loses what is `common`: the mean over all tasks.
+    """
+    own = Estimate.of(values, tokens).interval(lossless, worst)
+    more = Estimate.of([*values, common], [*tokens, math.ceil(sum(tokens) / len(tokens))]).interval(lossless, worst)
+    if own is None or more is None:
+        return None
+    mean, low, high = own
+    return (mean, low, max(high, more[2])) if worst > lossless else (mean, min(low, more[1]), high)
 
 
 class Findings:
@@ -102,16 +127,20 @@ class Findings:
             recent = self._recent[contract][task]
             # A tolerance that is searched for changes, and more answers are audited meanwhile.
             findings = [each for each in recent if each.tolerance == recent[-1].tolerance]
-            kl = Estimate.of_kl(findings)
-            agreement = Estimate.of([each.agreement for each in findings], [each.tokens for each in findings])
-            nats, same = kl.interval(0.0, MOST_NATS), agreement.interval(0.0, 1.0)
+            tokens, every = [each.tokens for each in findings], list(chain(*self._recent[contract].values()))
+            kl, same = [each.kl for each in findings], [each.agreement for each in findings]
+            common = Estimate.of_kl(every).mean
+            common_same = Estimate.of([each.agreement for each in every], [each.tokens for each in every]).mean
+            mean = Estimate.of(kl, tokens).mean
+            nats = interval_of(kl, tokens, 0.0, MOST_NATS, common)
+            alike = interval_of(same, tokens, 1.0, 0.0, common_same)
             state.setdefault(contract, {})[task] = {
                 "audits": self._totals[contract, task],
                 "tolerance": findings[-1].tolerance if contract == "bounded" else None,
-                "tokens": sum(each.tokens for each in findings),
-                "kl": _told(kl.mean, nats),
-                "top1_agreement": _told(agreement.mean, same),
-                "perplexity_ratio": _told(math.exp(min(kl.mean, MOST_NATS)), nats and tuple(map(math.exp, nats))),
+                "tokens": sum(tokens),
+                "kl": _told(mean, nats),
+                "top1_agreement": _told(Estimate.of(same, tokens).mean, alike),
+                "perplexity_ratio": _told(math.exp(min(mean, MOST_NATS)), nats and tuple(map(math.exp, nats))),
             }
         return state
 

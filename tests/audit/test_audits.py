@@ -8,6 +8,7 @@ from scipy.special import log_softmax, rel_entr
 
 from emoe_jax import Engine, SamplingParams
 from emoe_jax.audit import auditor
+from emoe_jax.audit.auditor import MOST_QUEUED
 from emoe_jax.requests.served import MOST_KEPT
 from tests.engines import EngineFactory
 
@@ -74,10 +75,30 @@ def test_an_answer_that_lost_nothing_is_not_computed_again(engine_of: EngineFact
     engine = engine_of(expert_memory="7 slots", audit_rate=1.0, policy="lru", host_memory="0")
     engine.generate(PROMPTS[0], GREEDY, routing="exact")
     before = engine.state()["audit"]
+    forwards = engine.loop.dispatcher.forwards.copy()
     assert engine.generate(PROMPTS[0], GREEDY)[0].substituted == 0  # its experts are there
+    finish_audits(engine)
     after = engine.state()["audit"]
     assert after["audits"] == before["audits"] + 1
-    assert (after["waiting"], after["seconds"]) == (0, before["seconds"])
+    assert engine.loop.dispatcher.forwards == forwards  # which count `exact` only
+    assert found(engine, "resident")["kl"][0] == 0
+
+
+def test_answers_that_lost_nothing_are_given_up_like_others(
+    engine_of: EngineFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(expert_memory="7 slots", audit_rate=1.0, policy="lru", host_memory="0")
+    engine.generate(PROMPTS[0], GREEDY, routing="exact")
+    finish_audits(engine)
+    before = engine.state()["audit"]
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.auditor, "due", lambda idle: False)
+        for _ in range(MOST_QUEUED + 3):
+            assert engine.generate(PROMPTS[0], GREEDY)[0].substituted == 0
+    finish_audits(engine)
+    after = engine.state()["audit"]
+    assert after["audits"] - before["audits"] == MOST_QUEUED
+    assert after["given_up"] - before["given_up"] == 3
 
 
 def test_answers_under_exact_are_not_audited(audited: Engine) -> None:

@@ -37,9 +37,36 @@ AUDITS = (
         "audit: nothing lost",
         "an answer that gave nothing up is computed again",
         _AUDITOR,
-        "        if not sequence.substituted and not sequence.num_cached:",
-        "        if sequence.num_cached < 0:",
+        "        return not self.answer.substituted and not self.answer.num_cached\n",
+        "        return self.answer.num_cached < 0\n",
         (f"{_AUDITS}::test_an_answer_that_lost_nothing_is_not_computed_again",),
+    ),
+    Mutant(
+        "audit: turns",
+        "an answer that gave nothing up goes before those that wait, so that only lossy ones are ever given up",
+        _AUDITOR,
+        "        tokens = sequence.tokens(0, int(served.positions[-1]) + 1)\n",
+        "        if not sequence.substituted:\n"
+        "            self._book(sequence, 0.0, 1.0)\n"
+        "            return\n"
+        "        tokens = sequence.tokens(0, int(served.positions[-1]) + 1)\n",
+        (f"{_AUDITS}::test_answers_that_lost_nothing_are_given_up_like_others",),
+    ),
+    Mutant(
+        "audit: interval",
+        "the interval of an estimate has equal arms, though few answers lose much and most little",
+        "emoe_jax/audit/findings.py",
+        "(loss / factor, min(most, loss * factor))",
+        "(loss * (1 - math.log(factor)), min(most, loss * (1 + math.log(factor))))",
+        (f"{_TARGET}::test_intervals_hold_the_truth_about_as_often_as_they_say",),
+    ),
+    Mutant(
+        "audit: unseen",
+        "losses that no audit met are not allowed for",
+        "emoe_jax/audit/findings.py",
+        "max(high, more[2])",
+        "high",
+        (f"{_TARGET}::test_losses_that_no_audit_met_are_allowed_for",),
     ),
     Mutant(
         "target: down",
