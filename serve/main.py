@@ -1,8 +1,10 @@
 """python -m serve.main: load a model and serve it."""
 
+import gc
 import sys
 from collections.abc import Sequence
 
+from serve import start_clock  # first, as its clock begins now
 from serve.interrupt import exit_on_signal
 from serve.options import COMMAND, parse_options, parser
 
@@ -14,11 +16,16 @@ def main(arguments: Sequence[str] | None = None, command: str = COMMAND) -> int:
 
     `command` is how it was called, for the help text.
     """
-    with exit_on_signal() as stop_watching:
-        options = parse_options(sys.argv[1:] if arguments is None else arguments, command)
-        from serve.start import run  # takes seconds, in which Ctrl-C shall work too
+    gc.disable()  # until the server is up: a start makes many objects and little garbage, and searching them takes long
+    try:
+        with exit_on_signal() as stop_watching:
+            clock = start_clock.StartClock()
+            options = parse_options(sys.argv[1:] if arguments is None else arguments, command)
+            from serve.start import run  # takes seconds, in which Ctrl-C shall work too
 
-        return run(options, on_loaded=stop_watching)
+            return run(options, stop_watching, clock)
+    finally:
+        gc.enable()
 
 
 if __name__ == "__main__":

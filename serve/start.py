@@ -2,25 +2,28 @@
 
 import asyncio
 import gc
+import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 from fastapi import FastAPI
 from rich.console import Console
 
 from emoe_jax import EmoeError, Engine
+from emoe_jax.device.executables import cache_reads
+from emoe_jax.device.runner import FIRST_PIECES
 from emoe_jax.errors import ConfigError
 from emoe_jax.folders import cache_folder
 from emoe_jax.memory.device_settings import pool_share
 from emoe_jax.models import family_named
 from emoe_jax.planning.slow import slow_parts
 from serve.app import create_app
-from serve.console import loading_progress, start_up_table
+from serve.console import ProgressCallback, loading_progress, start_up_table
 from serve.http.hosts import hosts_for
 from serve.http.lobby import open_lobby
 from serve.http.server import Server, bind, url_of
@@ -30,16 +33,19 @@ from serve.options import ServerOptions, as_flags
 from serve.parsing.forms import AnswerForm, form_of
 from serve.recording import check_trace_file
 from serve.service import Service
+from serve.start_clock import ALL_COMPILED, StartClock
 from serve.telemetry.logs import configure_logging
 from serve.telemetry.tracing import Tracing, span_provider
 from serve.text import TextCodec
 from serve.worker import EngineWorker
 
+log = logging.getLogger("serve")
+
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
 
-def run(options: ServerOptions, on_loaded: Callable[[], None]) -> int:
+def run(options: ServerOptions, on_loaded: Callable[[], None], clock: StartClock) -> int:
     """Load and serve until a signal; `on_loaded` is called between the two. Returns the exit status."""
     configure_logging(options.log_format)
     keep_compilations()
@@ -48,9 +54,9 @@ def run(options: ServerOptions, on_loaded: Callable[[], None]) -> int:
         with bind(options.host, options.port) if options.uds is None else bind_uds(options.uds) as listener:
             hosts = hosts_for(listener, options.allowed_hosts)
             with open_lobby(listener, hosts, read_timeout=options.read_timeout, send_timeout=options.send_timeout):
-                engine = load(options)
+                loaded = load(options, clock)
             on_loaded()
-            serve(options, engine, listener, provider)
+            serve(options, loaded, listener, provider, clock)
         status = 0
     except EmoeError as error:
         print(f"error: {as_flags(str(error))}", file=sys.stderr)
@@ -75,24 +81,74 @@ def compilations_folder() -> Path:
     return cache_folder() / "xla"
 
 
-def load(options: ServerOptions) -> Engine:
-    """The engine with all its shapes compiled; progress goes to stderr. Raises `ConfigError` or `CheckpointError`."""
+class Loaded(NamedTuple):
+    """An engine that can answer, and what is left of its warm-up: pieces for its owner, between requests."""
+
+    engine: Engine
+    chores: Iterator[None] | None = None
+
+
+def load(options: ServerOptions, clock: StartClock | None = None) -> Loaded:
+    """The engine with its shapes compiled; progress goes to stderr. Raises `ConfigError` or `CheckpointError`.
+
+    Where the first steps are found in the cache of an earlier start, only they are read now: the others follow while
+    there is nothing to answer.
+    """
     if options.record_traces is not None:
         check_trace_file(options.record_traces)
     elif options.trace_ranks is not None:
         raise ConfigError("trace_ranks needs record_traces: there is no trace to hold them")
     console = Console(stderr=True)
     console.print(f"loading: {options.model}", markup=False, highlight=False, soft_wrap=True)
-    with loading_progress(console) as report:
+    clock = clock or StartClock()
+    clock.begin("checkpoint")
+    with loading_progress(console) as show:
+
+        def report(stage: str, done: int, total: int) -> None:
+            clock.begin(stage)
+            show(stage, done, total)
+
         engine = Engine.load(options.model, options, progress=report)
         report("compile", 0, 1)
-        engine.warm_up(progress=report)
-    return engine
+        chores = warm_up_first(engine, report)
+        if chores is None:
+            engine.warm_up(progress=report)
+            log.info(ALL_COMPILED)
+    clock.begin("server")
+    return Loaded(engine, chores)
 
 
-def serve(options: ServerOptions, engine: Engine, listener: socket.socket, provider: "TracerProvider | None") -> None:
+def warm_up_first(engine: Engine, report: ProgressCallback) -> Iterator[None] | None:
+    """What is left of the warm-up once the first pieces are done; None where all of it is to be done now: where one of
+    them had to be compiled, or where slab and KV cache trade memory meanwhile, which no request may meet.
+    """
+    if engine.memory.lean is not None:
+        return None
+    pieces = _pieces(engine)
+    with cache_reads() as reads:
+        for done in range(1, FIRST_PIECES + 1):
+            next(pieces)
+            if not reads.all_found:
+                return None
+            report("compile", done, FIRST_PIECES)
+    return pieces
+
+
+def _pieces(engine: Engine) -> Iterator[None]:
+    yield from engine.parts.runner.warm_up_in_pieces()
+    engine.warm_up()
+    log.info(ALL_COMPILED)
+
+
+def serve(
+    options: ServerOptions,
+    loaded: Loaded,
+    listener: socket.socket,
+    provider: "TracerProvider | None",
+    clock: StartClock,
+) -> None:
     """Print what is served, serve until a signal, close the engine."""
-    url = url_of(listener)
+    url, engine = url_of(listener), loaded.engine
     step, state = engine.options.step_size(jax.default_backend()), engine.state()
     table = start_up_table(
         model=served_names(options, engine)[0],
@@ -119,15 +175,16 @@ def serve(options: ServerOptions, engine: Engine, listener: socket.socket, provi
     Console().print(table)
     for line in slow_parts(engine.config, engine.memory, options.contract, jax.default_backend()):
         print(f"slow: {line}")
-    worker = make_worker(options, engine)
+    worker = make_worker(options, loaded)
     app = make_app(options, engine, worker, hosts_for(listener, options.allowed_hosts), provider)
     gc.collect()
     gc.freeze()  # what is there now stays: no collection looks at it again, at exit neither, which took seconds
+    gc.enable()  # `main` has disabled it
     server = Server(
         app,
         worker,
         options.shutdown_timeout,
-        on_ready=lambda: print(f"Serving on {url}", flush=True),
+        on_ready=lambda: print(f"{clock.line()}\nServing on {url}", flush=True),
         read_timeout=options.read_timeout,
         send_timeout=options.send_timeout,
     )
@@ -153,10 +210,11 @@ def served_tasks(engine: Engine) -> tuple[str, ...] | None:
     return None if engine.task_profile is None else tuple(engine.task_profile.tasks)
 
 
-def make_worker(options: ServerOptions, engine: Engine) -> EngineWorker:
+def make_worker(options: ServerOptions, loaded: Loaded) -> EngineWorker:
     """The thread of an engine, not started yet."""
+    engine, chores = loaded
     step = engine.options.step_size(jax.default_backend())
-    return EngineWorker(engine, step.sequences + options.max_num_queued_reqs, options.step_timeout)
+    return EngineWorker(engine, step.sequences + options.max_num_queued_reqs, options.step_timeout, chores)
 
 
 def make_app(

@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from emoe_jax.errors import CheckpointError, RequestError
@@ -60,7 +60,14 @@ class EngineWorker:
     All public methods are for the event loop's thread.
     """
 
-    def __init__(self, engine: ServedEngine, max_unfinished: int, patience: float = PATIENCE_SECONDS):
+    def __init__(
+        self,
+        engine: ServedEngine,
+        max_unfinished: int,
+        patience: float = PATIENCE_SECONDS,
+        chores: Iterator[None] | None = None,
+    ):
+        """`chores` are done one by one while there is no work."""
         self._engine = engine
         self.max_unfinished = max_unfinished
         # shared between the threads, guarded by _wake
@@ -69,6 +76,7 @@ class EngineWorker:
         self._stopping = False
         self._nudged = False
         # owned by the engine's thread
+        self._chores = chores
         self._running: dict[str, _Running] = {}
         self._admissions: deque[_Admission] = deque()
         self._outbox: list[tuple[Generation, Update | Exception | None]] = []
@@ -257,9 +265,21 @@ class EngineWorker:
                 if self._engine.has_work() or self._take_nudge():
                     self._step()
                     self._post()
+                elif self._chores is not None:
+                    self._do_chore(self._chores)
         except BaseException:
             log.exception("the engine's thread ended")
             self._on_loop(lambda: self._fail_everything(EngineFailure("the engine has stopped")))
+
+    def _do_chore(self, chores: Iterator[None]) -> None:
+        """The next one; those behind one that fails are left undone."""
+        try:
+            next(chores)
+        except StopIteration:
+            self._chores = None
+        except Exception:
+            log.exception("what was left of the start failed")
+            self._chores = None
 
     def _take_nudge(self) -> bool:
         with self._wake:
@@ -269,7 +289,9 @@ class EngineWorker:
     def _wait_for_work(self) -> bool:
         """Run the commands that came in; sleep when there is nothing to do. False when asked to stop."""
         with self._wake:
-            while not (self._commands or self._admissions or self._stopping or self._nudged or self._engine.has_work()):
+            while self._chores is None and not (
+                self._commands or self._admissions or self._stopping or self._nudged or self._engine.has_work()
+            ):
                 self._wake.wait()
             commands, self._commands = self._commands, []
             stopping = self._stopping

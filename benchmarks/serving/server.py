@@ -15,6 +15,7 @@ from typing import IO
 import httpx
 
 from emoe_jax.errors import EmoeError
+from serve.start_clock import ALL_COMPILED
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODULE = "serve.main"
@@ -53,7 +54,7 @@ def started_server(arguments: Sequence[str]) -> Iterator[str]:
 
 
 def _ready_url(process: subprocess.Popen[bytes], output: IO[bytes], deadline: float) -> str:
-    """Waits for the line that names the URL, and for /health."""
+    """Waits for the line that names the URL, for /health, and until no step is left to be compiled or read."""
     url = None
     while time.monotonic() < deadline:
         status = process.poll()
@@ -61,7 +62,7 @@ def _ready_url(process: subprocess.Popen[bytes], output: IO[bytes], deadline: fl
         if status is not None:
             raise ServerFailed(f"the server ended with status {status}: {lines[-1] if lines else 'it printed nothing'}")
         url = next((line.split()[-1] for line in lines if line.startswith("Serving on ")), None)
-        if url is not None and _healthy(url):
+        if url is not None and any(ALL_COMPILED in line for line in lines) and _healthy(url):
             return url
         time.sleep(0.1)
     raise ServerFailed("the server was not ready in time")

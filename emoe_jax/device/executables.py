@@ -1,12 +1,42 @@
 """Ahead-of-time compilation: the engine's jitted functions, one executable per function and shape."""
 
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+
+
+@dataclasses.dataclass
+class CacheReads:
+    """What was asked of JAX's persistent cache of compiled functions."""
+
+    asked: int = 0
+    found: int = 0
+
+    @property
+    def all_found(self) -> bool:
+        """Whether nothing had to be compiled. False where nothing was asked, as without a cache."""
+        return 0 < self.asked == self.found
+
+
+@contextlib.contextmanager
+def cache_reads() -> Iterator[CacheReads]:
+    """Counts within it, of all threads."""
+    reads = CacheReads()
+
+    def listen(event: str, **_: str | int) -> None:
+        reads.asked += event == "/jax/compilation_cache/compile_requests_use_cache"
+        reads.found += event == "/jax/compilation_cache/cache_hits"
+
+    jax.monitoring.register_event_listener(listen)
+    try:
+        yield reads
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
 
 
 class Executables:

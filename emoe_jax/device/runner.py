@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Rows
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -34,6 +34,9 @@ from emoe_jax.traces.recorder import TraceRecorder
 
 EMBEDDINGS_AT_ONCE = (64, 512, 4096)
 """Tokens of a prompt whose embeddings are added up in one call: the sizes that are compiled."""
+
+FIRST_PIECES = 2
+"""Of `Runner.warm_up_in_pieces`: a row that decodes, and a prompt."""
 
 PAGES_MOVED = 32
 """KV pages that are copied in one call."""
@@ -235,6 +238,26 @@ class Runner:
         self.move_pages({0: 0})
         for size in EMBEDDINGS_AT_ONCE:
             jax.block_until_ready(self.mean_embedding([0] * size))
+
+    def warm_up_in_pieces(self) -> Iterator[None]:
+        """Most of it piece by piece, for the owner of the step while none is in flight; `warm_up` does the rest then.
+        After `FIRST_PIECES` pieces a request can be answered: a short prompt that is alone.
+        """
+        number = len(self.buckets.sequences)
+        decoding, reading = self.buckets.shapes[:number], self.buckets.shapes[number:]
+        shapes = (decoding[0], reading[0], *decoding[1:], *reading[1:])
+        ways: tuple[Way, ...] = ("whole",) if self._residency.is_full else ("whole", "layered")
+        for way in ways:
+            for shape in shapes:
+                jax.block_until_ready(self.compute(BatchRun(empty_batch(shape), way)))
+                yield
+        V, sharding = self.config.vocab_size, self._residency.slab.sharding
+        for B in self.buckets.sequences:
+            compile_choices(self.executables, self.buckets, B, V, sharding)
+            yield
+        for shape in shapes:
+            self._compile_after_prompts(shape.rows)
+            yield
 
     def _words(self, batch: Batch) -> Int32[Array, " words"]:
         """What a batch tells the device, with its block tables, on the device."""

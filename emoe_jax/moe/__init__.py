@@ -12,7 +12,7 @@ from emoe_jax.moe.operands import Operands
 from emoe_jax.moe.registry import BACKENDS, Backend, MoEBackend, check_backend
 from emoe_jax.platforms import default_platform
 
-__all__ = ["BACKENDS", "Backend", "MoEBackend", "moe_ffn"]
+__all__ = ["BACKENDS", "Backend", "MoEBackend", "moe_ffn", "multiplies_alone"]
 
 _LOOP_ROWS_PER_EXPERT = 12
 """Mean rows per expert, padding counted, up to which `loop` is at least as fast as `blocks` on CPU (measured)."""
@@ -59,8 +59,13 @@ def moe_ffn(
 
 def _best(config: ModelConfig, platform: str, assignments: int) -> str:
     if platform == "cpu":
-        return "loop" if assignments <= _LOOP_ROWS_PER_EXPERT * config.num_experts else "blocks"
+        return "loop" if multiplies_alone(config, assignments) else "blocks"
     return "triton" if platform == "cuda" else "gather"
+
+
+def multiplies_alone(config: ModelConfig, assignments: int) -> bool:
+    """Whether on a CPU each of so many rows of experts is a product of its own, not one of a block of rows."""
+    return assignments <= _LOOP_ROWS_PER_EXPERT * config.num_experts
 
 
 @partial(jax.jit, static_argnames=("config", "backend"))  # traced once for all layers of a model

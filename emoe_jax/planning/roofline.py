@@ -4,7 +4,11 @@ A step of `rows` tokens reads the dense weights once, each expert that a row cho
 its rows see. Its products are two operations per weight and row. The larger of the two times counts, because a device
 reads while it computes. Experts that are absent come over the link first, and the step waits for them:
 
-    seconds = max(read bytes / bandwidth, operations / flops) + loaded bytes / link + step_seconds
+    device = max(read bytes / bandwidth, operations / flops) + loaded bytes / link + costs
+    seconds = max(device, host)
+
+The costs are what the device takes beside that, and `host` is what the engine takes to prepare a step while the device
+computes the one before. Both are 0 unless they were measured (`Costs`).
 
 How many different experts `rows` tokens choose in a layer is the mean over tokens that choose independently. Of the
 `k` choices of a token, the share `coverage` falls evenly on the `C` experts with a slot, the rest evenly on the
@@ -26,7 +30,8 @@ import jax.numpy as jnp
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.record_format import RecordFormat
 from emoe_jax.memory.plan import dense_parameters
-from emoe_jax.planning.targets import Target
+from emoe_jax.moe import multiplies_alone
+from emoe_jax.planning.targets import DEVICE_COSTS, Target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +44,15 @@ class Work:
     kv_bytes: float = 0.0
     link_bytes: float = 0.0
     operations: float = 0.0
+    layers: float = 0.0
+    rows: float = 0.0
+    """In each layer: a token that passes four layers is four rows."""
+    choices: float = 0.0
+    """Of an expert by a row."""
+    repeated_bytes: float = 0.0
+    """Of experts that a row reads after another one has, where each row multiplies for itself."""
+    packed_bytes: float = 0.0
+    """Of weights that several rows multiply together."""
 
     @property
     def memory_bytes(self) -> float:
@@ -46,9 +60,17 @@ class Work:
         return self.dense_bytes + self.expert_bytes + self.kv_bytes
 
     def seconds(self, target: Target, dtype: str) -> float:
-        """On a device, computing in this dtype; of one step."""
+        """On a device, computing in this dtype; of one step among others."""
+        return max(self.device_seconds(target, dtype), target.costs.host)
+
+    def device_seconds(self, target: Target, dtype: str) -> float:
+        """What the device is busy for."""
         busy = max(self.memory_bytes / target.bandwidth, self.operations / target.flops(dtype))
-        return busy + self.link_bytes / target.link + target.step_seconds
+        return busy + self.link_bytes / target.link + math.fsum(self.costs(target).values())
+
+    def costs(self, target: Target) -> dict[str, float]:
+        """Seconds of the device beside reading, computing and loading, by what they are for."""
+        return {part: getattr(target.costs, part) * getattr(self, part) for part in DEVICE_COSTS}
 
     def bound(self, target: Target, dtype: str) -> str:
         """What takes most of a step's time: `memory`, `products`, `link` or `overhead`."""
@@ -56,7 +78,7 @@ class Work:
             "memory": self.memory_bytes / target.bandwidth,
             "products": self.operations / target.flops(dtype),
             "link": self.link_bytes / target.link,
-            "overhead": target.step_seconds,
+            "overhead": max(math.fsum(self.costs(target).values()), target.costs.host),
         }
         return max(parts, key=parts.__getitem__)
 
@@ -105,12 +127,19 @@ class Roofline:
         dense, experts = read_parameters(config), layers * config.top_k * config.expert_params
         products = rows * (dense - head + experts) + sampled * head
         attention = config.num_heads * (config.head_dim + config.value_head_dim) * pairs  # scores, and what they weigh
+        choices, visited = layers * rows * config.top_k, layers * (resident + absent) * self.record_bytes
+        alone = multiplies_alone(config, rows * config.top_k)
         return Work(
             dense_bytes=itemsize * dense,
             expert_bytes=layers * (resident + 2 * absent) * self.record_bytes,
             kv_bytes=seen * config.kept_numbers * itemsize,
             link_bytes=layers * absent * self.record_bytes,
             operations=2 * (products + attention),
+            layers=config.num_layers,
+            rows=rows * config.num_layers,
+            choices=choices,
+            repeated_bytes=choices * self.record_bytes - visited if alone else 0.0,
+            packed_bytes=(itemsize * dense if rows > 1 else 0.0) + (0.0 if alone else visited),
         )
 
     def distinct_experts(self, rows: int, coverage: float | None = None) -> tuple[float, float]:
@@ -134,8 +163,8 @@ def read_parameters(config: ModelConfig) -> int:
 
 
 def total_seconds(steps: Sequence[Work], target: Target, dtype: str) -> float:
-    """Of steps one after the other."""
-    return math.fsum(step.seconds(target, dtype) for step in steps)
+    """Of steps one after the other. Nothing hides what the host takes before the first one."""
+    return target.costs.host + math.fsum(step.seconds(target, dtype) for step in steps)
 
 
 def _distinct(experts: float, choices: float, rows: int) -> float:

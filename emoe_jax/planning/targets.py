@@ -43,6 +43,26 @@ CARDS: dict[str, Card] = {
 }
 
 
+class Costs(NamedTuple):
+    """Seconds that steps take beside reading, computing and loading."""
+
+    host: float = 0.0
+    """Of the host, for each step."""
+    layers: float = 0.0
+    """Of the device, as the others, for each of what `Work` counts by this name."""
+    rows: float = 0.0
+    choices: float = 0.0
+    repeated_bytes: float = 0.0
+    packed_bytes: float = 0.0
+    operations: float = 0.0
+    """Where products do not overlap with reading."""
+
+
+DEVICE_COSTS = Costs._fields[1:]
+NONE = Costs()
+"""Of a device on which no step was measured."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Target:
     """A device to plan for. Rates are per second: bytes of its memory and of its link, floating point operations."""
@@ -57,8 +77,7 @@ class Target:
     half_flops: float
     """Of products of bfloat16 or float16."""
     float32_flops: float
-    step_seconds: float = 0.0
-    """What a step takes beside reading and computing."""
+    costs: Costs = NONE
 
     @classmethod
     def of_card(cls, name: str, efficiency: float = EFFICIENCY) -> "Target":

@@ -62,7 +62,7 @@ class Predictor:
         self._priors: dict[bool, KernelPrior] = {}  # those asked for since the last refit, by `with_first`
         self._widths = dict(zip((False, True), config.prior_widths or (), strict=False))  # of their kernels
         self._observed: list[Prompts] = []
-        self.refit()
+        self._remember()  # the prior is made when it is first asked for: a server starts sooner
 
     @staticmethod
     def load(directory: str | Path) -> Predictor:
@@ -223,6 +223,10 @@ class Predictor:
 
     def refit(self) -> None:
         """Let the prior learn from what was observed; takes as long as `prior` does."""
+        self._remember()
+        self.prior(with_first=False)
+
+    def _remember(self) -> None:
         for prompt in self._observed:
             self.memory = self.memory.join(prompt)
         self._observed = []
@@ -231,7 +235,6 @@ class Predictor:
             raise PredictorError(f"{len(self.memory)} prompts are too few to predict from")
         self.memory = self.memory.latest(MAX_MEMORY)
         self._priors = {}
-        self.prior(with_first=False)
 
     def prior(self, with_first: bool) -> KernelPrior:
         """The prior on what is remembered, before or after the first answer tokens. The first time after `refit`, it

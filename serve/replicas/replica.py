@@ -36,8 +36,8 @@ class LocalServer:
         """Loads the model. Raises `EmoeError` if it cannot be served."""
         configure_logging(options.log_format)
         keep_compilations()
-        engine = load(options)
-        worker = make_worker(options, engine)
+        loaded = load(options)
+        engine, worker = loaded.engine, make_worker(options, loaded)
         address = socket.getaddrinfo(options.host, None)[0][4][0]
         return cls(make_app(options, engine, worker, hosts_of(str(address), options.allowed_hosts)), worker, name)
 

@@ -8,15 +8,20 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from serve.start_clock import ALL_COMPILED
+
 STEP = 0.002
 TOKENS = {"short": 2, "long": 6}
 LOG = "FAKE_SERVER_LOG"
 """Environment variable: a file to which each server adds its process and its arguments."""
+COMPILING_SECONDS = 0.3
+"""That a server still reads steps when it is up."""
 FAILURES = ("never", "start", "refuse", "break", "error", "empty")
 
 
@@ -28,6 +33,7 @@ class Server(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     options: argparse.Namespace
+    compiled = False
     bodies: list[dict[str, Any]]
 
     def log_message(self, format: str, *_: Any) -> None:
@@ -37,7 +43,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/health":
             self._json(200, {})
         elif self.path == "/v1/emoe/state":
-            self._json(200, {"scheduler": {"policy": self.options.scheduling_policy}, "bodies": self.bodies})
+            policy = {"policy": self.options.scheduling_policy}
+            self._json(200, {"scheduler": policy, "bodies": self.bodies, "compiled": self.compiled})
         else:
             self._json(404, {"error": {"message": "nothing here"}})
 
@@ -78,6 +85,11 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(f"{len(content):x}\r\n".encode() + content + b"\r\n")
 
 
+def finish_compiling() -> None:
+    Handler.compiled = True
+    print(ALL_COMPILED, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int)
@@ -95,6 +107,7 @@ def main() -> None:
     server = Server(("127.0.0.1", options.port), Handler)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     print(f"Serving on http://127.0.0.1:{server.server_port}", flush=True)
+    threading.Timer(COMPILING_SECONDS, finish_compiling).start()
     server.serve_forever()
 
 

@@ -80,6 +80,7 @@ def test_every_policy_gets_a_server_and_every_rate(log: Path, tmp_path: Path, ca
 def test_a_running_server_is_measured_with_the_policy_it_has(tmp_path: Path):
     out = tmp_path / "out.json"
     with started_server(["--scheduling-policy", "fcfs"]) as url:
+        assert httpx.get(f"{url}/v1/emoe/state").json()["compiled"]  # measured once nothing is left to be compiled
         options = ["--requests", "8", "--rates", "0.5", "--concurrency", "2", "--max-tokens", "9", "--json", str(out)]
         assert main(["--url", url, *options]) == 0
         bodies = httpx.get(f"{url}/v1/emoe/state").json()["bodies"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -9,14 +10,16 @@ from hypothesis import strategies as st
 
 from emoe_jax.models import config_from_hf
 from emoe_jax.planning.roofline import Roofline, Work, read_parameters, total_seconds
-from emoe_jax.planning.targets import Target
+from emoe_jax.planning.targets import CARDS, Costs, Target
 from tests.engines import TINY
 
 CONFIG = config_from_hf(TINY)
 # D 32, F 24, L 3, N 4, K 2, H 8, E 8, k 2, V 61.
 HEAD, EXPERT = 61 * 32, 3 * 24 * 32
 DENSE = HEAD + 32 + 3 * (2 * 32 * 32 + 2 * 32 * 16 + 2 * 32 + 8 * 32)
-SLOW = Target("slow", "gpu", 10**6, bandwidth=1e6, link=1e5, half_flops=1e7, float32_flops=1e6, step_seconds=0.5)
+SLOW = Target(
+    "slow", "gpu", 10**6, bandwidth=1e6, link=1e5, half_flops=1e7, float32_flops=1e6, costs=Costs(layers=0.5 / 3)
+)
 
 
 def roofline(slots: float, dtype: str = "float32") -> Roofline:
@@ -32,9 +35,44 @@ def test_a_decode_step_by_hand() -> None:
         kv_bytes=4 * 3 * 10 * 2 * 2 * 8,
         link_bytes=0,
         operations=2 * (DENSE + 3 * 2 * EXPERT) + 4 * 3 * 10 * 4 * 8,
+        layers=3,
+        rows=3,
+        choices=3 * 2,
+        repeated_bytes=0,
+        packed_bytes=0,
     )
     assert work.seconds(SLOW, "float32") == max(work.memory_bytes / 1e6, work.operations / 1e6) + 0.5
     assert work.seconds(SLOW, "bfloat16") == max(work.memory_bytes / 1e6, work.operations / 1e7) + 0.5
+
+
+def test_rows_that_share_experts_by_hand() -> None:
+    """Few rows of an expert each multiply for themselves, many together; other weights always together."""
+    few, many = roofline(8).decode(batch=3, context=10), roofline(8).decode(batch=200, context=10)
+    visited = 8 * (1 - 0.75**3)
+    assert (few.layers, few.rows, few.choices) == (3, 3 * 3, 3 * 3 * 2)
+    assert few.repeated_bytes == pytest.approx(4 * 3 * (3 * 2 - visited) * EXPERT)
+    assert few.packed_bytes == 4 * DENSE
+    assert many.repeated_bytes == 0
+    assert many.packed_bytes == pytest.approx(4 * (DENSE + 3 * 8 * EXPERT))
+
+
+def test_costs_are_added_by_what_they_count() -> None:
+    work, costs = roofline(8).decode(3, 10), Costs(0.0, 2.0, 3.0, 4.0, 5e-3, 6e-3, 7e-3)
+    added = 2.0 * 3 + 3.0 * 9 + 4.0 * 18
+    added += 5e-3 * work.repeated_bytes + 6e-3 * work.packed_bytes + 7e-3 * work.operations
+    free = dataclasses.replace(SLOW, costs=Costs())
+    difference = work.seconds(dataclasses.replace(SLOW, costs=costs), "float32") - work.seconds(free, "float32")
+    assert difference == pytest.approx(added)
+    assert all(Target.of_card(name).costs == Costs() for name in CARDS)
+
+
+def test_the_host_works_behind_the_device_but_before_a_prompt() -> None:
+    work = roofline(8).decode(1, 10)
+    device = work.device_seconds(dataclasses.replace(SLOW, costs=Costs()), "float32")
+    for host, step in ((0.5 * device, device), (2 * device, 2 * device)):
+        target = dataclasses.replace(SLOW, costs=Costs(host=host))
+        assert work.seconds(target, "float32") == pytest.approx(step)
+        assert total_seconds([work, work], target, "float32") == pytest.approx(host + 2 * step)
 
 
 def test_half_precision_reads_half_and_int8_experts_less() -> None:
@@ -118,11 +156,11 @@ def test_more_sequences_read_more_and_never_more_than_there_is(slots: float, cov
     ("changes", "bound"),
     [
         ({}, "overhead"),
-        ({"step_seconds": 0.0, "bandwidth": 1e4}, "memory"),
-        ({"step_seconds": 0.0, "link": 1.0}, "link"),
-        ({"step_seconds": 0.0, "bandwidth": 1e9, "link": 1e9}, "products"),
+        ({"costs": Costs(), "bandwidth": 1e4}, "memory"),
+        ({"costs": Costs(), "link": 1.0}, "link"),
+        ({"costs": Costs(), "bandwidth": 1e9, "link": 1e9}, "products"),
     ],
 )
-def test_what_takes_most_of_a_step(changes: dict[str, float], bound: str) -> None:
-    target = dataclasses.replace(SLOW, **changes)  # pyright: ignore[reportArgumentType]
+def test_what_takes_most_of_a_step(changes: dict[str, Any], bound: str) -> None:
+    target = dataclasses.replace(SLOW, **changes)
     assert roofline(4).decode(1, 10, coverage=0.9).bound(target, "float32") == bound

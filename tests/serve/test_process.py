@@ -63,6 +63,7 @@ def test_tells_what_it_serves(server: ServerProcess) -> None:
     for expected in ("tiny (mixtral)", "memory: slab", "4 of 8 in each of 1 layers (50%)", "resident", server.url):
         assert expected in printed
     assert "Traceback" not in printed
+    assert re.search(r"started in \d+\.\d s: imports \d+\.\d, checkpoint .*, compile .*, server \d", printed)
     assert "slow: 4 of 8 experts have room neither on the device nor in host memory" in printed
 
 

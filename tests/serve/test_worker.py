@@ -1,7 +1,9 @@
 """What the worker hands out at a time, and its way out: draining, and a drain that is told to hurry."""
 
 import asyncio
+import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -55,6 +57,55 @@ def test_a_hurried_drain_fails_what_runs_at_once(hurried: bool) -> None:
             else:
                 assert len((await generation.outputs())[0].token_ids) == 40
             await draining
+        finally:
+            worker.stop()
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_comes_during_a_chore_is_answered_before_the_next_one() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine(FakeTokenizer())
+        begun, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+        seen: list[tuple[int, bool]] = []
+
+        def chores() -> Iterator[None]:
+            begun.set()
+            go_on.wait(10)
+            yield
+            seen.append((len(engine.requests), engine.has_work()))
+            yield
+            ended.set()
+
+        worker = EngineWorker(engine, 8, chores=chores())
+        worker.start()
+        try:
+            assert await asyncio.to_thread(begun.wait, 10)
+            generation = worker.submit([Submission([1, 104], SamplingParams(max_tokens=3))], new_stats())
+            go_on.set()
+            assert len((await generation.outputs())[0].token_ids) == 3
+            assert await asyncio.to_thread(ended.wait, 10)  # without another request
+        finally:
+            worker.stop()
+        assert seen == [(1, False)]
+
+    asyncio.run(scenario())
+
+
+def test_a_chore_that_fails_leaves_the_rest_undone_and_the_worker_alive(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        def chores() -> Iterator[None]:
+            raise OSError("no such chore")
+            yield
+
+        worker = EngineWorker(FakeEngine(FakeTokenizer()), 8, chores=chores())
+        worker.start()
+        try:
+            generation = worker.submit([Submission([1, 104], SamplingParams(max_tokens=3))], new_stats())
+            assert len((await generation.outputs())[0].token_ids) == 3
+            while "no such chore" not in caplog.text:
+                await asyncio.sleep(0.001)
+            assert worker.healthy
         finally:
             worker.stop()
 
