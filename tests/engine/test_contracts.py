@@ -1,10 +1,15 @@
 """Routing contracts: what each one promises, whichever way a batch is computed."""
 
+from collections import Counter
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
 
 from emoe_jax import Engine, RequestError, SamplingParams
+from emoe_jax.device.executables import Executables
+from emoe_jax.device.runner import BatchRun, Runner
 from emoe_jax.device.ways import Ways
 from emoe_jax.requests.contract import RoutingContract
 from tests.engines import EngineFactory
@@ -138,6 +143,33 @@ def test_a_step_that_misses_nothing_is_one_forward_and_one_wait(
     assert len(reads) == steps
     assert dispatcher.forwards["again"] == before["again"]
     assert dispatcher.forwards["whole"] - before["whole"] == steps
+
+
+def test_a_forward_that_missed_goes_on_where_it_did(engine_of: EngineFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No layer before that is computed again, and behind it one call leads from router to router."""
+    monkeypatch.setattr(Ways, "peek", lambda ways, shape: "whole")
+    engine = engine_of(expert_memory="4 slots", policy="lru", host_memory="0")
+    missed: list[int] = []
+    go_on, called = Runner.go_on, Counter[str]()
+    call = Executables.call
+
+    def noting(runner: Runner, run: BatchRun, layer: int) -> Any:
+        missed.append(layer)
+        return go_on(runner, run, layer)
+
+    def counting(executables: Executables, function: Any, *arguments: Any, **statics: Any) -> Any:
+        called[function.__name__] += 1
+        return call(executables, function, *arguments, **statics)
+
+    monkeypatch.setattr(Runner, "go_on", noting)
+    monkeypatch.setattr(Executables, "call", counting)
+    steps = engine.loop.steps
+    engine.generate(PROMPTS[2], GREEDY, routing="exact")  # one token: no step has chunks of prompts
+    assert set(missed) == set(range(LAYERS))
+    assert called["whole_step"] == engine.loop.steps - steps
+    assert called["begin_layers"] == 0
+    assert called["stop_at"] == called["end_layers"] == len(missed)
+    assert called["go_on"] == sum(LAYERS - 1 - layer for layer in missed)
 
 
 @pytest.mark.parametrize(
