@@ -21,16 +21,14 @@ def places_for(
     wanted = sorted(set(map(int, experts)))
     for expert in wanted:
         table.check_expert(layer, expert)
-    missing = [expert for expert in wanted if not table.is_resident(layer, expert)]
+    slot_of, capacity = table.slot_of_expert[layer].tolist(), table.capacities[layer]
+    missing = [expert for expert in wanted if slot_of[expert] == capacity]
     if not missing:
         return []
     half_written.sweep()
     begun = {expert: slot for expert in missing if (slot := half_written.slot(layer, expert)) is not None}
-    evicted = [
-        table.slot(layer, expert)
-        for expert in dict.fromkeys(evictable)
-        if expert not in wanted and table.is_resident(layer, expert)
-    ]
+    others = dict.fromkeys(map(int, evictable))
+    evicted = [slot_of[expert] for expert in others if slot_of[expert] < capacity and expert not in wanted]
     slots = [*table.empty_slots(layer), *evicted]
     if len(slots) < len(missing) - len(begun):
         half_written.drop(layer, but=missing)  # the places of others are needed now
@@ -38,7 +36,7 @@ def places_for(
     if len(slots) < len(missing) - len(begun):
         raise CapacityError(
             f"layer {layer} must load {len(missing)} experts, but only {len(slots)} of its "
-            f"{table.capacities[layer]} slots are empty or may be replaced"
+            f"{capacity} slots are empty or may be replaced"
         )
     free = iter(slots)
     return [(layer, expert, begun[expert] if expert in begun else next(free)) for expert in missing]

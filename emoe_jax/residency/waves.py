@@ -64,11 +64,13 @@ class WaveLoader:
             slots[wave] = self._table.slot_of_expert[layer, wave]
             yield Wave(slots, first >= len(needed))
 
-    def load(self, layer: int, wave: Int[np.ndarray, " n"], later: Int[np.ndarray, " n"]) -> None:
+    def load(self, layer: int, wave: Int[np.ndarray, " n"], later: Int[np.ndarray, " others"]) -> None:
         """Have the experts of a wave on the device. Those of `later` waves make room last."""
         places = {expert: place for place, expert in enumerate(later.tolist(), 1)}
         # Stable: experts that are used no more go first, then the one to be used last.
-        order = sorted(self._eviction_order(layer), key=lambda expert: -places.get(expert, len(places) + 1))
+        order = self._eviction_order(layer)
+        if places:
+            order = sorted(order, key=lambda expert: -places.get(expert, len(places) + 1))
         self._loader.load_now(layer, wave.tolist(), order)
 
     def _length(self, layer: int, needed: Int[np.ndarray, " n"]) -> int:

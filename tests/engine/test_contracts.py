@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from emoe_jax import Engine, RequestError, SamplingParams
+from emoe_jax.device.dispatcher import Dispatched, Dispatcher
 from emoe_jax.device.executables import Executables
 from emoe_jax.device.runner import BatchRun, Runner
 from emoe_jax.device.ways import Ways
 from emoe_jax.requests.contract import RoutingContract
+from emoe_jax.scheduling.plan import StepPlan
 from tests.engines import EngineFactory
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
@@ -170,6 +172,26 @@ def test_a_forward_that_missed_goes_on_where_it_did(engine_of: EngineFactory, mo
     assert called["begin_layers"] == 0
     assert called["stop_at"] == called["end_layers"] == len(missed)
     assert called["go_on"] == sum(LAYERS - 1 - layer for layer in missed)
+
+
+def test_where_forwards_are_repeated_often_a_step_stands_before_the_next_one_begins(
+    engine_of: EngineFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And that one begins before it is booked, so that the host works beside the device."""
+    monkeypatch.setattr(Ways, "peek", lambda ways, shape: "whole")
+    monkeypatch.setattr(Ways, "overlaps", False)
+    engine = engine_of(expert_memory="4 slots", policy="lru", host_memory="0")
+    stood: list[bool] = []
+    dispatch = Dispatcher.dispatch
+
+    def looking(dispatcher: Dispatcher, plan: StepPlan) -> Dispatched:
+        stood.extend(run.read is not None for before in dispatcher.in_flight for run in before.runs)
+        return dispatch(dispatcher, plan)
+
+    monkeypatch.setattr(Dispatcher, "dispatch", looking)
+    engine.generate(PROMPTS[2], GREEDY, routing="exact")
+    assert len(stood) > GREEDY.max_tokens // 2
+    assert all(stood)
 
 
 @pytest.mark.parametrize(
