@@ -255,6 +255,8 @@ class ExpertLoader:
                 at_hand.append((LoadTicket(layer, expert, np.inf, None), slot))
         together = staged_ahead(self._window)
         for first in range(0, len(at_hand), together):
+            for ticket, _ in at_hand[max(0, first - together) : first]:  # bounds what the device has of records
+                self._slab.block_until_ready(ticket.layer)
             with self._busy.within():
                 staged = self._slab.stage_records(records[first : first + together])
             began, part = time.perf_counter(), at_hand[first : first + together]
