@@ -8,7 +8,7 @@ every token again finds, and what they cost. Shapes (`--shapes MODEL`): tokens p
 slow link. Of a trace they follow from its loads; a live run gets a link that is as slow for it.
 
 JSON: `{"live": [{"contract", "tolerance", "share", "batch", "perplexity_ratio", "similarity", "loads_per_token",
-"waits_per_token", "tokens_per_s", "substituted_weight"}], "replay": {"0.5": [{"tolerance", "breaches",
+"waits_per_token", "tokens_per_s", "substituted_weight", "account"}], "replay": {"0.5": [{"tolerance", "breaches",
 "loads_per_token_layer", "substituted_weight", "free_tokens"}]}, "shapes": {"0.5": [{"contract", "tolerance", "batch",
 "loads_per_token_layer", "substituted_weight", "tokens_per_s", "over_exact"}]}, "follow": {"phases", "windows",
 "estimates", "tasks", "requests"}, "audit_check": {"rows": [{"task", "measure", "estimate", "low", "high", "of_all",
@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.arguments import count, positive
+from benchmarks.contracts.account import ACCOUNT, PARTS
 from benchmarks.contracts.audits import check, cost
 from benchmarks.contracts.follow import follow
 from benchmarks.contracts.live import measure, settings_of
@@ -178,6 +179,8 @@ def run(given: argparse.Namespace, console: Console) -> None:
             results["live"].append(row)
             write_json(results, given.json)
         show(console, f"{given.model}: served", [_flat(row) for row in results["live"]])
+        console.print(ACCOUNT)
+        show(console, "milliseconds / calls per step", [_accounted(row) for row in results["live"]])
     if given.plot is not None and results["live"]:
         plot(results["live"], given.plot)
 
@@ -320,8 +323,15 @@ def _first_tokens(trace: RoutingTrace, most: int) -> RoutingTrace:
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
     forwards = row["forwards"]
-    shown = {name: value for name, value in row.items() if name not in ("forwards", "perplexity_ci95")}
+    shown = {name: value for name, value in row.items() if name not in ("forwards", "perplexity_ci95", "account")}
     return shown | {"whole/again/layered": "/".join(f"{forwards[name]:g}" for name in ("whole", "again", "layered"))}
+
+
+def _accounted(row: dict[str, Any]) -> dict[str, Any]:
+    account = row["account"]
+    name = {column: row[column] for column in ("contract", "tolerance", "share", "batch")}
+    parts = {part: f"{account[part]['ms']:.2f} / {account[part]['calls']:.1f}" for part in PARTS}
+    return name | {"ms": account["ms_per_step"]} | parts
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from benchmarks.contracts.account import Account
 from benchmarks.contracts.shapes import Shapes, scaled_link_gbps
 from benchmarks.quality.measure import FULL, Traffic, measured
 from benchmarks.quality.scores import mean_over
@@ -54,7 +55,8 @@ def measure(
     shapes over `shapes.link`. A layer time is that of the same traffic with all experts resident.
 
     `loads_per_token` are those that a step waited for, over all tokens computed; `waits_per_token` counts forwards that
-    had to be repeated or went layer by layer in the same way. `tokens_per_s` counts time in steps only.
+    had to be repeated or went layer by layer in the same way. `tokens_per_s` counts time in steps only, and `account`
+    says what for.
     """
     stream = in_bursts(traffic.items, seed)
     for batch in batches:
@@ -75,9 +77,9 @@ def measure(
                 cell = Cell(policy, setting.contract, share, tuple(options.items()))
                 began = time.monotonic()
                 with engine_of(model, cell, traffic.context, batch, seed) as engine:
-                    watch = _Watch(engine)
+                    watch, account = _Watch(engine), Account(engine)
                     found = outcomes(engine, stream, batch, lambda: None)
-                    counted = watch.counted()
+                    counted = watch.counted() | {"account": account.row()}
                     state = engine.state()
                 rows = measured(cell, stream, [found], reference, seed, began, state).rows
                 answered = [row for row in rows if row.numbers["similarity"] is not None]

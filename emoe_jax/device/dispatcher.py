@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Bool
 
 from emoe_jax.device.batch import Batch, batches_of
 from emoe_jax.device.readback import keep_for_audits, keep_prompt_logprobs, not_finite, sampled_token
@@ -20,7 +21,7 @@ from emoe_jax.residency.residency import Residency, StepWishes
 from emoe_jax.scheduling.plan import SampledToken, StepPlan, StepResult
 
 MOST_FORWARDS = 3
-"""Whole forwards of one batch, each with the experts that the one before missed. Then it goes layer by layer."""
+"""Whole forwards of a batch with prompts, each with the experts that the one before missed. Then it goes by layers."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -45,8 +46,9 @@ class Dispatcher:
 
     The next plan may be dispatched before the one before it is collected: it finds the tokens that it feeds on the
     device. A batch whose rows may need absent experts is first computed as if they needed none. Where its report says
-    otherwise, the experts are loaded and it is computed again, with all that was dispatched after it: what the KV cache
-    got is overwritten.
+    otherwise, it goes on from the first router that chose an absent expert, layer by layer; with prompts in it, the
+    experts are loaded and it is computed again. So is all that was dispatched after it: what the KV cache got is
+    overwritten.
     """
 
     def __init__(self, runner: Runner, residency: Residency):
@@ -177,11 +179,16 @@ class Dispatcher:
             return
         might_miss, first_way = self._may_miss(run.batch.may_need), run.way
         tries, read = 1, jax.device_get(run.outputs)
-        while run.way == "whole" and might_miss and not self._stands(run, read):
+        while run.way == "whole" and might_miss and (layer := self._first_missing(run, read)) is not None:
             tries += 1
-            if tries > MOST_FORWARDS:
-                run.way = "layered"
-            read = jax.device_get(self._runner.compute(run))
+            if run.stops is not None:
+                run.way = "layered"  # from there on
+                outputs = self._runner.go_on(run, layer)
+            else:
+                if tries > MOST_FORWARDS or not self._loads(run, read):
+                    run.way = "layered"
+                outputs = self._runner.compute(run)
+            read = jax.device_get(outputs)
         run.read = read
         if might_miss:
             now = time.monotonic()
@@ -192,21 +199,26 @@ class Dispatcher:
             for later in self._unread():
                 self._runner.compute(later)
 
-    def _stands(self, run: BatchRun, read: Any) -> bool:
-        """Whether a whole forward had all that it needs. If not, load it, or have the batch go layer by layer."""
-        needed = Report.read(read.report, run.batch.shape, self._runner.config).needed
+    def _first_missing(self, run: BatchRun, read: Any) -> int | None:
+        """The first MoE layer in which a whole forward needed an absent expert. None where it stands."""
         assert run.seen is not None
-        missing = needed & ~run.seen
-        if not missing.any():
-            return True
-        capacities = np.asarray(self._residency.table.capacities)
-        fits = needed.sum(axis=1) <= capacities
-        first = int(np.flatnonzero(missing.any(axis=1))[0])
-        if fits[first]:
-            self._residency.load(needed & fits[:, None])
-        else:
-            run.way = "layered"
-        return False
+        missing = self._needed(run, read) & ~run.seen
+        return int(np.flatnonzero(missing.any(axis=1))[0]) if missing.any() else None
+
+    def _loads(self, run: BatchRun, read: Any) -> bool:
+        """Load what a whole forward needed, as a guess behind the first layer that missed an expert, too. False, and
+        nothing is loaded, where that layer has fewer slots.
+        """
+        assert run.seen is not None
+        needed = self._needed(run, read)
+        fits = needed.sum(axis=1) <= np.asarray(self._residency.table.capacities)
+        if not fits[np.flatnonzero((needed & ~run.seen).any(axis=1))[0]]:
+            return False
+        self._residency.load(needed & fits[:, None])
+        return True
+
+    def _needed(self, run: BatchRun, read: Any) -> Bool[np.ndarray, "M E"]:
+        return Report.read(read.report, run.batch.shape, self._runner.config).needed
 
     def _unread(self) -> list[BatchRun]:
         """What was dispatched after the last batch that was read, in order."""

@@ -1,42 +1,187 @@
 """The jitted functions of a forward that stops between each layer's router and its experts.
 
-The host loads what is missing there, and no row may be without: `embed`, then per layer `attend_and_route`,
-`expert_wave` (once per wave) and `close_moe` (or `dense_layer`), then `close_layers`. Between router and experts,
-`next_wishes` guesses what the next layer will ask for, where the policy looks ahead. Without a cache the same functions
-make an uncached forward of one sequence, which ends with `all_logits`.
+The host loads what is missing there, and no row may be without. A step is cut at its routers: `begin_layers` leads to
+the first one, `go_on` from one to the next, `end_layers` from the last one to the logits, each with the layer's last
+wave of experts. `expert_wave` computes those before the last one, and `stop_at` takes up a whole forward at one of its
+routers. Between router and experts, `next_wishes` guesses what the next layer will ask for, where the policy looks
+ahead.
+
+An uncached forward of one sequence goes layer by layer: `embed`, then `attend_and_route`, `expert_wave` and `close_moe`
+(or `dense_layer`), then `all_logits`.
 """
 
+from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int32
 
 from emoe_jax.attention import LayerKV
 from emoe_jax.config import ModelConfig
 from emoe_jax.device.inputs import FlatBatch
 from emoe_jax.device.shapes import Shape
-from emoe_jax.device.step import Routed, Skeleton, StepOutputs, Words, close_step, full_precision
+from emoe_jax.device.step import Skeleton, StepOutputs, Words, close_step, full_precision
+from emoe_jax.device.stops import Routed, Stopped, Stops, uses
 from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models.decoder import Decoder, Layer
+from emoe_jax.models.routing import Allowances
 from emoe_jax.moe import moe_ffn
 from emoe_jax.platforms import tracing_for
 
 
-class Stopped(NamedTuple):
-    """A layer stopped between router and experts."""
+def _to_router(
+    layers: Sequence[Layer],
+    x: Float[Array, "1 R D"],
+    cache: Sequence[LayerKV | None],
+    batch: FlatBatch,
+    windows: Sequence[int | None],
+    resident: Bool[Array | np.ndarray, " E"],
+    budget: Float[Array, " R"],
+    config: ModelConfig,
+) -> tuple[tuple[Any, ...], Stopped, Routed]:
+    """Through layers, of which the last one alone has experts, up to its router's choice."""
+    new_cache, last = [], layers[-1]
+    for layer, window, pages in zip(layers, windows, cache, strict=True):
+        x, pages = layer.attention(x, batch.positions[None], batch.attend_function(config, window, pages))
+        new_cache.append(pages)
+        if layer is not last:
+            x = layer.dense(x)
+    allowed = jnp.broadcast_to(resident[None, :], (batch.shape.rows, config.num_experts))
+    allowances: Allowances = batch.allowances()._replace(budget=budget)
+    rows, routing = last.moe_input(x, allowed, batch.valid, allowances)
+    stopped = Stopped(x, rows, routing.ids, routing.weights, allowances.after(routing).budget)
+    return tuple(new_cache), stopped, Routed.of(routing, batch.valid, config.num_experts)
 
-    x: Float[Array, "1 R D"]
-    rows: Float[Array, "R D"]
-    ids: Int[Array, "R k"]
-    weights: Float[Array, "R k"]
-    used: Int[Array, " E"]
-    """How many assignments each expert has: of absent ones, too, where a row may not be without."""
-    budget: Float[Array, " R"]
-    """What the layers that follow may substitute of each row."""
-    routed: Routed
+
+def _of_layer(routed: Routed, layer: Int[Array, ""], every: Routed) -> Routed:
+    """`every` with what is known of one layer."""
+    return jax.tree.map(lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, layer, 0), every, routed)
+
+
+def _closed(
+    layer: Layer,
+    stopped: Stopped,
+    slots: Int[Array | np.ndarray, " E"],
+    experts: ExpertWeights,
+    total: Float[Array, "R D"],
+    config: ModelConfig,
+) -> Float[Array, "1 R D"]:
+    """The rest of a MoE layer from its last wave on. `total` has the waves before."""
+    rows, ids, weights = stopped.rows, stopped.ids, stopped.weights
+    out = moe_ffn(rows, ids, weights, jnp.asarray(slots), experts, config, accumulator=total)
+    return layer.moe_output(stopped.x, rows, out)
+
+
+StoppedAt = tuple[Stopped, Int[Array, " E"], Float[Array, "R D"]]
+"""Where a forward stopped; how many assignments each expert has there; and the zeros from which the waves add up: made
+on the device, they are placed like the result of a wave, and nothing compiles twice."""
+
+
+@partial(jax.jit, static_argnames=("skeleton", "config", "shape", "platform"), donate_argnames=("cache",))
+def begin_layers(
+    leaves: tuple[Array, ...],
+    cache: tuple[LayerKV, ...],
+    inputs: Words,
+    last_tokens: Int[Array, " places"],
+    resident: Bool[Array | np.ndarray, " E"],
+    *,
+    skeleton: Skeleton,
+    config: ModelConfig,
+    shape: Shape,
+    platform: str | None = None,
+) -> tuple[tuple[LayerKV, ...], StoppedAt, Routed]:
+    """From the tokens to the choice of the first router: among the `resident` experts, and those that a row may not be
+    without. `cache` is that of the layers up to there. Donates it.
+
+    The `Routed` has room for all layers.
+    """
+    model: Decoder = skeleton.join(leaves)
+    batch, count = FlatBatch.unpack(inputs, shape), config.moe_layers[0] + 1
+    windows = [config.sliding_window(index) for index in range(count)]
+    x = model.embed(batch.tokens(last_tokens))
+    with full_precision(x.dtype), tracing_for(platform):
+        arguments = (x, cache, batch, windows, resident, batch.allowances().budget, config)
+        new_cache, stopped, routed = _to_router(list(model.layers)[:count], *arguments)
+    room = jax.tree.map(lambda part: jnp.zeros((len(config.moe_layers), *part.shape), part.dtype), routed)
+    at = stopped, uses(stopped.ids, config.num_experts), jnp.zeros_like(stopped.rows)
+    return new_cache, at, _of_layer(routed, jnp.int32(0), room)
+
+
+@partial(
+    jax.jit, static_argnames=("skeletons", "config", "windows", "shape", "platform"), donate_argnames=("total", "cache")
+)
+def go_on(
+    leaves: tuple[tuple[Array, ...], ...],
+    stopped: Stopped,
+    slots: Int[Array | np.ndarray, " E"],
+    experts: ExpertWeights,
+    total: Float[Array, "R D"],
+    cache: tuple[LayerKV, ...],
+    inputs: Words,
+    resident: Bool[Array | np.ndarray, " E"],
+    every: Routed,
+    layer: Int32[Array | np.ndarray, ""],
+    *,
+    skeletons: tuple[Skeleton, ...],
+    config: ModelConfig,
+    windows: tuple[int | None, ...],
+    shape: Shape,
+    platform: str | None = None,
+) -> tuple[tuple[LayerKV, ...], StoppedAt, Routed]:
+    """From one router to the next: the last wave of the first of these layers, then the others.
+
+    `slots`, `experts` and `total` are those of the first one, `cache` and `windows` those of the others, of which the
+    last one is MoE layer number `layer`. Donates `total` and `cache`.
+    """
+    first, *others = (skeleton.join(part) for skeleton, part in zip(skeletons, leaves, strict=True))
+    batch = FlatBatch.unpack(inputs, shape)
+    with full_precision(total.dtype), tracing_for(platform):
+        x = _closed(first, stopped, slots, experts, total, config)
+        arguments = (x, cache, batch, windows, resident, stopped.budget, config)
+        new_cache, stopped, routed = _to_router(others, *arguments)
+    at = stopped, uses(stopped.ids, config.num_experts), jnp.zeros_like(stopped.rows)
+    return new_cache, at, _of_layer(routed, jnp.asarray(layer), every)
+
+
+@partial(jax.jit, static_argnames=("skeleton", "config", "shape", "platform"), donate_argnames=("cache",))
+def end_layers(
+    leaves: tuple[Array, ...],
+    stopped: Stopped,
+    slots: Int[Array | np.ndarray, " E"],
+    experts: ExpertWeights,
+    total: Float[Array, "R D"],
+    cache: tuple[LayerKV, ...],
+    inputs: Words,
+    every: Routed,
+    last_tokens: Int[Array, " places"],
+    *,
+    skeleton: Skeleton,
+    config: ModelConfig,
+    shape: Shape,
+    platform: str | None = None,
+) -> tuple[tuple[LayerKV, ...], StepOutputs]:
+    """What `whole_step` returns, from the last router's choice on. Donates `cache`, that of the layers behind it."""
+    model: Decoder = skeleton.join(leaves)
+    batch, last = FlatBatch.unpack(inputs, shape), config.moe_layers[-1]
+    layers, new_cache = list(model.layers), []
+    with full_precision(total.dtype), tracing_for(platform):
+        x = _closed(layers[last], stopped, slots, experts, total, config)
+        for index, pages in enumerate(cache, last + 1):
+            attend_fn = batch.attend_function(config, config.sliding_window(index), pages)
+            x, pages = layers[index].attention(x, batch.positions[None], attend_fn)
+            new_cache.append(pages)
+            x = layers[index].dense(x)
+        return tuple(new_cache), close_step(model, batch, x, every, last_tokens, config)
+
+
+@jax.jit
+def stop_at(stops: Stops, layer: Int32[Array | np.ndarray, ""]) -> StoppedAt:
+    """Where a whole forward passed the router of a MoE layer."""
+    stopped = jax.tree.map(lambda part: part[jnp.asarray(layer)], stops.stopped)
+    return stopped, uses(stopped.ids, stops.routed.needed.shape[-1]), jnp.zeros_like(stopped.rows)
 
 
 @partial(jax.jit, static_argnames=("skeleton", "shape"))
@@ -71,23 +216,16 @@ def attend_and_route(
     window: int | None,
     shape: Shape,
     platform: str | None = None,
-) -> tuple[LayerKV | None, Stopped, Float[Array, "R D"]]:
-    """A MoE layer up to its router's choice: among the `resident` experts, and those that a row may not be without.
+) -> tuple[LayerKV | None, StoppedAt]:
+    """One MoE layer up to its router's choice, as `begin_layers`.
 
-    Donates `cache`; with `cache=None` a single sequence attends to itself only. Also returns the zeros from which the
-    first `expert_wave` accumulates: made here, they are placed like the result of a wave and nothing compiles twice.
+    Donates `cache`; with `cache=None` a single sequence attends to itself only.
     """
     layer: Layer = skeleton.join(leaves)
     batch = FlatBatch.unpack(inputs, shape)
     with full_precision(x.dtype), tracing_for(platform):
-        x, cache = layer.attention(x, batch.positions[None], batch.attend_function(config, window, cache))
-        allowed = jnp.broadcast_to(resident[None, :], (shape.rows, config.num_experts))
-        allowances = batch.allowances()._replace(budget=budget)
-        rows, routing = layer.moe_input(x, allowed, batch.valid, allowances)
-    used = jnp.zeros((config.num_experts,), jnp.int32).at[routing.ids.reshape(-1)].add(1, mode="drop")
-    routed = Routed.of(routing, batch.valid, config.num_experts)
-    stopped = Stopped(x, rows, routing.ids, routing.weights, used, allowances.after(routing).budget, routed)
-    return cache, stopped, jnp.zeros_like(rows)
+        (cache,), stopped, _ = _to_router([layer], x, [cache], batch, [window], resident, budget, config)
+    return cache, (stopped, uses(stopped.ids, config.num_experts), jnp.zeros_like(stopped.rows))
 
 
 @partial(jax.jit, static_argnames=("skeleton", "config", "shape"))
@@ -159,25 +297,6 @@ def dense_layer(
     with full_precision(x.dtype), tracing_for(platform):
         x, cache = layer.attention(x, batch.positions[None], batch.attend_function(config, window, cache))
         return cache, layer.dense(x)
-
-
-@partial(jax.jit, static_argnames=("skeleton", "config", "shape", "platform"))
-def close_layers(
-    leaves: tuple[Array, ...],
-    x: Float[Array, "1 R D"],
-    inputs: Words,
-    routed: tuple[Routed, ...],
-    last_tokens: Int[Array, " places"],
-    *,
-    skeleton: Skeleton,
-    config: ModelConfig,
-    shape: Shape,
-    platform: str | None = None,
-) -> StepOutputs:
-    """What `whole_step` returns, from the output of the last layer and what was kept of each MoE layer."""
-    model: Decoder = skeleton.join(leaves)
-    with full_precision(x.dtype), tracing_for(platform):
-        return close_step(model, FlatBatch.unpack(inputs, shape), x, routed, last_tokens, config)
 
 
 @partial(jax.jit, static_argnames=("skeleton", "platform"))

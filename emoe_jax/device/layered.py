@@ -1,7 +1,5 @@
 """The forward that stops at every router: for steps that miss experts often, and the one without a KV cache."""
 
-import functools
-from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from typing import Any
 
@@ -13,7 +11,8 @@ from emoe_jax.attention import LayerKV
 from emoe_jax.device import layer_steps as step
 from emoe_jax.device.batch import Batch, uncached_batches
 from emoe_jax.device.executables import Executables
-from emoe_jax.device.step import Routed, Skeleton, StepOutputs
+from emoe_jax.device.step import Skeleton, StepOutputs
+from emoe_jax.device.stops import Stopped, Stops
 from emoe_jax.errors import RequestError
 from emoe_jax.models.decoder import Decoder
 from emoe_jax.requests.contract import Allowance
@@ -60,9 +59,7 @@ class LayeredForward:
         for index in range(len(self._layers)):
             for number, batch in enumerate(batches):
                 x = jax.device_put(states[number], self._residency.slab.sharding)
-                pages, x, stopped = self._layer(index, batch, batch.words, x, budgets[number], pages)
-                if stopped is not None:
-                    budgets[number] = stopped.budget
+                pages, x, budgets[number] = self._layer(index, batch, batch.words, x, budgets[number], pages)
                 states[number] = x if alone else np.asarray(x)
         logits = np.empty((length, self.config.vocab_size), np.float32)
         for batch, x in zip(batches, states, strict=True):
@@ -80,17 +77,102 @@ class LayeredForward:
 
         Raises what the expert store raises; `cache` stays usable.
         """
-        x, budget = self._embedded(batch, words, last_tokens)
-        kept: list[Routed] = []
-        for index in range(len(self._layers)):
-            keep = functools.partial(cache.__setitem__, index)
-            _, x, stopped = self._layer(index, batch, words, x, budget, cache[index], keep)
-            if stopped is not None:
-                budget = stopped.budget
-                kept.append(stopped.routed)
+        count = self.config.moe_layers[0] + 1
         statics = {"skeleton": self._skeleton, "config": self.config, "shape": batch.shape}
-        arguments = (self._leaves, x, words, tuple(kept), last_tokens)
-        return self._executables.call(step.close_layers, batch.shape, *arguments, **statics)
+        arguments = (self._leaves, tuple(cache[:count]), words, last_tokens, self._residency.table.resident_mask[0])
+        cache[:count], at, every = self._executables.call(
+            step.begin_layers, (batch.shape, cache[0].k.shape[0]), *arguments, **statics
+        )
+        return self._go_on(0, at, every, batch, words, cache, last_tokens)
+
+    def go_on(
+        self,
+        layer: int,
+        stops: Stops,
+        batch: Batch,
+        words: Int32[Array, " words"],
+        cache: list[LayerKV],
+        last_tokens: Int[Array, " places"],
+    ) -> StepOutputs:
+        """As `run`, for a batch of which a whole forward stands up to the router of a MoE layer."""
+        at = self._executables.call(step.stop_at, batch.shape, stops, np.int32(layer))
+        return self._go_on(layer, at, stops.routed, batch, words, cache, last_tokens)
+
+    def compile_wave(self, batch: Batch) -> None:
+        """Compile what a layer's waves before its last one need."""
+        R, D, k = batch.shape.rows, self.config.hidden_size, self.config.top_k
+        sharding, dtype = self._residency.slab.sharding, self._leaves[0].dtype
+
+        def blank(shape: tuple[int, ...], dtype: Any) -> Any:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+        rows, ids, weights = blank((R, D), dtype), blank((R, k), np.int32), blank((R, k), np.float32)
+        stopped = Stopped(blank((1, R, D), dtype), rows, ids, weights, blank((R,), np.float32))
+        for experts in self._residency.slab.weights:
+            arguments = (stopped, np.zeros(self.config.num_experts, np.int32), experts, rows)
+            self._executables.compile(step.expert_wave, (R, experts.capacity), *arguments, config=self.config)
+
+    def before_last_wave(
+        self, m: int, at: step.StoppedAt, batch: Batch, words: Int32[Array | np.ndarray, " words"]
+    ) -> tuple[Int32[np.ndarray, " E"], Float[Array, "R D"]]:
+        """Compute the waves of a layer but the last one. The slots of that one, and the sum so far."""
+        stopped, used, total = at
+        ahead = self._residency.waves.ahead if batch.may_need and m + 1 < len(self.config.moe_layers) else None
+        guess = None if ahead is None else self._next_wishes(m, stopped, batch, words)
+        slots = np.empty(0, np.int32)
+        for slots, is_last in self._residency.waves.waves(m, np.asarray(used)):
+            if ahead is not None:
+                # This layer's first wave is there: the link is free for the next layer while this one computes.
+                ahead.expect(m + 1, np.asarray(guess))
+                ahead = None
+            if not is_last:
+                experts = self._residency.slab.weights[m]
+                key = (batch.shape.rows, experts.capacity)
+                total = self._executables.call(
+                    step.expert_wave, key, stopped, slots, experts, total, config=self.config
+                )
+        return slots, total
+
+    def _go_on(
+        self,
+        m: int,
+        at: step.StoppedAt,
+        every: Any,
+        batch: Batch,
+        words: Int32[Array, " words"],
+        cache: list[LayerKV],
+        last_tokens: Int[Array, " places"],
+    ) -> StepOutputs:
+        """From the router of MoE layer `m` to the end."""
+        config, shape = self.config, batch.shape
+        layers, slab = config.moe_layers, self._residency.slab
+        for number in range(m, len(layers) - 1):
+            slots, total = self.before_last_wave(number, at, batch, words)
+            index, following = layers[number], layers[number + 1]
+            parts, behind = self._layers[index : following + 1], slice(index + 1, following + 1)
+            key = (tuple(self._kinds[index : following + 1]), shape, cache[following].k.shape[0])
+            arguments = (at[0], slots, slab.weights[number], total, tuple(cache[behind]), words)
+            resident = self._residency.table.resident_mask[number + 1]
+            cache[behind], at, every = self._executables.call(
+                step.go_on,
+                (*key, slab.capacities[number]),
+                tuple(leaves for _, leaves in parts),
+                *arguments,
+                resident,
+                every,
+                np.int32(number + 1),
+                skeletons=tuple(skeleton for skeleton, _ in parts),
+                config=config,
+                windows=tuple(config.sliding_window(each) for each in range(behind.start, behind.stop)),
+                shape=shape,
+            )
+        slots, total = self.before_last_wave(len(layers) - 1, at, batch, words)
+        behind = slice(layers[-1] + 1, len(cache))
+        arguments = (self._leaves, at[0], slots, slab.weights[-1], total, tuple(cache[behind]), words)
+        statics = {"skeleton": self._skeleton, "config": config, "shape": shape}
+        key = (shape, slab.capacities[-1], cache[-1].k.shape[0])
+        cache[behind], outputs = self._executables.call(step.end_layers, key, *arguments, every, last_tokens, **statics)
+        return outputs
 
     def _embedded(
         self, batch: Batch, words: Int32[Array | np.ndarray, " words"], last_tokens: Int[Array, " places"]
@@ -106,47 +188,31 @@ class LayeredForward:
         x: Float[Array, "1 R D"],
         budget: Float[Array, " R"],
         layer_cache: LayerKV | None,
-        keep: Callable[[LayerKV], None] | None = None,
-    ) -> tuple[LayerKV | None, Float[Array, "1 R D"], step.Stopped | None]:
-        """One layer that stops at its router. Donates `layer_cache`; without one, a sequence attends to itself only.
+    ) -> tuple[LayerKV | None, Float[Array, "1 R D"], Float[Array, " R"]]:
+        """One layer of an uncached forward. Donates `layer_cache`; without one, the sequence attends to itself only.
 
-        Returns the cache, the hidden states and how the layer stopped (None of a layer without experts). `keep` gets
-        the cache before anything can fail: the old arrays are gone by then.
+        Returns the cache, the hidden states and what is left of the budget.
         """
         config, shape = self.config, batch.shape
         skeleton, leaves = self._layers[index]
         kind, window = self._kinds[index], config.sliding_window(index)
-        pages = 0 if layer_cache is None else layer_cache.k.shape[0]
+        key = (kind, shape, 0 if layer_cache is None else layer_cache.k.shape[0])
         statics = {"skeleton": skeleton, "config": config, "window": window, "shape": shape}
         if not config.is_moe(index):
-            layer_cache, x = self._executables.call(
-                step.dense_layer, (kind, shape, pages), leaves, x, layer_cache, words, **statics
-            )
-            if keep is not None and layer_cache is not None:
-                keep(layer_cache)
-            return layer_cache, x, None
+            layer_cache, x = self._executables.call(step.dense_layer, key, leaves, x, layer_cache, words, **statics)
+            return layer_cache, x, budget
         m = config.moe_layers.index(index)
         arguments = (leaves, x, layer_cache, words, self._residency.table.resident_mask[m], budget)
-        layer_cache, stopped, total = self._executables.call(
-            step.attend_and_route, (kind, shape, pages), *arguments, **statics
-        )
-        if keep is not None and layer_cache is not None:
-            keep(layer_cache)
-        ahead = self._residency.waves.ahead if batch.may_need and m + 1 < len(config.moe_layers) else None
-        guess = None if ahead is None else self._next_wishes(m, stopped, batch, words)
-        for slots in self._residency.waves.waves(m, np.asarray(stopped.used)):
-            if ahead is not None:
-                # This layer's first wave is there: the link is free for the next layer while this one computes.
-                ahead.expect(m + 1, np.asarray(guess))
-                ahead = None
-            experts = self._residency.slab.weights[m]
-            wave = (shape.rows, experts.capacity)
-            total = self._executables.call(step.expert_wave, wave, stopped, slots, experts, total, config=config)
+        layer_cache, at = self._executables.call(step.attend_and_route, key, *arguments, **statics)
+        slots, total = self.before_last_wave(m, at, batch, words)
+        stopped, experts = at[0], self._residency.slab.weights[m]
+        wave = (shape.rows, experts.capacity)
+        total = self._executables.call(step.expert_wave, wave, stopped, slots, experts, total, config=config)
         x = self._executables.call(step.close_moe, (kind, shape.rows), leaves, stopped, total, skeleton=skeleton)
-        return layer_cache, x, stopped
+        return layer_cache, x, stopped.budget
 
     def _next_wishes(
-        self, m: int, stopped: step.Stopped, batch: Batch, words: Int32[Array | np.ndarray, " words"]
+        self, m: int, stopped: Stopped, batch: Batch, words: Int32[Array | np.ndarray, " words"]
     ) -> Int[Array, " E"]:
         """What the router of the next MoE layer makes of this one's input, still on the device."""
         index = self.config.moe_layers[m + 1]

@@ -24,6 +24,7 @@ from emoe_jax.device.kv_cache import KVCache, move_pages, resize_pages
 from emoe_jax.device.layered import LayeredForward
 from emoe_jax.device.sampler import Choice, SamplingArrays, TokenLogprobs
 from emoe_jax.device.shapes import Buckets, Shape
+from emoe_jax.device.stops import Stops
 from emoe_jax.device.ways import Way
 from emoe_jax.models.decoder import Decoder
 from emoe_jax.progress import Progress
@@ -77,6 +78,10 @@ class BatchRun:
     sampling: Int32[np.ndarray, " words"] | None = None
     """How its tokens are drawn, as its sequences were when it was first dispatched; so are the adjustments."""
     adjustments: Adjustments | None = None
+    words: Any = None
+    """What it was told, on the device."""
+    stops: Stops | None = None
+    """Where its whole forward may be taken up again."""
 
 
 class Runner:
@@ -107,7 +112,7 @@ class Runner:
         self._skeleton, leaves = step.Skeleton.split(model)
         self._leaves = jax.device_put(leaves, sharding)
         self._embedding: Float[Array, "V D"] = self._skeleton.join(self._leaves).embedding[...]
-        self._layered = LayeredForward(model, self._leaves, residency, self.executables)
+        self.layered = LayeredForward(model, self._leaves, residency, self.executables)
 
     def compute(self, run: BatchRun) -> Outputs:
         """Dispatch a batch, for the first time or again. Tokens are chosen, and what changes logits is made, while the
@@ -119,15 +124,29 @@ class Runner:
         run.seen = self._residency.table.resident_mask
         if run.resident is None:
             run.resident = run.seen
-        words = self._words(batch)
+        words = run.words = self._words(batch)
         if run.way == "layered":
-            outputs = self._layered.run(batch, words, self._cache, self._last_tokens)
+            outputs = self.layered.run(batch, words, self._cache, self._last_tokens)
         else:
             arguments = self._whole_arguments(words)
             cache, outputs = self.executables.call(
                 step.whole_step, (batch.shape, self._shapes), *arguments, shape=batch.shape, **self._statics
             )
             self._cache = list(cache)
+        return self.finish(run, outputs)
+
+    def go_on(self, run: BatchRun, layer: int) -> Outputs:
+        """Take up the whole forward of a batch at the router of a MoE layer, and go layer by layer from there on.
+
+        Raises as `compute`. Only of a run that has `stops`.
+        """
+        assert run.stops is not None
+        arguments = (run.batch, run.words, self._cache, self._last_tokens)
+        return self.finish(run, self.layered.go_on(layer, run.stops, *arguments))
+
+    def finish(self, run: BatchRun, outputs: step.StepOutputs) -> Outputs:
+        """From the logits of a forward to the tokens."""
+        batch, run.stops = run.batch, outputs.stops
         self._last_tokens = outputs.last_tokens
         tokens, logprobs = self._choose(run, outputs.logits)
         run.outputs = Outputs(
@@ -207,7 +226,7 @@ class Runner:
         Layer by layer, and within a layer at most `UNCACHED_ROWS` tokens at a time. Beside what a step of so many
         tokens takes, the device holds the keys and values of one layer; scores exist for one block of keys.
         """
-        return self._layered.logits(token_ids, allowance, self._cache[0], self._last_tokens)
+        return self.layered.logits(token_ids, allowance, self._cache[0], self._last_tokens)
 
     def warm_up(self, progress: Progress | None = None) -> None:
         """Compile every shape that `compute` can meet: whole forwards on a pool of threads, the rest beside it."""
@@ -224,6 +243,7 @@ class Runner:
             total, done = len(shapes) + len(forwards), 0
             for shape in shapes:
                 if not self._residency.is_full:
+                    self.layered.compile_wave(empty_batch(shape))
                     jax.block_until_ready(self.compute(BatchRun(empty_batch(shape), "layered")))
                 done += 1
                 if progress is not None:
@@ -234,7 +254,10 @@ class Runner:
                 if progress is not None:
                     progress(done, total)
         for shape in shapes:
-            jax.block_until_ready(self.compute(BatchRun(empty_batch(shape), "whole")))
+            run = BatchRun(empty_batch(shape), "whole")
+            jax.block_until_ready(self.compute(run))
+            if run.stops is not None:
+                jax.block_until_ready(self.go_on(run, 0))
         self.move_pages({0: 0})
         for size in EMBEDDINGS_AT_ONCE:
             jax.block_until_ready(self.mean_embedding([0] * size))

@@ -30,9 +30,9 @@ from emoe_jax.device.kv_cache import KVCache
 from emoe_jax.device.report import Report
 from emoe_jax.device.sampler import Choice, SamplingArrays, TokenLogprobs, most_probable, sample, token_logprobs
 from emoe_jax.device.shapes import Shape
+from emoe_jax.device.stops import Routed, Stopped, Stops, stacked
 from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models.decoder import Decoder
-from emoe_jax.models.routing import Routing
 from emoe_jax.moe import moe_ffn
 from emoe_jax.platforms import tracing_for
 from emoe_jax.scheduling.pages import TRASH_PAGE
@@ -89,37 +89,6 @@ def _stacked(vectors: list[Array]) -> Array:
     return jnp.stack(vectors)
 
 
-class Routed(NamedTuple):
-    """What is kept of the routers' choices in MoE layers; fields of one layer have no axis `M`."""
-
-    ranked: Int[Array, "*M R ranks"]
-    """Unfiltered, best first: the wishes, and what ranks next where a trace is to hold that."""
-    probs: Float[Array, "*M R ranks"]
-    """Their probabilities in the dtype of a routing trace. They stay on the device unless a recorder asks for them."""
-    wish_counts: Int[Array, "*M E"]
-    needed: Bool[Array, "*M E"]
-    """Which experts a row wishes for and may not be without: where one was absent, the layer's output is void."""
-    substituted_choices: Int[Array, "*M R"]
-    substituted_weight: Float[Array, "*M R"]
-    """Of the wishes' weight, the share of those that were substituted."""
-
-    @classmethod
-    def of(cls, routing: Routing, valid: Bool[Array, " R"], num_experts: int) -> "Routed":
-        """Of one layer. Padding rows, and those whose router computed NaN, count for no expert."""
-        counts = jnp.zeros((num_experts,), jnp.int32)
-        counted = (valid & routing.known)[:, None]
-        wished = jnp.where(counted, routing.wish_ids, num_experts)
-        needed = jnp.where(counted & ~routing.substituted, routing.wish_ids, num_experts)
-        return cls(
-            routing.ranked_ids,
-            routing.ranked_probs.astype(jnp.float16),
-            counts.at[wished.reshape(-1)].add(1, mode="drop"),
-            counts.at[needed.reshape(-1)].add(1, mode="drop") > 0,
-            jnp.sum(routing.substituted, axis=-1, dtype=jnp.int32),
-            routing.substituted_weight,
-        )
-
-
 class StepOutputs(NamedTuple):
     """What a forward leaves on the device. The host reads `report`."""
 
@@ -129,6 +98,14 @@ class StepOutputs(NamedTuple):
     ranked_probs: Float[Array, "M R ranks"]
     last_tokens: Int[Array, " places"]
     """With the most probable token of every sequence at its place."""
+    stops: Stops | None = None
+    """Where it may be taken up again: of a whole forward that may miss experts, and whose rows are few (`keeps_stops`).
+    """
+
+
+def keeps_stops(shape: Shape) -> bool:
+    """Whether a whole forward keeps its state at every router: not that of prompts, which would take much memory."""
+    return shape.tiles == 0
 
 
 def full_precision(dtype: jnp.dtype) -> contextlib.AbstractContextManager[Any]:
@@ -140,13 +117,15 @@ def close_step(
     model: Decoder,
     batch: FlatBatch,
     x: Float[Array, "1 R D"],
-    routed: Sequence[Routed],
+    every: Routed,
     last_tokens: Int[Array, " places"],
     config: ModelConfig,
 ) -> StepOutputs:
-    """From the last layer's output to logits, the most probable tokens and the report. Part of a jitted function."""
+    """From the last layer's output to logits, the most probable tokens and the report. Part of a jitted function.
+
+    `every` is of all MoE layers.
+    """
     logits = model.logits(batch.last_hidden(x))
-    every: Routed = jax.tree.map(lambda *layers: jnp.stack(layers), *routed)
     rows = batch.of_sequences()
     # A key, value or router logit that is NaN makes its token's residual stream NaN, which stays so to the end.
     lost = jnp.any(rows & ~jnp.all(jnp.isfinite(x[0]), axis=-1)[None, :], axis=-1)
@@ -213,7 +192,7 @@ def whole_step(
 ) -> tuple[KVCache, StepOutputs]:
     """A forward in one call, in which routers do without absent experts as far as each row allows. Donates `cache`.
 
-    Where the report says that an absent expert was needed, everything from that layer on is void.
+    Where the report says that an absent expert was needed, everything from that layer's experts on is void.
     """
     model: Decoder = skeleton.join(leaves)
     batch = FlatBatch.unpack(inputs, shape)
@@ -221,6 +200,8 @@ def whole_step(
     x = model.embed(batch.tokens(last_tokens))
     new_cache: list[LayerKV] = []
     routed: list[Routed] = []
+    stopped: list[Stopped] = []
+    may_miss = any(each.capacity < config.num_experts for each in experts)
     allowances = batch.allowances()
     with full_precision(x.dtype), tracing_for(platform):
         for index, layer in enumerate(model.layers):
@@ -237,10 +218,15 @@ def whole_step(
                 allowed = jnp.broadcast_to(resident[None, :], (shape.rows, config.num_experts))
             rows, routing = layer.moe_input(x, allowed, valid, allowances)
             allowances = allowances.after(routing)
+            stopped.append(Stopped(x, rows, routing.ids, routing.weights, allowances.budget))
             out = moe_ffn(rows, routing.ids, routing.weights, slots[m], experts[m], config)
             x = layer.moe_output(x, rows, out)
             routed.append(Routed.of(routing, valid, config.num_experts))
-        return tuple(new_cache), close_step(model, batch, x, routed, last_tokens, config)
+        every: Routed = jax.tree.map(lambda *layers: jnp.stack(layers), *routed)
+        outputs = close_step(model, batch, x, every, last_tokens, config)
+    if may_miss and keeps_stops(shape):
+        outputs = outputs._replace(stops=Stops(stacked(stopped), every))
+    return tuple(new_cache), outputs
 
 
 @partial(jax.jit, static_argnames=("skeleton", "platform"))

@@ -92,7 +92,17 @@ class StepLoop:
             self._suspect = True
 
     def _may_build_on(self, dispatched: Dispatched) -> bool:
-        return not dispatched.plan.needs_tokens and not self.dispatcher.is_doubtful(dispatched)
+        """Whether the next step may begin. Where this one is doubtful, it stands then, and is booked meanwhile."""
+        if dispatched.plan.needs_tokens:
+            return False
+        if self.dispatcher.is_doubtful(dispatched):
+            self._wait_for(dispatched)
+        return dispatched.error is None
+
+    def _wait_for(self, dispatched: Dispatched) -> None:
+        """Wait until the oldest step in flight is over: what follows is not its time."""
+        self.dispatcher.wait(dispatched)
+        self._over = self._over or (time.monotonic(), self._foresight.waited_seconds)
 
     def _dispatch(self) -> None:
         """Have the device begin the next step, if there is anything to do."""
@@ -123,8 +133,7 @@ class StepLoop:
         if not self.in_flight:
             self._foresight.settle(plan, self._load_wait)
         elif self.dispatcher.waits_within(plan):  # most of this step is over once it is dispatched: it is timed apart
-            self.dispatcher.wait(self.in_flight[0])
-            self._over = time.monotonic(), self._foresight.waited_seconds
+            self._wait_for(self.in_flight[0])
         try:
             self.dispatcher.dispatch(plan)
             self._waited_before.append(waited)

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import jax
 import numpy as np
 from jaxtyping import Array, Bool, Num
 
@@ -14,6 +15,7 @@ from emoe_jax.experts.half_written import HalfWritten
 from emoe_jax.experts.link import ModelledLink
 from emoe_jax.experts.loader_stats import BusyTime, LoaderStats
 from emoe_jax.experts.pieces import HostRecord, default_window, staged_ahead
+from emoe_jax.experts.places import Place, places_for
 from emoe_jax.experts.slab import ExpertSlab
 from emoe_jax.experts.store import ExpertStore
 from emoe_jax.experts.table import EMPTY, SlotTable
@@ -158,7 +160,7 @@ class ExpertLoader:
         Raises `CapacityError` (nothing loaded) when that is not enough, and what the store raised when a
         read keeps failing (experts that came before it are resident, the table is right).
         """
-        places = [place for layer, experts, evictable in wanted for place in self._places(layer, experts, evictable)]
+        places = [place for each in wanted for place in places_for(*each, self._table, self._half_written)]
         if not places:
             return 0
         began = time.perf_counter()
@@ -167,33 +169,6 @@ class ExpertLoader:
         finally:
             self._count(wait_seconds=time.perf_counter() - began, waited_loads=len(places))
         return len(places)
-
-    def _places(self, layer: int, experts: Iterable[int], evictable: Iterable[int]) -> list[tuple[int, int, int]]:
-        """`(layer, expert, slot)` of the missing experts."""
-        wanted = sorted(set(map(int, experts)))
-        for expert in wanted:
-            self._table.check_expert(layer, expert)
-        missing = [expert for expert in wanted if not self._table.is_resident(layer, expert)]
-        if not missing:
-            return []
-        self._half_written.sweep()
-        begun = {expert: slot for expert in missing if (slot := self._half_written.slot(layer, expert)) is not None}
-        evicted = [
-            self._table.slot(layer, expert)
-            for expert in dict.fromkeys(evictable)
-            if expert not in wanted and self._table.is_resident(layer, expert)
-        ]
-        slots = [*self._table.empty_slots(layer), *evicted]
-        if len(slots) < len(missing) - len(begun):
-            self._half_written.drop(layer, but=missing)  # the places of others are needed now
-            slots = [*self._table.empty_slots(layer), *evicted]
-        if len(slots) < len(missing) - len(begun):
-            raise CapacityError(
-                f"layer {layer} must load {len(missing)} experts, but only {len(slots)} of its "
-                f"{self._table.capacities[layer]} slots are empty or may be replaced"
-            )
-        free = iter(slots)
-        return [(layer, expert, begun[expert] if expert in begun else next(free)) for expert in missing]
 
     def fill(self, experts: Sequence[Iterable[int]], on_progress: Callable[[int, int], None] | None = None) -> None:
         """Load experts of every layer into empty slots, in the order of the files. For the start of an engine.
@@ -248,21 +223,53 @@ class ExpertLoader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _load(
-        self, wanted: Sequence[tuple[int, int, int]], on_progress: Callable[[int, int], None] | None = None
-    ) -> None:
+    def _load(self, wanted: Sequence[Place], on_progress: Callable[[int, int], None] | None = None) -> None:
         """Bring `(layer, expert, slot)`s in. This thread stages too; one commit runs while the next is being staged."""
         waiting: dict[LoadTicket, int] = {}
         try:
+            if on_progress is None:
+                wanted = self._load_at_hand(wanted)
             self._load_through(wanted, waiting, on_progress)
         finally:
             self._queue.give_up(waiting)  # none, unless something failed: no thread would take them any more
             self._half_written.sweep()
             self._store.use_residents(self._table.resident_mask)
 
+    def _load_at_hand(self, wanted: Sequence[Place]) -> list[Place]:
+        """Bring in what host memory has and one round moves. Returns the others, which need the queue.
+
+        For a small expert the queue takes longer than the copy: its tickets, locks and wake-ups.
+        """
+        if self._link is not None or self._slab.rounds.pieces:
+            return list(wanted)
+        at_hand: list[tuple[LoadTicket, int]] = []
+        records: list[np.ndarray | jax.Array] = []
+        others = []
+        for layer, expert, slot in wanted:
+            record = None if self._queue.has(layer, expert) else self._store.at_hand(layer, expert)
+            if record is None:
+                others.append((layer, expert, slot))
+            else:
+                assert not isinstance(record, tuple)  # only records in pieces are
+                records.append(record)
+                at_hand.append((LoadTicket(layer, expert, np.inf, None), slot))
+        together = staged_ahead(self._window)
+        for first in range(0, len(at_hand), together):
+            for ticket, _ in at_hand[max(0, first - together) : first]:  # bounds what the device has of records
+                self._slab.block_until_ready(ticket.layer)
+            with self._busy.within():
+                staged = self._slab.stage_records(records[first : first + together])
+            began, part = time.perf_counter(), at_hand[first : first + together]
+            with self._writes([ticket for ticket, _ in part]) as writes:
+                for (ticket, slot), array in zip(part, staged, strict=True):
+                    ticket.state, ticket.staged = LoadState.COMMITTING, (array,)
+                    writes.add(ticket, slot)
+            self._count(staged_bytes=sum(array.nbytes for array in staged), commit_seconds=time.perf_counter() - began)
+        return others
+
     def _load_through(
         self,
-        wanted: Sequence[tuple[int, int, int]],
+        wanted: Sequence[Place],
         waiting: dict[LoadTicket, int],
         on_progress: Callable[[int, int], None] | None,
     ) -> None:

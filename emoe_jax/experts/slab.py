@@ -16,8 +16,11 @@ from emoe_jax.experts.record_format import RecordFormat
 from emoe_jax.experts.store import aligned_record
 from emoe_jax.experts.weights import ExpertWeights
 
-# One compiled commit per size. A batch is cut into these, largest first, because a padded entry would cost a full copy.
+# One compiled commit per size. A batch is cut into these, largest first, because a padded entry costs a full copy.
 COMMIT_SIZES = (8, 4, 2, 1)
+
+_PADDED_BELOW = 256 << 10
+"""Bytes of a record: a copy of fewer takes less time than a call of its own, so the next larger size is filled up."""
 
 
 @functools.partial(jax.jit, donate_argnames=("weights",))
@@ -120,6 +123,10 @@ class ExpertSlab:
         """
         return jax.device_put(record, self.sharding)
 
+    def stage_records(self, records: Sequence[np.ndarray | jax.Array]) -> list[Num[Array, " numbers"]]:
+        """`stage` of several whole records in one call, which costs little more than that of one."""
+        return jax.device_put(list(records), self.sharding)
+
     def stage_round(self, record: HostRecord, number: int) -> tuple[Num[Array, " numbers"], ...]:
         """Transfer what a round has of a record: its pieces, or all of a record that is not cut. Waits for it."""
         staged = tuple(self.stage(part) for part in self.rounds.of(number, record))
@@ -141,13 +148,15 @@ class ExpertSlab:
             if not 0 <= slot < self.capacities[layer]:
                 raise IndexError(f"slot {slot} of layer {layer} is not one of {self.capacities[layer]}")
         done = 0
-        for size in COMMIT_SIZES:
-            while len(slots) - done >= size:
-                part = slice(done, done + size)
-                self._weights[layer] = commit_experts(
-                    self._weights[layer], tuple(staged[part]), np.asarray(slots[part], np.int32)
-                )
-                done += size
+        while (left := len(slots) - done) > 0:
+            size = next(size for size in COMMIT_SIZES if size <= left)
+            if size < min(left, COMMIT_SIZES[0]) and self.record_format.nbytes < _PADDED_BELOW:
+                size *= 2
+            part, filler = slice(done, done + size), max(0, size - left)
+            records = (*staged[part], *(staged[-1],) * filler)  # the last one is written again
+            at = np.asarray([*slots[part], *(slots[-1],) * filler], np.int32)
+            self._weights[layer] = commit_experts(self._weights[layer], records, at)
+            done += size
 
     def write(self, layer: int, slot: int, pieces: Sequence[Piece], staged: Sequence[Num[Array, " numbers"]]) -> None:
         """Write staged pieces of an expert into a slot, in place and without waiting for the device.

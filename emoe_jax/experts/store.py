@@ -208,6 +208,13 @@ class ExpertStore:
                         self._count(evictions=self._tier.keep(key, read.record))
             read.done.set()
 
+    def at_hand(self, layer: int, expert: int) -> HostRecord | None:
+        """What `read` would return without reading. None, and nothing counts, where that is nothing."""
+        with self._lock:
+            record = self._tier.get((layer, expert))
+            self._count(hits=int(record is not None))
+            return record
+
     def is_in_host_memory(self, layer: int, expert: int) -> bool:
         """Whether a `read` now would be a hit. Does not count as a use of the record."""
         with self._lock:

@@ -137,6 +137,11 @@ class TicketQueue:
                     self._push(ticket, wake)
             return ticket
 
+    def has(self, layer: int, expert: int) -> bool:
+        """Whether an active ticket is for this expert."""
+        with self._lock:
+            return (layer, expert) in self._tickets
+
     def next(self) -> LoadTicket | None:
         """Block until a ticket may be staged; None once the queue is closed. For worker threads."""
         with self._lock:

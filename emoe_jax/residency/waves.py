@@ -1,9 +1,10 @@
 """The way through a layer that stops at its router: the experts that are used, a slab-full at a time."""
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Int32
 
 from emoe_jax.experts.loader import ExpertLoader
 from emoe_jax.experts.table import SlotTable
@@ -11,6 +12,14 @@ from emoe_jax.residency.ahead import LoadsAhead
 
 EvictionOrder = Callable[[int], Iterable[int]]
 """Experts of a layer, the one to give up first in front."""
+
+
+class Wave(NamedTuple):
+    """Experts that are on the device at once."""
+
+    slots: Int32[np.ndarray, " E"]
+    """The slot of each of them, and the capacity `C` for all others."""
+    is_last: bool
 
 
 class WaveLoader:
@@ -37,12 +46,11 @@ class WaveLoader:
         self._table = table
         self._eviction_order = eviction_order
 
-    def waves(self, layer: int, used: Int[np.ndarray, " E"]) -> Iterator[Int[np.ndarray, " E"]]:
-        """Yield, per wave, the slot of each of its experts and the capacity `C` for all others. `used` counts rows.
+    def waves(self, layer: int, used: Int[np.ndarray, " E"]) -> Iterator[Wave]:
+        """Yield the waves of a layer as their experts are there. `used` counts rows.
 
         Raises what the store raised when an expert cannot be read. At least one wave, possibly empty, comes.
         """
-        capacity = self._table.capacities[layer]
         needed = np.flatnonzero(used)
         if self.ahead is not None:
             self.ahead.arrive(layer, needed)
@@ -50,14 +58,20 @@ class WaveLoader:
         while first < max(len(needed), 1):
             wave = needed[first : first + self._length(layer, needed[first:])]
             first += max(len(wave), 1)
-            if not all(self._table.is_resident(layer, expert) for expert in wave):
-                later = {expert: place for place, expert in enumerate(needed[first:].tolist(), 1)}
-                # Stable: experts that are used no more go first, then the one to be used last.
-                order = sorted(self._eviction_order(layer), key=lambda expert: -later.get(expert, len(later) + 1))
-                self._loader.load_now(layer, wave.tolist(), order)
-            slots = np.full(self._table.num_experts, capacity, np.int32)
+            if not self._table.resident_mask[layer, wave].all():
+                self.load(layer, wave, needed[first:])
+            slots = np.full(self._table.num_experts, self._table.capacities[layer], np.int32)
             slots[wave] = self._table.slot_of_expert[layer, wave]
-            yield slots
+            yield Wave(slots, first >= len(needed))
+
+    def load(self, layer: int, wave: Int[np.ndarray, " n"], later: Int[np.ndarray, " others"]) -> None:
+        """Have the experts of a wave on the device. Those of `later` waves make room last."""
+        places = {expert: place for place, expert in enumerate(later.tolist(), 1)}
+        # Stable: experts that are used no more go first, then the one to be used last.
+        order = self._eviction_order(layer)
+        if places:
+            order = sorted(order, key=lambda expert: -places.get(expert, len(places) + 1))
+        self._loader.load_now(layer, wave.tolist(), order)
 
     def _length(self, layer: int, needed: Int[np.ndarray, " n"]) -> int:
         """How many of the experts still to be used are in the next wave."""

@@ -160,7 +160,7 @@ class ForwardsState(Described):
     """How batches were computed whose rows may need absent experts. Counts since the start."""
 
     whole: Annotated[int, Field(description="In one call, as if nothing were missing.")] = 0
-    again: Annotated[int, Field(description="Once more, after experts that were missing had been loaded.")] = 0
+    again: Annotated[int, Field(description="Once more, or from a router on, after missing experts were loaded.")] = 0
     layered: Annotated[int, Field(description="With a stop at every router.")] = 0
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.contracts.__main__ import main
+from benchmarks.contracts.account import PARTS
 from benchmarks.contracts.replay import replay
 from benchmarks.contracts.scores import Observed, policy_scores, worth
 from benchmarks.quality import served
@@ -153,6 +154,12 @@ def test_the_command_fills_every_row(tmp_path: Path, trace: RoutingTrace, monkey
     assert exact["loads_per_token"] > resident["loads_per_token"] == 0
     assert exact["loads_per_token"] >= bounded[0]["loads_per_token"]
     assert all(row["tokens_per_s"] > 0 for row in numbers["live"])
+    for row in numbers["live"]:
+        account = row["account"]
+        assert sum(account[part]["ms"] for part in PARTS) == pytest.approx(account["ms_per_step"])
+        assert account["policy"]["calls"] > account["loop"]["calls"] == 1
+        assert (account["loads"]["calls"] > 0) == (row["loads_per_token"] > 0) == (account["routers"]["calls"] > 0)
+    assert resident["account"]["whole"]["calls"] == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from emoe_jax.config import ModelConfig
-from emoe_jax.device import layer_steps, step
+from emoe_jax.device import layer_steps, step, stops
 from emoe_jax.device.adjustments import ROOMS, TokenEdits, all_allowed
 from emoe_jax.device.batch import empty_batch
 from emoe_jax.device.block_tables import WRITTEN_AT_ONCE, NewPages, TableUpdate
@@ -70,8 +70,13 @@ class Pieces:
         self.tables: Any = jax.ShapeDtypeStruct((2 * B, shape.pages), jnp.int32)
         self.budget: Any = jax.ShapeDtypeStruct((R,), jnp.float32)
         self.last_tokens: Any = jax.ShapeDtypeStruct((8,), jnp.int32)
-        self.routed = step.Routed(choices, probs, counts, needed, missed, self.budget)
-        self.stopped = layer_steps.Stopped(self.x, self.rows, choices, weights, counts, self.budget, self.routed)
+        self.routed = stops.Routed(choices, probs, counts, needed, missed, self.budget)
+        self.stopped = stops.Stopped(self.x, self.rows, choices, weights, self.budget)
+        self.every = self._of_layers(self.routed)
+
+    def _of_layers(self, part: Any) -> Any:
+        count = len(self.config.moe_layers)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), part)
 
     def _statics(self, layer: int | None = None) -> dict[str, Any]:
         skeleton = self.skeleton if layer is None else self.layers[layer][0]
@@ -113,10 +118,30 @@ class Pieces:
         statics = self._statics(layer) | {"platform": self.platform, "window": self.config.sliding_window(layer)}
         return layer_steps.dense_layer, (self.layers[layer][1], self.x, self.cache[layer], self.words), statics
 
-    def close_layers(self) -> Call:
-        routed = (self.routed,) * len(self.config.moe_layers)
-        arguments = (self.leaves, self.x, self.words, routed, self.last_tokens)
-        return layer_steps.close_layers, arguments, self._statics() | {"platform": self.platform}
+    def begin_layers(self) -> Call:
+        cache, resident = self.cache[: self.config.moe_layers[0] + 1], np.zeros(self.config.num_experts, bool)
+        arguments = (self.leaves, cache, self.words, self.last_tokens, resident)
+        return layer_steps.begin_layers, arguments, self._statics() | {"platform": self.platform}
+
+    def go_on(self) -> Call:
+        first, last = self.config.moe_layers[:2]
+        parts, behind = self.layers[first : last + 1], range(first + 1, last + 1)
+        statics = {"skeletons": tuple(skeleton for skeleton, _ in parts), "config": self.config, "shape": self.shape}
+        statics |= {"windows": tuple(map(self.config.sliding_window, behind)), "platform": self.platform}
+        arguments = (tuple(leaves for _, leaves in parts), *self._wave(), self.cache[first + 1 : last + 1], self.words)
+        resident = np.zeros(self.config.num_experts, bool)
+        return layer_steps.go_on, (*arguments, resident, self.every, np.int32(1)), statics
+
+    def end_layers(self) -> Call:
+        cache = self.cache[self.config.moe_layers[-1] + 1 :]
+        arguments = (self.leaves, *self._wave(), cache, self.words, self.every, self.last_tokens)
+        return layer_steps.end_layers, arguments, self._statics() | {"platform": self.platform}
+
+    def stop_at(self) -> Call:
+        return layer_steps.stop_at, (stops.Stops(self._of_layers(self.stopped), self.every), np.int32(1)), {}
+
+    def _wave(self) -> tuple[Any, ...]:
+        return self.stopped, self.slots[0], self.experts, self.rows
 
     def all_logits(self) -> Call:
         return layer_steps.all_logits, (self.leaves, self.x), {"skeleton": self.skeleton, "platform": self.platform}
@@ -165,6 +190,7 @@ class Pieces:
         return step.compare_logits, (self.leaves, rows, served), {"skeleton": self.skeleton, "platform": self.platform}
 
 
+WITH_KERNELS = ("attend_and_route", "expert_wave", "begin_layers", "go_on", "end_layers")
 FUNCTIONS = [name for name, member in vars(Pieces).items() if callable(member) and not name.startswith("_")]
 
 
@@ -181,7 +207,7 @@ def test_no_function_makes_the_host_wait(function: str, shape: Shape) -> None:
     found = Counts.of(exported)
     assert found.stalls == 0
     assert "optimization_barrier" not in exported.mlir_module()  # what XLA:CPU needs is not there
-    assert (found.kernels > 0) == (function in ("attend_and_route", "expert_wave"))
+    assert (found.kernels > 0) == (function in WITH_KERNELS)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -198,6 +224,7 @@ def test_no_step_of_a_family_makes_the_host_wait(family: str, shape: Shape) -> N
     dense = [layer for layer in range(config.num_layers) if not config.is_moe(layer)]
     if dense:
         assert counts(pieces.dense_layer(dense[0])).stalls == 0
+        assert counts(pieces.begin_layers()).stalls == 0
 
 
 @pytest.mark.parametrize(

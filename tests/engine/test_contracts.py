@@ -1,12 +1,19 @@
 """Routing contracts: what each one promises, whichever way a batch is computed."""
 
+from collections import Counter
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
 
 from emoe_jax import Engine, RequestError, SamplingParams
+from emoe_jax.device.dispatcher import Dispatched, Dispatcher
+from emoe_jax.device.executables import Executables
+from emoe_jax.device.runner import BatchRun, Runner
 from emoe_jax.device.ways import Ways
 from emoe_jax.requests.contract import RoutingContract
+from emoe_jax.scheduling.plan import StepPlan
 from tests.engines import EngineFactory
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
@@ -84,7 +91,7 @@ def test_a_tolerance_between_loads_less_than_exact_and_substitutes_less_than_res
 ) -> None:
     engine = engine_of(expert_memory="4 slots", policy="static", host_memory="0")
     loads, weights = [], []
-    for tolerance in (0.0, 0.2, 0.45):
+    for tolerance in (0.0, 0.3, 0.45):
         before = engine.parts.residency.loads.waited_loads
         outputs = [engine.generate(prompt, GREEDY, tolerance=tolerance)[0] for prompt in PROMPTS]
         loads.append(engine.parts.residency.loads.waited_loads - before)
@@ -138,6 +145,53 @@ def test_a_step_that_misses_nothing_is_one_forward_and_one_wait(
     assert len(reads) == steps
     assert dispatcher.forwards["again"] == before["again"]
     assert dispatcher.forwards["whole"] - before["whole"] == steps
+
+
+def test_a_forward_that_missed_goes_on_where_it_did(engine_of: EngineFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No layer before that is computed again, and behind it one call leads from router to router."""
+    monkeypatch.setattr(Ways, "peek", lambda ways, shape: "whole")
+    engine = engine_of(expert_memory="4 slots", policy="lru", host_memory="0")
+    missed: list[int] = []
+    go_on, called = Runner.go_on, Counter[str]()
+    call = Executables.call
+
+    def noting(runner: Runner, run: BatchRun, layer: int) -> Any:
+        missed.append(layer)
+        return go_on(runner, run, layer)
+
+    def counting(executables: Executables, function: Any, *arguments: Any, **statics: Any) -> Any:
+        called[function.__name__] += 1
+        return call(executables, function, *arguments, **statics)
+
+    monkeypatch.setattr(Runner, "go_on", noting)
+    monkeypatch.setattr(Executables, "call", counting)
+    steps = engine.loop.steps
+    engine.generate(PROMPTS[2], GREEDY, routing="exact")  # one token: no step has chunks of prompts
+    assert set(missed) == set(range(LAYERS))
+    assert called["whole_step"] == engine.loop.steps - steps
+    assert called["begin_layers"] == 0
+    assert called["stop_at"] == called["end_layers"] == len(missed)
+    assert called["go_on"] == sum(LAYERS - 1 - layer for layer in missed)
+
+
+def test_where_forwards_are_repeated_often_a_step_stands_before_the_next_one_begins(
+    engine_of: EngineFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And that one begins before it is booked, so that the host works beside the device."""
+    monkeypatch.setattr(Ways, "peek", lambda ways, shape: "whole")
+    monkeypatch.setattr(Ways, "overlaps", False)
+    engine = engine_of(expert_memory="4 slots", policy="lru", host_memory="0")
+    stood: list[bool] = []
+    dispatch = Dispatcher.dispatch
+
+    def looking(dispatcher: Dispatcher, plan: StepPlan) -> Dispatched:
+        stood.extend(run.read is not None for before in dispatcher.in_flight for run in before.runs)
+        return dispatch(dispatcher, plan)
+
+    monkeypatch.setattr(Dispatcher, "dispatch", looking)
+    engine.generate(PROMPTS[2], GREEDY, routing="exact")
+    assert len(stood) > GREEDY.max_tokens // 2
+    assert all(stood)
 
 
 @pytest.mark.parametrize(

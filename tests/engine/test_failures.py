@@ -71,7 +71,7 @@ def test_a_failing_step_ends_its_batch_only(
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize(("routing", "function"), [("resident", "whole_step"), ("exact", "attend_and_route")])
+@pytest.mark.parametrize(("routing", "function"), [("resident", "whole_step"), ("exact", "go_on")])
 @pytest.mark.parametrize("fatal", [1, 4, 9])
 def test_a_failing_call_that_takes_the_kv_cache_along_costs_its_batch_only(
     engine_of: EngineFactory,
@@ -89,7 +89,7 @@ def test_a_failing_call_that_takes_the_kv_cache_along_costs_its_batch_only(
 
     def fail_once(executables: Executables, called: Any, key: Any, *args: Any, **statics: Any) -> Any:
         nonlocal calls
-        if called in (step.whole_step, layer_steps.attend_and_route) and called.__name__ == function:
+        if called in (step.whole_step, layer_steps.go_on) and called.__name__ == function:
             calls += 1
             if calls == fatal:
                 for part in jax.tree.leaves(args, is_leaf=lambda part: isinstance(part, LayerKV)):

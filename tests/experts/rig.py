@@ -17,10 +17,16 @@ class Rig:
     """`check` compares the slab with what the table says. `options` go to the loader."""
 
     def __init__(
-        self, capacities: list[int], backoff: float = 0.001, piece_bytes: int = RECORD_FORMAT.nbytes, **options: Any
+        self,
+        capacities: list[int],
+        backoff: float = 0.001,
+        piece_bytes: int = RECORD_FORMAT.nbytes,
+        host_bytes: int = 0,
+        **options: Any,
     ):
         self.reader = FakeReader()
-        self.store = ExpertStore(self.reader, RECORD_FORMAT, len(capacities), NUM_EXPERTS, piece_bytes=piece_bytes)
+        sizes = (len(capacities), NUM_EXPERTS, host_bytes)
+        self.store = ExpertStore(self.reader, RECORD_FORMAT, *sizes, piece_bytes=piece_bytes)
         self.slab = ExpertSlab(RECORD_FORMAT, capacities, piece_bytes=piece_bytes)
         self.table = SlotTable(capacities, NUM_EXPERTS)
         self.loader = ExpertLoader(self.store, self.slab, self.table, backoff=backoff, **options)

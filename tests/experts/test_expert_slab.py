@@ -47,6 +47,29 @@ def test_batches_of_any_size_land_where_they_belong(count: int):
     assert not np.asarray(slab.weights[0].w_in).any()
 
 
+@pytest.mark.parametrize(
+    ("record_format", "calls"),
+    [(RECORD_FORMAT, [4, 8, 8, 8]), (WIDE, [2, 1, 4, 1, 8, 4, 1])],
+    ids=["small", "wide"],
+)
+def test_small_records_fill_a_call_up(monkeypatch: pytest.MonkeyPatch, record_format: RecordFormat, calls: list[int]):
+    """3, 5 and 13 of them: a call costs more than to write a small record twice, and less than a large one."""
+    slab = ExpertSlab(record_format, [13])
+    sizes: list[int] = []
+
+    def counted(weights: ExpertWeights, staged: tuple, slots: np.ndarray) -> ExpertWeights:
+        sizes.append(len(staged))
+        return commit_experts(weights, staged, slots)
+
+    monkeypatch.setattr("emoe_jax.experts.slab.commit_experts", counted)
+    for count in (3, 5, 13):
+        records = [np.full(record_format.size, number, np.float32) for number in range(count)]
+        slab.commit(0, slab.stage_records(records), range(count))
+        for number in range(count):
+            assert (contents(slab, 0, number) == number).all()
+    assert sizes == calls
+
+
 @pytest.mark.parametrize("piece_bytes", [1 << 20, 40])
 def test_biases_are_parts_of_a_record(piece_bytes: int):
     """Written whole and in pieces, counted in bytes, and not there in a family without."""

@@ -3,11 +3,12 @@
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from emoe_jax.errors import CapacityError
-from emoe_jax.experts.tickets import LoadState
+from emoe_jax.experts.tickets import LoadState, LoadTicket, TicketQueue
 from tests.experts.fake_reader import RECORD_FORMAT
 from tests.experts.rig import Rig
 
@@ -53,6 +54,31 @@ def test_load_now_takes_over_a_background_load(rig: Callable[..., Rig]):
     assert (ready.state, queued.state) == (LoadState.COMMITTED, LoadState.COMMITTED)
     assert r.reader.reads == [(0, 3), (0, 4)]
     assert r.loader.commit() == []
+    r.check()
+
+
+@pytest.mark.parametrize(("piece_bytes", "queued"), [(RECORD_FORMAT.nbytes, 1), (40, 4)], ids=["whole", "in pieces"])
+def test_what_host_memory_has_needs_no_queue(
+    rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch, piece_bytes: int, queued: int
+):
+    """Only what has to be read does, or has more rounds than one. The worker sleeps on."""
+    r = rig([4], piece_bytes=piece_bytes, host_bytes=4 * RECORD_FORMAT.nbytes)
+    for expert in (1, 2, 6):
+        r.store.read(0, expert)
+    asked: list[int] = []
+    request = TicketQueue.request
+
+    def counted(queue: TicketQueue, layer: int, expert: int, *others: Any, **options: Any) -> LoadTicket:
+        asked.append(expert)
+        return request(queue, layer, expert, *others, **options)
+
+    monkeypatch.setattr(TicketQueue, "request", counted)
+    assert r.loader.load_now(0, [1, 2, 5, 6]) == 4
+    assert len(asked) == queued
+    assert 5 in asked
+    assert r.table.resident(0).tolist() == [1, 2, 5, 6]
+    assert (r.loader.stats.loads, r.store.stats.reads, r.store.stats.hits) == (4, 4, 3)
+    assert r.loader.stats.staged_bytes == r.loader.stats.loaded_bytes == 4 * RECORD_FORMAT.nbytes
     r.check()
 
 
