@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
 
 from benchmarks.decoding import decode_seconds, write_random_checkpoint
 from benchmarks.peers import MODEL, PROMPT
@@ -106,9 +105,7 @@ def fitted(samples: Sequence[Sample]) -> dict[str, float]:
 
     By coordinate descent: each cost in turn takes what the others leave.
     """
-    counts: Float[np.ndarray, "samples parts"] = np.array(
-        [[getattr(work, part) / seconds for part in PARTS] for work, seconds in samples]
-    )
+    counts = np.array([[getattr(work, part) / seconds for part in PARTS] for work, seconds in samples])
     lengths = np.linalg.norm(counts, axis=0)
     columns = counts / np.where(lengths > 0, lengths, 1.0)
     costs, missing = np.zeros(len(PARTS)), np.ones(len(samples))

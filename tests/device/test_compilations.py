@@ -127,19 +127,20 @@ def test_the_first_pieces_of_a_warm_up_are_enough_for_a_short_prompt_alone_and_a
 ) -> None:
     options: dict[str, Any] = {"max_model_len": 96, "max_num_seqs": 2, "max_num_batched_tokens": 64}
     params = SamplingParams(max_tokens=5, temperature=0)
-    with Engine.load(tiny_checkpoint, expert_memory="3 slots", routing="resident", audit_rate=0.0, **options) as engine:
+    options |= {"expert_memory": "3 slots", "routing": "resident", "audit_rate": 0.0}
+    with heard_compilations() as heard, Engine.load(tiny_checkpoint, **options) as engine:
         pieces = engine.parts.runner.warm_up_in_pieces()
         for _ in range(FIRST_PIECES):
             next(pieces)
-        with heard_compilations() as heard:
-            engine.generate([[1, 2, 3]], params)
-            assert heard == []
-            engine.generate([[1, 2, 3], [4] * 40], params)
-            assert heard  # other shapes are not there yet
-            for _ in pieces:
-                pass
-            engine.warm_up()
-            heard.clear()
-            for routing in ("resident", "exact"):
-                engine.generate([[1, 2, 3], [5] * 40, [6] * 60], params, routing=routing)
-            assert heard == []
+        heard.clear()
+        engine.generate([[1, 2, 3]], params)
+        assert heard == []
+        engine.generate([[1, 2, 3], [4] * 40], params)
+        assert heard  # other shapes are not there yet
+        for _ in pieces:
+            pass
+        engine.warm_up()
+        heard.clear()
+        for routing in ("resident", "exact"):
+            engine.generate([[1, 2, 3], [5] * 40, [6] * 60], params, routing=routing)
+        assert heard == []
