@@ -5,6 +5,8 @@ against what the machine allows:
 
 - `decode_ms`: a step at this context, the median of the trials. `decode_floor_ms`: the keys and values of the context,
   read once at the bandwidth of memory.
+- `copies_ms`: what it takes to copy the pages of the context, as the CPU backend does before it multiplies, and nothing
+  else. XLA:CPU does not read pages in place. The rest of a step is attention's products and the model.
 - `prefill_tokens_per_s`: of a prompt of this length. `prefill_floor_tokens_per_s`: its products (attention's, causal,
   and those with weights) at the rate of large matrix products.
 
@@ -21,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 from rich.console import Console
 from rich.table import Table
 
@@ -28,8 +31,11 @@ from benchmarks import timing
 from benchmarks.peers import read_bandwidth
 from benchmarks.timing import DecodingBatch
 from emoe_jax import Engine
+from emoe_jax.attention import LayerKV
+from emoe_jax.attention.blocks import LARGE
 from emoe_jax.config import ModelConfig
 from emoe_jax.models import config_from_hf
+from emoe_jax.scheduling.pages import PAGE_SIZE
 from train.demo.shape import hf_config
 
 STEPS = 8
@@ -72,6 +78,7 @@ def measure_contexts(model: str, contexts: Sequence[int], repetitions: int) -> d
             numbers[str(context)] = {
                 "decode_ms": step * 1e3,
                 "decode_floor_ms": read * 1e3,
+                "copies_ms": copy_seconds(config, context) * 1e3,
                 "prefill_s": prefill,
                 "prefill_tokens_per_s": context / prefill,
                 "prefill_floor_tokens_per_s": context / computed,
@@ -97,6 +104,34 @@ def key_value_bytes(config: ModelConfig, context: int) -> int:
     """
     seen = sum(min(context, config.sliding_window(layer) or context) for layer in range(config.num_layers))
     return 2 * 4 * config.num_kv_heads * config.head_dim * seen
+
+
+def copy_seconds(config: ModelConfig, context: int) -> float:
+    """Of copying the whole large blocks of a context's pages in every layer, block by block, best of a few."""
+    pages = context // PAGE_SIZE // LARGE * LARGE
+    layers = [
+        LayerKV.zeros(1 + pages, config.num_kv_heads, config.head_dim, "float32") for _ in range(config.num_layers)
+    ]
+    table = jnp.asarray(1 + np.random.default_rng(0).permutation(pages), jnp.int32)[None]
+
+    def copied(cache: LayerKV) -> Array:
+        def copy(block: Array, _: tuple[Array, ...]) -> tuple[Array, ...]:
+            return cache.rows(jax.lax.dynamic_slice_in_dim(table, block * LARGE, LARGE, axis=1))
+
+        rows = jax.lax.fori_loop(1, pages // LARGE, copy, copy(jnp.int32(0), ()))
+        return jnp.stack([x[0, 0] for x in rows])
+
+    if not pages:
+        return 0.0
+    run = jax.jit(lambda layers: [copied(cache) for cache in layers])
+    jax.block_until_ready(run(layers))
+
+    def seconds() -> float:
+        started = time.perf_counter()
+        jax.block_until_ready(run(layers))
+        return time.perf_counter() - started
+
+    return min(seconds() for _ in range(7))
 
 
 def prefill_flops(config: ModelConfig, tokens: int) -> int:
@@ -132,7 +167,7 @@ def show_contexts(numbers: dict[str, Any], console: Console) -> None:
     """One row per context; a ratio says how many times its floor a step or a prompt takes."""
     config = config_from_hf(hf_config())
     table = Table(title=f"one sequence, {config.num_layers} layers, hidden {config.hidden_size}, float32, medians")
-    for column in ("context", "decode", "floor", "ratio", "prefill", "floor", "ratio"):
+    for column in ("context", "decode", "floor", "ratio", "copies", "prefill", "floor", "ratio"):
         table.add_column(column, justify="right")
     for context, row in numbers["contexts"].items():
         table.add_row(
@@ -140,6 +175,7 @@ def show_contexts(numbers: dict[str, Any], console: Console) -> None:
             f"{row['decode_ms']:.2f} ms",
             f"{row['decode_floor_ms']:.2f} ms",
             f"{row['decode_ms'] / row['decode_floor_ms']:.1f}",
+            f"{row['copies_ms']:.2f} ms",
             f"{row['prefill_tokens_per_s']:.0f} tokens/s",
             f"{row['prefill_floor_tokens_per_s']:.0f} tokens/s",
             f"{row['prefill_floor_tokens_per_s'] / row['prefill_tokens_per_s']:.1f}",

@@ -4,7 +4,9 @@ import pytest
 
 from benchmarks import decoding, decoding_context
 from benchmarks.peers import step_bytes
+from emoe_jax.attention.blocks import LARGE
 from emoe_jax.models import config_from_hf
+from emoe_jax.scheduling.pages import PAGE_SIZE
 from train.demo.shape import hf_config
 
 TINY = hf_config(
@@ -46,6 +48,12 @@ def test_contexts_are_measured_against_both_floors(tmp_path: Path) -> None:
         assert row["prefill_tokens_per_s"] == pytest.approx(int(context) / row["prefill_s"])
         assert 0 < row["decode_floor_ms"] < row["decode_ms"]
         assert 0 < row["prefill_tokens_per_s"] < row["prefill_floor_tokens_per_s"]
+
+
+def test_only_whole_large_blocks_are_copied() -> None:
+    config = config_from_hf(TINY)
+    assert decoding_context.copy_seconds(config, LARGE * PAGE_SIZE - 1) == 0
+    assert decoding_context.copy_seconds(config, LARGE * PAGE_SIZE) > 0
 
 
 @pytest.mark.parametrize(("tokens", "window", "pairs"), [(5, None, 15), (5, 2, 9), (3, 8, 6), (1, 1, 1)])
