@@ -81,7 +81,7 @@ class LayeredForward:
         statics = {"skeleton": self._skeleton, "config": self.config, "shape": batch.shape}
         arguments = (self._leaves, tuple(cache[:count]), words, last_tokens, self._residency.table.resident_mask[0])
         cache[:count], at, every = self._executables.call(
-            step.begin_layers, (batch.shape, cache[0].k.shape[0]), *arguments, **statics
+            step.begin_layers, (batch.shape, _pages(cache[:count])), *arguments, **statics
         )
         return self._go_on(0, at, every, batch, words, cache, last_tokens)
 
@@ -150,7 +150,7 @@ class LayeredForward:
             slots, total = self.before_last_wave(number, at, batch, words)
             index, following = layers[number], layers[number + 1]
             parts, behind = self._layers[index : following + 1], slice(index + 1, following + 1)
-            key = (tuple(self._kinds[index : following + 1]), shape, cache[following].k.shape[0])
+            key = (tuple(self._kinds[index : following + 1]), shape, _pages(cache[behind]))
             arguments = (at[0], slots, slab.weights[number], total, tuple(cache[behind]), words)
             resident = self._residency.table.resident_mask[number + 1]
             cache[behind], at, every = self._executables.call(
@@ -170,7 +170,7 @@ class LayeredForward:
         behind = slice(layers[-1] + 1, len(cache))
         arguments = (self._leaves, at[0], slots, slab.weights[-1], total, tuple(cache[behind]), words)
         statics = {"skeleton": self._skeleton, "config": config, "shape": shape}
-        key = (shape, slab.capacities[-1], cache[-1].k.shape[0])
+        key = (shape, slab.capacities[-1], _pages(cache[behind]))
         cache[behind], outputs = self._executables.call(step.end_layers, key, *arguments, every, last_tokens, **statics)
         return outputs
 
@@ -229,3 +229,8 @@ class LayeredForward:
             return jax.device_put(np.zeros((count, *pages.shape[1:]), pages.dtype), sharding)
 
         return jax.tree.map(blank, like)
+
+
+def _pages(cache: Rows[LayerKV]) -> tuple[int, ...]:
+    """How many pages each of these layers has: a part of what shapes a call."""
+    return tuple(layer.k.shape[0] for layer in cache)
