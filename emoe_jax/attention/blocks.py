@@ -74,56 +74,29 @@ class Cut(NamedTuple):
         right = -(-(end - first - left * SMALL - large * LARGE) // SMALL)
         return cls(first, left, large, right)
 
-    def inner(self) -> "Blocks":
-        """The large blocks."""
-        return Blocks(self.first + self.left * SMALL, self.large)
-
-
-class Blocks(NamedTuple):
-    """By group: `number` large blocks from page `start` on."""
-
-    start: Int[Array, " B"]
-    number: Int[Array, " B"]
-
-    def halves(self) -> tuple["Blocks", "Blocks"]:
-        """The older and the newer half of each group's blocks."""
-        older = self.number // 2
-        return Blocks(self.start, older), Blocks(self.start + older * LARGE, self.number - older)
-
 
 def _attend(operands: Operands) -> Float[Array, "B T N Hv"]:
     q, cache, view, sinks, window, _ = operands
     sums = AttentionSums.zero(q, cache.kv_heads, cache.value_dim)
     cut = Cut.of(view, window)
     if view.block_tables.shape[1] > FEW_PAGES:
-        sums = _large(sums, operands, cut)
+        sums = _add_large(sums, operands, cut)
     sums = _add_small(sums, operands, cut)
     return jnp.where(view.valid[:, :, None, None], sums.output(q.dtype, sinks), 0)
 
 
-def _large(none: AttentionSums, operands: Operands, cut: Cut) -> AttentionSums:
-    """The sums over the large blocks of all groups; `none` are those over no keys.
-
-    XLA runs independent loops side by side. The products of a decoding row are too small to keep several threads busy,
-    so each half of a context gets a loop. What the halves are follows from the group alone.
-    """
-    if operands.q.shape[1] > 1:
-        return _add_large(none, operands, cut.inner())
-    older, newer = (_add_large(none, operands, half) for half in cut.inner().halves())
-    return older.merged(newer)
-
-
-def _add_large(sums: AttentionSums, operands: Operands, large: Blocks) -> AttentionSums:
-    """With these blocks of all groups, one after the other."""
+def _add_large(sums: AttentionSums, operands: Operands, cut: Cut) -> AttentionSums:
+    """With the large blocks of all groups, one after the other."""
     q, cache, view, _, _, scale = operands
     B, T, _, H = q.shape
     K = cache.kv_heads
     queries = (q.astype(jnp.float32) * scale).reshape(B, T, K, -1, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
-    ends = jnp.cumsum(large.number)
+    ends = jnp.cumsum(cut.large)
+    start = cut.first + cut.left * SMALL
 
     def add(item: Array, carried: _Carried) -> _Carried:
         b = jnp.sum(item >= ends)
-        at = large.start[b] + (item - (ends[b] - large.number[b])) * LARGE
+        at = start[b] + (item - (ends[b] - cut.large[b])) * LARGE
         rows = cache.rows(jax.lax.dynamic_slice(view.block_tables, (b, at), (1, LARGE)))
         k, v = (x[0] for x in cache.split(tuple(x.astype(jnp.float32) for x in rows), 1))
         own, own_queries = jax.tree.map(

@@ -72,13 +72,6 @@ class AttentionSums(NamedTuple):
         weight = self.weight * kept + jnp.sum(powers, axis=-1)
         return AttentionSums(highest, weight, self.values * kept[..., None] + added)
 
-    def merged(self, other: "AttentionSums") -> "AttentionSums":
-        """The sums over the keys of both, which must differ."""
-        highest = jnp.maximum(self.highest, other.highest)
-        kept, added = jnp.exp(self.highest - highest), jnp.exp(other.highest - highest)
-        weight = self.weight * kept + other.weight * added
-        return AttentionSums(highest, weight, self.values * kept[..., None] + other.values * added[..., None])
-
     def output(self, dtype: jnp.dtype, sinks: Float[Array, " N"] | None = None) -> Float[Array, "B T N Hv"]:
         """The weighted means in `dtype`, heads in the order of `q`. A query that saw no key gets NaN.
 

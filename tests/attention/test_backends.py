@@ -18,7 +18,6 @@ from tests.lowering import Counts, export_for_cuda
 SHAPES = {
     "decoding beside an empty row": Shape((20, 3, 0, 47), (1, 1, 0, 1), common=1),
     "long contexts in parts": Shape((600, 3, 530), (1, 1, 1), width=70, sinks=True),
-    "halves of a long context": Shape((1700, 3, 1100), (1, 1, 1), width=108, heads=(2, 1, 8)),
     "a window": Shape((600, 8, 70), (1, 1, 1), width=40, window=100),
     "a window of one": Shape((31, 32), (1, 1), window=1),
     "a chunk from the start": Shape((0,), (5,), T=8, width=3, sinks=True),
@@ -167,21 +166,6 @@ def test_on_cpu_a_group_walks_its_own_context(window: int | None) -> None:
             assert window is None or highest - inner[0] < window
         elif window is None or window == 700:
             assert lowest < (LARGE + 2 * SMALL) * PAGE_SIZE + 128
-        halves = [(int(half.start[group]), int(half.number[group])) for half in cut.inner().halves()]
-        read = [page for start, number in halves for page in range(start, start + number * LARGE)]
-        assert read == list(range(first + left * SMALL, first + left * SMALL + large * LARGE))
-        assert abs(halves[0][1] - halves[1][1]) <= 1
-
-
-def test_on_cpu_the_halves_of_a_context_are_read_side_by_side() -> None:
-    """A decoding row has two loops over large blocks, neither of which waits for the other."""
-    arrays, rule = SHAPES["halves of a long context"].case().arguments()
-    loops = Counts.of_text(OP.lower(*arrays, **rule, backend="blocks").as_text()).traced_loops
-    assert loops == 3  # the third is over the small blocks
-    q, cache, view = arrays
-    two = KVView(jnp.repeat(view.positions, 2, axis=1), jnp.repeat(view.valid, 2, axis=1), view.block_tables)
-    tiles = OP.lower(jnp.repeat(q, 2, axis=1), cache, two, **rule, backend="blocks").as_text()
-    assert Counts.of_text(tiles).traced_loops == 2
 
 
 @pytest.mark.parametrize(
