@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.json is not None:
             write_json(report.as_json(rows, described), given.json)
         if given.out is not None:
-            report.write(rows, described, given.out, given.plots)
+            report.write(rows, described, given.out, given.plots, [*CLAIMS])
     except (EmoeError, ImportError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
@@ -75,7 +75,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "long as one of its layers computes for one token)",
     )
     add("--seed", type=int, default=0, help="of prompts, arrivals and weights")
-    add("--out", type=Path, metavar="OUT", help="write OUT.md, and the rows and plots in the folder OUT")
+    add(
+        "--out",
+        type=Path,
+        metavar="OUT",
+        help="write OUT.md, and rows and plots in the folder OUT, whose other rows stay",
+    )
     add("--json", type=Path, metavar="FILE", help="write the rows here")
     add("--plots", action=argparse.BooleanOptionalAction, default=True, help="draw each row's figure into OUT")
     add(

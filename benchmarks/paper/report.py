@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,45 +31,44 @@ def as_json(rows: Sequence[Row], described: dict[str, Any]) -> dict[str, Any]:
     return {**described, "rows": [row.as_json() for row in rows]}
 
 
-def plots(rows: Sequence[Row], folder: Path) -> dict[str, Path]:
-    """One picture for each row that has one; their files by row."""
+def plots(rows: Sequence[Row], folder: Path) -> None:
+    """One picture, `ID.png`, for each row that has one."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = {}
     for row in rows:
         if row.claim.plot is None:
             continue
         figure = pyplot.figure(figsize=(9, 4.5), layout="constrained")
         row.claim.plot(row.numbers, figure)
         figure.suptitle(f"{row.claim.id}: {row.claim.claim}")
-        drawn[row.claim.id] = folder / f"{row.claim.id}.png"
-        figure.savefig(drawn[row.claim.id], dpi=90)
+        figure.savefig(folder / f"{row.claim.id}.png", dpi=90)
         pyplot.close(figure)
-    return drawn
 
 
-def page(rows: Sequence[Row], described: dict[str, Any], drawn: dict[str, Path], folder: Path) -> str:
-    """The page in Markdown, which lies beside `folder`."""
-    headlines = [row.as_json() for row in rows if row.claim.id.startswith(HEADLINE)]
-    figures = [row for row in rows if not row.claim.id.startswith(HEADLINE)]
-    lines = [_INTRODUCTION.format(**described)]
+def page(found: dict[str, Any], folder: Path) -> str:
+    """The page in Markdown, which lies beside `folder`, of the rows and runs of `found` and of the pictures there."""
+    headlines = [row for row in found["rows"] if row["id"].startswith(HEADLINE)]
+    figures = [row for row in found["rows"] if not row["id"].startswith(HEADLINE)]
+    lines = [_INTRODUCTION.format(**found)]
+    for run in found.get("later", []):
+        lines += [_LATER.format(**run | {"ids": ", ".join(f"`{id}`" for id in run["ids"])})]
     if headlines:
         lines += ["## Headlines", "", markdown_table(headlines), ""]
-    lines += ["## Figures and tables", "", markdown_table([row.as_json() for row in figures]), ""]
+    lines += ["## Figures and tables", "", markdown_table(figures), ""]
     for row in figures:
-        lines += [f"## {row.claim.id}", "", _sentence(row.claim.claim), ""]
-        lines += [f"- Paper: {row.claim.paper}.", f"- Here: {row.conclusion.here}."]
-        if row.conclusion.because:
-            lines += [f"- Agrees: {row.conclusion.agrees}. {_sentence(row.conclusion.because)}"]
+        lines += [f"## {row['id']}", "", _sentence(row["claim"]), ""]
+        lines += [f"- Paper: {row['paper']}.", f"- Here: {row['here']}."]
+        if row["because"]:
+            lines += [f"- Agrees: {row['agrees']}. {_sentence(row['because'])}"]
         else:
-            lines += [f"- Agrees: {row.conclusion.agrees}."]
-        lines += [f"- More of it: `{row.claim.command}`", ""]
-        if row.claim.id in drawn:
-            lines += [f"![{row.claim.claim}]({folder.name}/{drawn[row.claim.id].name})", ""]
+            lines += [f"- Agrees: {row['agrees']}."]
+        lines += [f"- More of it: `{row['command']}`", ""]
+        if (folder / f"{row['id']}.png").exists():
+            lines += [f"![{row['claim']}]({folder.name}/{row['id']}.png)", ""]
     return "\n".join(lines)
 
 
@@ -81,11 +81,29 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write(rows: Sequence[Row], described: dict[str, Any], out: Path, with_plots: bool) -> None:
-    """`OUT.md`, and the rows and plots in the folder `OUT`."""
-    drawn = plots(rows, out) if with_plots else {}
-    write_json(as_json(rows, described), out / "rows.json")
-    out.with_name(out.name + ".md").write_text(page(rows, described, drawn, out) + "\n", encoding="utf-8")
+def write(rows: Sequence[Row], described: dict[str, Any], out: Path, with_plots: bool, order: Sequence[str]) -> None:
+    """`OUT.md`, and the rows and plots in the folder `OUT`. Rows that are there and are not measured now stay, in the
+    `order` of their ids.
+    """
+    if with_plots:
+        plots(rows, out)
+    found, path = as_json(rows, described), out / "rows.json"
+    if path.exists():
+        found = _merged(json.loads(path.read_text(encoding="utf-8")), found, order)
+    write_json(found, path)
+    out.with_name(out.name + ".md").write_text(page(found, out) + "\n", encoding="utf-8")
+
+
+def _merged(old: dict[str, Any], new: dict[str, Any], order: Sequence[str]) -> dict[str, Any]:
+    """`old` with the rows of `new`, whose run is one of the `later` ones, unless nothing of `old` is left."""
+    ids = [row["id"] for row in new["rows"]]
+    kept = [row for row in old["rows"] if row["id"] not in ids and row["id"] in order]
+    if not kept:
+        return new
+    later = [{**run, "ids": [id for id in run["ids"] if id not in ids]} for run in old.get("later", [])]
+    later.append({key: value for key, value in new.items() if key != "rows"} | {"ids": ids})
+    rows = sorted([*kept, *new["rows"]], key=lambda row: order.index(row["id"]))
+    return old | {"rows": rows, "later": [run for run in later if run["ids"]]}
 
 
 def _cell(text: str) -> str:
@@ -115,4 +133,10 @@ measured claims, measured here on something that anyone can run:
 A row agrees when the paper's numbers, or its statement, hold here. *Similarity* is the share of equal tokens, compared
 with the model with all experts resident. Intervals are 95 %. Seed {seed}; {prompts} prompts of each task, {stretches}
 stretches of each kind of text, {concurrency} sequences at a time; {requests} requests of each run under load.
+"""
+_LATER = """{ids}: measured later, with seed {seed}, {prompts} prompts and {requests} requests in {turns} turns, by
+
+```sh
+{command}
+```
 """

@@ -332,6 +332,16 @@ def test_the_command_writes_page_and_rows(
     assert "3 \\| as much" in page
     assert "It is less." in page
     assert "fig99" in capsys.readouterr().out
+    monkeypatch.setattr(
+        "benchmarks.paper.__main__.CLAIMS", {"headline-x": stub("headline-x"), "fig99": stub("fig99", "partly")}
+    )
+    kept = ["--cache", str(tmp_path / "kept"), "--out", str(out)]
+    for seed in ("1", "2"):  # what was measured before stays, and the page says which run each row is of
+        assert main(["--quick", "--only", "fig99", "--seed", seed, *kept]) == 0
+    found = json.loads((out / "rows.json").read_text())
+    assert [(row["id"], row["agrees"]) for row in found["rows"]] == [("headline-x", "yes"), ("fig99", "partly")]
+    assert (found["seed"], [(run["ids"], run["seed"]) for run in found["later"]]) == (0, [(["fig99"], 2)])
+    assert "`fig99`: measured later, with seed 2" in (tmp_path / "reproduction.md").read_text()
     assert main(["--only", "fig99", "--json", str(tmp_path / "one.json"), "--cache", str(tmp_path / "kept")]) == 0
     assert [row["id"] for row in json.loads((tmp_path / "one.json").read_text())["rows"]] == ["fig99"]
 
