@@ -53,7 +53,7 @@ def replay_steps(
     return Steps(tuple(tolerances), loads, used, np.asarray(weight, np.float64).sum(axis=0) / rows.size / L)
 
 
-def side_by_side(trace: RoutingTrace, batch: int) -> Int[np.ndarray, "steps batch"]:
+def side_by_side(trace: RoutingTrace, batch: int) -> Int[np.ndarray, "steps B"]:
     """The tokens of each step, as rows of the trace, until the first place runs out of prompts. Each prompt goes to the
     place that is free first.
 
