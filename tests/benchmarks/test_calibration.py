@@ -13,19 +13,8 @@ from emoe_jax.checkpoint.files import CONFIG, read_json
 from emoe_jax.demo import demo_model
 from emoe_jax.models import config_from_hf
 from emoe_jax.planning.roofline import Work
-from emoe_jax.planning.targets import Costs, Target
-
-MACHINE = Target("here", "cpu", 2**30, bandwidth=1e9, link=1e9, half_flops=1e9, float32_flops=1e10)
-COSTS = {
-    "layers": 5e-5,
-    "rows": 4e-6,
-    "choices": 2e-6,
-    "repeated_bytes": 2e-11,
-    "packed_bytes": 5e-11,
-    "operations": 1e-11,
-    "memory_bytes": 4e-11,
-}
-
+from emoe_jax.planning.targets import Costs
+from tests.benchmarks.known_costs import COSTS, MACHINE
 
 HOST = 4e-4
 MODELS = (read_json(demo_model() / CONFIG), MODEL)

@@ -12,19 +12,10 @@ import pytest
 from benchmarks import calibration, planning
 from benchmarks.peers import MODEL
 from emoe_jax.models import config_from_hf
-from emoe_jax.planning.targets import DEVICE_COSTS, Target
+from emoe_jax.planning.targets import DEVICE_COSTS
+from tests.benchmarks.known_costs import COSTS, MACHINE
 
 HOST = 1e-5
-MACHINE = Target("here", "cpu", 2**30, bandwidth=1e9, link=1e9, half_flops=1e9, float32_flops=1e10)
-COSTS = {
-    "layers": 5e-5,
-    "rows": 4e-6,
-    "choices": 2e-6,
-    "repeated_bytes": 2e-11,
-    "packed_bytes": 5e-11,
-    "operations": 1e-11,
-    "memory_bytes": 4e-11,
-}
 
 
 def test_rows_have_both_times_and_the_parts_of_the_predicted_one() -> None:
