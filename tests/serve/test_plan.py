@@ -214,8 +214,9 @@ def test_help_says_how_it_was_called_and_what_the_status_means(capsys: pytest.Ca
 def test_check_prints_what_was_predicted_and_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    row = {"model": "demo", "what": "decode", "predicted_ms": 2.0, "measured_ms": 4.0, "ratio": 0.5}
-    numbers = {"rates": {"memory_gbps": 9, "gflops": 8, "step_ms": 7, "layer_ms": 6}, "rows": [row]}
+    parts = dict.fromkeys(planning.LABELS, 0.25)
+    row = {"model": "demo", "what": "decode", "predicted_ms": 2.0, "measured_ms": 4.0, "ratio": 0.5, "parts_ms": parts}
+    numbers = {"costs": dict.fromkeys(planning.LABELS, 1e-9), "rows": [row]}
     monkeypatch.setattr(planning, "check", lambda repetitions: numbers)
     assert emoe.main(["plan", "--check", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == numbers
