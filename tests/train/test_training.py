@@ -137,7 +137,7 @@ def test_concentration_is_lost_by_what_strays_from_a_tasks_experts():
     logits = jnp.log(jnp.full((4, E), 1e-9).at[:2, :3].set(1 / 3).at[2, :4].set(0.25).at[3].set(1 / E))
     tasks = jnp.eye(3)[jnp.array([0, 0, 1, 2])].at[3].set(0)  # the last row does not count
     choices, weights = jnp.zeros((4, 2), int), jnp.zeros((4, 2))
-    routing = Routing(logits, choices, weights, choices, weights, jnp.zeros((4, 2), bool))
+    routing = Routing(logits, choices, weights, choices, weights, jnp.zeros((4, 2), bool), choices, weights)
     given = objective.concentration_loss(routing, tasks)
     np.testing.assert_allclose(given, 0.25 / 3, atol=1e-6)
 
