@@ -91,8 +91,8 @@ def test_scores_may_be_those_of_the_policy_that_the_engine_asks(trace: RoutingTr
     """Those that it has after every token, in its own form: with NumPy, step by step."""
     dynamics = Dynamics.untrained(trace.num_layers, trace.num_experts)
     learned = learn_from(trace, dynamics=dynamics)
-    weights = worth(trace, "weights")
-    scores = policy_scores(trace, learned, weights)
+    counted = np.broadcast_to(np.arange(1, trace.top_k + 1), trace.experts.shape)  # each rank for another number
+    scores = policy_scores(trace, learned, counted.astype(np.float32))
     assert len(scores) == trace.num_tokens
     rates = (trace.top_k * plan_of("emoe", learned, trace, 1)).astype(np.float32)
     policy = ResidencyPolicy(Refresh(dynamics), trace.num_layers, trace.num_experts, rates[0])
@@ -100,7 +100,7 @@ def test_scores_may_be_those_of_the_policy_that_the_engine_asks(trace: RoutingTr
         if token == 0 or prompt != trace.sample[token - 1]:
             policy.plan(ExpectedWishes(rates[prompt], rates[prompt], 0.0))
         wished = trace.experts[token][..., None] == np.arange(trace.num_experts)
-        policy.observe((wished * weights[token][..., None]).sum(1))
+        policy.observe((wished * counted[token][..., None]).sum(1))
         np.testing.assert_allclose(scores[token], policy.scores(), atol=1e-4)
 
 

@@ -1,6 +1,7 @@
 """What a step waits for loads is told apart from what it computes, and deadlines count from arrival."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -34,21 +35,25 @@ def test_steps_tell_waiting_from_computing(
     engine = engine_of(expert_memory="2 slots", overlap=overlap)
     engine.generate([1, 2, 3], GREEDY, routing="exact")  # compiles
     told: list[tuple[float, float]] = []
-    observe, read = SloPolicy.observe, ExpertStore.read
+    observe = SloPolicy.observe
 
     def noting(policy: SloPolicy, plan: Any, seconds: float, waited: float = 0.0) -> None:
         told.append((seconds, waited))
         observe(policy, plan, seconds, waited)
 
-    def slow(store: ExpertStore, layer: int, expert: int) -> Any:
-        time.sleep(SLOW)
-        return read(store, layer, expert)
+    def slowly(read: Callable[[ExpertStore, int, int], Any]) -> Callable[[ExpertStore, int, int], Any]:
+        def slow(store: ExpertStore, layer: int, expert: int) -> Any:
+            time.sleep(SLOW)
+            return read(store, layer, expert)
+
+        return slow
 
     monkeypatch.setattr(SloPolicy, "observe", noting)
     residency = engine.parts.residency
     before, loads, began = residency.waited_seconds, residency.loads.waited_loads, time.monotonic()
     with monkeypatch.context() as patch:
-        patch.setattr(ExpertStore, "read", slow)
+        patch.setattr(ExpertStore, "read", slowly(ExpertStore.read))
+        patch.setattr(ExpertStore, "at_hand", slowly(ExpertStore.at_hand))
         engine.generate([1, 2, 3], GREEDY, routing="exact")
     took = time.monotonic() - began
     waited = residency.waited_seconds - before
