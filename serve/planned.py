@@ -15,7 +15,7 @@ from emoe_jax.memory.plan import machine_memory, usable_memory
 from emoe_jax.planning.catalogue import find_model
 from emoe_jax.planning.plan import PROMPT, Load, Plan, plan_model
 from emoe_jax.planning.rates import this_machine
-from emoe_jax.planning.targets import Target
+from emoe_jax.planning.targets import Costs, Target
 from serve.plan import PlanOptions
 from serve.start import keep_compilations
 from serve.trace_coverage import covered_by
@@ -50,7 +50,7 @@ def target_of(options: PlanOptions) -> Target:
         target = Target.of_card(options.device, options.efficiency)
     elif rates:
         unbounded = {"half_flops": math.inf, "float32_flops": math.inf}
-        target = Target("a device of your own", "gpu", 0, **unbounded | rates)
+        target = Target("a device of your own", "gpu", 0, costs=Costs(), **unbounded | rates)
     else:
         return this_machine(usable_memory(options.device_memory))
     memory = target.memory_bytes

@@ -77,8 +77,9 @@ def run_in_process(
     for residency, group in itertools.groupby(settings, key=lambda setting: setting.residency):
         size = ["--max-num-seqs", str(loads[0].concurrency), "--max-num-queued-reqs", str(loads[0].queued)]
         options = parse_options([*FIXED, *size, *Setting(residency).server_arguments, *arguments])
-        engine = load_engine(options)
+        engine = load_engine(options).engine
         try:
+            engine.warm_up()  # what a server would leave for later
             asyncio.run(_run(engine, list(group), policies, loads, report, keep))
         finally:
             engine.close()

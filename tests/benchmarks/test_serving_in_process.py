@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.serving.__main__ import main
+from serve.start import Loaded
 from tests.benchmarks.serving_samples import SAMPLES
 from tests.serve.fake import FakeEngine, FakeTokenizer
 
@@ -21,7 +22,7 @@ class TakingTurns(FakeEngine):
         self.policy = "none"
         self.admitted: list[str] = []
         self.options: Any = None
-        self.closed = False
+        self.warm = self.closed = False
 
     def use_scheduling_policy(self, name: str) -> None:
         assert not self.has_work()
@@ -34,6 +35,10 @@ class TakingTurns(FakeEngine):
     def state(self) -> dict[str, Any]:
         return {"scheduler": {"policy": self.policy}, "residency": {"loads": {"loads": 7}, "coverage": 0.5}}
 
+    def warm_up(self) -> None:
+        assert not self.requests
+        self.warm = True
+
     def close(self) -> None:
         self.closed = True
 
@@ -43,10 +48,11 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[TakingTurns]:
     """Those that were loaded."""
     loaded: list[TakingTurns] = []
 
-    def load(options: Any) -> TakingTurns:
-        loaded.append(TakingTurns())
-        loaded[-1].options = options
-        return loaded[-1]
+    def load(options: Any) -> Loaded:
+        engine: Any = TakingTurns()
+        engine.options = options
+        loaded.append(engine)
+        return Loaded(engine)
 
     monkeypatch.setattr("benchmarks.serving.in_process.load_engine", load)
     monkeypatch.setattr("benchmarks.serving.__main__.demo_samples", lambda: SHORT)
@@ -82,6 +88,7 @@ def test_policies_take_turns_in_one_engine_per_residency(
     turn = turns[0]
     assert first.admitted == [*turns[0], *turns[1]]
     assert second.admitted == 2 * [*turns[0], *turns[1]]
+    assert first.warm and second.warm
     assert {request["routing"] for request in first.requests} == {"resident"}
     assert [request["routing"] for request in second.requests] == ["resident"] * 2 * len(turn) + ["exact"] * 2 * len(
         turn
