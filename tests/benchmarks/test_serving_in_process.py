@@ -88,7 +88,8 @@ def test_policies_take_turns_in_one_engine_per_residency(
     turn = turns[0]
     assert first.admitted == [*turns[0], *turns[1]]
     assert second.admitted == 2 * [*turns[0], *turns[1]]
-    assert first.warm and second.warm
+    assert first.warm
+    assert second.warm
     assert {request["routing"] for request in first.requests} == {"resident"}
     assert [request["routing"] for request in second.requests] == ["resident"] * 2 * len(turn) + ["exact"] * 2 * len(
         turn
