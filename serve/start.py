@@ -37,6 +37,7 @@ from serve.start_clock import ALL_COMPILED, StartClock
 from serve.telemetry.logs import configure_logging
 from serve.telemetry.tracing import Tracing, span_provider
 from serve.text import TextCodec
+from serve.warm_starts import WarmStart
 from serve.worker import EngineWorker
 
 log = logging.getLogger("serve")
@@ -91,8 +92,8 @@ class Loaded(NamedTuple):
 def load(options: ServerOptions, clock: StartClock | None = None) -> Loaded:
     """The engine with its shapes compiled; progress goes to stderr. Raises `ConfigError` or `CheckpointError`.
 
-    Where the first steps are found in the cache of an earlier start, only they are read now: the others follow while
-    there is nothing to answer.
+    Where an earlier start of the same engine was warmed up whole, only the first steps are read from the cache now: the
+    others follow while there is nothing to answer.
     """
     if options.record_traces is not None:
         check_trace_file(options.record_traces)
@@ -110,21 +111,26 @@ def load(options: ServerOptions, clock: StartClock | None = None) -> Loaded:
 
         engine = Engine.load(options.model, options, progress=report)
         report("compile", 0, 1)
-        chores = warm_up_first(engine, report)
+        warm = WarmStart(engine)
+        chores = warm_up_first(engine, warm, report)
         if chores is None:
             engine.warm_up(progress=report)
+            warm.note(engine.parts.runner.workspace_bytes)
             log.info(ALL_COMPILED)
     clock.begin("server")
     return Loaded(engine, chores)
 
 
-def warm_up_first(engine: Engine, report: ProgressCallback) -> Iterator[None] | None:
-    """What is left of the warm-up once the first pieces are done; None where all of it is to be done now: where one of
-    them had to be compiled, or where slab and KV cache trade memory meanwhile, which no request may meet.
+def warm_up_first(engine: Engine, warm: WarmStart, report: ProgressCallback) -> Iterator[None] | None:
+    """What is left of the warm-up once the first pieces are done; None where all of it is to be done now: where no
+    earlier start was warmed up whole, where one of them had to be compiled, or where slab and KV cache trade memory
+    meanwhile, which no request may meet. Raises `CapacityError` where steps take more than is left of the device.
     """
-    if engine.memory.lean is not None:
+    workspace = warm.workspace_bytes()
+    if engine.memory.lean is not None or workspace is None:
         return None
-    pieces = _pieces(engine)
+    engine.memory = engine.memory.measured(workspace)
+    pieces = _pieces(engine, warm)
     with cache_reads() as reads:
         for done in range(1, FIRST_PIECES + 1):
             next(pieces)
@@ -134,8 +140,17 @@ def warm_up_first(engine: Engine, report: ProgressCallback) -> Iterator[None] | 
     return pieces
 
 
-def _pieces(engine: Engine) -> Iterator[None]:
-    yield from engine.parts.runner.warm_up_in_pieces()
+def _pieces(engine: Engine, warm: WarmStart) -> Iterator[None]:
+    pieces = engine.parts.runner.warm_up_in_pieces()
+    while True:
+        with cache_reads() as reads:
+            is_over = next(pieces, "over") == "over"
+        if reads.found < reads.asked:
+            log.warning("the cache has lost a step that an earlier start compiled: it was compiled while serving")
+            warm.forget()
+        if is_over:
+            break
+        yield
     engine.warm_up()
     log.info(ALL_COMPILED)
 

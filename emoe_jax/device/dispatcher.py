@@ -62,6 +62,7 @@ class Dispatcher:
         self.in_flight: deque[Dispatched] = deque()
         """Oldest first. Who collects a plan takes it off."""
         self._read_at = 0.0
+        self._compiled = 0.0
 
     def dispatch(self, plan: StepPlan) -> Dispatched:
         """Start computing a plan, whose sequences may wait for tokens of the plan before.
@@ -191,8 +192,10 @@ class Dispatcher:
             read = jax.device_get(outputs)
         run.read = read
         if might_miss:
-            now = time.monotonic()
-            self.ways.took(run.batch.shape, first_way, now - max(run.began, self._read_at), tries > 1)
+            compiled, now = self._runner.executables.seconds, time.monotonic()
+            seconds = now - max(run.began, self._read_at) - (compiled - self._compiled)
+            self.ways.took(run.batch.shape, first_way, max(0.0, seconds), tries > 1)
+            self._compiled = compiled
             self.forwards["again"] += tries - 1
         self._read_at = time.monotonic()
         if tries > 1:

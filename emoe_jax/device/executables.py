@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import threading
+import time
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
@@ -53,6 +54,8 @@ class Executables:
         """Bytes of the arguments that come from the host with each call."""
         self._lock = threading.Lock()
         self._compiling = 0
+        self.seconds = 0.0
+        """What calls took to be compiled, or read from JAX's cache, so far."""
 
     def compile(self, function: Callable[..., Any], key: Hashable, *args: Any, **static: Any) -> jax.stages.Compiled:
         """The executable of a function and key; `args` may be arrays or their `ShapeDtypeStruct`s."""
@@ -74,11 +77,13 @@ class Executables:
     def _counted(self) -> Iterator[None]:
         with self._lock:
             self._compiling += 1
+        began = time.monotonic()
         try:
             yield
         finally:
             with self._lock:
                 self._compiling -= 1
+                self.seconds += time.monotonic() - began
 
     @property
     def workspace_bytes(self) -> int:

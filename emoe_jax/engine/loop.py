@@ -50,7 +50,8 @@ class StepLoop:
         """Completions that ended because the model computed NaN or infinity."""
         self._waited_before: deque[float] = deque()  # seconds that steps had waited when each was planned
         self._waited_at_collect = 0.0
-        self._over: tuple[float, float] | None = None  # when the oldest step was, if known, and the waits until then
+        self._compiled_at_collect = 0.0
+        self._over: tuple[float, float, float] | None = None  # `_now` when the oldest step ended, if known
         self._collected_at = 0.0
         self._suspect = False  # whether a step has failed since weights were last looked after
 
@@ -102,7 +103,11 @@ class StepLoop:
     def _wait_for(self, dispatched: Dispatched) -> None:
         """Wait until the oldest step in flight is over: what follows is not its time."""
         self.dispatcher.wait(dispatched)
-        self._over = self._over or (time.monotonic(), self._foresight.waited_seconds)
+        self._over = self._over or self._now()
+
+    def _now(self) -> tuple[float, float, float]:
+        """The time, and the seconds that went into waiting for loads and into the compiler until then."""
+        return time.monotonic(), self._foresight.waited_seconds, self._runner.executables.seconds
 
     def _dispatch(self) -> None:
         """Have the device begin the next step, if there is anything to do."""
@@ -154,13 +159,15 @@ class StepLoop:
             self._scheduler.update(plan, StepResult({}))
             raise
         ended = time.monotonic()
-        over, waited_by_then = self._over or (ended, self._foresight.waited_seconds)
+        over, waited_by_then, compiled = self._over or self._now()
         self._over = None
         seconds = over - max(plan.now, self._collected_at)  # the device was busy with the step before until then
         self._collected_at = over
         # Of that time, what went into waiting for loads and predictions is no computing time.
         waited = waited_by_then - max(waited_before, self._waited_at_collect)
         self._waited_at_collect = waited_by_then
+        seconds = max(waited, seconds - (compiled - self._compiled_at_collect))  # nor what went into the compiler
+        self._compiled_at_collect = compiled
         self.steps += 1
         self._step_times.took(seconds)
         awaited = [sequence for sequence in result.sampled if sequence.status is SequenceStatus.RUNNING]

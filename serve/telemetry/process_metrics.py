@@ -1,6 +1,7 @@
 """What the server's process takes, as Prometheus metrics: memory and time by their usual names, and compilations."""
 
 import functools
+import threading
 from collections.abc import Iterator
 
 import jax
@@ -13,11 +14,19 @@ class ProcessMetrics:
 
     def __init__(self) -> None:
         self.compilations = 0
+        self._read = threading.local()
+        """`last`: whether what this thread asked the compiler for last was in the cache of an earlier start."""
         self._usual = ProcessCollector(registry=None)  # which tells nothing where there is no /proc
+        jax.monitoring.register_event_listener(self._hear_of_cache)
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
+    def _hear_of_cache(self, event: str, **_: str | int) -> None:
+        self._read.last = event == "/jax/compilation_cache/cache_hits" or getattr(self._read, "last", False)
+
     def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
-        self.compilations += "backend_compile" in event
+        if "backend_compile" in event:
+            self.compilations += not getattr(self._read, "last", False)
+            self._read.last = False
 
     def families(self, model_name: str) -> Iterator[Metric]:
         """The metrics up to now. Only the compilations are labelled with `model_name`."""

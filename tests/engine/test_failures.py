@@ -1,5 +1,6 @@
 """A step that fails ends the requests of its batch, and no others."""
 
+import time
 from typing import Any
 
 import jax
@@ -111,6 +112,31 @@ def test_a_failing_call_that_takes_the_kv_cache_along_costs_its_batch_only(
         assert reason == "error" or output.token_ids == tokens
     assert engine.state()["scheduler"]["pages_used"] == 0
     assert [engine.generate(prompt, GREEDY)[0].token_ids for prompt in PROMPTS] == expected
+
+
+def test_time_in_the_compiler_is_no_time_of_a_step(engine_of: EngineFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the watchdog nor the choice of a way learns from steps that were compiled, or read from JAX's cache."""
+    engine, slow, compile_ahead = engine_of(expert_memory="3 slots", routing="exact"), 0.5, jax.stages.Lowered.compile
+    engine.generate(PROMPTS[0], GREEDY)  # what is not compiled ahead is there from here on
+    compiled, longest = engine.parts.runner.executables.seconds, engine.vitals.longest_step or 0.0
+    told: list[float] = []
+    took = Ways.took
+
+    def noting(ways: Ways, shape: Any, way: Any, seconds: float, repeated: bool) -> None:
+        told.append(seconds)
+        took(ways, shape, way, seconds, repeated)
+
+    def compile_slowly(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+        time.sleep(slow)
+        return compile_ahead(lowered)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jax.stages.Lowered, "compile", compile_slowly)
+        patch.setattr(Ways, "took", noting)
+        engine.generate(PROMPTS[:3], GREEDY)  # other shapes
+    assert engine.parts.runner.executables.seconds > compiled + slow
+    assert (engine.vitals.longest_step or 0.0) < max(slow, longest)
+    assert max(told) < slow
 
 
 def test_vitals_tell_a_step_at_work(engine_of: EngineFactory) -> None:

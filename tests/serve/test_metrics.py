@@ -1,3 +1,4 @@
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -137,8 +138,13 @@ def test_the_process_is_measured(client: httpx.Client) -> None:
     assert before["process_cpu_seconds_total", ""] > 0
     compilations = "emoe:compilations_total", ""
     assert scrape(client)[compilations] == before[compilations]
-    jax.jit(lambda x: x * 3 + len("only here"))(np.ones(7))
-    assert scrape(client)[compilations] > before[compilations]
+    new = float(time.time_ns() % 2**20)  # so that it is in no cache
+    jax.jit(lambda x: x * new)(np.ones(7, np.float32))
+    compiled = scrape(client)[compilations]
+    assert compiled > before[compilations]
+    jax.clear_caches()
+    jax.jit(lambda x: x * new)(np.ones(7, np.float32))  # read from JAX's cache: nothing is compiled
+    assert scrape(client)[compilations] == compiled
 
 
 def test_tasks_that_clients_make_up_are_bounded_and_escaped() -> None:

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,9 +10,11 @@ import jax
 import pytest
 
 from emoe_jax.device.executables import cache_reads
+from emoe_jax.engine_config import EngineConfig
 from serve.main import main
 from serve.start import warm_up_first
 from serve.start_clock import StartClock
+from serve.warm_starts import WarmStart
 
 
 def test_the_line_has_every_part_once_with_all_of_its_seconds() -> None:
@@ -47,7 +50,7 @@ class StartingEngine:
 
     def __init__(self, *found: bool, lean: Any = None):
         self.done: list[str] = []
-        self.memory = SimpleNamespace(lean=lean)
+        self.memory = SimpleNamespace(lean=lean, measured=lambda workspace: f"measured: {workspace}")
         self.parts: Any = SimpleNamespace(runner=self)
         self._found = found
 
@@ -61,19 +64,36 @@ class StartingEngine:
         self.done.append("all")
 
 
-def started(engine: Any) -> tuple[Iterator[None] | None, list[tuple[int, int]]]:
+class Noted:
+    """What is known of earlier starts."""
+
+    def __init__(self, workspace: int | None = 7):
+        self.workspace = workspace
+
+    def workspace_bytes(self) -> int | None:
+        return self.workspace
+
+    def forget(self) -> None:
+        self.workspace = None
+
+
+def started(engine: Any, noted: Any = None) -> tuple[Iterator[None] | None, list[tuple[int, int]]]:
     reports: list[tuple[int, int]] = []
-    return warm_up_first(engine, lambda stage, done, total: reports.append((done, total))), reports
+    noted = noted or Noted()
+    return warm_up_first(engine, noted, lambda stage, done, total: reports.append((done, total))), reports
 
 
 def test_what_is_in_the_cache_is_left_for_later_but_the_first_pieces() -> None:
     engine = StartingEngine(True, True, True, False)
-    rest, reports = started(engine)
+    noted = Noted()
+    rest, reports = started(engine, noted)
     assert rest is not None
+    assert engine.memory == "measured: 7"  # as when all of it was compiled
     assert engine.done == ["piece 0", "piece 1"]
     assert reports == [(1, 2), (2, 2)]
     assert [*rest] == [None, None]
     assert engine.done == ["piece 0", "piece 1", "piece 2", "piece 3", "all"]
+    assert noted.workspace is None  # the last piece was not in the cache: the next start reads all before it serves
 
 
 @pytest.mark.parametrize("engine", [StartingEngine(False, True), StartingEngine(True, False, True)])
@@ -82,6 +102,37 @@ def test_nothing_is_left_where_a_first_piece_had_to_be_compiled(engine: Starting
     assert rest is None
     assert (2, 2) not in reports
     assert "all" not in engine.done  # the caller does all of it
+
+
+def test_nothing_is_left_where_no_start_was_warmed_up_whole() -> None:
+    """An earlier one may have been ended early: its first pieces say nothing of the others."""
+    engine = StartingEngine(True, True, True)
+    assert started(engine, Noted(None)) == (None, [])
+    assert engine.done == []
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[Path]:
+    """The folder of JAX's cache."""
+    before = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "xla"))
+    yield tmp_path / "xla"
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_a_start_is_known_by_its_engine(cache: Path) -> None:
+    engine: Any = SimpleNamespace(options=EngineConfig(), config="a model")
+    assert WarmStart(engine).workspace_bytes() is None
+    WarmStart(engine).note(12)
+    assert WarmStart(engine).workspace_bytes() == 12
+    assert len(list(cache.iterdir())) == 1
+    others: list[Any] = [
+        SimpleNamespace(options=EngineConfig(max_num_seqs=3), config="a model"),
+        SimpleNamespace(options=EngineConfig(), config="another"),
+    ]
+    assert [WarmStart(other).workspace_bytes() for other in others] == [None, None]
+    WarmStart(engine).forget()
+    assert WarmStart(engine).workspace_bytes() is None
 
 
 def test_nothing_is_left_where_memory_is_traded() -> None:
