@@ -13,7 +13,7 @@ MEANINGS = {
     NO: "the command ran, and its answer is no; the table below says of what",
     MISTAKE: "a mistake in the arguments or in a file, or a server that cannot be reached; one line on stderr names it",
     NO_DEVICE: "this machine lacks the device that the command is about",
-    INTERRUPTED: "Ctrl-C",
+    INTERRUPTED: "Ctrl-C; a server that serves ends its requests, and with 0",
 }
 """Of all commands alike."""
 

@@ -209,7 +209,9 @@ def obey(conversation: Conversation, text: str) -> str:
         except ConfigError as error:
             return f"{error}, or auto"
         return f"task: {rest}"
-    if command == "/contract" and rest in (*CONTRACTS, "default"):
+    if command == "/contract" and rest:
+        if rest not in (*CONTRACTS, "default"):
+            return f"{rest[:40]!r} is no contract; there are {', '.join(CONTRACTS)} and default"
         asking.routing = None if rest == "default" else rest
         return f"contract: {rest}"
     if command == "/state":

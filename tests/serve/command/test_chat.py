@@ -70,12 +70,24 @@ def test_each_line_is_answered_and_accounted_for(served: Served, typed: Any) -> 
 
 
 def test_commands_change_what_is_asked(served: Served, typed: Any) -> None:
-    lines = ["/system Be brief", "/task qa", "/contract exact", "A", "/reset", "/contract default", "B", "/quit", "C"]
+    lines = [
+        "/system Be brief",
+        "/task qa",
+        "/contract exact",
+        "A",
+        "/contract foo",
+        "/reset",
+        "/contract default",
+        "B",
+        "/quit",
+        "C",
+    ]
     status, out, _ = typed(lines, served.url, "--max-tokens", "2")
     assert status == 0
     assert served.prompts() == ["system:Be brief;user:A;assistant:", "system:Be brief;user:B;assistant:"]
     assert [(one["task"], one["routing"]) for one in served.engine.requests] == [("qa", "exact"), ("qa", None)]
     assert "contract: exact" in out
+    assert "'foo' is no contract; there are" in out
     status, out, _ = typed(["/contrat exact", "/task"], served.url)
     assert (status, len(served.engine.requests)) == (0, 2)
     assert "'/contrat exact' is no command; there are /system TEXT" in out
