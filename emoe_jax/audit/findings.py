@@ -20,6 +20,10 @@ CONFIDENCE = 0.95
 LEAST = 8
 """Answers that an interval is given for."""
 
+SUPPOSED = 0.01
+"""What an answer that no audit met is supposed to lose at least: so many nats, and so much of the agreement. Where all
+tasks lose less, or there is one alone, what is common says nothing of answers of another kind."""
+
 MOST_NATS = 100.0
 """What a KL is told up to: no larger one means anything."""
 
@@ -91,7 +95,8 @@ def interval_of(
     """The mean over answers of one task and its interval, as `Estimate` has them, from what was found of each.
 
     Where a task loses little, a few of its answers lose most of it, and these may not be among the audited ones. So
-    the end of more loss is that with one more answer, which loses what is `common`: the mean over all tasks.
+    the end of more loss is that with one more answer, which loses what is `common`: the mean over all tasks, or
+    `SUPPOSED`. It is an allowance: how often it holds what all answers lose depends on the answers.
     """
     own = Estimate.of(values, tokens).interval(lossless, worst)
     more = Estimate.of([*values, common], [*tokens, math.ceil(sum(tokens) / len(tokens))]).interval(lossless, worst)
@@ -129,8 +134,9 @@ class Findings:
             findings = [each for each in recent if each.tolerance == recent[-1].tolerance]
             tokens, every = [each.tokens for each in findings], list(chain(*self._recent[contract].values()))
             kl, same = [each.kl for each in findings], [each.agreement for each in findings]
-            common = Estimate.of_kl(every).mean
+            common = max(SUPPOSED, Estimate.of_kl(every).mean)
             common_same = Estimate.of([each.agreement for each in every], [each.tokens for each in every]).mean
+            common_same = min(1 - SUPPOSED, common_same)
             mean = Estimate.of(kl, tokens).mean
             nats = interval_of(kl, tokens, 0.0, MOST_NATS, common)
             alike = interval_of(same, tokens, 1.0, 0.0, common_same)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emoe_jax.audit.findings import LEAST, Estimate, Finding, interval_of
+from emoe_jax.audit.findings import LEAST, Estimate, Finding, Findings, interval_of
 from emoe_jax.audit.mix import Wishes
 from emoe_jax.audit.target import FORGOTTEN_AFTER, QualityTarget, ToleranceSearch, ladder
 from emoe_jax.errors import ConfigError
@@ -175,6 +175,16 @@ def test_losses_that_no_audit_met_are_allowed_for() -> None:
         assert interval is not None
         held += interval[1] <= 0.05 * 0.03 + 0.95 * 5e-4 <= interval[2]
     assert held / 500 > 0.93
+
+
+def test_a_task_alone_that_lost_nothing_may_yet_lose_something() -> None:
+    findings = Findings()
+    for _ in range(LEAST):
+        findings.add("resident", "qa", Finding(tokens=10, kl=0.0, agreement=1.0))
+    found = findings.state()["resident"]["qa"]
+    for measure, lossless, end in (("kl", 0.0, 2), ("top1_agreement", 1.0, 1), ("perplexity_ratio", 1.0, 2)):
+        assert found[measure][0] == lossless
+        assert abs(found[measure][end] - lossless) > 0.001
 
 
 def test_what_is_common_widens_no_more_than_the_end_of_more_loss() -> None:
