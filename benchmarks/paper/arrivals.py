@@ -90,18 +90,19 @@ def _enough(here: str, least: float, numbers: Numbers) -> Conclusion:
     here = here.format(
         ", ".join(f"{_change(part)} at {rate:.0%}{_within(ratios[rate])}" for rate, part in saved.items())
     )
-    enough = [part >= least for part in saved.values()]
-    if all(enough):
+    # A mean that is good enough says nothing where its interval has no saving in it, too.
+    enough = {rate: part >= least and (ratios[rate]["high"] or 0.0) < 1 for rate, part in saved.items()}
+    if all(enough.values()):
         return Conclusion(here, "yes")
-    rates = ", ".join(f"{rate:.0%}" for rate, part in saved.items() if part < least)
+    rates = ", ".join(f"{rate:.0%}" for rate in saved if not enough[rate])
     tpot = {(run["policy"], run["rate_fraction"]): run["p50_tpot_s"] for run in numbers["runs"]}
     worst = min(saved, key=lambda rate: saved[rate])
     reason = (
-        f"less than {least:.0%} is saved at {rates} of capacity: at {worst:.0%}, a token takes "
+        f"less than {least:.0%} is saved at {rates} of capacity, or that is not certain: at {worst:.0%}, a token takes "
         f"{tpot[EMOE, worst] / tpot[ALL_FCFS, worst]:.1f} times as long among up to {numbers['batches']['partial']} "
         "sequences"
     )
-    return Conclusion(here, "partly" if any(enough) or max(saved.values()) > 0 else "no", reason)
+    return Conclusion(here, "partly" if any(enough.values()) or max(saved.values()) > 0 else "no", reason)
 
 
 def throughput(numbers: Numbers) -> Conclusion:
@@ -120,7 +121,7 @@ def _throughput(numbers: Numbers, least: float) -> Conclusion:
     here = (
         f"{ratio:.2f}x the requests/s{within}, at {batch:.1f}x the batch ({batches['full']} and {batches['partial']})"
     )
-    if ratio >= least:
+    if ratio >= least and (numbers["requests_ratio"]["low"] or ratio) > 1:
         return Conclusion(here, "yes")
     tpot = {run["policy"]: run["p50_tpot_s"] for run in numbers["runs"] if run["rate_fraction"] == _busiest(numbers)}
     reason = f"among up to {batches['partial']} sequences a token takes {tpot[EMOE] / tpot[ALL_FCFS]:.1f} times as long"

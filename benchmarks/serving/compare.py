@@ -105,9 +105,9 @@ def run_comparison(
 
     `throughput_ratio`, `requests_ratio`: tokens/s and requests/s of a closed loop with equally many users; they differ
     where missing experts make answers longer or shorter. `mean_latency_ratios`: at each of the load's rates, which are
-    shares of what full residency can do. These are means over the turns, with `low` and `high` of their 95 % interval.
-    `max_batch_ratio`: sequences that fit, by arithmetic. All are of the second of `kinds_of(share, batches)` to the
-    first.
+    shares of what full residency can do. These are geometric means over the turns, with `low` and `high` of their 95 %
+    interval. `max_batch_ratio`: sequences that fit, by arithmetic. All are of the second of `kinds_of(share, batches)`
+    to the first.
     Sequences are as long as `--max-model-len` of the server's `arguments`, or the load's longest; weights are float32
     unless they name another `--dtype`.
     """
@@ -131,7 +131,10 @@ async def _compare(urls: dict[str, str], load: Traffic, report: Report) -> dict[
         loops: dict[str, list[list[Record]]] = {name: [] for name in clients}
         report(f"a closed loop of {load.users} users")
         for turn in range(load.turns):
-            for name, client in clients.items():
+            names = list(clients)
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:  # whoever comes first finds another machine than who comes last
+                client = clients[name]
                 loops[name].append(await closed_loop(client, load.saturating(turn), load.users))
         saturated = {name: summary(end_to_end(parts)) for name, parts in loops.items()}
         runs, latencies = [], {}

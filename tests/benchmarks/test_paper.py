@@ -142,8 +142,9 @@ def test_speed_is_compared_with_all_resident() -> None:
     assert arrivals.latency(loaded(0.8)).agrees == "yes"
     assert arrivals.latency(loaded(0.9)).agrees == "partly"
     assert "10 % lower at 70% (0.80x to 1.00x)" in arrivals.latency(loaded(0.9)).here
+    assert arrivals.by_rate(loaded(0.905)).agrees == "partly"  # its interval ends above 1
     assert arrivals.latency(loaded(1.2)).agrees == "no"
-    assert arrivals.by_rate(loaded(0.9)).agrees == "yes"
+    assert arrivals.by_rate(loaded(0.88)).agrees == "yes"
     assert arrivals.by_rate(loaded(1.2)).agrees == "no"
     assert arrivals.throughput(loaded(1)).agrees == "yes"
     assert arrivals.throughput(loaded(1, 1.1)).agrees == "partly"
