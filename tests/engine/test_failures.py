@@ -116,27 +116,39 @@ def test_a_failing_call_that_takes_the_kv_cache_along_costs_its_batch_only(
 
 def test_time_in_the_compiler_is_no_time_of_a_step(engine_of: EngineFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the watchdog nor the choice of a way learns from steps that were compiled, or read from JAX's cache."""
-    engine, slow, compile_ahead = engine_of(expert_memory="3 slots", routing="exact"), 0.5, jax.stages.Lowered.compile
-    engine.generate(PROMPTS[0], GREEDY)  # what is not compiled ahead is there from here on
-    compiled, longest = engine.parts.runner.executables.seconds, engine.vitals.longest_step or 0.0
+    engine, slow = engine_of(expert_memory="3 slots", routing="exact"), 3.0
+    engine.generate(PROMPTS[0], GREEDY)
+    call, took = Executables.call, Ways.took
     told: list[float] = []
-    took = Ways.took
+    compiled: list[float] = []
 
     def noting(ways: Ways, shape: Any, way: Any, seconds: float, repeated: bool) -> None:
         told.append(seconds)
         took(ways, shape, way, seconds, repeated)
 
-    def compile_slowly(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-        time.sleep(slow)
-        return compile_ahead(lowered)
+    def compile_slowly_once(executables: Executables, function: Any, *arguments: Any, **static: Any) -> Any:
+        if not compiled:
+            time.sleep(slow)
+            executables.seconds += slow
+            compiled.append(slow)
+        return call(executables, function, *arguments, **static)
 
     with monkeypatch.context() as patch:
-        patch.setattr(jax.stages.Lowered, "compile", compile_slowly)
+        patch.setattr(Executables, "call", compile_slowly_once)
         patch.setattr(Ways, "took", noting)
-        engine.generate(PROMPTS[:3], GREEDY)  # other shapes
-    assert engine.parts.runner.executables.seconds > compiled + slow
-    assert (engine.vitals.longest_step or 0.0) < max(slow, longest)
+        engine.generate(PROMPTS[0], GREEDY)
+    assert compiled == [slow]
+    assert (engine.vitals.longest_step or 0.0) < slow
     assert max(told) < slow
+
+
+def test_executables_say_what_compiling_took() -> None:
+    executables, function = Executables(), jax.jit(lambda x: x + 1)
+    executables.call(function, "a test's", np.zeros(2))
+    seconds = executables.seconds
+    assert seconds > 0
+    executables.call(function, "a test's", np.zeros(2))
+    assert executables.seconds == seconds
 
 
 def test_vitals_tell_a_step_at_work(engine_of: EngineFactory) -> None:
