@@ -142,16 +142,20 @@ def warm_up_first(engine: Engine, warm: WarmStart, report: ProgressCallback) -> 
 
 def _pieces(engine: Engine, warm: WarmStart) -> Iterator[None]:
     pieces = engine.parts.runner.warm_up_in_pieces()
-    while True:
-        with cache_reads() as reads:
-            is_over = next(pieces, "over") == "over"
-        if reads.found < reads.asked:
-            log.warning("the cache has lost a step that an earlier start compiled: it was compiled while serving")
-            warm.forget()
-        if is_over:
-            break
-        yield
-    engine.warm_up()
+    try:
+        while True:
+            with cache_reads() as reads:
+                is_over = next(pieces, "over") == "over"
+            if reads.found < reads.asked:
+                log.warning("the cache has lost a step that an earlier start compiled: it was compiled while serving")
+                warm.forget()
+            if is_over:
+                break
+            yield
+        engine.warm_up()
+    except Exception:
+        warm.forget()  # the next start meets it before it serves, and says so
+        raise
     log.info(ALL_COMPILED)
 
 

@@ -104,6 +104,16 @@ def test_nothing_is_left_where_a_first_piece_had_to_be_compiled(engine: Starting
     assert "all" not in engine.done  # the caller does all of it
 
 
+def test_a_start_whose_rest_failed_is_not_taken_for_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, noted = StartingEngine(True, True, True), Noted()
+    monkeypatch.setattr(engine, "warm_up", lambda: 1 / 0)
+    rest, _ = started(engine, noted)
+    assert rest is not None
+    with pytest.raises(ZeroDivisionError):
+        list(rest)
+    assert noted.workspace is None
+
+
 def test_nothing_is_left_where_no_start_was_warmed_up_whole() -> None:
     """An earlier one may have been ended early: its first pieces say nothing of the others."""
     engine = StartingEngine(True, True, True)
