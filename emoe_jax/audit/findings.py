@@ -70,6 +70,12 @@ class Estimate(NamedTuple):
         answers = list(findings)
         return cls.of([each.kl for each in answers], [each.tokens for each in answers])
 
+    @classmethod
+    def of_agreement(cls, findings: Iterable[Finding]) -> "Estimate":
+        """Mean share of tokens with the same most probable one."""
+        answers = list(findings)
+        return cls.of([each.agreement for each in answers], [each.tokens for each in answers])
+
     def interval(self, lossless: float, worst: float) -> tuple[float, float, float] | None:
         """The mean and its 95 % confidence interval, which lies between a mean of no loss and the worst one.
 
@@ -127,27 +133,25 @@ class Findings:
         `perplexity_ratio` is expected on text such as the model writes with all experts: exp of the mean KL.
         """
         state: dict[str, Any] = {}
-        booked = ((contract, task) for contract in sorted(self._recent) for task in sorted(self._recent[contract]))
-        for contract, task in booked:
-            recent = self._recent[contract][task]
-            # A tolerance that is searched for changes, and more answers are audited meanwhile.
-            findings = [each for each in recent if each.tolerance == recent[-1].tolerance]
-            tokens, every = [each.tokens for each in findings], list(chain(*self._recent[contract].values()))
-            kl, same = [each.kl for each in findings], [each.agreement for each in findings]
+        for contract, of_tasks in sorted(self._recent.items()):
+            every = list(chain(*of_tasks.values()))
             common = max(SUPPOSED, Estimate.of_kl(every).mean)
-            common_same = Estimate.of([each.agreement for each in every], [each.tokens for each in every]).mean
-            common_same = min(1 - SUPPOSED, common_same)
-            mean = Estimate.of(kl, tokens).mean
-            nats = interval_of(kl, tokens, 0.0, MOST_NATS, common)
-            alike = interval_of(same, tokens, 1.0, 0.0, common_same)
-            state.setdefault(contract, {})[task] = {
-                "audits": self._totals[contract, task],
-                "tolerance": findings[-1].tolerance if contract == "bounded" else None,
-                "tokens": sum(tokens),
-                "kl": _told(mean, nats),
-                "top1_agreement": _told(Estimate.of(same, tokens).mean, alike),
-                "perplexity_ratio": _told(math.exp(min(mean, MOST_NATS)), nats and tuple(map(math.exp, nats))),
-            }
+            common_same = min(1 - SUPPOSED, Estimate.of_agreement(every).mean)
+            for task, recent in sorted(of_tasks.items()):
+                # A tolerance that is searched for changes, and more answers are audited meanwhile.
+                findings = [each for each in recent if each.tolerance == recent[-1].tolerance]
+                tokens = [each.tokens for each in findings]
+                mean = Estimate.of_kl(findings).mean
+                nats = interval_of([each.kl for each in findings], tokens, 0.0, MOST_NATS, common)
+                alike = interval_of([each.agreement for each in findings], tokens, 1.0, 0.0, common_same)
+                state.setdefault(contract, {})[task] = {
+                    "audits": self._totals[contract, task],
+                    "tolerance": findings[-1].tolerance if contract == "bounded" else None,
+                    "tokens": sum(tokens),
+                    "kl": _told(mean, nats),
+                    "top1_agreement": _told(Estimate.of_agreement(findings).mean, alike),
+                    "perplexity_ratio": _told(math.exp(min(mean, MOST_NATS)), nats and tuple(map(math.exp, nats))),
+                }
         return state
 
 
