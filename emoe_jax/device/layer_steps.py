@@ -80,6 +80,11 @@ StoppedAt = tuple[Stopped, Int[Array, " E"], Float[Array, "R D"]]
 on the device, they are placed like the result of a wave, and nothing compiles twice."""
 
 
+def _at(stopped: Stopped, num_experts: int) -> StoppedAt:
+    """With the experts' uses, and zeros."""
+    return stopped, uses(stopped.ids, num_experts), jnp.zeros_like(stopped.rows)
+
+
 @partial(jax.jit, static_argnames=("skeleton", "config", "shape", "platform"), donate_argnames=("cache",))
 def begin_layers(
     leaves: tuple[Array, ...],
@@ -106,8 +111,7 @@ def begin_layers(
         arguments = (x, cache, batch, windows, resident, batch.allowances().budget, config)
         new_cache, stopped, routed = _to_router(list(model.layers)[:count], *arguments)
     room = jax.tree.map(lambda part: jnp.zeros((len(config.moe_layers), *part.shape), part.dtype), routed)
-    at = stopped, uses(stopped.ids, config.num_experts), jnp.zeros_like(stopped.rows)
-    return new_cache, at, _of_layer(routed, jnp.int32(0), room)
+    return new_cache, _at(stopped, config.num_experts), _of_layer(routed, jnp.int32(0), room)
 
 
 @partial(
@@ -142,8 +146,7 @@ def go_on(
         x = _closed(first, stopped, slots, experts, total, config)
         arguments = (x, cache, batch, windows, resident, stopped.budget, config)
         new_cache, stopped, routed = _to_router(others, *arguments)
-    at = stopped, uses(stopped.ids, config.num_experts), jnp.zeros_like(stopped.rows)
-    return new_cache, at, _of_layer(routed, jnp.asarray(layer), every)
+    return new_cache, _at(stopped, config.num_experts), _of_layer(routed, jnp.asarray(layer), every)
 
 
 @partial(jax.jit, static_argnames=("skeleton", "config", "shape", "platform"), donate_argnames=("cache",))
@@ -181,7 +184,7 @@ def end_layers(
 def stop_at(stops: Stops, layer: Int32[Array | np.ndarray, ""]) -> StoppedAt:
     """Where a whole forward passed the router of a MoE layer."""
     stopped = jax.tree.map(lambda part: part[jnp.asarray(layer)], stops.stopped)
-    return stopped, uses(stopped.ids, stops.routed.needed.shape[-1]), jnp.zeros_like(stopped.rows)
+    return _at(stopped, stops.routed.needed.shape[-1])
 
 
 @partial(jax.jit, static_argnames=("skeleton", "shape"))
@@ -225,7 +228,7 @@ def attend_and_route(
     batch = FlatBatch.unpack(inputs, shape)
     with full_precision(x.dtype), tracing_for(platform):
         (cache,), stopped, _ = _to_router([layer], x, [cache], batch, [window], resident, budget, config)
-    return cache, (stopped, uses(stopped.ids, config.num_experts), jnp.zeros_like(stopped.rows))
+    return cache, _at(stopped, config.num_experts)
 
 
 @partial(jax.jit, static_argnames=("skeleton", "config", "shape"))
