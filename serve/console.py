@@ -45,20 +45,23 @@ def loading_progress(console: Console) -> Iterator[ProgressCallback]:
         yield report
 
 
+SILENT_SECONDS = 10.0
+"""How long a stage may say nothing where there is no terminal, if there is progress."""
+
+
 class _PlainLines:
-    """A line when a stage begins and at every quarter of it."""
+    """A line when a stage begins and at every quarter of it; in between, one every `SILENT_SECONDS`."""
 
     def __init__(self, console: Console):
         self._console = console
-        self._began = time.monotonic()
+        self._began = self._printed = time.monotonic()
         self._quarters: dict[str, int] = {}
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        quarter = 4 * done // max(1, total)
-        if quarter > self._quarters.get(stage, -1):
-            self._quarters[stage] = quarter
-            seconds = time.monotonic() - self._began
-            line = f"loading: {stage} {done / max(1, total):.0%} ({seconds:.1f} s)"
+        quarter, now = 4 * done // max(1, total), time.monotonic()
+        if quarter > self._quarters.get(stage, -1) or now - self._printed >= SILENT_SECONDS:
+            self._quarters[stage], self._printed = quarter, now
+            line = f"loading: {stage} {done / max(1, total):.0%} ({now - self._began:.1f} s)"
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -134,6 +134,10 @@ class Service:
         generation = self.worker.submit(submissions, request.state.stats)
         try:
             await generation.accepted()
+        except RequestError as error:
+            if error.param in EmoeRequest.model_fields:  # the engine knows these fields by their own names
+                error.param = f"emoe.{error.param}"
+            raise
         except asyncio.CancelledError:
             generation.abort()
             raise

@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 ALL_COMPILED = "all steps are compiled"
 """The line of the log that says so: before or after the server is up."""
+REST_FAILED = "what was left of the start failed"
+"""The line of the log where the other one never comes."""
 
 BEGAN = time.monotonic()
 """When this module was imported, which `serve.main` does first."""

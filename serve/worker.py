@@ -21,6 +21,7 @@ from emoe_jax.requests.request import Delta
 from serve.generation import Generation, Submission, Update
 from serve.refusals import EngineFailure, QueueFull, Unavailable
 from serve.served_engine import ServedEngine
+from serve.start_clock import REST_FAILED
 from serve.telemetry.stats import RequestStats
 from serve.watchdog import PATIENCE_SECONDS, Watchdog
 
@@ -56,7 +57,8 @@ class _Admission:
 class EngineWorker:
     """Runs `engine` on a thread of its own. `max_unfinished` bounds the sequences running and waiting together.
 
-    A step that hangs for `patience` seconds ends all requests; see `Watchdog`. Until it is over none are taken.
+    A step, or a chore, that hangs for `patience` seconds ends all requests; see `Watchdog`. Until it is over none are
+    taken.
     All public methods are for the event loop's thread.
     """
 
@@ -272,14 +274,17 @@ class EngineWorker:
             self._on_loop(lambda: self._fail_everything(EngineFailure("the engine has stopped")))
 
     def _do_chore(self, chores: Iterator[None]) -> None:
-        """The next one; those behind one that fails are left undone."""
+        """The next one, which may hang as a step may; those behind one that fails are left undone."""
+        self._step_began = time.monotonic()
         try:
             next(chores)
         except StopIteration:
             self._chores = None
         except Exception:
-            log.exception("what was left of the start failed")
+            log.exception(REST_FAILED)
             self._chores = None
+        finally:
+            self._step_began = None
 
     def _take_nudge(self) -> bool:
         with self._wake:

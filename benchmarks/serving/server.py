@@ -15,7 +15,7 @@ from typing import IO
 import httpx
 
 from emoe_jax.errors import EmoeError
-from serve.start_clock import ALL_COMPILED
+from serve.start_clock import ALL_COMPILED, REST_FAILED
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODULE = "serve.main"
@@ -61,6 +61,8 @@ def _ready_url(process: subprocess.Popen[bytes], output: IO[bytes], deadline: fl
         lines = _lines(output)
         if status is not None:
             raise ServerFailed(f"the server ended with status {status}: {lines[-1] if lines else 'it printed nothing'}")
+        if any(REST_FAILED in line for line in lines):
+            raise ServerFailed(f"{REST_FAILED}: {lines[-1]}")
         url = next((line.split()[-1] for line in lines if line.startswith("Serving on ")), None)
         if url is not None and any(ALL_COMPILED in line for line in lines) and _healthy(url):
             return url

@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from serve.start_clock import ALL_COMPILED
+from serve.start_clock import ALL_COMPILED, REST_FAILED
 
 STEP = 0.002
 TOKENS = {"short": 2, "long": 6}
@@ -22,7 +22,7 @@ LOG = "FAKE_SERVER_LOG"
 """Environment variable: a file to which each server adds its process and its arguments."""
 COMPILING_SECONDS = 0.3
 """That a server still reads steps when it is up."""
-FAILURES = ("never", "start", "refuse", "break", "error", "empty")
+FAILURES = ("never", "start", "rest", "refuse", "break", "error", "empty")
 
 
 class Server(ThreadingHTTPServer):
@@ -86,6 +86,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def finish_compiling() -> None:
+    if Handler.options.fail == "rest":
+        print(f"{REST_FAILED}\nOSError: no such chore", flush=True)
+        return
     Handler.compiled = True
     print(ALL_COMPILED, flush=True)
 

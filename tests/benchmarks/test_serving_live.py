@@ -100,6 +100,7 @@ def test_a_running_server_is_measured_with_the_policy_it_has(tmp_path: Path):
     ("fail", "after", "message"),
     [
         ("start", 0, "the server ended with status 1: error: no such model"),
+        ("rest", 0, "what was left of the start failed: OSError: no such chore"),
         ("refuse", 0, "the server refused a request with 503: the queue is full"),
         ("refuse", 30, "the server refused a request with 503: the queue is full"),
         ("break", 20, "a request failed: peer closed connection"),

@@ -9,10 +9,24 @@ import pytest
 from rich.console import Console
 
 from emoe_jax.engine_config import StepSize
-from serve.console import start_up_table
+from serve.console import loading_progress, start_up_table
 from serve.parsing.forms import AnswerForm
 
 GIB = 2**30
+
+
+def test_a_long_stage_speaks_every_ten_seconds_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    output = io.StringIO()
+    with loading_progress(Console(file=output, width=120)) as report:
+        for done, seconds in enumerate([1.0, 2.0, 10.9, 11.0, 20.9, 22.0, 23.0]):
+            now = seconds
+            report("compile", done, 12)
+    lines = output.getvalue().splitlines()
+    assert lines == [
+        f"loading: compile {share}" for share in ("0% (1.0 s)", "25% (11.0 s)", "42% (22.0 s)", "50% (23.0 s)")
+    ]
 
 
 @pytest.mark.parametrize(("host", "shown"), [(0, False), (90 * GIB, True)])

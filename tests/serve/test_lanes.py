@@ -1,6 +1,7 @@
 """Texts wait for the tokenizer within bounds, long ones apart from short ones, and not for clients that have left."""
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 
 from emoe_jax.errors import RequestError
 from emoe_jax.requests.structured_params import StructuredOutputsParams
-from serve.lanes import GRAMMAR_BYTES, SHORT_BYTES, TEXT_BYTES, TextLanes, size_of
+from serve.lanes import GRAMMAR_BYTES, SHORT_BYTES, TEXT_BYTES, Room, TextLanes, size_of
 from serve.refusals import QueueFull
 from serve.text import GRAMMAR_THREADS, MIN_PIECE, PIECE_CHARS_PER_TOKEN, TextCodec
 from tests.serve.conftest import StartServer
@@ -131,15 +132,25 @@ def test_prompts_that_cannot_fit_are_not_tokenized_whole(context: int, length: i
 
 
 @pytest.mark.parametrize("path", list(BODIES))
-def test_overload_is_refused_and_said(start_server: StartServer, tokenizer: Waiting, path: str) -> None:
+def test_overload_is_refused_and_said(
+    start_server: StartServer, tokenizer: Waiting, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While one text is worked on, as many bytes wait as may, and the next request is refused on every path."""
+    reserve, taken = Room.reserve, threading.Semaphore(0)
+
+    @contextlib.contextmanager
+    def counted(room: Room, items: int, size: int) -> Iterator[None]:
+        with reserve(room, items, size):
+            taken.release()
+            yield
+
+    monkeypatch.setattr(Room, "reserve", counted)
     with start_server(FakeEngine(tokenizer), max_waiting_bytes=3 * TEXT_BYTES) as client, ThreadPoolExecutor(2) as pool:
         answers = [pool.submit(client.post, "/tokenize", json={"prompt": "wait"})]
         assert tokenizer.waits.wait(30)
         answers.append(pool.submit(client.post, path, json=BODIES[path]))
-        deadline = time.monotonic() + 30
-        while (refused := client.post("/tokenize", json={"prompt": "x" * 5000})).status_code != 503:
-            assert time.monotonic() < deadline
+        assert taken.acquire(timeout=30)
+        assert taken.acquire(timeout=30)
         refused = client.post(path, json=BODIES[path] | ({"prompt": "x" * 90} if "prompt" in BODIES[path] else {}))
         assert refused.status_code == 503
         assert int(refused.headers["retry-after"]) >= 1

@@ -88,6 +88,7 @@ def test_deadlines_that_cannot_be_kept(start_server: StartServer, monkeypatch: p
         answer = client.post(CHAT, json={**BODIES[CHAT], "emoe": {"slo": {"ttft_ms": 1, "strict": True}}})
     assert answer.status_code == 503
     assert answer.json()["error"]["code"] == "slo_unattainable"
+    assert answer.json()["error"]["param"] == "emoe.slo"
     assert int(answer.headers["retry-after"]) >= 1
 
 

@@ -112,6 +112,31 @@ def test_a_chore_that_fails_leaves_the_rest_undone_and_the_worker_alive(caplog: 
     asyncio.run(scenario())
 
 
+def test_a_chore_that_hangs_ends_requests_as_a_step_does() -> None:
+    async def scenario() -> None:
+        go_on = threading.Event()
+
+        def chores() -> Iterator[None]:
+            go_on.wait(30)
+            yield
+
+        worker = EngineWorker(FakeEngine(FakeTokenizer()), 8, patience=0.02, chores=chores())
+        worker.start()
+        try:
+            generation = worker.submit([Submission([1, 104], SamplingParams(max_tokens=3))], new_stats())
+            with pytest.raises(Unavailable, match="the engine hangs"):
+                await generation.accepted()
+            assert not worker.healthy
+            go_on.set()
+            while not worker.healthy:
+                await asyncio.sleep(0.01)
+        finally:
+            go_on.set()
+            worker.stop()
+
+    asyncio.run(scenario())
+
+
 class SlowToTake(FakeEngine):
     """An engine that takes longer over a prompt than a worker spends on prompts between two steps."""
 
