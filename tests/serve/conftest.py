@@ -85,7 +85,7 @@ def serving(app: Any, *, read_timeout: float = 30.0, send_timeout: float = 60.0)
     try:
         while not server.started:
             time.sleep(0.005)
-        with httpx.Client(base_url=url_of(listener), timeout=10) as client:
+        with httpx.Client(base_url=url_of(listener), timeout=60) as client:
             yield client
     finally:
         server.should_exit = True
