@@ -124,8 +124,12 @@ class ExpertSlab:
         return jax.device_put(record, self.sharding)
 
     def stage_records(self, records: Sequence[np.ndarray | jax.Array]) -> list[Num[Array, " numbers"]]:
-        """`stage` of several whole records in one call, which costs little more than that of one."""
-        return jax.device_put(list(records), self.sharding)
+        """`stage` of several whole records in one call, which costs little more than that of one.
+
+        None is made for records that are arrays of the device already.
+        """
+        staged = [record for record in records if isinstance(record, jax.Array) and record.sharding == self.sharding]
+        return staged if len(staged) == len(records) else jax.device_put(list(records), self.sharding)
 
     def stage_round(self, record: HostRecord, number: int) -> tuple[Num[Array, " numbers"], ...]:
         """Transfer what a round has of a record: its pieces, or all of a record that is not cut. Waits for it."""

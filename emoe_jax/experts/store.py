@@ -63,8 +63,8 @@ class ExpertStore:
     the host tier may let go of a record that a caller still holds; its memory is freed when the last holder drops it.
 
     `memory_kind="pinned_host"` keeps the tier in page-locked memory, one array per expert, from where an accelerator
-    fetches at link speed (`sharding` names it; the default device otherwise). `None` keeps numpy memory, which a CPU
-    device can use in place.
+    fetches at link speed (`sharding` names it; the default device otherwise). `None` keeps numpy memory. Where
+    `sharding` is a CPU's, the tier has it as arrays of that device, so that staging an expert takes no call.
     """
 
     def __init__(
@@ -87,10 +87,15 @@ class ExpertStore:
         self._reader = reader
         self._rounds = Rounds(record_format, piece_bytes)
         self._tier = HostTier(host_budget_bytes // record_format.nbytes, num_layers, num_experts)
-        self._pinned = None
+        self._pins = memory_kind is not None
+        self._kept_in: jax.sharding.SingleDeviceSharding | None = None
+        """Of the tier's arrays; None where its records are numpy's."""
         if memory_kind is not None:
             sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            self._pinned = sharding.with_memory_kind(memory_kind)
+            self._kept_in = sharding.with_memory_kind(memory_kind)
+        elif sharding is not None and not self._rounds.pieces:
+            (device,) = sharding.device_set
+            self._kept_in = sharding if device.platform == "cpu" else None
         self._lock = threading.Lock()
         self._wanted = threading.Condition(self._lock)  # the fillers wait here for something to do
         self._filler: TierFiller | None = None
@@ -132,8 +137,7 @@ class ExpertStore:
             self._tier.fill(order)
             self._wanted.notify_all()
         if self._filler is None:
-            on_cpu = self._pinned is None
-            self._filler = TierFiller(self, 1 if on_cpu else _FILLERS, _CPU_SHARE if on_cpu else 1.0)
+            self._filler = TierFiller(self, *((_FILLERS, 1.0) if self._pins else (1, _CPU_SHARE)))
 
     def use_residents(self, resident: Bool[np.ndarray, "M E"]) -> None:
         """These experts are on the device, and others are not: their records stay in host memory longest.
@@ -142,8 +146,8 @@ class ExpertStore:
         """
         if self._tier.most:
             with self._lock:
-                self._tier.use_residents(resident)
-                self._wanted.notify()
+                if self._tier.use_residents(resident):
+                    self._wanted.notify()
 
     def next_fill(self) -> ExpertKey | None:
         """Wait for a record that should be read in the background; None once the store is closed. For fillers.
@@ -238,10 +242,10 @@ class ExpertStore:
         with self._lock:
             self._count(reads=1, read_bytes=self.record_format.nbytes, seconds=time.perf_counter() - began)
         record.flags.writeable = False  # device arrays may alias it: a later write would change the slab's source
-        if self._pinned is None or not self._tier.most:
+        if self._kept_in is None or not self._tier.most:
             return record
         try:
-            parts = tuple(jax.device_put(part, self._pinned) for part in self._rounds.cut(record))
+            parts = tuple(jax.device_put(part, self._kept_in) for part in self._rounds.cut(record))
             return jax.block_until_ready(parts if self._rounds.pieces else parts[0])
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):

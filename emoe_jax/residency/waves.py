@@ -75,7 +75,10 @@ class WaveLoader:
 
     def _length(self, layer: int, needed: Int[np.ndarray, " n"]) -> int:
         """How many of the experts still to be used are in the next wave."""
+        capacity = self._table.capacities[layer]
+        if len(needed) <= capacity:
+            return len(needed)
         resident = self._table.resident_mask[layer, needed]
-        room = max(1, self._table.capacities[layer] - int(resident.sum()))
+        room = max(1, capacity - int(resident.sum()))
         beyond = np.flatnonzero(np.cumsum(~resident) > room)
-        return min(int(beyond[0]) if len(beyond) else len(needed), self._table.capacities[layer])
+        return min(int(beyond[0]) if len(beyond) else len(needed), capacity)

@@ -105,6 +105,19 @@ def test_from_store_to_slab(memory_kind: str | None, dtype: str):
     np.testing.assert_array_equal(contents(slab, 0, 1), expected(0, 3, record_format))
 
 
+def test_a_record_of_a_cpu_s_host_memory_is_staged_without_a_call(monkeypatch: pytest.MonkeyPatch):
+    slab = ExpertSlab(RECORD_FORMAT, [2])
+    store = ExpertStore(FakeReader(), RECORD_FORMAT, 1, 4, 4 * RECORD_FORMAT.nbytes, sharding=slab.sharding)
+    records = [store.read(0, expert) for expert in (3, 1)]
+    calls: list[object] = []
+    monkeypatch.setattr("jax.device_put", lambda *arguments: calls.append(arguments))
+    staged = slab.stage_records([record for record in records if not isinstance(record, tuple)])
+    assert not calls
+    slab.commit(0, staged, [1, 0])
+    for slot, expert in ((1, 3), (0, 1)):
+        np.testing.assert_array_equal(contents(slab, 0, slot), expected(0, expert))
+
+
 def test_commits_are_in_place_and_donate_the_old_arrays():
     slab = ExpertSlab(WIDE, [8, 8])
     old = slab.weights

@@ -105,6 +105,26 @@ def test_pinned_host_tier():
     assert store.read(0, 1) is record
 
 
+def test_a_cpu_s_tier_has_records_where_they_were_read(monkeypatch: pytest.MonkeyPatch):
+    """As arrays of the device, which take no memory of their own."""
+    made: list[np.ndarray] = []
+
+    def noted(record_format: RecordFormat) -> np.ndarray:
+        made.append(aligned_record(record_format))
+        return made[-1]
+
+    monkeypatch.setattr("emoe_jax.experts.store.aligned_record", noted)
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    record = make_store(FakeReader(), records=4, sharding=sharding).read(0, 1)
+    assert isinstance(record, jax.Array)
+    assert record.sharding == sharding
+    assert record.unsafe_buffer_pointer() == made[0].ctypes.data
+    np.testing.assert_array_equal(record, expected(0, 1))
+    for budget, piece_bytes in ((0, 1 << 20), (4, 64)):  # nothing is kept; in pieces, which are cut out of it
+        store = make_store(FakeReader(), budget, sharding=sharding, piece_bytes=piece_bytes)
+        assert isinstance(store.read(0, 1), np.ndarray)
+
+
 def test_without_page_locked_memory_left_the_tier_stays_as_large_as_it_is(monkeypatch: pytest.MonkeyPatch):
     store = make_store(FakeReader(), records=4, memory_kind="pinned_host")
     pinned = [store.read(0, expert) for expert in range(2)]

@@ -54,6 +54,14 @@ CONTRACTS = (
         (f"{_CONTRACTS}::test_a_forward_that_missed_goes_on_where_it_did",),
     ),
     Mutant(
+        "loads: no call to stage",
+        "records that are on a CPU device already are sent to it",
+        "emoe_jax/experts/slab.py",
+        "return staged if len(staged) == len(records) else",
+        "return",
+        ("tests/experts/test_expert_slab.py::test_a_record_of_a_cpu_s_host_memory_is_staged_without_a_call",),
+    ),
+    Mutant(
         "loads: at hand",
         "experts that host memory has go through the queue",
         "emoe_jax/experts/loader.py",
@@ -137,8 +145,8 @@ CONTRACTS = (
         "waves: order of eviction",
         "a wave takes the slots of experts that the next one uses",
         "emoe_jax/residency/waves.py",
-        "        room = max(1, self._table.capacities[layer] - int(resident.sum()))\n",
-        "        room = self._table.capacities[layer]\n",
+        "        room = max(1, capacity - int(resident.sum()))\n",
+        "        room = capacity\n",
         ("tests/residency/test_waves.py::test_every_used_expert_is_in_one_wave_and_is_loaded_once",),
     ),
 )
