@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import random
@@ -199,35 +198,36 @@ def _of(answer: Scored, measure: str) -> np.ndarray:
 
 
 def cost(model: str, traffic: Traffic, cell: Cell, batch: int, turns: int, seed: int, tell: Tell) -> dict[str, Any]:
-    """Tokens per second of an engine that audits at the cell's rate over those of one that does not, in turns.
+    """Tokens per second of an engine while it audits at the cell's rate, over those while it does not, in turns.
 
-    Both are given the same tokens, in another order each turn. Audits that wait when a turn ends go on in the next.
+    One engine does both: two differ by some per cent, wherever their weights come to lie. It is given the same tokens
+    each time, in another order each turn. The audits of a turn are part of it, to the last one.
     """
     rate = dict(cell.options)["audit_rate"]
     stream = [item for items in traffic.items.values() for item in items]
     speeds: dict[bool, list[float]] = {True: [], False: []}
-    with contextlib.ExitStack() as stack:
-        engines = {}
-        for audited in speeds:
-            options = dict(cell.options) | {"audit_rate": rate if audited else 0.0}
-            own = dataclasses.replace(cell, options=tuple(options.items()))
-            engines[audited] = stack.enter_context(engine_of(model, own, traffic.context, batch, seed))
+    with engine_of(model, cell, traffic.context, batch, seed) as engine:
         before: dict[str, Any] = {}
+        step_seconds = 0.0
         for turn in range(turns + 1):  # the first is not timed: residents settle, and what is left is compiled
             random.Random(seed + turn).shuffle(stream)
             asked = [(item, given(item)) for item in stream]
             for audited in (True, False) if turn % 2 else (False, True):
-                began = time.perf_counter()
-                outputs = serve(engines[audited], asked, batch, lambda: None, first=turn * len(stream))
+                engine.auditor.rate = rate if audited else 0.0
+                steps, began = engine.state()["step_seconds"], time.perf_counter()
+                outputs = serve(engine, asked, batch, lambda: None, first=turn * len(stream))
+                while engine.has_work():
+                    engine.step()
                 seconds = time.perf_counter() - began
                 tokens = sum(len(item.prompt) for item, _ in asked)
                 tokens += sum(len(output.completions[0].token_ids) for output in outputs)
                 if turn:
                     speeds[audited].append(tokens / seconds)
+                    step_seconds += engine.state()["step_seconds"] - steps if audited else 0.0
                 tell(f"turn {turn}, {'with' if audited else 'without'} audits: {tokens / seconds:.0f} tokens/s")
             if not turn:
-                before = _spent(engines[True])
-        spent = _spent(engines[True])
+                before = _spent(engine)
+        spent = _spent(engine)
     done = {name: spent[name] - value for name, value in before.items()}
     ratios = [one / other for one, other in zip(speeds[True], speeds[False], strict=True)]
     return {
@@ -241,7 +241,7 @@ def cost(model: str, traffic: Traffic, cell: Cell, batch: int, turns: int, seed:
         "tokens_per_s": statistics.median(speeds[True]),
         "tokens_per_s_without": statistics.median(speeds[False]),
         **cost_of(ratios),
-        "audit_share": done["seconds"] / (done["seconds"] + done["step_seconds"]),
+        "audit_share": done["seconds"] / (done["seconds"] + step_seconds),
         "ratios": ratios,
     }
 
@@ -258,6 +258,5 @@ def cost_of(ratios: Sequence[float]) -> dict[str, float | None]:
 
 
 def _spent(engine: Engine) -> dict[str, float]:
-    state = engine.state()
-    audit = state["audit"]
-    return {name: audit[name] for name in ("audits", "given_up", "seconds")} | {"step_seconds": state["step_seconds"]}
+    audit = engine.state()["audit"]
+    return {name: audit[name] for name in ("audits", "given_up", "seconds")}

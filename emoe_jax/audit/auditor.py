@@ -73,7 +73,8 @@ class Auditor:
         self._dispatcher, self._residency = dispatcher, residency
         self._pool, self._chunk = scheduler.pool, min(CHUNK, scheduler.prefill_chunk)
         # Where routers drop tokens over capacity, what a token gets depends on the rows that it was computed with.
-        self._rate = options.audit_rate if options.router_capacity_factor is None else 0.0
+        self.rate = options.audit_rate if options.router_capacity_factor is None else 0.0
+        """Share of the answers to requests that come from now on."""
         self._draws = np.random.default_rng(options.seed)
         self._queue: deque[_Audit] = deque()
         self._kept: list[Sequence] = []
@@ -92,9 +93,9 @@ class Auditor:
         each keeps rows over the vocabulary.
         """
         first = sequences[0]
-        if self._rate == 0 or self._residency.is_full or first.allowance.tolerance == 0:
+        if self.rate == 0 or self._residency.is_full or first.allowance.tolerance == 0:
             return
-        if self._draws.random() < (SEARCHING_RATE if self._is_searching(first) else self._rate):
+        if self._draws.random() < (SEARCHING_RATE if self._is_searching(first) else self.rate):
             self._kept = [sequence for sequence in self._kept if not sequence.finished]
             if len(self._kept) < MOST_AUDITED:
                 first.served = ServedLogits(first.seed)
@@ -148,7 +149,7 @@ class Auditor:
     def state(self) -> dict[str, Any]:
         """Rate, counts and seconds since the start, the findings, and the target with the tolerances found for it."""
         return {
-            "rate": self._rate,
+            "rate": self.rate,
             "audits": self._audits,
             "given_up": self._given_up,
             "waiting": len(self._queue) + (self._current is not None),

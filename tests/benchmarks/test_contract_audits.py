@@ -102,8 +102,7 @@ def test_the_commands_serve_score_again_and_time(tmp_path: Path, monkeypatch: py
     assert kl["of_all"] > 0
     assert kl["estimate"] == pytest.approx(kl["of_all"], rel=1e-3, abs=1e-5)
     assert agreement["estimate"] == pytest.approx(agreement["of_all"], abs=1e-5)
-    # Those that wait when a turn ends are computed in the next one: how many is a matter of time.
-    assert cost["audits"] + cost["given_up"] == pytest.approx(8, abs=4)
+    assert cost["audits"] + cost["given_up"] == 8  # those of the turn without audits, and of the turn before, are not
     assert cost["cost"] > 0.2
     assert cost["audit_share"] > 0.2
     assert cost["tokens_per_s"] < 0.8 * cost["tokens_per_s_without"]
