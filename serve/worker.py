@@ -57,8 +57,7 @@ class _Admission:
 class EngineWorker:
     """Runs `engine` on a thread of its own. `max_unfinished` bounds the sequences running and waiting together.
 
-    A step, or a chore, that hangs for `patience` seconds ends all requests; see `Watchdog`. Until it is over none are
-    taken.
+    A step or chore that hangs for `patience` seconds ends all requests; see `Watchdog`. Until it ends none are taken.
     All public methods are for the event loop's thread.
     """
 
@@ -264,6 +263,7 @@ class EngineWorker:
             while self._wait_for_work():
                 self._admit()
                 self._post()
+                self._step_began = time.monotonic()
                 if self._engine.has_work() or self._take_nudge():
                     self._step()
                     self._post()
@@ -274,8 +274,7 @@ class EngineWorker:
             self._on_loop(lambda: self._fail_everything(EngineFailure("the engine has stopped")))
 
     def _do_chore(self, chores: Iterator[None]) -> None:
-        """The next one, which may hang as a step may; those behind one that fails are left undone."""
-        self._step_began = time.monotonic()
+        """The next one; those behind one that fails are left undone."""
         try:
             next(chores)
         except StopIteration:
@@ -283,8 +282,6 @@ class EngineWorker:
         except Exception:
             log.exception(REST_FAILED)
             self._chores = None
-        finally:
-            self._step_began = None
 
     def _take_nudge(self) -> bool:
         with self._wake:
@@ -293,6 +290,7 @@ class EngineWorker:
 
     def _wait_for_work(self) -> bool:
         """Run the commands that came in; sleep when there is nothing to do. False when asked to stop."""
+        self._step_began = None
         with self._wake:
             while self._chores is None and not (
                 self._commands or self._admissions or self._stopping or self._nudged or self._engine.has_work()
@@ -346,7 +344,6 @@ class EngineWorker:
                 self._engine.pop(request_id)
 
     def _step(self) -> None:
-        self._step_began = time.monotonic()
         try:
             for delta in self._engine.step():
                 self._record(delta)
@@ -359,8 +356,6 @@ class EngineWorker:
             for generation in {self._running[request_id].generation for request_id in ended or self._running}:
                 self._abort(generation)
                 self._outbox.append((generation, failure))
-        finally:
-            self._step_began = None
 
     def _note_failure(self, error: Exception) -> None:
         """An expert that cannot be read ends the requests that need it. Others go on without it, so that the engine is
