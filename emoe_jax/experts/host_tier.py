@@ -51,11 +51,8 @@ class HostTier:
             gone += 1
         return gone
 
-    def use_residents(self, resident: Bool[np.ndarray, "M E"]) -> bool:
-        """These experts are on the device from now on, and others are not. The array must not change any more.
-
-        Whether there may be more for `next_wanted` now.
-        """
+    def use_residents(self, resident: Bool[np.ndarray, "M E"]) -> None:
+        """These experts are on the device from now on, and others are not. The array must not change any more."""
         layers, experts = np.nonzero(resident != self.resident)
         self.resident = resident
         for key in zip(layers.tolist(), experts.tolist(), strict=True):
@@ -64,7 +61,6 @@ class HostTier:
                 self._records(key)[key] = before.pop(key)
             elif not resident[key]:
                 self._evicted[key] = None
-        return bool(self._evicted or self._order)
 
     def fill(self, order: Iterable[ExpertKey]) -> None:
         """Want these records, in this order, as far as there is room."""

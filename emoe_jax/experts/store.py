@@ -146,8 +146,8 @@ class ExpertStore:
         """
         if self._tier.most:
             with self._lock:
-                if self._tier.use_residents(resident):
-                    self._wanted.notify()
+                self._tier.use_residents(resident)
+                self._wanted.notify()
 
     def next_fill(self) -> ExpertKey | None:
         """Wait for a record that should be read in the background; None once the store is closed. For fillers.
