@@ -200,8 +200,8 @@ def _of(answer: Scored, measure: str) -> np.ndarray:
 def cost(model: str, traffic: Traffic, cell: Cell, batch: int, turns: int, seed: int, tell: Tell) -> dict[str, Any]:
     """Tokens per second of an engine while it audits at the cell's rate, over those while it does not, in turns.
 
-    One engine does both, because two engines that audit nothing differ by some per cent. It is given the same tokens each
-    time, in another order each turn. A turn with audits ends when the last of them is done.
+    One engine does both, because two engines that audit nothing differ by some per cent. It is given the same tokens
+    each time, in another order each turn. A turn with audits ends when the last of them is done.
     """
     rate = dict(cell.options)["audit_rate"]
     stream = [item for items in traffic.items.values() for item in items]
