@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
-from emoe_jax.attention import KVView, LayerKV, attend, write
+from emoe_jax.attention import KVView, LayerKV, Places, attend, write
 from emoe_jax.attention.uncached import attend_causally
 from emoe_jax.config import ModelConfig
 from emoe_jax.device.packing import Packing
@@ -127,8 +127,7 @@ class FlatBatch(NamedTuple):
         if cache is None:
             positions, scale = self.positions[None], config.attention_scale
             return lambda q, k, v, sinks: (attend_causally(q, k, v, positions, window, scale, sinks), None)
-        views = self.views()
-        places = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(view.places() for view in views))
+        views, places = self.views(), self.new_places()
 
         def attend_fn(
             q: Float[Array, "1 R N H"],
@@ -137,16 +136,13 @@ class FlatBatch(NamedTuple):
             sinks: Float[Array, " N"] | None,
         ) -> tuple[Float[Array, "1 R N Hv"], LayerKV]:
             pages = write(cache, k[0], v[0], places)
-            parts, first = [], 0
-            for view in views:
-                groups, rows = view.positions.shape
-                part = q[0, first : first + groups * rows].reshape(groups, rows, *q.shape[2:])
-                out = attend(part, pages, view, window=window, scale=config.attention_scale, sinks=sinks)
-                parts.append(out.reshape(groups * rows, *out.shape[2:]))
-                first += groups * rows
-            return jnp.concatenate(parts)[None], pages
+            return attend_in_groups(q, pages, views, config, window, sinks), pages
 
         return attend_fn
+
+    def new_places(self) -> Places:
+        """Where the keys and values of the rows go."""
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *(view.places() for view in self.views()))
 
     def last_hidden(self, x: Float[Array, "1 R D"]) -> Float[Array, "B D"]:
         """Of each sequence's newest token."""
@@ -154,3 +150,22 @@ class FlatBatch(NamedTuple):
 
     def _by_row(self, field: Callable[[KVView], Array]) -> Array:
         return jnp.concatenate([field(view).reshape(-1) for view in self.views()])
+
+
+def attend_in_groups(
+    q: Float[Array, "1 R N H"],
+    pages: LayerKV,
+    views: Sequence[KVView],
+    config: ModelConfig,
+    window: int | None,
+    sinks: Float[Array, " N"] | None,
+) -> Float[Array, "1 R N Hv"]:
+    """The rows of a batch attend to pages that hold their keys and values: decoding rows and tiles, each by a view."""
+    parts, first = [], 0
+    for view in views:
+        groups, rows = view.positions.shape
+        part = q[0, first : first + groups * rows].reshape(groups, rows, *q.shape[2:])
+        out = attend(part, pages, view, window=window, scale=config.attention_scale, sinks=sinks)
+        parts.append(out.reshape(groups * rows, *out.shape[2:]))
+        first += groups * rows
+    return jnp.concatenate(parts)[None]

@@ -21,8 +21,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int32, Shaped, UInt32
 
-from emoe_jax.attention import LayerKV
+from emoe_jax.attention import LayerKV, write
 from emoe_jax.config import ModelConfig
+from emoe_jax.device import units
 from emoe_jax.device.adjustments import TokenEdits, only_allowed
 from emoe_jax.device.block_tables import NewPages
 from emoe_jax.device.inputs import FlatBatch
@@ -33,7 +34,6 @@ from emoe_jax.device.shapes import Shape
 from emoe_jax.device.stops import Routed, Stopped, Stops, stacked
 from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models.decoder import Decoder
-from emoe_jax.moe import moe_ffn
 from emoe_jax.platforms import tracing_for
 from emoe_jax.scheduling.pages import TRASH_PAGE
 
@@ -196,7 +196,7 @@ def whole_step(
     """
     model: Decoder = skeleton.join(leaves)
     batch = FlatBatch.unpack(inputs, shape)
-    positions, valid = batch.positions[None], batch.valid
+    positions, valid, views, places = batch.positions[None], batch.valid, batch.views(), batch.new_places()
     x = model.embed(batch.tokens(last_tokens))
     new_cache: list[LayerKV] = []
     routed: list[Routed] = []
@@ -205,23 +205,18 @@ def whole_step(
     allowances = batch.allowances()
     with full_precision(x.dtype), tracing_for(platform):
         for index, layer in enumerate(model.layers):
-            attend_fn = batch.attend_function(config, config.sliding_window(index), cache[index])
-            x, layer_cache = layer.attention(x, positions, attend_fn)
-            new_cache.append(layer_cache)
+            q, k, v = units.project(layer, x, positions)
+            pages = write(cache[index], k[0], v[0], places)
+            new_cache.append(pages)
+            attention = (layer, x, q, pages, views, config, config.sliding_window(index))
             if not config.is_moe(index):
-                x = layer.dense(x)
+                x = units.dense(*attention)
                 continue
-            m = len(routed)
-            allowed = None
-            if experts[m].capacity < config.num_experts:
-                resident = slots[m] < experts[m].capacity
-                allowed = jnp.broadcast_to(resident[None, :], (shape.rows, config.num_experts))
-            rows, routing = layer.moe_input(x, allowed, valid, allowances)
-            allowances = allowances.after(routing)
-            stopped.append(Stopped(x, rows, routing.ids, routing.weights, allowances.budget))
-            out = moe_ffn(rows, routing.ids, routing.weights, slots[m], experts[m], config)
-            x = layer.moe_output(x, rows, out)
-            routed.append(Routed.of(routing, valid, config.num_experts))
+            m = len(stopped)
+            x, at, of_layer = units.moe(*attention, slots[m], experts[m], valid, allowances)
+            allowances = allowances._replace(budget=at.budget)
+            stopped.append(at)
+            routed.append(of_layer)
         every: Routed = jax.tree.map(lambda *layers: jnp.stack(layers), *routed)
         outputs = close_step(model, batch, x, every, last_tokens, config)
     if may_miss and keeps_stops(shape):

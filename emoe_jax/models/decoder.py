@@ -116,15 +116,32 @@ class Layer(nnx.Module):
             self.extra_norm = RMSNorm(D, config.norm_eps)
             self.extra_mlp = FeedForward(config, config.dense_hidden, rngs=rngs)
 
-    @jax.named_scope("attention")
     def attention(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], attend_fn: AttendFunction
     ) -> tuple[Float[Array, "B T D"], Any]:
         """The attention sub-block with its residual, and the cache that `attend_fn` returned."""
-        q, k, v = self.self_attention.project(self.input_norm(x), positions)
+        q, k, v = self.project(x, positions)
+        with jax.named_scope("attention"):
+            attended, cache = attend_fn(q, k, v, self.sinks)
+        return self.attended(x, attended), cache
+
+    @jax.named_scope("attention")
+    def project(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K Hv"]]:
+        """The first part of the attention sub-block: queries, keys and values."""
+        return self.self_attention.project(self.input_norm(x), positions)
+
+    @property
+    def sinks(self) -> Float[Array, " N"] | None:
+        """The logits of the attention's sinks, where the family has any."""
         sinks = self.self_attention.sinks
-        attended, cache = attend_fn(q, k, v, None if sinks is None else sinks[...])
-        return self._add(x, self.self_attention.output(attended)), cache
+        return None if sinks is None else sinks[...]
+
+    @jax.named_scope("attention")
+    def attended(self, x: Float[Array, "B T D"], attended: Float[Array, "B T N Hv"]) -> Float[Array, "B T D"]:
+        """The last part of the attention sub-block, with its residual."""
+        return self._add(x, self.self_attention.output(attended))
 
     @jax.named_scope("dense_ffn")
     def dense(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
