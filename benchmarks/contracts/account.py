@@ -36,7 +36,7 @@ class Account:
         self._watch(loop, "run", "loop")
         self._watch(runner, "compute", lambda run: run.way)
         self._watch(runner, "go_on", "layered")
-        self._watch(runner.layered, "before_last_wave", "routers")
+        self._watch(runner.layered, "experts", "routers")
         self._watch(residency.waves, "load", "loads")
         self._watch(residency, "load", "loads")
         self._watch(residency.slab, "commit", "commits")

@@ -1,10 +1,12 @@
 """The jitted functions of a forward that stops between each layer's router and its experts.
 
 The host loads what is missing there, and no row may be without. A step is cut at its routers: `begin_layers` leads to
-the first one, `go_on` from one to the next, `end_layers` from the last one to the logits, each with the layer's last
-wave of experts. `expert_wave` computes those before the last one, and `stop_at` takes up a whole forward at one of its
-routers. Between router and experts, `next_wishes` guesses what the next layer will ask for, where the policy looks
-ahead.
+the first one, `expert_wave` adds what a layer's experts contribute, a slab-full at a time, `go_on` leads from there to
+the next router, and `end_layers` from the last layer's experts to the logits. `stop_at` takes up a whole forward at one
+of its routers. Between router and experts, `next_wishes` guesses what the next layer will ask for, where the policy
+looks ahead.
+
+Only `expert_wave` sees the slab: layers of different capacities share the other executables.
 
 An uncached forward of one sequence goes layer by layer: `embed`, then `attend_and_route`, `expert_wave` and `close_moe`
 (or `dense_layer`), then `all_logits`.
@@ -61,20 +63,6 @@ def _of_layer(routed: Routed, layer: Int[Array, ""], every: Routed) -> Routed:
     return jax.tree.map(lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, layer, 0), every, routed)
 
 
-def _closed(
-    layer: Layer,
-    stopped: Stopped,
-    slots: Int[Array | np.ndarray, " E"],
-    experts: ExpertWeights,
-    total: Float[Array, "R D"],
-    config: ModelConfig,
-) -> Float[Array, "1 R D"]:
-    """The rest of a MoE layer from its last wave on. `total` has the waves before."""
-    rows, ids, weights = stopped.rows, stopped.ids, stopped.weights
-    out = moe_ffn(rows, ids, weights, jnp.asarray(slots), experts, config, accumulator=total)
-    return layer.moe_output(stopped.x, rows, out)
-
-
 StoppedAt = tuple[Stopped, Int[Array, " E"], Float[Array, "R D"]]
 """Where a forward stopped; how many assignments each expert has there; and the zeros from which the waves add up: made
 on the device, they are placed like the result of a wave, and nothing compiles twice."""
@@ -120,8 +108,6 @@ def begin_layers(
 def go_on(
     leaves: tuple[tuple[Array, ...], ...],
     stopped: Stopped,
-    slots: Int[Array | np.ndarray, " E"],
-    experts: ExpertWeights,
     total: Float[Array, "R D"],
     cache: tuple[LayerKV, ...],
     inputs: Words,
@@ -135,15 +121,15 @@ def go_on(
     shape: Shape,
     platform: str | None = None,
 ) -> tuple[tuple[LayerKV, ...], StoppedAt, Routed]:
-    """From one router to the next: the last wave of the first of these layers, then the others.
+    """From what the experts of one layer add up to, to the next router: the rest of that layer, then the others.
 
-    `slots`, `experts` and `total` are those of the first one, `cache` and `windows` those of the others, of which the
-    last one is MoE layer number `layer`. Donates `total` and `cache`.
+    `stopped` and `total` are of the first of these layers, `cache` and `windows` of the others, of which the last one
+    is MoE layer number `layer`. Donates `total` and `cache`.
     """
     first, *others = (skeleton.join(part) for skeleton, part in zip(skeletons, leaves, strict=True))
     batch = FlatBatch.unpack(inputs, shape)
     with full_precision(total.dtype), tracing_for(platform):
-        x = _closed(first, stopped, slots, experts, total, config)
+        x = first.moe_output(stopped.x, stopped.rows, total)
         arguments = (x, cache, batch, windows, resident, stopped.budget, config)
         new_cache, stopped, routed = _to_router(others, *arguments)
     return new_cache, _at(stopped, config.num_experts), _of_layer(routed, jnp.asarray(layer), every)
@@ -153,8 +139,6 @@ def go_on(
 def end_layers(
     leaves: tuple[Array, ...],
     stopped: Stopped,
-    slots: Int[Array | np.ndarray, " E"],
-    experts: ExpertWeights,
     total: Float[Array, "R D"],
     cache: tuple[LayerKV, ...],
     inputs: Words,
@@ -166,12 +150,12 @@ def end_layers(
     shape: Shape,
     platform: str | None = None,
 ) -> tuple[tuple[LayerKV, ...], StepOutputs]:
-    """What `whole_step` returns, from the last router's choice on. Donates `cache`, that of the layers behind it."""
+    """What `whole_step` returns, from what the last experts add up to. Donates `cache`, that of the layers behind."""
     model: Decoder = skeleton.join(leaves)
     batch, last = FlatBatch.unpack(inputs, shape), config.moe_layers[-1]
     layers, new_cache = list(model.layers), []
     with full_precision(total.dtype), tracing_for(platform):
-        x = _closed(layers[last], stopped, slots, experts, total, config)
+        x = layers[last].moe_output(stopped.x, stopped.rows, total)
         for index, pages in enumerate(cache, last + 1):
             attend_fn = batch.attend_function(config, config.sliding_window(index), pages)
             x, pages = layers[index].attention(x, batch.positions[None], attend_fn)

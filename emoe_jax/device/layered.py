@@ -98,8 +98,8 @@ class LayeredForward:
         at = self._executables.call(step.stop_at, batch.shape, stops, np.int32(layer))
         return self._go_on(layer, at, stops.routed, batch, words, cache, last_tokens)
 
-    def compile_wave(self, batch: Batch) -> None:
-        """Compile what a layer's waves before its last one need."""
+    def compile_waves(self, batch: Batch) -> None:
+        """Compile what the experts of every layer need: layers of one capacity share an executable."""
         R, D, k = batch.shape.rows, self.config.hidden_size, self.config.top_k
         sharding, dtype = self._residency.slab.sharding, self._leaves[0].dtype
 
@@ -112,26 +112,22 @@ class LayeredForward:
             arguments = (stopped, np.zeros(self.config.num_experts, np.int32), experts, rows)
             self._executables.compile(step.expert_wave, (R, experts.capacity), *arguments, config=self.config)
 
-    def before_last_wave(
+    def experts(
         self, m: int, at: step.StoppedAt, batch: Batch, words: Int32[Array | np.ndarray, " words"]
-    ) -> tuple[Int32[np.ndarray, " E"], Float[Array, "R D"]]:
-        """Compute the waves of a layer but the last one. The slots of that one, and the sum so far."""
+    ) -> Float[Array, "R D"]:
+        """What the experts of a MoE layer contribute, wave by wave as they are there."""
         stopped, used, total = at
         ahead = self._residency.waves.ahead if batch.may_need and m + 1 < len(self.config.moe_layers) else None
         guess = None if ahead is None else self._next_wishes(m, stopped, batch, words)
-        slots = np.empty(0, np.int32)
-        for slots, is_last in self._residency.waves.waves(m, np.asarray(used)):
+        for slots in self._residency.waves.waves(m, np.asarray(used)):
             if ahead is not None:
                 # This layer's first wave is there: the link is free for the next layer while this one computes.
                 ahead.expect(m + 1, np.asarray(guess))
                 ahead = None
-            if not is_last:
-                experts = self._residency.slab.weights[m]
-                key = (batch.shape.rows, experts.capacity)
-                total = self._executables.call(
-                    step.expert_wave, key, stopped, slots, experts, total, config=self.config
-                )
-        return slots, total
+            experts = self._residency.slab.weights[m]
+            key = (batch.shape.rows, experts.capacity)
+            total = self._executables.call(step.expert_wave, key, stopped, slots, experts, total, config=self.config)
+        return total
 
     def _go_on(
         self,
@@ -145,17 +141,17 @@ class LayeredForward:
     ) -> StepOutputs:
         """From the router of MoE layer `m` to the end."""
         config, shape = self.config, batch.shape
-        layers, slab = config.moe_layers, self._residency.slab
+        layers = config.moe_layers
         for number in range(m, len(layers) - 1):
-            slots, total = self.before_last_wave(number, at, batch, words)
+            total = self.experts(number, at, batch, words)
             index, following = layers[number], layers[number + 1]
             parts, behind = self._layers[index : following + 1], slice(index + 1, following + 1)
             key = (tuple(self._kinds[index : following + 1]), shape, _pages(cache[behind]))
-            arguments = (at[0], slots, slab.weights[number], total, tuple(cache[behind]), words)
+            arguments = (at[0], total, tuple(cache[behind]), words)
             resident = self._residency.table.resident_mask[number + 1]
             cache[behind], at, every = self._executables.call(
                 step.go_on,
-                (*key, slab.capacities[number]),
+                key,
                 tuple(leaves for _, leaves in parts),
                 *arguments,
                 resident,
@@ -166,11 +162,11 @@ class LayeredForward:
                 windows=tuple(config.sliding_window(each) for each in range(behind.start, behind.stop)),
                 shape=shape,
             )
-        slots, total = self.before_last_wave(len(layers) - 1, at, batch, words)
+        total = self.experts(len(layers) - 1, at, batch, words)
         behind = slice(layers[-1] + 1, len(cache))
-        arguments = (self._leaves, at[0], slots, slab.weights[-1], total, tuple(cache[behind]), words)
+        arguments = (self._leaves, at[0], total, tuple(cache[behind]), words)
         statics = {"skeleton": self._skeleton, "config": config, "shape": shape}
-        key = (shape, slab.capacities[-1], _pages(cache[behind]))
+        key = (shape, _pages(cache[behind]))
         cache[behind], outputs = self._executables.call(step.end_layers, key, *arguments, every, last_tokens, **statics)
         return outputs
 
@@ -204,10 +200,7 @@ class LayeredForward:
         m = config.moe_layers.index(index)
         arguments = (leaves, x, layer_cache, words, self._residency.table.resident_mask[m], budget)
         layer_cache, at = self._executables.call(step.attend_and_route, key, *arguments, **statics)
-        slots, total = self.before_last_wave(m, at, batch, words)
-        stopped, experts = at[0], self._residency.slab.weights[m]
-        wave = (shape.rows, experts.capacity)
-        total = self._executables.call(step.expert_wave, wave, stopped, slots, experts, total, config=config)
+        stopped, total = at[0], self.experts(m, at, batch, words)
         x = self._executables.call(step.close_moe, (kind, shape.rows), leaves, stopped, total, skeleton=skeleton)
         return layer_cache, x, stopped.budget
 

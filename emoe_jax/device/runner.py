@@ -238,12 +238,12 @@ class Runner:
                 pool.submit(compile_choices, self.executables, self.buckets, B, V, sharding)
                 for B in self.buckets.sequences
             ]
-            forwards += [pool.submit(self._compile_after_prompts, shape.rows) for shape in shapes]
+            forwards += [pool.submit(self._compile_after_prompts, shape.rows) for shape in shapes if shape.tiles]
             forwards.append(pool.submit(self._compile_comparison))
             total, done = len(shapes) + len(forwards), 0
             for shape in shapes:
                 if not self._residency.is_full:
-                    self.layered.compile_wave(empty_batch(shape))
+                    self.layered.compile_waves(empty_batch(shape))
                     jax.block_until_ready(self.compute(BatchRun(empty_batch(shape), "layered")))
                 done += 1
                 if progress is not None:
@@ -278,7 +278,7 @@ class Runner:
         for B in self.buckets.sequences:
             compile_choices(self.executables, self.buckets, B, V, sharding)
             yield
-        for shape in shapes:
+        for shape in reading:
             self._compile_after_prompts(shape.rows)
             yield
 

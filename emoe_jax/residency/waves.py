@@ -1,7 +1,6 @@
 """The way through a layer that stops at its router: the experts that are used, a slab-full at a time."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int, Int32
@@ -12,14 +11,6 @@ from emoe_jax.residency.ahead import LoadsAhead
 
 EvictionOrder = Callable[[int], Iterable[int]]
 """Experts of a layer, the one to give up first in front."""
-
-
-class Wave(NamedTuple):
-    """Experts that are on the device at once."""
-
-    slots: Int32[np.ndarray, " E"]
-    """The slot of each of them, and the capacity `C` for all others."""
-    is_last: bool
 
 
 class WaveLoader:
@@ -46,8 +37,9 @@ class WaveLoader:
         self._table = table
         self._eviction_order = eviction_order
 
-    def waves(self, layer: int, used: Int[np.ndarray, " E"]) -> Iterator[Wave]:
-        """Yield the waves of a layer as their experts are there. `used` counts rows.
+    def waves(self, layer: int, used: Int[np.ndarray, " E"]) -> Iterator[Int32[np.ndarray, " E"]]:
+        """Yield the waves of a layer as their experts are there: the slots of these, and the capacity `C` for all other
+        experts. `used` counts rows.
 
         Raises what the store raised when an expert cannot be read. At least one wave, possibly empty, comes.
         """
@@ -62,7 +54,7 @@ class WaveLoader:
                 self.load(layer, wave, needed[first:])
             slots = np.full(self._table.num_experts, self._table.capacities[layer], np.int32)
             slots[wave] = self._table.slot_of_expert[layer, wave]
-            yield Wave(slots, first >= len(needed))
+            yield slots
 
     def load(self, layer: int, wave: Int[np.ndarray, " n"], later: Int[np.ndarray, " others"]) -> None:
         """Have the experts of a wave on the device. Those of `later` waves make room last."""

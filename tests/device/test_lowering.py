@@ -128,20 +128,18 @@ class Pieces:
         parts, behind = self.layers[first : last + 1], range(first + 1, last + 1)
         statics = {"skeletons": tuple(skeleton for skeleton, _ in parts), "config": self.config, "shape": self.shape}
         statics |= {"windows": tuple(map(self.config.sliding_window, behind)), "platform": self.platform}
-        arguments = (tuple(leaves for _, leaves in parts), *self._wave(), self.cache[first + 1 : last + 1], self.words)
+        leaves, cache = tuple(leaves for _, leaves in parts), self.cache[first + 1 : last + 1]
         resident = np.zeros(self.config.num_experts, bool)
-        return layer_steps.go_on, (*arguments, resident, self.every, np.int32(1)), statics
+        arguments = (leaves, self.stopped, self.rows, cache, self.words, resident, self.every, np.int32(1))
+        return layer_steps.go_on, arguments, statics
 
     def end_layers(self) -> Call:
         cache = self.cache[self.config.moe_layers[-1] + 1 :]
-        arguments = (self.leaves, *self._wave(), cache, self.words, self.every, self.last_tokens)
+        arguments = (self.leaves, self.stopped, self.rows, cache, self.words, self.every, self.last_tokens)
         return layer_steps.end_layers, arguments, self._statics() | {"platform": self.platform}
 
     def stop_at(self) -> Call:
         return layer_steps.stop_at, (stops.Stops(self._of_layers(self.stopped), self.every), np.int32(1)), {}
-
-    def _wave(self) -> tuple[Any, ...]:
-        return self.stopped, self.slots[0], self.experts, self.rows
 
     def all_logits(self) -> Call:
         return layer_steps.all_logits, (self.leaves, self.x), {"skeleton": self.skeleton, "platform": self.platform}
@@ -190,7 +188,7 @@ class Pieces:
         return step.compare_logits, (self.leaves, rows, served), {"skeleton": self.skeleton, "platform": self.platform}
 
 
-WITH_KERNELS = ("attend_and_route", "expert_wave", "begin_layers", "go_on", "end_layers")
+WITH_KERNELS = ("attend_and_route", "expert_wave", "begin_layers", "go_on")
 FUNCTIONS = [name for name, member in vars(Pieces).items() if callable(member) and not name.startswith("_")]
 
 
@@ -293,4 +291,4 @@ def test_the_parts_of_a_step_have_names_in_a_profile() -> None:
     function, arguments, statics = Pieces(DECODE, 3, CONFIG, "cpu").whole_step()
     text = function.lower(*arguments, **statics).as_text(debug_info=True)
     for part in ("embedding", "attention", "router", "experts", "moe_output", "head"):
-        assert re.search(f"[\"/]{part}/", text)
+        assert re.search(f'["/]{part}/', text)

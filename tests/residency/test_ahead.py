@@ -104,7 +104,7 @@ def test_more_experts_than_slots_are_asked_for_and_served_in_waves(made: Made) -
     residency, ahead, reader = made
     ahead.expect(1, counts(*range(EXPERTS)))
     staged(residency)
-    waves = [np.flatnonzero(wave.slots < 4).tolist() for wave in residency.waves.waves(1, counts(*range(EXPERTS)))]
+    waves = [np.flatnonzero(slots < 4).tolist() for slots in residency.waves.waves(1, counts(*range(EXPERTS)))]
     assert waves == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert sorted(reader.reads) == [(1, 4), (1, 5), (1, 6), (1, 7)]
     assert ahead.stats == AheadStats(misses=4, asked=4, spared=4)
