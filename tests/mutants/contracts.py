@@ -137,7 +137,7 @@ CONTRACTS = (
         "contract: budget of all layers",
         "each layer has the whole budget of a token",
         _STEP,
-        "            allowances = allowances.after(routing)\n",
+        "            allowances = allowances._replace(budget=at.budget)\n",
         "",
         (f"{_CONTRACTS}::test_a_token_never_gives_up_more_than_its_budget[whole]",),
     ),

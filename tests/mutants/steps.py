@@ -1,9 +1,10 @@
-"""Mutants of what a step is told and how it is watched: block tables on the device, edits of logits, the watchdog."""
+"""Mutants of what a step is told and how it is watched: block tables, edits of logits, units, the watchdog."""
 
 from tests.mutants.mutant import Mutant
 
 _TABLES = "tests/device/test_block_tables.py"
 _EDITS = "tests/device/test_adjustments.py"
+_UNITS = "tests/device/test_units.py"
 _WATCHDOG = "tests/serve/test_watchdog.py"
 
 STEPS = (
@@ -38,6 +39,22 @@ STEPS = (
         "jnp.where(self.repeated, held_back, found)",
         "found",
         (f"{_EDITS}::test_logits_follow_the_definition",),
+    ),
+    Mutant(
+        "units: mark",
+        "a whole step is optimised layer by layer",
+        "emoe_jax/device/units.py",
+        'set_xla_metadata(leaves[0], inlineable="false", compilation_unit=name)',
+        "leaves[0]",
+        (f"{_UNITS}::test_all_layers_of_a_kind_call_one_unit",),
+    ),
+    Mutant(
+        "units: platform",
+        "calls are marked on a GPU, too",
+        "emoe_jax/device/units.py",
+        'if default_platform() != "cpu":',
+        "if False:",
+        (f"{_UNITS}::test_a_gpu_has_no_units",),
     ),
     Mutant(
         "watchdog: progress",
