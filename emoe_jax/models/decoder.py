@@ -2,7 +2,8 @@
 
 The engine splits the state of a `Decoder` once and jits pure functions that merge it back while tracing, so no NNX
 machinery runs per step. Layers expose the pieces of a step (`attention`, `moe_input`, `moe_output`, `dense`) because
-the `exact` contract stops between a layer's router and its experts.
+the `exact` contract stops between a layer's router and its experts. A whole step also writes the KV cache between two
+parts of the attention (`project`, `attended`).
 """
 
 from collections.abc import Callable, Sequence
