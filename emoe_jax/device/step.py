@@ -34,7 +34,7 @@ from emoe_jax.device.shapes import Shape
 from emoe_jax.device.stops import Routed, Stopped, Stops, stacked
 from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models.decoder import Decoder
-from emoe_jax.platforms import tracing_for
+from emoe_jax.platforms import default_platform, tracing_for
 from emoe_jax.scheduling.pages import TRASH_PAGE
 
 PROMPT_ROWS = 32
@@ -205,15 +205,16 @@ def whole_step(
     allowances = batch.allowances()
     with full_precision(x.dtype), tracing_for(platform):
         for index, layer in enumerate(model.layers):
-            q, k, v = units.project(layer, x, positions)
+            q, k, v = units.call(units.project, layer, x, positions)
             pages = write(cache[index], k[0], v[0], places)
             new_cache.append(pages)
-            attention = (layer, x, q, pages, views, config, config.sliding_window(index))
+            attention = (layer, x, q, pages, views)
+            statics = {"config": config, "window": config.sliding_window(index), "platform": default_platform()}
             if not config.is_moe(index):
-                x = units.dense(*attention)
+                x = units.call(units.dense, *attention, **statics)
                 continue
             m = len(stopped)
-            x, at, of_layer = units.moe(*attention, slots[m], experts[m], valid, allowances)
+            x, at, of_layer = units.call(units.moe, *attention, slots[m], experts[m], valid, allowances, **statics)
             allowances = allowances._replace(budget=at.budget)
             stopped.append(at)
             routed.append(of_layer)

@@ -5,9 +5,9 @@ CPU a mark on each call has it optimise what is called apart, once, and put the 
 keys and values are written between the calls: a unit cannot change pages in place.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,93 +27,58 @@ from emoe_jax.platforms import default_platform, tracing_for
 Outputs = TypeVar("Outputs")
 
 
+def call(unit: Callable[..., Outputs], *arguments: Any, **statics: Any) -> Outputs:
+    """Call one of the units below; on a CPU with the mark."""
+    outputs = unit(*arguments, **statics)
+    if default_platform() != "cpu":
+        return outputs
+    leaves, tree = jax.tree.flatten(outputs)
+    leaves[0] = set_xla_metadata(leaves[0], inlineable="false", compilation_unit=unit.__name__)
+    return jax.tree.unflatten(tree, leaves)
+
+
+@jax.jit
 def project(
     layer: Layer, x: Float[Array, "1 R D"], positions: Int[Array, "1 R"]
 ) -> tuple[Float[Array, "1 R N H"], Float[Array, "1 R K H"], Float[Array, "1 R K Hv"]]:
     """Queries, keys and values of a layer."""
-    return _unit(_project(layer, x, positions), "project")
+    return layer.project(x, positions)
 
 
+@partial(jax.jit, static_argnames=("config", "window", "platform"))
 def dense(
     layer: Layer,
     x: Float[Array, "1 R D"],
     q: Float[Array, "1 R N H"],
     pages: LayerKV,
     views: Sequence[KVView],
+    *,
     config: ModelConfig,
     window: int | None,
+    platform: str,
 ) -> Float[Array, "1 R D"]:
     """The rest of a layer without experts. `pages` hold the new keys and values."""
-    statics = {"config": config, "window": window, "platform": default_platform()}
-    return _unit(_dense(layer, x, q, pages, views, **statics), "dense")
+    with tracing_for(platform):
+        return layer.dense(_attended(layer, x, q, pages, views, config, window))
 
 
+@partial(jax.jit, static_argnames=("config", "window", "platform"))
 def moe(
     layer: Layer,
     x: Float[Array, "1 R D"],
     q: Float[Array, "1 R N H"],
     pages: LayerKV,
     views: Sequence[KVView],
-    config: ModelConfig,
-    window: int | None,
     slots: Int[Array, " E"],
     experts: ExpertWeights,
     valid: Bool[Array, " R"],
     allowances: Allowances,
+    *,
+    config: ModelConfig,
+    window: int | None,
+    platform: str,
 ) -> tuple[Float[Array, "1 R D"], Stopped, Routed]:
     """The rest of a layer with experts, and what its router chose. `pages` hold the new keys and values."""
-    statics = {"config": config, "window": window, "platform": default_platform()}
-    return _unit(_moe(layer, x, q, pages, views, slots, experts, valid, allowances, **statics), "moe")
-
-
-def _unit(outputs: Outputs, name: str) -> Outputs:
-    """Mark the call of an inner jitted function that returned `outputs`. Only on a CPU."""
-    if default_platform() != "cpu":
-        return outputs
-    leaves, tree = jax.tree.flatten(outputs)
-    leaves[0] = set_xla_metadata(leaves[0], inlineable="false", compilation_unit=name)
-    return jax.tree.unflatten(tree, leaves)
-
-
-@jax.jit
-def _project(
-    layer: Layer, x: Float[Array, "1 R D"], positions: Int[Array, "1 R"]
-) -> tuple[Float[Array, "1 R N H"], Float[Array, "1 R K H"], Float[Array, "1 R K Hv"]]:
-    return layer.project(x, positions)
-
-
-@partial(jax.jit, static_argnames=("config", "window", "platform"))
-def _dense(
-    layer: Layer,
-    x: Float[Array, "1 R D"],
-    q: Float[Array, "1 R N H"],
-    pages: LayerKV,
-    views: Sequence[KVView],
-    *,
-    config: ModelConfig,
-    window: int | None,
-    platform: str,
-) -> Float[Array, "1 R D"]:
-    with tracing_for(platform):
-        return layer.dense(_attended(layer, x, q, pages, views, config, window))
-
-
-@partial(jax.jit, static_argnames=("config", "window", "platform"))
-def _moe(
-    layer: Layer,
-    x: Float[Array, "1 R D"],
-    q: Float[Array, "1 R N H"],
-    pages: LayerKV,
-    views: Sequence[KVView],
-    slots: Int[Array, " E"],
-    experts: ExpertWeights,
-    valid: Bool[Array, " R"],
-    allowances: Allowances,
-    *,
-    config: ModelConfig,
-    window: int | None,
-    platform: str,
-) -> tuple[Float[Array, "1 R D"], Stopped, Routed]:
     with tracing_for(platform):
         x = _attended(layer, x, q, pages, views, config, window)
         allowed = None

@@ -44,7 +44,7 @@ STEPS = (
         "units: mark",
         "a whole step is optimised layer by layer",
         "emoe_jax/device/units.py",
-        'set_xla_metadata(leaves[0], inlineable="false", compilation_unit=name)',
+        'set_xla_metadata(leaves[0], inlineable="false", compilation_unit=unit.__name__)',
         "leaves[0]",
         (f"{_UNITS}::test_all_layers_of_a_kind_call_one_unit",),
     ),
