@@ -1,4 +1,4 @@
-"""The parts of a layer that a whole step calls: XLA:CPU compiles one for all layers of a kind."""
+"""The parts of a layer that a whole step calls: XLA:CPU optimises one for all layers of a kind."""
 
 import re
 from collections import Counter
