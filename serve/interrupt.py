@@ -1,5 +1,6 @@
 """Ending the process on Ctrl-C or SIGTERM while a model loads, and once a server has shut down."""
 
+import atexit
 import contextlib
 import logging
 import os
@@ -34,6 +35,7 @@ def exit_on_signal() -> Iterator[Callable[[], None]]:
     wakeup_fd = signal.set_wakeup_fd(sender.fileno())
     watcher = threading.Thread(target=_watch, args=(receiver,), name="signal watcher", daemon=True)
     watcher.start()
+    atexit.register(_ignore_signals)  # before libraries register theirs, so it is called after them
 
     def end() -> None:
         for number, handler in handlers.items():
@@ -62,6 +64,12 @@ def leave_at_once(message: str, status: int) -> NoReturn:
     logging.shutdown()
     sys.stdout.flush()
     os._exit(status)
+
+
+def _ignore_signals() -> None:
+    """Python's end takes handlers away, after which a signal would kill the process and be its exit status."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _leave_to_watcher(*_: object) -> None:
