@@ -1,10 +1,10 @@
 """The jitted functions of a forward that stops between each layer's router and its experts.
 
-The host loads what is missing there, and no row may be without. A step is cut at its routers: `begin_layers` leads to
-the first one, `expert_wave` adds what a layer's experts contribute, a slab-full at a time, `go_on` leads from there to
-the next router, and `end_layers` from the last layer's experts to the logits. `stop_at` takes up a whole forward at one
-of its routers. Between router and experts, `next_wishes` guesses what the next layer will ask for, where the policy
-looks ahead.
+The host loads what is missing there, and no row may be without. A step is cut at its routers: `start_layers` embeds
+the tokens, `go_on` leads from there to the first router and from each layer's experts to the next one, `expert_wave`
+adds what a layer's experts contribute, a slab-full at a time, and `end_layers` leads from the last of them to the
+logits. `stop_at` takes up a whole forward at one of its routers. Between router and experts, `next_wishes` guesses what
+the next layer will ask for, where the policy looks ahead.
 
 Only `expert_wave` sees the slab: layers of different capacities share the other executables.
 
@@ -73,33 +73,23 @@ def _at(stopped: Stopped, num_experts: int) -> StoppedAt:
     return stopped, uses(stopped.ids, num_experts), jnp.zeros_like(stopped.rows)
 
 
-@partial(jax.jit, static_argnames=("skeleton", "config", "shape", "platform"), donate_argnames=("cache",))
-def begin_layers(
+@partial(jax.jit, static_argnames=("skeleton", "config", "shape"))
+def start_layers(
     leaves: tuple[Array, ...],
-    cache: tuple[LayerKV, ...],
     inputs: Words,
     last_tokens: Int[Array, " places"],
-    resident: Bool[Array | np.ndarray, " E"],
     *,
     skeleton: Skeleton,
     config: ModelConfig,
     shape: Shape,
-    platform: str | None = None,
-) -> tuple[tuple[LayerKV, ...], StoppedAt, Routed]:
-    """From the tokens to the choice of the first router: among the `resident` experts, and those that a row may not be
-    without. `cache` is that of the layers up to there. Donates it.
-
-    The `Routed` has room for all layers.
-    """
-    model: Decoder = skeleton.join(leaves)
-    batch, count = FlatBatch.unpack(inputs, shape), config.moe_layers[0] + 1
-    windows = [config.sliding_window(index) for index in range(count)]
-    x = model.embed(batch.tokens(last_tokens))
-    with full_precision(x.dtype), tracing_for(platform):
-        arguments = (x, cache, batch, windows, resident, batch.allowances().budget, config)
-        new_cache, stopped, routed = _to_router(list(model.layers)[:count], *arguments)
-    room = jax.tree.map(lambda part: jnp.zeros((len(config.moe_layers), *part.shape), part.dtype), routed)
-    return new_cache, _at(stopped, config.num_experts), _of_layer(routed, jnp.int32(0), room)
+) -> tuple[Stopped, Float[Array, "R D"], Routed]:
+    """From the tokens to what `go_on` needs to reach the first router. The `Routed` has room for all layers."""
+    batch, k = FlatBatch.unpack(inputs, shape), config.top_k
+    x = skeleton.join(leaves).embed(batch.tokens(last_tokens))
+    R = shape.rows
+    none = jnp.zeros((R, k), jnp.int32), jnp.zeros((R, k), jnp.float32)
+    stopped = Stopped(x, jnp.zeros_like(x[0]), *none, batch.allowances().budget)
+    return stopped, jnp.zeros_like(x[0]), Routed.blank(config, R)
 
 
 @partial(
@@ -124,12 +114,13 @@ def go_on(
     """From what the experts of one layer add up to, to the next router: the rest of that layer, then the others.
 
     `stopped` and `total` are of the first of these layers, `cache` and `windows` of the others, of which the last one
-    is MoE layer number `layer`. Donates `total` and `cache`.
+    is MoE layer number `layer`. Number 0 has no layer with experts before it: whatever stands there changes nothing.
+    Routers choose among the `resident` experts, and those that a row may not be without. Donates `total` and `cache`.
     """
     first, *others = (skeleton.join(part) for skeleton, part in zip(skeletons, leaves, strict=True))
     batch = FlatBatch.unpack(inputs, shape)
     with full_precision(total.dtype), tracing_for(platform):
-        x = first.moe_output(stopped.x, stopped.rows, total)
+        x = jnp.where(jnp.asarray(layer) == 0, stopped.x, first.moe_output(stopped.x, stopped.rows, total))
         arguments = (x, cache, batch, windows, resident, stopped.budget, config)
         new_cache, stopped, routed = _to_router(others, *arguments)
     return new_cache, _at(stopped, config.num_experts), _of_layer(routed, jnp.asarray(layer), every)
@@ -204,7 +195,7 @@ def attend_and_route(
     shape: Shape,
     platform: str | None = None,
 ) -> tuple[LayerKV | None, StoppedAt]:
-    """One MoE layer up to its router's choice, as `begin_layers`.
+    """One MoE layer up to its router's choice, as `go_on`.
 
     Donates `cache`; with `cache=None` a single sequence attends to itself only.
     """

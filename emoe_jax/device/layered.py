@@ -1,5 +1,6 @@
 """The forward that stops at every router: for steps that miss experts often, and the one without a KV cache."""
 
+import itertools
 from collections.abc import Sequence as Rows
 from typing import Any
 
@@ -12,7 +13,7 @@ from emoe_jax.device import layer_steps as step
 from emoe_jax.device.batch import Batch, uncached_batches
 from emoe_jax.device.executables import Executables
 from emoe_jax.device.step import Skeleton, StepOutputs
-from emoe_jax.device.stops import Stopped, Stops
+from emoe_jax.device.stops import Routed, Stopped, Stops
 from emoe_jax.errors import RequestError
 from emoe_jax.models.decoder import Decoder
 from emoe_jax.requests.contract import Allowance
@@ -36,6 +37,7 @@ class LayeredForward:
         self._layers = [(skeleton, jax.device_put(leaves, sharding)) for skeleton, leaves in layers]
         kinds = [(skeleton, self.config.sliding_window(index)) for index, (skeleton, _) in enumerate(layers)]
         self._kinds = [kinds.index(kind) for kind in kinds]  # the number of the first layer of a kind stands for it
+        self._before_first = self._like_before_first()
 
     def logits(
         self, token_ids: Rows[int], allowance: Allowance, like: LayerKV, last_tokens: Int[Array, " places"]
@@ -77,12 +79,11 @@ class LayeredForward:
 
         Raises what the expert store raises; `cache` stays usable.
         """
-        count = self.config.moe_layers[0] + 1
         statics = {"skeleton": self._skeleton, "config": self.config, "shape": batch.shape}
-        arguments = (self._leaves, tuple(cache[:count]), words, last_tokens, self._residency.table.resident_mask[0])
-        cache[:count], at, every = self._executables.call(
-            step.begin_layers, (batch.shape, _pages(cache[:count])), *arguments, **statics
+        stopped, total, every = self._executables.call(
+            step.start_layers, batch.shape, self._leaves, words, last_tokens, **statics
         )
+        at, every = self._to_router(0, stopped, total, every, batch, words, cache)
         return self._go_on(0, at, every, batch, words, cache, last_tokens)
 
     def go_on(
@@ -133,7 +134,7 @@ class LayeredForward:
         self,
         m: int,
         at: step.StoppedAt,
-        every: Any,
+        every: Routed,
         batch: Batch,
         words: Int32[Array, " words"],
         cache: list[LayerKV],
@@ -144,24 +145,7 @@ class LayeredForward:
         layers = config.moe_layers
         for number in range(m, len(layers) - 1):
             total = self.experts(number, at, batch, words)
-            index, following = layers[number], layers[number + 1]
-            parts, behind = self._layers[index : following + 1], slice(index + 1, following + 1)
-            key = (tuple(self._kinds[index : following + 1]), shape, _pages(cache[behind]))
-            arguments = (at[0], total, tuple(cache[behind]), words)
-            resident = self._residency.table.resident_mask[number + 1]
-            cache[behind], at, every = self._executables.call(
-                step.go_on,
-                key,
-                tuple(leaves for _, leaves in parts),
-                *arguments,
-                resident,
-                every,
-                np.int32(number + 1),
-                skeletons=tuple(skeleton for skeleton, _ in parts),
-                config=config,
-                windows=tuple(config.sliding_window(each) for each in range(behind.start, behind.stop)),
-                shape=shape,
-            )
+            at, every = self._to_router(number + 1, at[0], total, every, batch, words, cache)
         total = self.experts(len(layers) - 1, at, batch, words)
         behind = slice(layers[-1] + 1, len(cache))
         arguments = (self._leaves, at[0], total, tuple(cache[behind]), words)
@@ -169,6 +153,48 @@ class LayeredForward:
         key = (shape, _pages(cache[behind]))
         cache[behind], outputs = self._executables.call(step.end_layers, key, *arguments, every, last_tokens, **statics)
         return outputs
+
+    def _to_router(
+        self,
+        m: int,
+        stopped: Stopped,
+        total: Float[Array, "R D"],
+        every: Routed,
+        batch: Batch,
+        words: Int32[Array, " words"],
+        cache: list[LayerKV],
+    ) -> tuple[step.StoppedAt, Routed]:
+        """From what the experts of the MoE layer before `m` add up to, to the router of `m`."""
+        config, shape = self.config, batch.shape
+        before, last = self._before_first if m == 0 else config.moe_layers[m - 1], config.moe_layers[m]
+        behind = range(0 if m == 0 else before + 1, last + 1)
+        parts = [self._layers[index] for index in (before, *behind)]
+        pages = tuple(cache[behind.start : behind.stop])
+        key = (tuple(self._kinds[index] for index in (before, *behind)), shape, _pages(pages))
+        arguments = (tuple(leaves for _, leaves in parts), stopped, total, pages, words)
+        cache[behind.start : behind.stop], at, every = self._executables.call(
+            step.go_on,
+            key,
+            *arguments,
+            self._residency.table.resident_mask[m],
+            every,
+            np.int32(m),
+            skeletons=tuple(skeleton for skeleton, _ in parts),
+            config=config,
+            windows=tuple(map(config.sliding_window, behind)),
+            shape=shape,
+        )
+        return at, every
+
+    def _like_before_first(self) -> int:
+        """A layer with experts that can stand before the first one: if possible one that has such layers behind it, so
+        that both share an executable.
+        """
+        layers = self.config.moe_layers
+        first = self._kinds[: layers[0] + 1]
+        pairs = itertools.pairwise(layers)
+        like = (before for before, last in pairs if self._kinds[before + 1 : last + 1] == first)
+        return next(like, layers[0])
 
     def _embedded(
         self, batch: Batch, words: Int32[Array | np.ndarray, " words"], last_tokens: Int[Array, " places"]

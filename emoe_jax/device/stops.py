@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from emoe_jax.config import ModelConfig
 from emoe_jax.models.routing import Routing
 
 
@@ -37,6 +38,19 @@ class Routed(NamedTuple):
             counts.at[needed.reshape(-1)].add(1, mode="drop") > 0,
             jnp.sum(routing.substituted, axis=-1, dtype=jnp.int32),
             routing.substituted_weight,
+        )
+
+    @classmethod
+    def blank(cls, config: ModelConfig, R: int) -> "Routed":
+        """Of all MoE layers, before any of them."""
+        M, E, ranked = len(config.moe_layers), config.num_experts, (len(config.moe_layers), R, config.ranks)
+        return cls(
+            jnp.zeros(ranked, jnp.int32),
+            jnp.zeros(ranked, jnp.float16),
+            jnp.zeros((M, E), jnp.int32),
+            jnp.zeros((M, E), jnp.bool_),
+            jnp.zeros((M, R), jnp.int32),
+            jnp.zeros((M, R), jnp.float32),
         )
 
 

@@ -170,7 +170,7 @@ def test_a_forward_that_missed_goes_on_where_it_did(engine_of: EngineFactory, mo
     engine.generate(PROMPTS[2], GREEDY, routing="exact")  # one token: no step has chunks of prompts
     assert len(set(missed)) > 1
     assert called["whole_step"] == engine.loop.steps - steps
-    assert called["begin_layers"] == 0
+    assert called["start_layers"] == 0
     assert called["stop_at"] == called["end_layers"] == len(missed)
     assert called["go_on"] == sum(LAYERS - 1 - layer for layer in missed)
 
