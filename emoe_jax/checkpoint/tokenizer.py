@@ -51,7 +51,9 @@ class Tokenizer:
         self._size = max(vocabulary.values()) + 1
         self._byte_ids = frozenset(i for token, i in vocabulary.items() if _BYTE_TOKEN.fullmatch(token))
         self.special_ids = frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
-        self._is_byte_level = tokenizer.is_fast and _is_byte_level(tokenizer.backend_tokenizer)
+        # The Rust tokenizer itself, where there is one: a token of each answer is decoded at every step.
+        self._rust = tokenizer.backend_tokenizer if tokenizer.is_fast else None
+        self._is_byte_level = self._rust is not None and _is_byte_level(self._rust)
         self._eos_ids = frozenset(eos_token_ids)
         self._template: ChatTemplate | None = None
         self._control: ControlTokens | None = None
@@ -120,6 +122,8 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of the ids; those beyond the tokenizer's vocabulary (padding of the embedding table) have none."""
         known = [i for i in ids if i < self._size]
+        if self._rust is not None:
+            return self._rust.decode(known, skip_special_tokens=skip_special_tokens)
         return self.backend.decode(known, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
 
     def token_text(self, token_id: int) -> str:

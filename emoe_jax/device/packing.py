@@ -26,12 +26,13 @@ class Packing:
 
     def __init__(self, **fields: Field):
         self.fields: dict[str, Field] = {name: (shape, np.dtype(dtype)) for name, (shape, dtype) in fields.items()}
-        self._first: dict[str, int] = {}
+        self._places: dict[str, slice] = {}
+        """By name: the words of an array."""
         self.words = 0
         """Of the whole buffer."""
         for name, (shape, dtype) in self.fields.items():
-            self._first[name] = self.words
-            self.words += -(-math.prod(shape) * dtype.itemsize // _WORD)
+            first, self.words = self.words, self.words - (-math.prod(shape) * dtype.itemsize // _WORD)
+            self._places[name] = slice(first, self.words)
 
     def empty(self) -> Int32[np.ndarray, " words"]:
         """A buffer in which every array is zero."""
@@ -39,16 +40,17 @@ class Packing:
 
     def words_before(self, name: str) -> int:
         """Where an array begins."""
-        return self._first[name]
+        return self._places[name].start
 
     def views(self, buffer: Int32[np.ndarray, " words"]) -> dict[str, np.ndarray]:
         """The arrays in a buffer on the host. Writing to one writes to the buffer, if that may be written to."""
         arrays = {}
         for name, (shape, dtype) in self.fields.items():
-            first = self._first[name]
-            size = math.prod(shape)
-            words = buffer[first : first + -(-size * dtype.itemsize // _WORD)]
-            arrays[name] = words.view(dtype)[:size].reshape(shape)
+            words = buffer[self._places[name]]
+            if dtype.itemsize == _WORD:
+                arrays[name] = (words if dtype == words.dtype else words.view(dtype)).reshape(shape)
+            else:
+                arrays[name] = words.view(dtype)[: math.prod(shape)].reshape(shape)
         return arrays
 
     def unpack(self, buffer: Int32[Array, " words"]) -> dict[str, Array]:
@@ -67,8 +69,7 @@ class Packing:
 
     def _unpacked(self, buffer: Array, name: str) -> Array:
         shape, dtype = self.fields[name]
-        size, first = math.prod(shape), self._first[name]
-        words = buffer[first : first + -(-size * dtype.itemsize // _WORD)]
+        size, words = math.prod(shape), buffer[self._places[name]]
         stored = np.dtype(np.uint8) if dtype == np.bool_ else dtype
         array = jax.lax.bitcast_convert_type(words, stored).reshape(-1)[:size].reshape(shape)
         return array.astype(jnp.bool_) if dtype == np.bool_ else array
