@@ -120,17 +120,18 @@ class Batch:
             if piece.start >= piece.sequence.num_known:
                 tokens[self.first_rows[place]] = -1 - places[piece.sequence]
 
-    def prompt_targets(self) -> Int32[np.ndarray, " R"] | None:
-        """For each row of a prompt whose sequence asks for log probabilities, the token that follows; 0 elsewhere.
+    def prompt_targets(self) -> tuple[Int32[np.ndarray, " n"], Int32[np.ndarray, " n"]]:
+        """The rows of prompts whose sequences ask for log probabilities, piece by piece, and the tokens that follow.
 
-        None when no row has one.
+        A piece has as many as `following` has tokens.
         """
-        targets = None
+        rows: list[int] = []
+        targets: list[int] = []
         for first, piece in zip(self.first_rows, self.pieces, strict=True):
-            if following := self.following(piece):
-                targets = np.zeros(self.shape.rows, np.int32) if targets is None else targets
-                targets[first : first + len(following)] = following
-        return targets
+            following = self.following(piece)
+            rows += range(first, first + len(following))
+            targets += following
+        return np.array(rows, np.int32), np.array(targets, np.int32)
 
     def following(self, piece: Piece) -> list[int]:
         """The tokens of a prompt after each of a piece's own; none for a sequence that does not ask for theirs."""
@@ -200,27 +201,34 @@ def _parts(decodes: list[Piece], chunks: list[Piece], buckets: Buckets) -> list[
 
 def _filled(pieces: list[Piece], buckets: Buckets, tables: BlockTables) -> Batch:
     batch = empty_batch(buckets.fit(len(pieces), _chunks(pieces)))
-    shape, inputs = batch.shape, batch.inputs
-    tile = shape.tile
-    tokens, starts, lengths, tile_places, last_rows = (np.asarray(array) for array in inputs[:5])
-    first_rows, next_tile = [], 0
+    shape, inputs, count = batch.shape, batch.inputs, len(pieces)
+    tokens, starts, last_rows, next_tile = [0] * count, [0] * count, list(range(count)), 0
+    first_rows = last_rows.copy()
     for place, piece in enumerate(pieces):
-        row, group, needed = place, place, 1
         if piece.length > 1:
-            row, group = shape.decodes + next_tile * tile, shape.decodes + next_tile
-            needed = -(-piece.length // tile)
-            tile_places[next_tile : next_tile + needed] = place
-            next_tile += needed
-        before = tile * np.arange(needed, dtype=np.int32)
-        starts[group : group + needed] = piece.start + before
-        lengths[group : group + needed] = np.minimum(piece.length - before, tile)
-        known = piece.sequence.tokens(piece.start, piece.length)
-        tokens[row : row + len(known)] = known
-        last_rows[place] = row + piece.length - 1
-        first_rows.append(row)
+            first_rows[place] = _fill_tiles(inputs, shape, next_tile, place, piece)
+            last_rows[place] = first_rows[place] + piece.length - 1
+            next_tile += -(-piece.length // shape.tile)
+        else:
+            starts[place] = piece.start
+            tokens[place : place + 1] = piece.sequence.tokens(piece.start, 1) or [0]  # else it is still awaited
+    inputs.tokens[:count], inputs.starts[:count], inputs.last_rows[:count] = tokens, starts, last_rows
+    inputs.lengths[:count] = [piece.length == 1 for piece in pieces]
     _allow(inputs, [piece.sequence.allowance for piece in pieces])
     update = tables.place([piece.sequence for piece in pieces], shape, np.asarray(inputs.block_tables))
     return Batch(tuple(pieces), shape, batch.words, tuple(first_rows), update)
+
+
+def _fill_tiles(inputs: StepInputs, shape: Shape, first: int, place: int, piece: Piece) -> int:
+    """Put a chunk of a prompt in tiles, from the one of this number on. Returns its first row."""
+    needed = -(-piece.length // shape.tile)
+    group, row = shape.decodes + first, shape.decodes + first * shape.tile
+    before = shape.tile * np.arange(needed, dtype=np.int32)
+    inputs.tile_places[first : first + needed] = place
+    inputs.starts[group : group + needed] = piece.start + before
+    inputs.lengths[group : group + needed] = np.minimum(piece.length - before, shape.tile)
+    inputs.tokens[row : row + piece.length] = piece.sequence.tokens(piece.start, piece.length)
+    return row
 
 
 def _allow(inputs: StepInputs, allowances: Rows[Allowance]) -> None:

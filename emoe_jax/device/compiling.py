@@ -9,7 +9,7 @@ import numpy as np
 from emoe_jax.device import step
 from emoe_jax.device.adjustments import TokenEdits, all_allowed, usual_rooms
 from emoe_jax.device.executables import Executables
-from emoe_jax.device.sampler import CHOICES, SamplingArrays
+from emoe_jax.device.sampler import FILTERS, SamplingArrays
 from emoe_jax.device.shapes import Buckets
 from emoe_jax.requests.served import MOST_AUDITED
 
@@ -32,7 +32,7 @@ def bytes_beside(buckets: Buckets, V: int) -> int:
 def compile_choices(
     executables: Executables, buckets: Buckets, B: int, V: int, sharding: jax.sharding.Sharding
 ) -> None:
-    """All that may follow a forward of `B` places: changed logits, each choice of tokens, log probabilities."""
+    """All that may follow a forward of `B` places: changed logits, filters, the choice of tokens, log probabilities."""
     logits = jax.ShapeDtypeStruct((B, V), jnp.float32, sharding=sharding)
     tokens = jax.ShapeDtypeStruct((B,), np.int32, sharding=sharding)
     last_tokens = jax.ShapeDtypeStruct((buckets.token_places,), np.int32, sharding=sharding)
@@ -43,5 +43,8 @@ def compile_choices(
     executables.compile(step.chosen_logprobs, B, logits, tokens)
     executables.compile(step.take_rows, logits.shape[:-1], logits, np.zeros(1, np.int32))
     sampling, places = SamplingArrays.pack([], B), np.zeros(B, np.int32)
-    for choice in CHOICES:
-        executables.compile(step.choose_tokens, (B, choice), logits, sampling, places, last_tokens, choice=choice)
+    for by in FILTERS:
+        executables.compile(step.filter_logits, (B, by), logits, sampling, by=by)
+    for random in (False, True):
+        arguments = (logits, sampling, places, last_tokens)
+        executables.compile(step.choose_tokens, (B, random), *arguments, random=random)

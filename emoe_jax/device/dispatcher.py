@@ -128,7 +128,10 @@ class Dispatcher:
             tokens = report.tokens if output.tokens is None else output.tokens
             wish_counts += report.wish_counts
             resident_counts += report.wish_counts * run.resident
-            spoilt = not_finite(batch, report.finite, output.prompt_logprobs)
+            prompt_logprobs = None
+            if output.prompt_logprobs:
+                prompt_logprobs = jax.tree.map(lambda *parts: np.concatenate(parts), *output.prompt_logprobs)
+            spoilt = not_finite(batch, report.finite, prompt_logprobs)
             lost |= spoilt
             if recorder is not None and output.ranked_probs is not None:
                 record_routing(recorder, batch, report.ranked, output.ranked_probs, spoilt)
@@ -143,8 +146,8 @@ class Dispatcher:
                 piece.sequence.substituted += int(report.substituted_choices[place])
                 piece.sequence.substituted_weight += float(report.substituted_weight[place])
                 piece.sequence.assigned += piece.length * choices
-                if output.prompt_logprobs is not None:
-                    keep_prompt_logprobs(batch, place, output.prompt_logprobs)
+                if prompt_logprobs is not None:
+                    keep_prompt_logprobs(batch, place, prompt_logprobs)
                 if piece.samples:
                     token = int(tokens[place])
                     sampled[piece.sequence] = sampled_token(piece.sequence, token, output.logprobs, place)

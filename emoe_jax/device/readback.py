@@ -17,10 +17,12 @@ def not_finite(batch: Batch, finite: Bool[np.ndarray, " B"], prompt_logprobs: To
     """The sequences of a batch for which the model computed NaN or infinity."""
     spoilt = {piece.sequence for place, piece in enumerate(batch.pieces) if not finite[place]}
     if prompt_logprobs is not None:
-        for place, piece in enumerate(batch.pieces):
-            first, count = batch.first_rows[place], len(batch.following(piece))
-            if not np.isfinite(prompt_logprobs.logprob[first : first + count]).all():
+        first = 0
+        for piece in batch.pieces:
+            after = first + len(batch.following(piece))
+            if not np.isfinite(prompt_logprobs.logprob[first:after]).all():
                 spoilt.add(piece.sequence)
+            first = after
     return spoilt
 
 
@@ -33,8 +35,11 @@ def sampled_token(sequence: Sequence, token: int, logprobs: TokenLogprobs | None
 
 
 def keep_prompt_logprobs(batch: Batch, place: int, logprobs: TokenLogprobs) -> None:
-    """Book what a prompt's chunk tells of the tokens after each of its own, once even if it is computed again."""
-    piece, first = batch.pieces[place], batch.first_rows[place]
+    """Book what a prompt's chunk tells of the tokens after each of its own, once even if it is computed again.
+
+    `logprobs` are of the rows of `Batch.prompt_targets`.
+    """
+    piece, first = batch.pieces[place], sum(len(batch.following(before)) for before in batch.pieces[:place])
     sequence, known = piece.sequence, len(piece.sequence.prompt_logprobs)
     for offset, token in enumerate(batch.following(piece)):
         if piece.start + offset == known:

@@ -20,7 +20,7 @@ from emoe_jax.device.block_tables import TableUpdate, blank_tables, tables_of
 from emoe_jax.device.compiling import MemoryShapes, bytes_beside, compile_choices
 from emoe_jax.device.executables import Executables
 from emoe_jax.device.inputs import StepInputs
-from emoe_jax.device.kv_cache import KVCache, move_pages, resize_pages
+from emoe_jax.device.kv_cache import KVCache, in_calls, move_pages, resize_pages
 from emoe_jax.device.layered import LayeredForward
 from emoe_jax.device.sampler import Choice, SamplingArrays, TokenLogprobs
 from emoe_jax.device.shapes import Buckets, Shape
@@ -29,7 +29,6 @@ from emoe_jax.device.ways import Way
 from emoe_jax.models.decoder import Decoder
 from emoe_jax.progress import Progress
 from emoe_jax.requests.contract import Allowance
-from emoe_jax.requests.served import MOST_KEPT
 from emoe_jax.residency.residency import Residency
 from emoe_jax.traces.recorder import TraceRecorder
 
@@ -38,9 +37,6 @@ EMBEDDINGS_AT_ONCE = (64, 512, 4096)
 
 FIRST_PIECES = 2
 """Of `Runner.warm_up_in_pieces`: a row that decodes, and a prompt."""
-
-PAGES_MOVED = 32
-"""KV pages that are copied in one call."""
 
 
 class Outputs(NamedTuple):
@@ -51,7 +47,8 @@ class Outputs(NamedTuple):
     tokens: Int32[Array, " B"] | None
     """None where those of the report were chosen."""
     logprobs: TokenLogprobs | None
-    prompt_logprobs: TokenLogprobs | None
+    prompt_logprobs: tuple[TokenLogprobs, ...]
+    """Of the rows of `Batch.prompt_targets`, `ROWS_TAKEN` at a time; the last ones are padding."""
     ranked_probs: Float[Array, "M R ranks"] | None
     """None where no recorder asks for them."""
     kept: tuple[Float[Array, "1 V"], ...]
@@ -79,7 +76,7 @@ class BatchRun:
     """How its tokens are drawn, as its sequences were when it was first dispatched; so are the adjustments."""
     adjustments: Adjustments | None = None
     words: Any = None
-    """What it was told, on the device."""
+    """What it was told: on the host, or with block tables that only the device has."""
     stops: Stops | None = None
     """Where its whole forward may be taken up again."""
 
@@ -126,7 +123,7 @@ class Runner:
             run.resident = run.seen
         words = run.words = self._words(batch)
         if run.way == "layered":
-            outputs = self.layered.run(batch, words, self._cache, self._last_tokens)
+            outputs = self.layered.run(batch, self._sent(words), self._cache, self._last_tokens)
         else:
             arguments = self._whole_arguments(words)
             cache, outputs = self.executables.call(
@@ -141,7 +138,7 @@ class Runner:
         Raises as `compute`. Only of a run that has `stops`.
         """
         assert run.stops is not None
-        arguments = (run.batch, run.words, self._cache, self._last_tokens)
+        arguments = (run.batch, self._sent(run.words), self._cache, self._last_tokens)
         return self.finish(run, self.layered.go_on(layer, run.stops, *arguments))
 
     def finish(self, run: BatchRun, outputs: step.StepOutputs) -> Outputs:
@@ -153,7 +150,7 @@ class Runner:
             outputs.report,
             tokens,
             logprobs,
-            self._prompt_logprobs(batch, outputs.hidden),
+            tuple(self._prompt_logprobs(batch, outputs.hidden)),
             None if self.recorder is None else outputs.ranked_probs,
             tuple(self._logits_at(outputs.logits, place) for place in batch.kept_places),
             self._comparison(batch, outputs.hidden),
@@ -184,12 +181,9 @@ class Runner:
 
     def move_pages(self, moves: Mapping[int, int]) -> None:
         """Copy what is in some pages to others, once the steps in flight have written it."""
-        pairs = list(moves.items())
-        for first in range(0, len(pairs), PAGES_MOVED):
-            padded = np.zeros((PAGES_MOVED, 2), np.int32)
-            padded[: len(pairs) - first] = pairs[first : first + PAGES_MOVED]
+        for sources, targets in in_calls(moves):
             for index, layer_cache in enumerate(self._cache):
-                self._cache[index] = move_pages(layer_cache, padded[:, 0], padded[:, 1])
+                self._cache[index] = move_pages(layer_cache, sources, targets)
 
     def resize_pages(self, layer: int, num_pages: int) -> None:
         """Give a layer another number of pages, while no step is in flight; the first ones keep what is in them."""
@@ -239,7 +233,7 @@ class Runner:
                 for B in self.buckets.sequences
             ]
             forwards += [pool.submit(self._compile_after_prompts, shape.rows) for shape in shapes if shape.tiles]
-            forwards.append(pool.submit(self._compile_comparison))
+            forwards.append(pool.submit(self._compile_of_rows))
             total, done = len(shapes) + len(forwards), 0
             for shape in shapes:
                 if not self._residency.is_full:
@@ -282,11 +276,15 @@ class Runner:
             self._compile_after_prompts(shape.rows)
             yield
 
-    def _words(self, batch: Batch) -> Int32[Array, " words"]:
-        """What a batch tells the device, with its block tables, on the device."""
+    def _sent(self, words: Any) -> Int32[Array, " words"]:
+        """On the device, for the many calls that read it."""
+        return jax.device_put(words, self._residency.slab.sharding)
+
+    def _words(self, batch: Batch) -> Int32[Array | np.ndarray, " words"]:
+        """What a batch tells the device, with its block tables."""
         tables, shape = self._device_tables, batch.shape
         if tables is None:
-            return jax.device_put(batch.words, self._residency.slab.sharding)
+            return batch.words
         update = batch.tables or TableUpdate.of_padding(shape)
         for new in update.before:
             tables = self.executables.call(step.write_pages, len(new), tables, new)
@@ -307,15 +305,12 @@ class Runner:
             return None, None
         if run.sampling is None:
             run.sampling = SamplingArrays.pack(sequences, B)
-        adjusted = logits if run.adjustments is None else self._adjusted(logits, run.adjustments)
+        left = logits if run.adjustments is None else self._adjusted(logits, run.adjustments)
+        for by in choice.filters:
+            left = self.executables.call(step.filter_logits, (B, by), left, run.sampling, by=by)
+        arguments = (left, run.sampling, np.asarray(run.batch.inputs.token_places), self._last_tokens)
         tokens, self._last_tokens = self.executables.call(
-            step.choose_tokens,
-            (B, choice),
-            adjusted,
-            run.sampling,
-            np.asarray(run.batch.inputs.token_places),
-            self._last_tokens,
-            choice=choice,
+            step.choose_tokens, (B, choice.random), *arguments, random=choice.random
         )
         return tokens, self.executables.call(step.chosen_logprobs, B, logits, tokens) if wants_logprobs else None
 
@@ -338,14 +333,16 @@ class Runner:
             self._last_tokens,
         )
 
-    def _prompt_logprobs(self, batch: Batch, hidden: Float[Array, "1 R D"]) -> TokenLogprobs | None:
+    def _prompt_logprobs(self, batch: Batch, hidden: Float[Array, "1 R D"]) -> Iterator[TokenLogprobs]:
         """Log probabilities of the prompts' tokens that follow those of a batch, for sequences that ask for them."""
-        targets = batch.prompt_targets()
-        if targets is None:
-            return None
-        return self.executables.call(
-            step.prompt_logprobs, batch.shape.rows, self._leaves, hidden, targets, skeleton=self._skeleton
-        )
+        rows, targets = batch.prompt_targets()
+        for first in range(0, len(rows), step.ROWS_TAKEN):
+            part = slice(first, first + step.ROWS_TAKEN)
+            arguments = (self._leaves, self._hidden_at(hidden, rows[part]), _padded(targets[part]))
+            yield self.executables.call(step.prompt_logprobs, step.ROWS_TAKEN, *arguments, skeleton=self._skeleton)
+
+    def _hidden_at(self, hidden: Float[Array, "1 R D"], rows: Rows[int] | np.ndarray) -> Float[Array, "n D"]:
+        return self.executables.call(step.take_rows, hidden.shape[:-1], hidden, _padded(np.asarray(rows, np.int32)))
 
     def _logits_at(self, logits: Float[Array, "B V"], place: int) -> Float[Array, "1 V"]:
         return self.executables.call(step.take_rows, logits.shape[:-1], logits, np.array([place], np.int32))
@@ -355,12 +352,8 @@ class Runner:
         audited = batch.audited_rows
         if audited is None or not len(audited.rows):
             return None
-        served = np.zeros((MOST_KEPT, self.config.vocab_size), np.float32)
-        served[: len(audited.rows)] = audited.served.logits(audited.positions)
-        rows = np.zeros(MOST_KEPT, np.int32)
-        rows[: len(audited.rows)] = audited.rows
-        x = self.executables.call(step.take_rows, hidden.shape[:-1], hidden, rows)
-        return self.executables.call(step.compare_logits, MOST_KEPT, self._leaves, x, served, skeleton=self._skeleton)
+        x, served = self._hidden_at(hidden, audited.rows), _padded(audited.served.logits(audited.positions))
+        return self.executables.call(step.compare_logits, len(served), self._leaves, x, served, skeleton=self._skeleton)
 
     def _memory_shapes(self) -> MemoryShapes:
         return MemoryShapes(self._residency.slab.capacities, tuple(layer.k.shape[0] for layer in self._cache))
@@ -377,18 +370,23 @@ class Runner:
         self.executables.compile(step.whole_step, (shape, self._shapes), *shapes, shape=shape, **self._statics)
 
     def _compile_after_prompts(self, R: int) -> None:
-        hidden, targets = self._hidden(1, R), np.zeros(R, np.int32)
-        self.executables.compile(step.prompt_logprobs, R, self._leaves, hidden, targets, skeleton=self._skeleton)
-        self.executables.compile(step.take_rows, hidden.shape[:-1], hidden, np.zeros(MOST_KEPT, np.int32))
+        rows = np.zeros(step.ROWS_TAKEN, np.int32)
+        self.executables.compile(step.take_rows, (1, R), self._hidden(1, R), rows)
 
-    def _compile_comparison(self) -> None:
-        served = np.zeros((MOST_KEPT, self.config.vocab_size), np.float32)
-        arguments = (self._leaves, self._hidden(MOST_KEPT), served)
-        self.executables.compile(step.compare_logits, MOST_KEPT, *arguments, skeleton=self._skeleton)
+    def _compile_of_rows(self) -> None:
+        n, statics = step.ROWS_TAKEN, {"skeleton": self._skeleton}
+        x, targets, served = self._hidden(n), np.zeros(n, np.int32), np.zeros((n, self.config.vocab_size), np.float32)
+        self.executables.compile(step.prompt_logprobs, n, self._leaves, x, targets, **statics)
+        self.executables.compile(step.compare_logits, n, self._leaves, x, served, **statics)
 
     def _hidden(self, *rows: int) -> jax.ShapeDtypeStruct:
         shape = (*rows, self.config.hidden_size)
         return jax.ShapeDtypeStruct(shape, self._leaves[0].dtype, sharding=self._residency.slab.sharding)
+
+
+def _padded(rows: np.ndarray) -> np.ndarray:
+    """With zeros, up to `ROWS_TAKEN` rows."""
+    return np.concatenate([rows, np.zeros((step.ROWS_TAKEN - len(rows), *rows.shape[1:]), rows.dtype)])
 
 
 def _is_readable(arrays: Any) -> bool:

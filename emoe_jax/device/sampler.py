@@ -1,9 +1,9 @@
 """Choosing the next token, for a batch whose rows all ask for something else.
 
-The host knows what the rows of a batch ask for, and picks the function that does that and no more: `Choice` says which
-there are. So no step waits for a condition on the device, and noise over the vocabulary and filters cost only those
-steps in which a row needs them. A row's token depends on its own logits and parameters alone, never on the rest of the
-batch and not on the `Choice`, as long as that covers what the row asks for.
+The host knows what the rows of a batch ask for, and picks the functions that do that and no more: `Choice` says which.
+So no step waits for a condition on the device, and noise over the vocabulary and filters cost only those steps in which
+a row needs them. A row's token depends on its own logits and parameters alone, never on the rest of the batch and not
+on the `Choice`, as long as that covers what the row asks for.
 
 The filters search a threshold by bisection over the bits of the logits instead of sorting: on CPU 25 times faster at a
 vocabulary of 32,000. Their sums are of integers, so the order of summation, and with it the batch, cannot matter.
@@ -43,9 +43,10 @@ class Choice(NamedTuple):
         drawn = [sequence.params for sequence in sequences if not is_greedy(sequence)]
         return cls(bool(drawn), any(params.top_k > 0 for params in drawn), any(params.top_p < 1 for params in drawn))
 
-
-CHOICES = (Choice(), *(Choice(True, top_k, top_p) for top_k in (False, True) for top_p in (False, True)))
-"""All that `Choice.of` returns, greedy first."""
+    @property
+    def filters(self) -> list[str]:
+        """Those of `FILTERS` that a row needs, in order."""
+        return [name for name in FILTERS if getattr(self, name)]
 
 
 class SamplingArrays(NamedTuple):
@@ -109,18 +110,51 @@ def seed_words(seed: int, index: int) -> tuple[int, int]:
 
 
 @jax.named_scope("sampler")
-def sample(logits: Float[Array, "B V"], sampling: SamplingArrays, choice: Choice) -> Int32[Array, " B"]:
-    """One token per row: argmax at temperature 0, else a draw from the filtered distribution.
+def sample(logits: Float[Array, "B V"], sampling: SamplingArrays) -> Int32[Array, " B"]:
+    """One token per row: argmax at temperature 0, else a draw (Gumbel-argmax) from what the filters left.
 
-    Filters in order: temperature, top-k, top-p (the smallest set of most probable tokens that reaches `p` of what top-k
-    left), min-p (relative to the most probable token). The noise of a row comes from its seed and the number of tokens
-    it has generated, so a seed gives the same tokens in any batch and after a preemption.
+    Min-p is the last filter, relative to the most probable token. The noise of a row comes from its seed and the number
+    of tokens that it has generated, so a seed gives the same tokens in any batch and after a preemption.
     """
-    best = most_probable(logits)
-    if not choice.random:
-        return best
-    is_random = jnp.asarray(sampling.temperature) >= GREEDY_BELOW
-    return jnp.where(is_random, _draw(logits.astype(jnp.float32), sampling, is_random, choice), best)
+    best, is_random, scaled = most_probable(logits), _is_random(sampling), _scaled(logits, sampling)
+    min_p = jnp.where(is_random, sampling.min_p, 0.0)  # a greedy row switches no filter on
+    noise = jax.vmap(_noise, in_axes=(0, 0, None))(
+        jnp.asarray(sampling.seed), jnp.asarray(sampling.step), logits.shape[-1]
+    )
+    drawn = most_probable(jnp.where(scaled >= jnp.log(min_p)[:, None], scaled + noise, -jnp.inf))
+    return jnp.where(is_random, drawn, best)
+
+
+@jax.named_scope("top_k")
+def keep_top_k(logits: Float[Array, "B V"], sampling: SamplingArrays) -> Float[Array, "B V"]:
+    """Logits of the most probable tokens, as many as each row allows, and -inf; of equals the lower ids.
+
+    Worked example, probabilities [.5, .2, .2, .1]: top-k 2 keeps tokens 0 and 1.
+    """
+    V, scaled = logits.shape[-1], _scaled(logits, sampling)
+    asked = jnp.where(_is_random(sampling), sampling.top_k, 0)
+    top_k = jnp.where(asked > 0, jnp.minimum(asked, V), V)
+    keep = _least(_distance(scaled), jnp.ones(scaled.shape, jnp.int32), top_k) | (top_k == V)[:, None]
+    return jnp.where(keep, logits, -jnp.inf)
+
+
+@jax.named_scope("top_p")
+def keep_top_p(logits: Float[Array, "B V"], sampling: SamplingArrays) -> Float[Array, "B V"]:
+    """Logits of the smallest set of most probable tokens that holds each row's `top_p`, and -inf.
+
+    Of the probability that is left: top-k comes before. Worked example, probabilities [.5, .2, .2, .1]: top-p 0.6 and
+    0.7 keep tokens 0 and 1, 0.75 also token 2.
+    """
+    scaled, top_p = _scaled(logits, sampling), jnp.where(_is_random(sampling), sampling.top_p, 1.0)
+    weights = jnp.round(jax.nn.softmax(scaled, axis=-1) * _ONE).astype(jnp.int32)
+    total = jnp.sum(weights, axis=-1)
+    target = jnp.clip(jnp.ceil(top_p * total.astype(jnp.float32)).astype(jnp.int32), 1, total)
+    keep = _least(_distance(scaled), weights, target) | (top_p >= 1.0)[:, None]
+    return jnp.where(keep, logits, -jnp.inf)
+
+
+FILTERS = {"top_k": keep_top_k, "top_p": keep_top_p}
+"""What comes before `sample`, by name and in order, where a row needs it."""
 
 
 def token_logprobs(logits: Float[Array, "B V"], tokens: Int[Array, " B"], num_top: int = MAX_LOGPROBS) -> TokenLogprobs:
@@ -131,50 +165,14 @@ def token_logprobs(logits: Float[Array, "B V"], tokens: Int[Array, " B"], num_to
     return TokenLogprobs(logprob, top_ids.astype(jnp.int32), top_logprobs)
 
 
-def _draw(
-    logits: Float[Array, "B V"], sampling: SamplingArrays, is_random: Bool[Array, " B"], choice: Choice
-) -> Int32[Array, " B"]:
-    """Gumbel-argmax over the tokens that the filters keep. Rows that are not random get a meaningless token."""
-    temperature = jnp.where(is_random, sampling.temperature, 1.0)[:, None]
-    scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
-    top_k = jnp.where(is_random, sampling.top_k, 0) if choice.top_k else None
-    top_p = jnp.where(is_random, sampling.top_p, 1.0) if choice.top_p else None
-    keep = kept(scaled, top_k, top_p, jnp.where(is_random, sampling.min_p, 0.0))  # a greedy row switches no filter on
-    noise = jax.vmap(_noise, in_axes=(0, 0, None))(
-        jnp.asarray(sampling.seed), jnp.asarray(sampling.step), logits.shape[-1]
-    )
-    return most_probable(jnp.where(keep, scaled + noise, -jnp.inf))
+def _is_random(sampling: SamplingArrays) -> Bool[Array, " B"]:
+    return jnp.asarray(sampling.temperature) >= GREEDY_BELOW
 
 
-def kept(
-    scaled: Float[Array, "B V"],
-    top_k: Int32[Array, " B"] | None,
-    top_p: Float[Array, " B"] | None,
-    min_p: Float[Array, " B"],
-) -> Bool[Array, "B V"]:
-    """Which tokens the filters leave. `scaled`: logits over temperature, shifted so that each row's best is 0.
-
-    None where no row has that filter. Worked example, probabilities [.5, .2, .2, .1]: top-k 2 keeps tokens 0 and 1 (of
-    equals the lower id); top-p 0.6 and 0.7 the same two, 0.75 also token 2; min-p 0.3 keeps those above .15, the first
-    three.
-    """
-    V = scaled.shape[-1]
-    keep = jnp.ones(scaled.shape, jnp.bool_)
-    if top_k is not None:
-        top_k = jnp.where(top_k > 0, jnp.minimum(top_k, V), V)
-        keep = _least(_distance(scaled), jnp.ones(scaled.shape, jnp.int32), top_k) | (top_k == V)[:, None]
-    if top_p is not None:
-        keep = _top_p(scaled, keep, top_p)
-    return keep & (scaled >= jnp.log(min_p)[:, None])
-
-
-def _top_p(scaled: Float[Array, "B V"], keep: Bool[Array, "B V"], top_p: Float[Array, " B"]) -> Bool[Array, "B V"]:
-    """Of the tokens in `keep`, the smallest set of most probable ones that holds `top_p` of their probability."""
-    probs = jax.nn.softmax(jnp.where(keep, scaled, -jnp.inf), axis=-1)
-    weights = jnp.round(probs * _ONE).astype(jnp.int32)
-    total = jnp.sum(weights, axis=-1)
-    target = jnp.clip(jnp.ceil(top_p * total.astype(jnp.float32)).astype(jnp.int32), 1, total)
-    return keep & (_least(_distance(scaled), weights, target) | (top_p >= 1.0)[:, None])
+def _scaled(logits: Float[Array, "B V"], sampling: SamplingArrays) -> Float[Array, "B V"]:
+    """Logits over temperature, shifted so that each row's best is 0. Those of rows that are not random as they are."""
+    logits, temperature = logits.astype(jnp.float32), jnp.where(_is_random(sampling), sampling.temperature, 1.0)
+    return (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature[:, None]
 
 
 def _distance(scaled: Float[Array, "B V"]) -> Int32[Array, "B V"]:

@@ -1,8 +1,8 @@
 """The jitted functions of a step, pure over the weights, the slab and the KV cache.
 
 `whole_step` is a forward in one call, and takes the most probable tokens. Where a sequence asks for another choice,
-`edit_logits`, `mask_logits`, `choose_tokens` and `chosen_logprobs` follow, each only where it is needed.
-`prompt_logprobs` is for prompts. The forward that stops at every router is in `layer_steps`.
+`edit_logits`, `mask_logits`, `filter_logits`, `choose_tokens` and `chosen_logprobs` follow, each only where it is
+needed. `prompt_logprobs` is for prompts. The forward that stops at every router is in `layer_steps`.
 
 No function has a condition or a loop of unknown length, which would make a GPU wait for the host: the host picks the
 functions, and lengths are masks. Tokens are kept on the device, where the next step finds those that the host has not
@@ -29,16 +29,17 @@ from emoe_jax.device.block_tables import NewPages
 from emoe_jax.device.inputs import FlatBatch
 from emoe_jax.device.kv_cache import KVCache
 from emoe_jax.device.report import Report
-from emoe_jax.device.sampler import Choice, SamplingArrays, TokenLogprobs, most_probable, sample, token_logprobs
+from emoe_jax.device.sampler import FILTERS, SamplingArrays, TokenLogprobs, most_probable, sample, token_logprobs
 from emoe_jax.device.shapes import Shape
 from emoe_jax.device.stops import Routed, Stopped, Stops, stacked
 from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models.decoder import Decoder
 from emoe_jax.platforms import default_platform, tracing_for
+from emoe_jax.requests.served import MOST_KEPT
 from emoe_jax.scheduling.pages import TRASH_PAGE
 
-PROMPT_ROWS = 32
-"""Rows of a prompt whose logits exist together while their log probabilities are computed."""
+ROWS_TAKEN = MOST_KEPT
+"""Rows of hidden states that are taken in one call: those of a text that is audited, or so many of a prompt."""
 
 Words = Int32[Array | np.ndarray, " words"]
 """A buffer that a `Packing` laid out."""
@@ -228,23 +229,15 @@ def whole_step(
 @partial(jax.jit, static_argnames=("skeleton", "platform"))
 def prompt_logprobs(
     leaves: tuple[Array, ...],
-    x: Float[Array, "1 R D"],
-    targets: Int[Array | np.ndarray, " R"],
+    x: Float[Array, "n D"],
+    targets: Int[Array | np.ndarray, " n"],
     *,
     skeleton: Skeleton,
     platform: str | None = None,
 ) -> TokenLogprobs:
-    """Log probabilities of `targets`, the tokens that follow those whose hidden states these are.
-
-    Logits exist for `PROMPT_ROWS` rows at a time.
-    """
-    model: Decoder = skeleton.join(leaves)
-
-    def of_row(row: tuple[Float[Array, " D"], Int[Array, ""]]) -> TokenLogprobs:
-        return jax.tree.map(lambda field: field[0], token_logprobs(model.logits(row[0][None]), row[1][None]))
-
+    """Log probabilities of `targets`, the tokens that follow those whose hidden states these are."""
     with full_precision(x.dtype), tracing_for(platform):
-        return jax.lax.map(of_row, (x[0], jnp.asarray(targets)), batch_size=min(PROMPT_ROWS, x.shape[1]))
+        return token_logprobs(skeleton.join(leaves).logits(x), jnp.asarray(targets))
 
 
 @jax.jit
@@ -307,19 +300,31 @@ def mask_logits(logits: Float[Array, "B V"], allowed: UInt32[Array | np.ndarray,
     return only_allowed(logits, jnp.asarray(allowed))
 
 
-@partial(jax.jit, static_argnames=("choice",))
+@partial(jax.jit, static_argnames=("by",))
+def filter_logits(logits: Float[Array, "B V"], sampling: Words, *, by: str) -> Float[Array, "B V"]:
+    """What one of the `FILTERS` leaves of logits, for rows with packed `SamplingArrays`."""
+    return FILTERS[by](logits, _sampling(sampling, logits))
+
+
+@partial(jax.jit, static_argnames=("random",))
 def choose_tokens(
     logits: Float[Array, "B V"],
     sampling: Words,
     token_places: Int32[Array | np.ndarray, " B"],
     last_tokens: Int[Array, " places"],
     *,
-    choice: Choice,
+    random: bool,
 ) -> tuple[Int32[Array, " B"], Int[Array, " places"]]:
-    """The next tokens, and `last_tokens` with them at their places; the number of places is no place."""
-    packing = SamplingArrays.packing(logits.shape[0])
-    tokens = sample(logits, SamplingArrays(**packing.unpack(jnp.asarray(sampling))), choice)
+    """The next tokens, and `last_tokens` with them at their places; the number of places is no place.
+
+    Unless `random`, each row takes the most probable token.
+    """
+    tokens = sample(logits, _sampling(sampling, logits)) if random else most_probable(logits)
     return tokens, last_tokens.at[token_places].set(tokens, mode="drop")
+
+
+def _sampling(words: Words, logits: Float[Array, "B V"]) -> SamplingArrays:
+    return SamplingArrays(**SamplingArrays.packing(logits.shape[0]).unpack(jnp.asarray(words)))
 
 
 @jax.jit

@@ -16,12 +16,11 @@ from emoe_jax.device.batch import empty_batch
 from emoe_jax.device.block_tables import WRITTEN_AT_ONCE, NewPages, TableUpdate
 from emoe_jax.device.inputs import StepInputs
 from emoe_jax.device.kv_cache import new_cache
-from emoe_jax.device.sampler import CHOICES, SamplingArrays
+from emoe_jax.device.sampler import SamplingArrays
 from emoe_jax.device.shapes import Shape
 from emoe_jax.experts.record_format import RecordFormat
 from emoe_jax.models import config_from_hf
 from emoe_jax.models.decoder import Decoder
-from emoe_jax.requests.served import MOST_KEPT
 from tests.engines import TINY
 from tests.lowering import Counts, export_for_cuda
 from tests.models.test_hf_config import FAMILIES
@@ -58,6 +57,7 @@ class Pieces:
         B, R, E, k = shape.sequences, shape.rows, config.num_experts, config.top_k
         self.x: Any = jax.ShapeDtypeStruct((1, R, config.hidden_size), dtype)
         self.rows: Any = jax.ShapeDtypeStruct((R, config.hidden_size), dtype)
+        self.taken: Any = jax.ShapeDtypeStruct((step.ROWS_TAKEN, config.hidden_size), dtype)
         self.slots = np.zeros((len(config.moe_layers), E), np.int32)
         self.logits: Any = jax.ShapeDtypeStruct((B, config.vocab_size), jnp.float32)
         self.places = np.zeros(B, np.int32)
@@ -118,19 +118,18 @@ class Pieces:
         statics = self._statics(layer) | {"platform": self.platform, "window": self.config.sliding_window(layer)}
         return layer_steps.dense_layer, (self.layers[layer][1], self.x, self.cache[layer], self.words), statics
 
-    def begin_layers(self) -> Call:
-        cache, resident = self.cache[: self.config.moe_layers[0] + 1], np.zeros(self.config.num_experts, bool)
-        arguments = (self.leaves, cache, self.words, self.last_tokens, resident)
-        return layer_steps.begin_layers, arguments, self._statics() | {"platform": self.platform}
+    def start_layers(self) -> Call:
+        return layer_steps.start_layers, (self.leaves, self.words, self.last_tokens), self._statics()
 
-    def go_on(self) -> Call:
-        first, last = self.config.moe_layers[:2]
-        parts, behind = self.layers[first : last + 1], range(first + 1, last + 1)
+    def go_on(self, m: int = 1) -> Call:
+        before, last = self.config.moe_layers[max(0, m - 1)], self.config.moe_layers[m]
+        behind = range(before + 1 if m else 0, last + 1)
+        parts = [self.layers[index] for index in (before, *behind)]
         statics = {"skeletons": tuple(skeleton for skeleton, _ in parts), "config": self.config, "shape": self.shape}
         statics |= {"windows": tuple(map(self.config.sliding_window, behind)), "platform": self.platform}
-        leaves, cache = tuple(leaves for _, leaves in parts), self.cache[first + 1 : last + 1]
+        leaves, cache = tuple(leaves for _, leaves in parts), self.cache[behind.start : behind.stop]
         resident = np.zeros(self.config.num_experts, bool)
-        arguments = (leaves, self.stopped, self.rows, cache, self.words, resident, self.every, np.int32(1))
+        arguments = (leaves, self.stopped, self.rows, cache, self.words, resident, self.every, np.int32(m))
         return layer_steps.go_on, arguments, statics
 
     def end_layers(self) -> Call:
@@ -145,12 +144,8 @@ class Pieces:
         return layer_steps.all_logits, (self.leaves, self.x), {"skeleton": self.skeleton, "platform": self.platform}
 
     def prompt_logprobs(self) -> Call:
-        targets = np.zeros(self.shape.rows, np.int32)
-        return (
-            step.prompt_logprobs,
-            (self.leaves, self.x, targets),
-            {"skeleton": self.skeleton, "platform": self.platform},
-        )
+        arguments = (self.leaves, self.taken, np.zeros(step.ROWS_TAKEN, np.int32))
+        return step.prompt_logprobs, arguments, {"skeleton": self.skeleton, "platform": self.platform}
 
     def add_embeddings(self) -> Call:
         total: Any = jax.ShapeDtypeStruct((self.config.hidden_size,), jnp.float32)
@@ -172,23 +167,25 @@ class Pieces:
     def mask_logits(self) -> Call:
         return step.mask_logits, (self.logits, all_allowed(*self.logits.shape)), {}
 
+    def filter_logits(self) -> Call:
+        return step.filter_logits, (self.logits, SamplingArrays.pack([], len(self.places))), {"by": "top_p"}
+
     def choose_tokens(self) -> Call:
         arguments = (self.logits, SamplingArrays.pack([], len(self.places)), self.places, self.last_tokens)
-        return step.choose_tokens, arguments, {"choice": CHOICES[-1]}
+        return step.choose_tokens, arguments, {"random": True}
 
     def chosen_logprobs(self) -> Call:
         return step.chosen_logprobs, (self.logits, self.places), {}
 
     def take_rows(self) -> Call:
-        return step.take_rows, (self.x, np.zeros(MOST_KEPT, np.int32)), {}
+        return step.take_rows, (self.x, np.zeros(step.ROWS_TAKEN, np.int32)), {}
 
     def compare_logits(self) -> Call:
-        rows: Any = jax.ShapeDtypeStruct((MOST_KEPT, self.config.hidden_size), self.x.dtype)
-        served = np.zeros((MOST_KEPT, self.config.vocab_size), np.float32)
-        return step.compare_logits, (self.leaves, rows, served), {"skeleton": self.skeleton, "platform": self.platform}
+        arguments = (self.leaves, self.taken, np.zeros((step.ROWS_TAKEN, self.config.vocab_size), np.float32))
+        return step.compare_logits, arguments, {"skeleton": self.skeleton, "platform": self.platform}
 
 
-WITH_KERNELS = ("attend_and_route", "expert_wave", "begin_layers", "go_on")
+WITH_KERNELS = ("attend_and_route", "expert_wave", "go_on")
 FUNCTIONS = [name for name, member in vars(Pieces).items() if callable(member) and not name.startswith("_")]
 
 
@@ -222,7 +219,7 @@ def test_no_step_of_a_family_makes_the_host_wait(family: str, shape: Shape) -> N
     dense = [layer for layer in range(config.num_layers) if not config.is_moe(layer)]
     if dense:
         assert counts(pieces.dense_layer(dense[0])).stalls == 0
-        assert counts(pieces.begin_layers()).stalls == 0
+        assert counts(pieces.go_on(0)).stalls == 0
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,20 @@
+import dataclasses
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from jaxtyping import Array, Float, Int32
 
 from emoe_jax.device import step
 from emoe_jax.device.sampler import (
-    CHOICES,
+    FILTERS,
     Choice,
     SamplingArrays,
-    kept,
     most_probable,
     sample,
     seed_words,
@@ -20,11 +24,23 @@ from emoe_jax.requests.request import MAX_LOGPROBS, SamplingParams
 from emoe_jax.requests.sequence import Sequence
 from tests.lowering import Counts, export_for_cuda
 
-jitted = jax.jit(sample, static_argnames="choice")
-kept_jitted = jax.jit(kept)
 SHAPE = (8, 100)  # most tests share it: compiling is what they would spend their time on
-ALL = CHOICES[-1]
+ALL = Choice(random=True, top_k=True, top_p=True)
 """What covers every row."""
+
+
+@partial(jax.jit, static_argnames="choice")
+def jitted(logits: Float[Array, "B V"], sampling: SamplingArrays, choice: Choice) -> Int32[Array, " B"]:
+    if not choice.random:
+        return most_probable(logits)
+    return sample(filtered(logits, sampling, choice), sampling)
+
+
+@partial(jax.jit, static_argnames="choice")
+def filtered(logits: Float[Array, "B V"], sampling: SamplingArrays, choice: Choice) -> Float[Array, "B V"]:
+    for by in choice.filters:
+        logits = FILTERS[by](logits, sampling)
+    return logits
 
 
 def arrays_of(sequences: list[Sequence], size: int) -> SamplingArrays:
@@ -137,13 +153,24 @@ def test_filters_equal_the_sorting_reference(params: list[dict], seed: int, ties
     if ties:
         logits = np.round(logits)
     chosen = [SamplingParams(**p) for p in params]
-    temperature = np.array([p.temperature for p in chosen], np.float32)
-    scaled = (logits - logits.max(axis=-1, keepdims=True)) / temperature[:, None]
-    sampling = rows(*chosen)
-    keep = np.asarray(kept_jitted(scaled, sampling.top_k, sampling.top_p, sampling.min_p))
+    keep = np.isfinite(filtered(logits, rows(*chosen), ALL))
     for row, p in enumerate(chosen):
         if not is_ambiguous(logits[row], p):
-            np.testing.assert_array_equal(keep[row], reference_probs(logits[row], p) > 0, err_msg=repr(p))
+            expected = reference_probs(logits[row], dataclasses.replace(p, min_p=0)) > 0
+            np.testing.assert_array_equal(keep[row], expected, err_msg=repr(p))
+
+
+@given(
+    logits=arrays(np.float32, (8, 24), elements=st.floats(-8, 8, width=32)),
+    min_p=st.floats(0, 1),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=100, deadline=None)
+def test_min_p_draws_no_token_below(logits: np.ndarray, min_p: float, seed: int):
+    params = SamplingParams(min_p=min_p)
+    tokens = np.asarray(jitted(logits, rows(*[params] * 8, seeds=list(range(seed, seed + 8))), least(params)))
+    drawn = np.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0].astype(np.float64)
+    assert np.all(np.exp(drawn - logits.max(axis=-1)) >= min_p * (1 - 1e-5))
 
 
 @pytest.mark.parametrize(
@@ -219,7 +246,8 @@ def test_the_choice_covers_all_rows_and_no_more():
     assert least(greedy, plain) == Choice(random=True)
     assert least(plain, SamplingParams(top_k=3)) == Choice(random=True, top_k=True)
     assert least(SamplingParams(top_k=3), SamplingParams(top_p=0.5)) == ALL == Choice(True, True, True)
-    assert {least(greedy), least(plain), least(SamplingParams(top_k=3)), least(SamplingParams(top_p=0.5))} < {*CHOICES}
+    assert [least(params).filters for params in (greedy, plain)] == [[], []]
+    assert ALL.filters == ["top_k", "top_p"]
 
 
 def test_logprobs_are_of_the_raw_distribution():
@@ -254,12 +282,14 @@ def test_host_arrays():
         SamplingArrays.pack([sequence, sequence], 1)
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-def test_no_choice_stalls_a_gpu(choice: Choice):
+def test_nothing_stalls_a_gpu():
     B, V = 4, 32000
-    logits, kept_tokens = jax.ShapeDtypeStruct((B, V), jnp.float32), np.zeros(8, np.int32)
-    arguments = logits, SamplingArrays.pack([], B), np.zeros(B, np.int32), kept_tokens
-    assert Counts.of(export_for_cuda(step.choose_tokens, *arguments, choice=choice)).stalls == 0
+    logits, sampling = jax.ShapeDtypeStruct((B, V), jnp.float32), SamplingArrays.pack([], B)
+    for by in FILTERS:
+        assert Counts.of(export_for_cuda(step.filter_logits, logits, sampling, by=by)).stalls == 0
+    for random in (False, True):
+        arguments = logits, sampling, np.zeros(B, np.int32), np.zeros(8, np.int32)
+        assert Counts.of(export_for_cuda(step.choose_tokens, *arguments, random=random)).stalls == 0
 
 
 def test_the_best_of_a_row_of_nan_is_a_token():
