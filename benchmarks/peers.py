@@ -46,6 +46,7 @@ from emoe_jax.device.step import Skeleton, whole_step
 from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models import config_from_hf
 from emoe_jax.models.decoder import Decoder, init_experts
+from emoe_jax.models.rope import Rotation
 from emoe_jax.moe import moe_ffn
 from emoe_jax.scheduling.pages import pages_for
 
@@ -296,11 +297,11 @@ def plain_step(
     """`whole_step` without a slab: expert `e` is row `e` of the stacked weights, and nothing is counted."""
     model: Decoder = skeleton.join(leaves)
     batch = FlatBatch.unpack(inputs, shape)
-    x = model.embed(jnp.asarray(batch.inputs.tokens)[None])
+    x, rotation = model.embed(jnp.asarray(batch.inputs.tokens)[None]), Rotation.of(batch.positions[None], config)
     new: list[Any] = []
     for index, (layer, weights) in enumerate(zip(model.layers, experts, strict=True)):
         attend_fn = batch.attend_function(config, None, cache[index])
-        x, layer_cache = layer.attention(x, batch.positions[None], attend_fn)
+        x, layer_cache = layer.attention(x, rotation, attend_fn)
         new.append(layer_cache)
         rows, routing = layer.moe_input(x, None, batch.valid)
         slots = jnp.arange(config.num_experts, dtype=jnp.int32)

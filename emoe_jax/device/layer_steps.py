@@ -29,6 +29,7 @@ from emoe_jax.device.step import Skeleton, StepOutputs, Words, close_step, full_
 from emoe_jax.device.stops import Routed, Stopped, Stops, uses
 from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models.decoder import Decoder, Layer
+from emoe_jax.models.rope import Rotation
 from emoe_jax.models.routing import Allowances
 from emoe_jax.moe import moe_ffn
 from emoe_jax.platforms import tracing_for
@@ -45,9 +46,9 @@ def _to_router(
     config: ModelConfig,
 ) -> tuple[tuple[Any, ...], Stopped, Routed]:
     """Through layers, of which the last one alone has experts, up to its router's choice."""
-    new_cache, last = [], layers[-1]
+    new_cache, last, rotation = [], layers[-1], Rotation.of(batch.positions[None], config)
     for layer, window, pages in zip(layers, windows, cache, strict=True):
-        x, pages = layer.attention(x, batch.positions[None], batch.attend_function(config, window, pages))
+        x, pages = layer.attention(x, rotation, batch.attend_function(config, window, pages))
         new_cache.append(pages)
         if layer is not last:
             x = layer.dense(x)
@@ -149,7 +150,7 @@ def end_layers(
         x = layers[last].moe_output(stopped.x, stopped.rows, total)
         for index, pages in enumerate(cache, last + 1):
             attend_fn = batch.attend_function(config, config.sliding_window(index), pages)
-            x, pages = layers[index].attention(x, batch.positions[None], attend_fn)
+            x, pages = layers[index].attention(x, Rotation.of(batch.positions[None], config), attend_fn)
             new_cache.append(pages)
             x = layers[index].dense(x)
         return tuple(new_cache), close_step(model, batch, x, every, last_tokens, config)
@@ -273,7 +274,8 @@ def dense_layer(
     layer: Layer = skeleton.join(leaves)
     batch = FlatBatch.unpack(inputs, shape)
     with full_precision(x.dtype), tracing_for(platform):
-        x, cache = layer.attention(x, batch.positions[None], batch.attend_function(config, window, cache))
+        rotation = Rotation.of(batch.positions[None], config)
+        x, cache = layer.attention(x, rotation, batch.attend_function(config, window, cache))
         return cache, layer.dense(x)
 
 

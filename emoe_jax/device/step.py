@@ -34,6 +34,7 @@ from emoe_jax.device.shapes import Shape
 from emoe_jax.device.stops import Routed, Stopped, Stops, stacked
 from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models.decoder import Decoder
+from emoe_jax.models.rope import Rotation
 from emoe_jax.platforms import default_platform, tracing_for
 from emoe_jax.requests.served import MOST_KEPT
 from emoe_jax.scheduling.pages import TRASH_PAGE
@@ -197,7 +198,8 @@ def whole_step(
     """
     model: Decoder = skeleton.join(leaves)
     batch = FlatBatch.unpack(inputs, shape)
-    positions, valid, views, places = batch.positions[None], batch.valid, batch.views(), batch.new_places()
+    rotation, valid = Rotation.of(batch.positions[None], config), batch.valid
+    views, places = batch.views(), batch.new_places()
     x = model.embed(batch.tokens(last_tokens))
     new_cache: list[LayerKV] = []
     routed: list[Routed] = []
@@ -206,7 +208,7 @@ def whole_step(
     allowances = batch.allowances()
     with full_precision(x.dtype), tracing_for(platform):
         for index, layer in enumerate(model.layers):
-            q, k, v = units.call(units.project, layer, x, positions)
+            q, k, v = units.call(units.project, layer, x, rotation)
             pages = write(cache[index], k[0], v[0], places)
             new_cache.append(pages)
             attention = (layer, x, q, pages, views)

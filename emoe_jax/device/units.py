@@ -20,6 +20,7 @@ from emoe_jax.device.inputs import attend_in_groups
 from emoe_jax.device.stops import Routed, Stopped
 from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models.decoder import Layer
+from emoe_jax.models.rope import Rotation
 from emoe_jax.models.routing import Allowances
 from emoe_jax.moe import moe_ffn
 from emoe_jax.platforms import default_platform, tracing_for
@@ -39,10 +40,10 @@ def call(unit: Callable[..., Outputs], *arguments: Any, **statics: Any) -> Outpu
 
 @jax.jit
 def project(
-    layer: Layer, x: Float[Array, "1 R D"], positions: Int[Array, "1 R"]
+    layer: Layer, x: Float[Array, "1 R D"], rotation: Rotation
 ) -> tuple[Float[Array, "1 R N H"], Float[Array, "1 R K H"], Float[Array, "1 R K Hv"]]:
     """Queries, keys and values of a layer."""
-    return layer.project(x, positions)
+    return layer.project(x, rotation)
 
 
 @partial(jax.jit, static_argnames=("config", "window", "platform"))

@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from emoe_jax.config import ModelConfig
 from emoe_jax.models.modules import INIT_STDDEV, Linear, RMSNorm
-from emoe_jax.models.rope import inverse_frequencies, rotate
+from emoe_jax.models.rope import Rotation, rotate
 
 
 class Attention(nnx.Module):
@@ -25,7 +25,7 @@ class Attention(nnx.Module):
             self.k_norm = RMSNorm(k_size, config.norm_eps)
 
     def project(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]
+        self, x: Float[Array, "B T D"], rotation: Rotation
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
         """Queries and keys rotated to their positions, and values."""
         config = self.config
@@ -39,7 +39,8 @@ class Attention(nnx.Module):
         q, k, v = q.reshape(B, T, N, H), k.reshape(B, T, K, H), v.reshape(B, T, K, H)
         if config.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        return _rotated(q, positions, config), _rotated(k, positions, config), v
+        interleaved = config.rope.interleaved
+        return rotate(q, rotation, interleaved), rotate(k, rotation, interleaved), v
 
     def output(self, attended: Float[Array, "B T N Hv"]) -> Float[Array, "B T D"]:
         """What the heads attended to, as a part of the residual stream."""
@@ -74,7 +75,7 @@ class LatentAttention(nnx.Module):
         self.sinks = None
 
     def project(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]
+        self, x: Float[Array, "B T D"], rotation: Rotation
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K Hv"]]:
         """Queries that the keys' maps are moved to, the keys of the one kv head, and their first numbers as values."""
         latent, N = self.latent, self.config.num_heads
@@ -85,9 +86,10 @@ class LatentAttention(nnx.Module):
         q_nope, q_rope = jnp.split(self.q(x).reshape(*x.shape[:2], N, -1), [latent.nope_dim], axis=-1)
         vector, k_rope = jnp.split(low, [latent.kv_rank], axis=-1)
         values = self.latent_norm(vector)[:, :, None, :]
-        keys = jnp.concatenate([values, _rotated(k_rope[:, :, None, :], positions, self.config)], axis=-1)
+        interleaved = self.config.rope.interleaved
+        keys = jnp.concatenate([values, rotate(k_rope[:, :, None, :], rotation, interleaved)], axis=-1)
         mapped = jnp.einsum("BTNn,Nnr->BTNr", q_nope, self.key_map[...].reshape(N, latent.nope_dim, -1))
-        queries = jnp.concatenate([mapped, _rotated(q_rope, positions, self.config)], axis=-1)
+        queries = jnp.concatenate([mapped, rotate(q_rope, rotation, interleaved)], axis=-1)
         return queries, keys, values
 
     def output(self, attended: Float[Array, "B T N Hv"]) -> Float[Array, "B T D"]:
@@ -95,11 +97,3 @@ class LatentAttention(nnx.Module):
         maps = self.value_map[...].reshape(self.config.num_heads, self.latent.value_dim, -1)
         values = jnp.einsum("BTNr,Nnr->BTNn", attended, maps)
         return self.out(values.reshape(*values.shape[:2], -1))
-
-
-def _rotated(
-    x: Float[Array, "B T heads H"], positions: Int[Array, "B T"], config: ModelConfig
-) -> Float[Array, "B T heads H"]:
-    rope = config.rope
-    frequencies = inverse_frequencies(rope, config.rope_dim)
-    return rotate(x, positions, frequencies, rope.attention_factor, rope.interleaved)

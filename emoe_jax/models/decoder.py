@@ -19,6 +19,7 @@ from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models.attention import Attention, LatentAttention
 from emoe_jax.models.modules import INIT_STDDEV, Linear, RMSNorm
 from emoe_jax.models.products import times_transposed
+from emoe_jax.models.rope import Rotation
 from emoe_jax.models.routing import Allowances, Routing, route
 
 MoEFunction = Callable[[Array, Array, Array, ExpertWeights], Array]
@@ -118,20 +119,20 @@ class Layer(nnx.Module):
             self.extra_mlp = FeedForward(config, config.dense_hidden, rngs=rngs)
 
     def attention(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], attend_fn: AttendFunction
+        self, x: Float[Array, "B T D"], rotation: Rotation, attend_fn: AttendFunction
     ) -> tuple[Float[Array, "B T D"], Any]:
         """The attention sub-block with its residual, and the cache that `attend_fn` returned."""
-        q, k, v = self.project(x, positions)
+        q, k, v = self.project(x, rotation)
         with jax.named_scope("attention"):
             attended, cache = attend_fn(q, k, v, self.sinks)
         return self.attended(x, attended), cache
 
     @jax.named_scope("attention")
     def project(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]
+        self, x: Float[Array, "B T D"], rotation: Rotation
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K Hv"]]:
         """The first part of the attention sub-block: queries, keys and values."""
-        return self.self_attention.project(self.input_norm(x), positions)
+        return self.self_attention.project(self.input_norm(x), rotation)
 
     @property
     def sinks(self) -> Float[Array, " N"] | None:

@@ -1,12 +1,13 @@
 """Rotary position embedding in both orders of pairs, with the scaling rules of current checkpoints."""
 
 import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from emoe_jax.config import RopeConfig
+from emoe_jax.config import ModelConfig, RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
@@ -56,22 +57,31 @@ def _yarn(rope: RopeConfig, base: np.ndarray, head_dim: int) -> np.ndarray:
     return base / rope.factor * (1 - keep) + base * keep
 
 
+class Rotation(NamedTuple):
+    """How heads are rotated to their positions: the same in every layer, so a step computes it once. In float32."""
+
+    cos: Float[Array, "B T n"]
+    sin: Float[Array, "B T n"]
+
+    @classmethod
+    def of(cls, positions: Int[Array, "B T"], config: ModelConfig) -> "Rotation":
+        """Of a model's `n` frequencies at these positions."""
+        frequencies = inverse_frequencies(config.rope, config.rope_dim)
+        angles = positions[..., None].astype(jnp.float32) * frequencies[None, None, :]
+        factor = config.rope.attention_factor
+        return cls(jnp.cos(angles) * factor, jnp.sin(angles) * factor)
+
+
 def rotate(
-    x: Float[Array, "B T heads H"],
-    positions: Int[Array, "B T"],
-    frequencies: np.ndarray,
-    attention_factor: float,
-    interleaved: bool = False,
+    x: Float[Array, "B T heads H"], rotation: Rotation, interleaved: bool = False
 ) -> Float[Array, "B T heads H"]:
-    """Rotate every head of `x` to its position. Angles in float32.
+    """Rotate every head of `x` to its position.
 
     Pairs are `(j, j + n)` for the `n` frequencies. What lies behind the first `2n` numbers of a head stays as it is.
     With `interleaved`, pairs are `(2j, 2j + 1)`; they come out as `(j, j + n)`, which no product of two heads notices.
     """
-    angles = positions[..., None].astype(jnp.float32) * frequencies[None, None, :]
-    cos = (jnp.cos(angles) * attention_factor)[:, :, None, :].astype(x.dtype)
-    sin = (jnp.sin(angles) * attention_factor)[:, :, None, :].astype(x.dtype)
-    n = len(frequencies)
+    cos, sin = (part[:, :, None, :].astype(x.dtype) for part in rotation)
+    n = cos.shape[-1]
     parts = [x] if 2 * n == x.shape[-1] else jnp.split(x, [2 * n], axis=-1)
     rotated, rest = parts[0], parts[1:]
     if interleaved:

@@ -9,6 +9,7 @@ import pytest
 
 from emoe_jax import Engine, SamplingParams
 from emoe_jax.attention.uncached import causal_attend
+from emoe_jax.models.rope import Rotation
 from emoe_jax.residency.ahead import LoadsAhead
 from tests.engines import TINY, EngineFactory, random_model
 from tests.golden.tiny import CONFIGS, OPENMOE, write_checkpoint
@@ -65,7 +66,9 @@ def test_the_next_layers_experts_are_asked_for_before_it_is_reached(
     model, _ = random_model(TINY)
     positions = jnp.arange(len(prompt))[None]
     x, _ = model.layers[0].attention(
-        model.embed(jnp.asarray([prompt])), positions, causal_attend(model.config, None, positions)
+        model.embed(jnp.asarray([prompt])),
+        Rotation.of(positions, model.config),
+        causal_attend(model.config, None, positions),
     )
     own, following = (np.bincount(model.layers[m].moe_input(x)[1].wish_ids.ravel(), minlength=8) for m in (0, 1))
     assert own.tolist() != following.tolist()

@@ -16,6 +16,7 @@ from emoe_jax.experts.record_format import RecordFormat
 from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models import load_dense, open_checkpoint
 from emoe_jax.models.decoder import Decoder, MoEFunction
+from emoe_jax.models.rope import Rotation
 from emoe_jax.models.routing import Routing
 from emoe_jax.moe.operands import Operands
 from emoe_jax.moe.reference import reference
@@ -90,9 +91,10 @@ def _hidden_states(graphdef, state, experts, tokens):
     model: Decoder = nnx.merge(graphdef, state)
     config, moe = model.config, _reference_moe(model.config)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
+    rotation = Rotation.of(positions, config)
     x, hidden, remaining = model.embed(tokens), [], list(experts)
     for index, layer in enumerate(model.layers):
-        x, _ = layer.attention(x, positions, causal_attend(config, config.sliding_window(index), positions))
+        x, _ = layer.attention(x, rotation, causal_attend(config, config.sliding_window(index), positions))
         if config.is_moe(index):
             rows, routing = layer.moe_input(x)
             x = layer.moe_output(x, rows, moe(rows, routing.ids, routing.weights, remaining.pop(0)))

@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 from emoe_jax.attention.uncached import causal_attend
 from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models.decoder import Decoder, MoEFunction
+from emoe_jax.models.rope import Rotation
 from emoe_jax.models.routing import Routing
 
 
@@ -23,10 +24,10 @@ def plain_forward(
     B, T = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None, :], (B, T))
     rows_valid = None if valid is None else valid.reshape(-1)
-    x = model.embed(tokens)
+    x, rotation = model.embed(tokens), Rotation.of(positions, model.config)
     routings: list[Routing] = []
     for index, layer in enumerate(model.layers):
-        x, _ = layer.attention(x, positions, causal_attend(model.config, model.config.sliding_window(index), positions))
+        x, _ = layer.attention(x, rotation, causal_attend(model.config, model.config.sliding_window(index), positions))
         if not model.config.is_moe(index):
             x = layer.dense(x)
             continue

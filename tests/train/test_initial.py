@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from emoe_jax.models.rope import Rotation
 from train.demo import objective, shape
 from train.demo.attention import attend_packed, causal_within_documents
 
@@ -16,14 +17,14 @@ def test_the_first_two_layers_start_as_an_induction_circuit():
     def attention(tokens):
         model = objective.decoder(config, parameters.dense)
         x, patterns = model.embed(tokens), []
-        positions = jnp.arange(tokens.shape[1])[None]
+        rotation = Rotation.of(jnp.arange(tokens.shape[1])[None], config)
         mask = causal_within_documents(jnp.ones(tokens.shape, int))
         for layer in model.layers:
-            q, k, _ = layer.self_attention.project(layer.input_norm(x), positions)
+            q, k, _ = layer.self_attention.project(layer.input_norm(x), rotation)
             scores = jnp.einsum("BTNH,BSNH->BNTS", q, jnp.repeat(k, 2, axis=2))
             patterns.append(jnp.argmax(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1)[0])
             x, _ = layer.attention(
-                x, positions, lambda q, k, v, _: (attend_packed(q, k, v, mask, config.attention_scale), None)
+                x, rotation, lambda q, k, v, _: (attend_packed(q, k, v, mask, config.attention_scale), None)
             )
         return patterns
 

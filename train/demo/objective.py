@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from emoe_jax.config import ModelConfig
 from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.models.decoder import Decoder, MoEFunction
+from emoe_jax.models.rope import Rotation
 from emoe_jax.models.routing import Routing, route
 from train.demo import initial
 from train.demo.attention import attend_packed, causal_within_documents
@@ -95,12 +96,12 @@ def packed_forward(
     """Hidden states before the final norm, of rows that hold several documents which do not see each other."""
     mask = causal_within_documents(documents)
     config = model.config
-    x = model.embed(tokens)
+    x, rotation = model.embed(tokens), Rotation.of(positions, config)
     routings = []
     valid = documents > 0
     for index, (layer, layer_experts) in enumerate(zip(model.layers, experts, strict=True)):
         x, _ = layer.attention(
-            x, positions, lambda q, k, v, _: (attend_packed(q, k, v, mask, config.attention_scale), None)
+            x, rotation, lambda q, k, v, _: (attend_packed(q, k, v, mask, config.attention_scale), None)
         )
         rows, routing = layer.moe_input(x, None, valid.reshape(-1))
         if restriction:

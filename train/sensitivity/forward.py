@@ -22,6 +22,7 @@ from emoe_jax.experts.weights import ExpertWeights
 from emoe_jax.memory.plan import MemoryPlan, usable_memory
 from emoe_jax.models import load_dense, open_checkpoint
 from emoe_jax.models.decoder import Decoder
+from emoe_jax.models.rope import Rotation
 from emoe_jax.moe import moe_ffn
 from emoe_jax.scheduling.pages import PAGE_SIZE, pages_for
 
@@ -132,12 +133,12 @@ def _run(
     view = inputs.view()
     valid = view.valid.reshape(-1)
     everyone = jnp.arange(config.num_experts)
-    x = model.embed(jnp.asarray(inputs.tokens))
+    x, rotation = model.embed(jnp.asarray(inputs.tokens)), Rotation.of(view.positions, config)
     new_layers: list[LayerKV] = []
     m = 0
     for index, layer in enumerate(model.layers):
         attend_fn = paged_attend(config, config.sliding_window(index), cache[index], view)
-        x, layer_cache = layer.attention(x, view.positions, attend_fn)
+        x, layer_cache = layer.attention(x, rotation, attend_fn)
         new_layers.append(layer_cache)
         if not config.is_moe(index):
             x = layer.dense(x)
