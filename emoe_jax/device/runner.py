@@ -76,7 +76,7 @@ class BatchRun:
     """How its tokens are drawn, as its sequences were when it was first dispatched; so are the adjustments."""
     adjustments: Adjustments | None = None
     words: Any = None
-    """What it was told: on the host, or with block tables that only the device has."""
+    """What it was told, on the device."""
     stops: Stops | None = None
     """Where its whole forward may be taken up again."""
 
@@ -123,7 +123,7 @@ class Runner:
             run.resident = run.seen
         words = run.words = self._words(batch)
         if run.way == "layered":
-            outputs = self.layered.run(batch, self._sent(words), self._cache, self._last_tokens)
+            outputs = self.layered.run(batch, words, self._cache, self._last_tokens)
         else:
             arguments = self._whole_arguments(words)
             cache, outputs = self.executables.call(
@@ -138,7 +138,7 @@ class Runner:
         Raises as `compute`. Only of a run that has `stops`.
         """
         assert run.stops is not None
-        arguments = (run.batch, self._sent(run.words), self._cache, self._last_tokens)
+        arguments = (run.batch, run.words, self._cache, self._last_tokens)
         return self.finish(run, self.layered.go_on(layer, run.stops, *arguments))
 
     def finish(self, run: BatchRun, outputs: step.StepOutputs) -> Outputs:
@@ -276,15 +276,11 @@ class Runner:
             self._compile_after_prompts(shape.rows)
             yield
 
-    def _sent(self, words: Any) -> Int32[Array, " words"]:
-        """On the device, for the many calls that read it."""
-        return jax.device_put(words, self._residency.slab.sharding)
-
-    def _words(self, batch: Batch) -> Int32[Array | np.ndarray, " words"]:
-        """What a batch tells the device, with its block tables."""
+    def _words(self, batch: Batch) -> Int32[Array, " words"]:
+        """What a batch tells the device, with its block tables, on the device."""
         tables, shape = self._device_tables, batch.shape
         if tables is None:
-            return batch.words
+            return jax.device_put(batch.words, self._residency.slab.sharding)
         update = batch.tables or TableUpdate.of_padding(shape)
         for new in update.before:
             tables = self.executables.call(step.write_pages, len(new), tables, new)
