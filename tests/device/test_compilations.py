@@ -1,5 +1,8 @@
 """Nothing compiles after warm-up, with all that an engine does by default: policy, predictor, learning, trade."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +147,38 @@ def test_the_first_pieces_of_a_warm_up_are_enough_for_a_short_prompt_alone_and_a
         for routing in ("resident", "exact"):
             engine.generate([[1, 2, 3], [5] * 40, [6] * 60], params, routing=routing)
         assert heard == []
+
+
+START = """
+import sys
+import jax
+from emoe_jax import Engine
+from emoe_jax.device.executables import cache_reads
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+few = {"max_model_len": 96, "max_num_seqs": 2, "max_num_batched_tokens": 64, "expert_memory": "3 slots"}
+with Engine.load(sys.argv[1], **few) as engine, cache_reads() as reads:
+    if sys.argv[2] == "later":
+        for _ in engine.parts.runner.warm_up_in_pieces():
+            pass
+    engine.warm_up()
+print(reads.asked, reads.asked - reads.found)
+"""
+
+
+def test_a_later_start_finds_piece_by_piece_what_a_whole_warm_up_has_compiled(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """A call that hands over an argument otherwise than it was compiled for would be another function to the cache."""
+
+    def compiled(which: str) -> tuple[int, int]:
+        command = [sys.executable, "-c", START, str(tiny_checkpoint), which]
+        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
+        asked, missed = map(int, run.stdout.split())
+        return asked, missed
+
+    asked, missed = compiled("first")
+    assert asked == missed > 40
+    asked, missed = compiled("later")
+    assert asked > 40
+    assert missed == 0
