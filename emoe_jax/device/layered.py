@@ -37,7 +37,7 @@ class LayeredForward:
         self._layers = [(skeleton, jax.device_put(leaves, sharding)) for skeleton, leaves in layers]
         kinds = [(skeleton, self.config.sliding_window(index)) for index, (skeleton, _) in enumerate(layers)]
         self._kinds = [kinds.index(kind) for kind in kinds]  # the number of the first layer of a kind stands for it
-        self._before_first = self._like_before_first()
+        self._before_first = like_before_first(self.config.moe_layers, self._kinds)
 
     def logits(
         self, token_ids: Rows[int], allowance: Allowance, like: LayerKV, last_tokens: Int[Array, " places"]
@@ -186,16 +186,6 @@ class LayeredForward:
         )
         return at, every
 
-    def _like_before_first(self) -> int:
-        """A layer with experts that can stand before the first one: if possible one that has such layers behind it, so
-        that both share an executable.
-        """
-        layers = self.config.moe_layers
-        first = self._kinds[: layers[0] + 1]
-        pairs = itertools.pairwise(layers)
-        like = (before for before, last in pairs if self._kinds[before + 1 : last + 1] == first)
-        return next(like, layers[0])
-
     def _embedded(
         self, batch: Batch, words: Int32[Array | np.ndarray, " words"], last_tokens: Int[Array, " places"]
     ) -> tuple[Float[Array, "1 R D"], Float[Array, " R"]]:
@@ -248,6 +238,20 @@ class LayeredForward:
             return jax.device_put(np.zeros((count, *pages.shape[1:]), pages.dtype), sharding)
 
         return jax.tree.map(blank, like)
+
+
+def like_before_first(moe_layers: Rows[int], kinds: Rows[int]) -> int:
+    """A layer with experts that can stand before the first one, where nothing does.
+
+    If possible one behind which such layers come as begin the model: then what leads from there to the next router also
+    leads to the first.
+
+    Worked example, kinds of four layers with experts [0, 1, 0, 1]: layer 1.
+    """
+    first = list(kinds[: moe_layers[0] + 1])
+    pairs = itertools.pairwise(moe_layers)
+    like = (before for before, last in pairs if list(kinds[before + 1 : last + 1]) == first)
+    return next(like, moe_layers[0])
 
 
 def _pages(cache: Rows[LayerKV]) -> tuple[int, ...]:
