@@ -41,6 +41,14 @@ STEPS = (
         (f"{_EDITS}::test_logits_follow_the_definition",),
     ),
     Mutant(
+        "layered: first router",
+        "what stands before the first layer with experts takes part",
+        "emoe_jax/device/layer_steps.py",
+        "jnp.where(jnp.asarray(layer) == 0, stopped.x, first.moe_output(stopped.x, stopped.rows, total))",
+        "first.moe_output(stopped.x, stopped.rows, total)",
+        ("tests/engine/test_looking_ahead.py::test_tokens_are_those_of_the_fully_resident_model",),
+    ),
+    Mutant(
         "units: mark",
         "a whole step is optimised layer by layer",
         "emoe_jax/device/units.py",
